@@ -1,0 +1,22 @@
+"""Distil classifier-free guidance into a LoRA: a reference implementation in plain PyTorch."""
+
+from minidistill.checkpoint import CheckpointError
+from minidistill.export import load_lora, save_lora
+from minidistill.guidance import guided_noise
+from minidistill.lora import inject_lora, merge_lora, unmerge_lora
+from minidistill.pipeline import StableDiffusion, load
+from minidistill.schedule import ddim_invert, ddim_sample
+
+__all__ = [
+    "CheckpointError",
+    "StableDiffusion",
+    "ddim_invert",
+    "ddim_sample",
+    "guided_noise",
+    "inject_lora",
+    "load",
+    "load_lora",
+    "merge_lora",
+    "save_lora",
+    "unmerge_lora",
+]

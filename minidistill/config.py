@@ -1,0 +1,69 @@
+"""The shapes of the networks, and the noise schedule: Stable Diffusion 1.5 by default; a preset states differences."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The denoiser. Per-level tuples run from the finest resolution to the coarsest."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    widths: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers: int = 2  # residual blocks a level (one more on the way up)
+    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks in each attention of a level; 0: none
+    mid_depth: int = 1
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    context_width: int = 768
+    linear_projection: bool = False  # the attention's way in and out: a linear layer, or a 1x1 convolution
+    upcast_attention: bool = False  # queries and keys in at least float32
+    groups: int = 32
+    sample_size: int = 64  # latents' side the model was trained on
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder between pictures and latents; each level but the last halves the side."""
+
+    picture_channels: int = 3
+    latent_channels: int = 4
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    layers: int = 2
+    groups: int = 32
+    scaling_factor: float = 0.18215  # brings the latents to unit variance
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent, along each side."""
+        return 2 ** (len(self.widths) - 1)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The noise schedule; every SD 1.x, 2.x and XL was trained with these betas."""
+
+    train_steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"  # linear in sqrt(beta); or "linear"
+    prediction: str = "eps"  # what the UNet returns: "eps" or "v"
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False  # what precedes t=0: alpha_bar=1, or alpha_bar of t=0
+
+
+SD15_UNET = UNetConfig()
+SD15_VAE = VAEConfig()
+SD21_BASE_UNET = replace(SD15_UNET, heads=(5, 10, 20, 20), context_width=1024, linear_projection=True)
+SD21_UNET = replace(SD21_BASE_UNET, upcast_attention=True, sample_size=96)
+
+# The embedded model: 64x64 pictures, 16x16 latents. A row beside the large ones.
+POCKET_UNET = UNetConfig(
+    widths=(64, 128, 160),
+    layers=1,
+    depth=(1, 1, 0),
+    heads=(2, 2, 2),
+    context_width=128,
+    groups=16,
+    sample_size=16,
+)
+POCKET_VAE = VAEConfig(widths=(16, 48, 64), layers=1, groups=4, scaling_factor=1.0)

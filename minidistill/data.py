@@ -1,0 +1,173 @@
+"""What the student learns from: the teacher's own guided trajectories, on disk.
+
+A trajectory is what DDIM passes through on its way from noise to picture. Its states z_t and the guided predictions
+eps_hat made there are ready pairs of input and target; its end z_0 is a latent that the teacher generated. So one set
+of shards serves both ways to learn: from the states as they are (no teacher in the loop), or from z_0 noised afresh
+(the paper's way).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from minidistill.files import written_whole
+from minidistill.pipeline import StableDiffusion
+from minidistill.prompts import prompts, read_prompts
+from minidistill.schedule import ddim_sample
+
+
+def prompt_split(model_folder: Path, file: Path | None = None) -> tuple[list[str], list[str]]:
+    """Prompts to learn from, and others kept for evaluation.
+
+    Those of a text ``file`` (one a line); or the captions in the model folder's ``compositions.json``, which says
+    itself which are held out; or our own list. Of a list, every tenth prompt is held out.
+    """
+    compositions = model_folder / "compositions.json"
+    if file is None and compositions.is_file():
+        rows = json.loads(compositions.read_text(encoding="utf-8"))
+        return [r["caption"] for r in rows if not r["held_out"]], [r["caption"] for r in rows if r["held_out"]]
+    everything = read_prompts(file) if file else prompts()
+    held_out = everything[::10]
+    return [p for i, p in enumerate(everything) if i % 10] or held_out, held_out
+
+
+def teacher_trajectory(
+    sd: StableDiffusion, cond: Tensor, uncond: Tensor, guidance: float, z_T: Tensor, steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the teacher from z_T [B, 4, h, w].
+
+    Returns every state z_t and its guided prediction, both [B, S, 4, h, w], and the end z_0 [B, 4, h, w].
+    """
+    model = sd.denoiser(cond, uncond, guidance)
+    states, targets = [], []
+
+    def recorded(z_t: Tensor, t: Tensor) -> Tensor:
+        states.append(z_t)
+        targets.append(model(z_t, t))
+        return targets[-1]
+
+    for z_t in ddim_sample(recorded, sd.schedule, z_T, steps):
+        pass
+    return torch.stack(states, 1), torch.stack(targets, 1), z_t
+
+
+def generate(
+    sd: StableDiffusion,
+    captions: list[str],
+    folder: Path,
+    *,
+    count: int,
+    steps: int,
+    guidance: float,
+    negative_prompt: str = "",
+    seed: int = 0,
+    batch: int = 16,
+    keep_states: bool = True,
+) -> "States":
+    """Have the teacher draw ``count`` trajectories of ``steps`` DDIM steps, in shards of ``batch`` under ``folder``.
+
+    Captions are taken in a shuffled order, again and again. Shards that are there already are kept, so an interrupted
+    run goes on where it stopped. Without ``keep_states`` only the ends z_0 are stored.
+
+    Raises ValueError when the folder holds shards that were made with other settings.
+    """
+    digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16]
+    settings = dict(
+        model=sd.folder.name,
+        prompts=digest,
+        count=count,
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+    )
+    made_with = json.dumps(settings | dict(seed=seed, batch=batch, keep_states=keep_states), sort_keys=True)
+    order = torch.cat([
+        torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed + i))
+        for i in range(-(-count // len(captions)))
+    ])[:count]  # fmt: skip
+    uncond = sd.encode_prompt([negative_prompt])
+    files = []
+    bar = tqdm(total=count, desc="teacher trajectories", unit="trajectory")
+    for first in range(0, count, batch):
+        file = folder / f"trajectories-{first:06d}.safetensors"
+        chosen = order[first : first + batch]
+        files.append(file)
+        if not is_shard(file, made_with):
+            cond = sd.encode_prompt([captions[i] for i in chosen])
+            z_T = sd.starting_noise(range(seed + first, seed + first + len(chosen)))
+            z_t, target, z_0 = teacher_trajectory(sd, cond, uncond.expand_as(cond), guidance, z_T, steps)
+            tensors = {"z_0": z_0, "z_t": z_t, "target": target} if keep_states else {"z_0": z_0}
+            # Half precision rounds by 1/2000 of a value: far below what any student misses, at half the disk.
+            tensors = {name: x.half().cpu().contiguous() for name, x in tensors.items()} | {"prompt": chosen}
+            with written_whole(file) as beside:
+                save_file(tensors, beside, {"made_with": made_with})
+        bar.update(len(chosen))
+    bar.close()
+    return States(files, sd.schedule.timesteps(steps))
+
+
+def is_shard(file: Path, made_with: str) -> bool:
+    """Whether the file is a whole shard; raises ValueError if it was made with other settings."""
+    if not file.exists():
+        return False
+    try:
+        with safe_open(file, "pt") as shard:
+            found = (shard.metadata() or {}).get("made_with")
+    except (SafetensorError, OSError):
+        return False  # damaged: make it again
+    if found != made_with:
+        raise ValueError(
+            f"{file} was generated with other settings ({found}): delete {file.parent}, or give --out another folder."
+        )
+    return True
+
+
+class States:
+    """Shards of trajectories, memory-mapped. ``len`` counts trajectories; ``timesteps`` are the S steps of each."""
+
+    def __init__(self, files: list[Path], timesteps: list[int]):
+        self.shards = [load_file(file) for file in files]
+        self.timesteps = torch.tensor(timesteps)
+        self.where = [(s, row) for s, shard in enumerate(self.shards) for row in range(len(shard["prompt"]))]
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def prompts(self, trajectories: Tensor) -> Tensor:
+        """The prompt's number of each trajectory, [B]."""
+        return torch.stack([self.shards[s]["prompt"][row] for s, row in self._rows(trajectories)])
+
+    def ends(self, trajectories: Tensor) -> Tensor:
+        """z_0 of each trajectory, [B, 4, h, w] float32."""
+        return torch.stack([self.shards[s]["z_0"][row] for s, row in self._rows(trajectories)]).float()
+
+    def states(self, trajectories: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The state z_t and guided prediction at the given step of each, [B, 4, h, w] float32, and t [B]."""
+        rows = list(zip(self._rows(trajectories), steps.tolist()))
+        z_t = torch.stack([self.shards[s]["z_t"][row, step] for (s, row), step in rows])
+        target = torch.stack([self.shards[s]["target"][row, step] for (s, row), step in rows])
+        return z_t.float(), target.float(), self.timesteps[steps]
+
+    def _rows(self, trajectories: Tensor) -> list[tuple[int, int]]:
+        return [self.where[i] for i in trajectories.tolist()]
+
+
+def batches(size: int, batch: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+    """Endless batches of indices below ``size``, shuffled anew each epoch; ``start`` skips the first ones.
+
+    The n-th batch depends on the arguments alone, so a resumed run sees the data it would have seen.
+    """
+    per_epoch = max(size // batch, 1)
+    epoch, first = divmod(start, per_epoch)
+    while True:
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed + epoch))
+        for i in range(first, per_epoch):
+            yield order[i * batch : (i + 1) * batch]
+        epoch, first = epoch + 1, 0

@@ -1,0 +1,28 @@
+"""Guidance distillation: the teacher calls the frozen UNet twice, the student calls the same UNet once, with its LoRA.
+
+"LoRA-Enhanced Distillation on Guided Diffusion Models", arXiv 2312.06899.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from minidistill.guidance import guided_noise
+from minidistill.lora import LoRAModel
+
+
+@torch.no_grad()
+def teacher(unet: LoRAModel, z_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
+    """eps_hat = eps_u + s (eps_c - eps_u), by two calls with the LoRA switched off. [B, 4, h, w] -> [B, 4, h, w]."""
+    return guided_noise(lambda *args: unet(*args, lora_enabled=False), z_t, t, cond, uncond, guidance)
+
+
+def student(unet: LoRAModel, z_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    """One call with the LoRA switched on. [B, 4, h, w]."""
+    return unet(z_t, t, cond, lora_enabled=True)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linearly up for ``warmup`` updates, then down half a cosine, reaching zero after ``steps``."""
+    return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))

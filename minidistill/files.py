@@ -1,0 +1,22 @@
+"""Files that are written whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Yield a name beside ``path`` to write to; rename it when the block ends well, remove it when it does not.
+
+    So ``path`` holds the old contents or the new, never half of them, whatever interrupts the writing.
+    """
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

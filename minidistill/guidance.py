@@ -1,0 +1,28 @@
+"""Classifier-free guidance ("Classifier-Free Diffusion Guidance", arXiv 2207.12598, eq. 6, as SD writes it)."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def guided_noise(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    z_t: Tensor,
+    t: Tensor,
+    cond: Tensor,
+    uncond: Tensor,
+    guidance: float,
+) -> Tensor:
+    """The teacher's prediction: two calls of ``model(z_t, t, context)`` on the same latents.
+
+    Args:
+        z_t: noisy latents [B, 4, h, w].  t: time steps [B].
+        cond, uncond: embeddings [B, L, D] of the prompts, and of the empty or negative prompt.
+        guidance: the scale s. 1 is no guidance at all.
+
+    Returns:
+        eps_hat (or v_hat: the formula is linear, and so are the two) [B, 4, h, w].
+    """
+    eps_cond = model(z_t, t, cond)
+    eps_uncond = model(z_t, t, uncond)
+    return eps_uncond + guidance * (eps_cond - eps_uncond)

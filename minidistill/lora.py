@@ -1,0 +1,208 @@
+"""Low-rank adaptation ("LoRA", arXiv 2106.09685): W stays frozen, and beside it two thin matrices learn.
+
+    y = W x + (alpha / rank) lora_up lora_down x                                                        (LoRA, eq. 3)
+
+Teacher and student share W: with the switch off a layer is the layer it was, with it on the second term is added.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Every linear and convolution of the UNet's attention and residual blocks.
+DEFAULT_TARGETS = ("*.attentions.*", "*.resnets.*")
+
+
+class Switch:
+    """Says whether the low-rank terms count. One object, shared by all LoRA layers of a model."""
+
+    def __init__(self) -> None:
+        self.enabled = False
+
+    @contextmanager
+    def set(self, enabled: bool) -> Iterator[None]:
+        before, self.enabled = self.enabled, enabled
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def call(self, enabled: bool, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        with self.set(enabled):
+            return function(*args)
+
+
+class LoRALayer(nn.Module):
+    """What LoRALinear and LoRAConv share: a frozen ``weight``, a low-rank pair, a scale and a switch."""
+
+    weight: nn.Parameter
+    lora_down: nn.Parameter
+    lora_up: nn.Parameter
+
+    def add_pair(self, down_shape: Sequence[int], up_shape: Sequence[int], alpha: float, switch: Switch) -> None:
+        """lora_down is Gaussian and lora_up zero, so that training starts from W itself (LoRA, section 4.1)."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        down = torch.empty(down_shape, dtype=dtype, device=self.weight.device)
+        self.lora_down = nn.Parameter(down.normal_(std=1 / math.sqrt(down[0].numel())))
+        self.lora_up = nn.Parameter(torch.zeros(up_shape, dtype=dtype, device=self.weight.device))
+        self.scale = alpha / down_shape[0]
+        self.switch = switch
+        self.merged = False
+
+    def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """lora_down and scale * lora_up in the dtype of the computation."""
+        return self.lora_down.to(dtype), (self.scale * self.lora_up).to(dtype)
+
+    @property
+    def counts(self) -> bool:
+        return self.switch.enabled and not self.merged
+
+    def delta(self) -> Tensor:
+        """scale * lora_up lora_down, in the shape of ``weight``."""
+        return (self.scale * self.lora_up.flatten(1) @ self.lora_down.flatten(1)).view_as(self.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Casts stop at float32 for the low-rank pair: small updates would be lost in anything narrower."""
+        pair = [x for p in (self.lora_down, self.lora_up) for x in (p, p.grad) if x is not None]
+
+        def apply(x: Tensor) -> Tensor:
+            y = fn(x)
+            wide = torch.promote_types(y.dtype, torch.float32)
+            return x.to(y.device, wide) if y.dtype != wide and any(x is own for own in pair) else y
+
+        return super()._apply(apply, recurse)
+
+
+class LoRALinear(LoRALayer, nn.Linear):
+    """``base`` with a low-rank pair: lora_down [rank, in], lora_up [out, rank]. [..., in] -> [..., out]."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, switch: Switch):
+        nn.Linear.__init__(self, base.in_features, base.out_features, bias=False, device="meta")
+        self.weight, self.bias = base.weight, base.bias  # the very same Parameters
+        self.add_pair((rank, self.in_features), (self.out_features, rank), alpha, switch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)  # W x
+        if not self.counts:
+            return y
+        down, up = self.pair(x.dtype)
+        return y + F.linear(F.linear(x, down), up)
+
+
+class LoRAConv(LoRALayer, nn.Conv2d):
+    """``base`` with a low-rank pair: lora_down [rank, in, k, k], lora_up [out, rank, 1, 1]."""
+
+    def __init__(self, base: nn.Conv2d, rank: int, alpha: float, switch: Switch):
+        shape = {name: getattr(base, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        nn.Conv2d.__init__(
+            self, base.in_channels, base.out_channels, base.kernel_size, **shape, bias=False, device="meta"
+        )
+        self.weight, self.bias = base.weight, base.bias  # the very same Parameters
+        down_shape = (rank, self.in_channels, *self.kernel_size)
+        self.add_pair(down_shape, (self.out_channels, rank, 1, 1), alpha, switch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)  # W * x
+        if not self.counts:
+            return y
+        down, up = self.pair(x.dtype)
+        return y + F.conv2d(self._conv_forward(x, down, None), up)  # the base's stride and padding
+
+
+class LoRAModel(nn.Module):
+    """A network whose call takes the flag: ``model(*args, lora_enabled=True)`` is the student, without it the teacher.
+
+    It shows the network's own parameters and children, so that their names stay; ``base`` is the network.
+    """
+
+    def __init__(self, base: nn.Module, switch: Switch):
+        super().__init__()
+        self.switch = switch
+        self.__dict__["base"] = base  # not registered as a child: that would put "base." before every name
+        self._parameters, self._buffers, self._modules = base._parameters, base._buffers, base._modules
+        if hasattr(base, "run_block"):
+            base.run_block = partial(_run_block, base.run_block, switch)
+
+    def forward(self, *args, lora_enabled: bool = False, **kwargs):
+        with self.switch.set(lora_enabled):
+            return self.base(*args, **kwargs)
+
+
+def _run_block(run_block: Callable[..., Tensor], switch: Switch, block: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """Bind the present switch to the block: a recomputation in the backward pass then sees that of its own forward."""
+    return run_block(partial(switch.call, switch.enabled, block), *args)
+
+
+def inject_lora(
+    model: nn.Module, rank: int = 16, alpha: float | None = None, targets: Sequence[str] = DEFAULT_TARGETS
+) -> LoRAModel:
+    """Put a low-rank pair beside the linear layers and convolutions of ``model``, in place; freeze everything else.
+
+    Args:
+        rank: of every pair.  alpha: the pair is scaled by alpha / rank; ``rank`` unless given.
+        targets: shell-style patterns for the layers' dotted names.
+
+    Raises:
+        ValueError: a rank below 1, a model that has LoRA already, patterns that match nothing, a grouped convolution.
+    """
+    if rank < 1:
+        raise ValueError(f"The rank of a LoRA is 1 or more, not {rank}.")
+    if any(isinstance(m, LoRALayer) for m in model.modules()):
+        raise ValueError("This model has LoRA layers already: load it afresh before giving it others.")
+    switch = Switch()
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and any(fnmatchcase(name, pattern) for pattern in targets)
+    }
+    if not layers:
+        raise ValueError(f"No linear layer or convolution of the model is named like {', '.join(targets)}.")
+    for name, layer in layers.items():
+        if getattr(layer, "groups", 1) != 1:
+            raise ValueError(
+                f"{name} is a grouped convolution, for which there is no LoRA here: leave it out of targets."
+            )
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        adapted = LoRALinear if isinstance(layer, nn.Linear) else LoRAConv
+        setattr(model.get_submodule(parent), child, adapted(layer, rank, alpha or rank, switch))
+    return LoRAModel(model, switch)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """The adapted layers by their dotted names."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALayer)}
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """lora_down and lora_up of every adapted layer: all that is trained."""
+    return [p for layer in lora_layers(model).values() for p in (layer.lora_down, layer.lora_up)]
+
+
+@torch.no_grad()
+def _add_to_weights(model: nn.Module, sign: int) -> None:
+    for layer in lora_layers(model).values():
+        if layer.merged != (sign > 0):
+            layer.weight.copy_(layer.weight + sign * layer.delta())  # summed in float32 or wider, then rounded once
+            layer.merged = sign > 0
+
+
+def merge_lora(model: nn.Module) -> None:
+    """W <- W + scale lora_up lora_down, in place: the student at the price of the plain network.
+
+    While merged, the switch has nothing left to add, and the teacher is not there until ``unmerge_lora``.
+    Merging twice is merging once.
+    """
+    _add_to_weights(model, +1)
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """W <- W - scale lora_up lora_down: the teacher's weights again, to rounding."""
+    _add_to_weights(model, -1)

@@ -1,0 +1,169 @@
+"""Stable Diffusion as one object: prompts in, pictures out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from minidistill import text
+from minidistill.checkpoint import CheckpointError, read_folder
+from minidistill.config import UNetConfig
+from minidistill.guidance import guided_noise
+from minidistill.schedule import Denoiser, Schedule, ddim_sample
+from minidistill.vae import VAE
+
+
+@dataclass
+class StableDiffusion:
+    """The parts of a model, and what is done with them together. ``unet`` may carry LoRA (see lora.py)."""
+
+    unet: nn.Module
+    vae: VAE
+    text_encoder: CLIPTextModel
+    schedule: Schedule
+    config: UNetConfig
+    folder: Path
+    tokenizer_folder: Path
+
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        """Read when a prompt is first encoded."""
+        # transformers 5 writes everything into one tokenizer.json.
+        if not any((self.tokenizer_folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+            raise CheckpointError(
+                f"{self.tokenizer_folder} holds no tokenizer (vocab.json, merges.txt): fetch it, or name another."
+            )
+        return CLIPTokenizer.from_pretrained(self.tokenizer_folder, local_files_only=True)
+
+    @property
+    def device(self) -> torch.device:
+        return self.vae.post_quant_conv.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vae.post_quant_conv.weight.dtype
+
+    def encode_prompt(self, prompts: list[str]) -> Tensor:
+        """Prompts -> embeddings [N, L, D]; warns of prompts longer than the context L."""
+        return self.encode_tokens(text.tokenize(self.tokenizer, prompts))
+
+    def encode_tokens(self, ids: Tensor) -> Tensor:
+        """Token ids [N, L] -> embeddings [N, L, D]."""
+        return text.encode_tokens(self.text_encoder, ids)
+
+    def starting_noise(self, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
+        """z_T [N, 4, h, w], each drawn on the CPU from its own seed: the same on every device, in every batch.
+
+        ``height`` and ``width`` are the picture's, in pixels; the size the model was trained on unless given.
+        Raises ValueError for a size that the networks cannot halve often enough.
+        """
+        factor = self.vae.config.factor
+        side = self.config.sample_size * factor
+        height, width = height or side, width or side
+        unit = factor * 2 ** (len(self.config.widths) - 1)
+        if height % unit or width % unit or min(height, width) < unit:
+            raise ValueError(f"Pictures of this model have sides that are multiples of {unit}, not {width}x{height}.")
+        shape = (self.config.in_channels, height // factor, width // factor)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(noise).to(self.device, self.dtype)
+
+    def denoiser(
+        self, cond: Tensor, uncond: Tensor | None = None, guidance: float = 1.0, lora_enabled: bool = False
+    ) -> Denoiser:
+        """``(z_t, t) -> eps`` for prompts embedded as ``cond`` [B, L, D].
+
+        The teacher, two calls of the UNet, if there is an ``uncond`` and ``guidance`` is not 1; else one call, which
+        with ``lora_enabled`` is the student.
+        """
+        if lora_enabled:
+            return lambda z_t, t: self.unet(z_t, t, cond, lora_enabled=True)
+        if uncond is None or guidance == 1:
+            return lambda z_t, t: self.unet(z_t, t, cond)
+        return lambda z_t, t: guided_noise(self.unet, z_t, t, cond, uncond, guidance)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        steps: int = 50,
+        guidance: float = 7.5,
+        seed: int = 0,
+        lora_enabled: bool = False,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        batch: int = 8,
+        eta: float = 0.0,
+        progress: bool = False,
+    ) -> list[Image.Image]:
+        """Draw a picture for each prompt; the i-th starts from the noise of ``seed + i``.
+
+        Args:
+            prompts: a list of them; a single string is one prompt.
+            steps: DDIM steps; each costs one call of the UNet, two with guidance.
+            guidance: the scale s; 1 is none. Without effect on the student, which has learned its own.
+            lora_enabled: draw with the student, in one call a step.
+            negative_prompt: what guidance leads away from.
+            height, width: in pixels; the size the model was trained on unless given.
+            batch: pictures drawn at once.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        noise = self.starting_noise(range(seed, seed + len(prompts)), height, width)
+        uncond = self.encode_prompt([negative_prompt])
+        pictures = []
+        bar = tqdm(total=-(-len(prompts) // batch) * steps, desc="sampling", unit="step", disable=not progress)
+        for first in range(0, len(prompts), batch):
+            cond = self.encode_prompt(prompts[first : first + batch])
+            model = self.denoiser(cond, uncond.expand(len(cond), -1, -1), guidance, lora_enabled)
+            z_T = noise[first : first + batch]
+            generator = torch.Generator().manual_seed(seed + first)
+            for z_t in ddim_sample(model, self.schedule, z_T, steps, eta, generator):
+                bar.update()
+            pictures += to_images(self.vae.decode(z_t))
+        bar.close()
+        return pictures
+
+
+def to_images(x: Tensor) -> list[Image.Image]:
+    """Pictures [B, 3, H, W] in [-1, 1] -> PIL images."""
+    levels = ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    prediction: str | None = None,
+    tokenizer: str | Path | None = None,
+) -> StableDiffusion:
+    """Load a Stable Diffusion 1.x or 2.x from a folder in the official layout.
+
+    Args:
+        dtype: of all weights; files of another are cast.
+        prediction: "eps" or "v", in place of what the folder's scheduler says.
+        tokenizer: a folder with vocab.json and merges.txt, in place of the model's own.
+
+    Raises:
+        CheckpointError: names the file, what is wrong with it and what to do.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no folder {folder}: name a Stable Diffusion folder in the official layout.")
+    parts = read_folder(folder, dtype, prediction)
+    return StableDiffusion(
+        unet=parts.unet.to(device),
+        vae=parts.vae.to(device),
+        text_encoder=parts.text_encoder.to(device),
+        schedule=Schedule.from_config(parts.schedule),
+        config=parts.unet.config,
+        folder=folder,
+        tokenizer_folder=Path(tokenizer or folder / "tokenizer"),
+    )

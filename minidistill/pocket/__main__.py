@@ -1,0 +1,83 @@
+"""Make the embedded model from scratch: ``python -m minidistill.pocket --out weights/pocket-emoji``.
+
+Draws the pictures, then trains a CLIP, a VAE and a UNet, as Stable Diffusion was made, and writes the official folder
+layout. Each stage resumes where it was stopped; a stage whose folder is there already is done.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from minidistill.config import POCKET_UNET, POCKET_VAE, ScheduleConfig
+from minidistill.pocket.autoencoder import encode_all, normalise_latents, psnr, train_vae
+from minidistill.pocket.clip import held_out_accuracy, save_clip, train_clip
+from minidistill.pocket.compositions import all_compositions, write_compositions
+from minidistill.pocket.denoiser import train_unet
+from minidistill.pocket.folder import MODEL_INDEX, write_json, write_scheduler, write_unet, write_vae
+from minidistill.pocket.pictures import render
+from minidistill.pocket.tokenizer import CONTEXT, write_tokenizer
+from minidistill.vae import VAE
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m minidistill.pocket", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("weights/pocket-emoji"), help="where the model goes")
+    parser.add_argument("--work", type=Path, default=Path("runs/pocket"), help="where unfinished stages are kept")
+    parser.add_argument("--font", help="path of NotoColorEmoji.ttf (found by itself on Debian)")
+    parser.add_argument("--renders", type=int, default=16, help="pictures of each composition (default: %(default)s)")
+    parser.add_argument("--vae-steps", type=int, default=9000, help="updates of the VAE (default: %(default)s)")
+    parser.add_argument("--unet-steps", type=int, default=5000, help="updates of the UNet (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    compositions = all_compositions()
+    write_compositions(args.out / "compositions.json")
+    write_scheduler(args.out / "scheduler", ScheduleConfig())
+    write_tokenizer([c.caption for c in compositions], args.out / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
+    pictures, index = render(compositions, args.renders, seed=0, font=args.font)
+    held_out = torch.tensor([c.held_out for c in compositions])[index]
+    trained, unseen = pictures[~held_out], pictures[held_out]
+
+    if not (args.out / "text_encoder").exists():
+        save_clip(train_clip(compositions, pictures, index, tokenizer), args.out)
+    clip = CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32)
+    accuracy = held_out_accuracy(clip, compositions, pictures, index, tokenizer)
+    print(f"CLIP: nearest of {len(compositions)} captions right for {accuracy:.1%} of the held-out pictures")
+
+    if not (args.out / "vae").exists():
+        vae = train_vae(POCKET_VAE, trained, args.work / "vae-state.pt", args.vae_steps)
+        normalise_latents(vae, encode_all(vae, trained[::8]))
+        write_vae(args.out / "vae", POCKET_VAE, pictures.shape[-1], vae.state_dict())
+    vae = VAE(POCKET_VAE).to(memory_format=torch.channels_last)
+    vae.load_state_dict(load_file(args.out / "vae/diffusion_pytorch_model.safetensors"))
+    print(f"VAE: {psnr(vae, unseen[::4]):.2f} dB on held-out pictures")
+
+    text_encoder = CLIPTextModel.from_pretrained(args.out / "text_encoder", dtype=torch.float32)
+    with torch.no_grad():
+        prompts = [c.caption for c in compositions] + [""]
+        ids = tokenizer(prompts, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
+        contexts = text_encoder(ids).last_hidden_state  # [M + 1, L, D]
+    unet = train_unet(
+        POCKET_UNET,
+        encode_all(vae, trained),
+        index[~held_out],
+        contexts[:-1],
+        contexts[-1],
+        args.work / "unet-state.pt",
+        args.unet_steps,
+    )
+    write_unet(args.out / "unet", POCKET_UNET, unet.state_dict())
+    write_json(args.out / "model_index.json", MODEL_INDEX)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Stage 2: the VAE, and latents of unit variance."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from minidistill.config import VAEConfig
+from minidistill.distill import learning_rate
+from minidistill.pocket.stage import Average, resume, save_state
+from minidistill.vae import VAE
+
+KL_WEIGHT = 1e-5  # keeps the latents near the origin; the pictures must come first
+
+
+def to_pixels(pictures: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] -> float in [-1, 1], channels last."""
+    return (pictures.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def train_vae(
+    config: VAEConfig,
+    pictures: Tensor,
+    state: Path,
+    steps: int,
+    batch: int = 4,
+    lr: float = 2e-3,
+    save_every: int = 500,
+) -> VAE:
+    """Train on uint8 pictures [N, 3, H, W]; returns the averaged weights. Resumes from ``state`` where that exists.
+
+    The loss is squared error (which the PSNR asked of it measures), a little absolute error for the edges, and the KL
+    divergence of the posterior from the unit Gaussian ("Auto-Encoding Variational Bayes", appendix B).
+    """
+    torch.manual_seed(0)
+    vae = VAE(config).to(memory_format=torch.channels_last)
+    average = Average(vae, 0.998)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    start = resume(state, vae, average, optimizer)
+    progress = tqdm(range(start, steps), initial=start, total=steps, desc="vae", unit="step", mininterval=1)
+    for step in progress:
+        x = to_pixels(pictures[torch.randint(len(pictures), (batch,))])
+        mean, log_variance = vae.posterior(x)
+        z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+        reconstruction = vae.decode(z * config.scaling_factor)
+        squared = F.mse_loss(reconstruction, x)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        loss = squared + 0.1 * F.l1_loss(reconstruction, x) + KL_WEIGHT * kl
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr, warmup=200)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        average.update(vae, step)
+        if step % 20 == 0:
+            progress.set_postfix(psnr=f"{-10 * torch.log10(squared.detach() / 4):.2f}", kl=f"{kl.item():.0f}")
+        if (step + 1) % save_every == 0:
+            save_state(state, step + 1, vae, average, optimizer)
+    return average.model
+
+
+@torch.no_grad()
+def encode_all(vae: VAE, pictures: Tensor, batch: int = 64) -> Tensor:
+    """The scaled latents [N, 4, h, w] of uint8 pictures [N, 3, H, W]."""
+    batches = tqdm(pictures.split(batch), desc="latents", unit="batch")
+    return torch.cat([vae.encode(to_pixels(some)) for some in batches])
+
+
+@torch.no_grad()
+def normalise_latents(vae: VAE, latents: Tensor) -> None:
+    """Give every latent channel mean 0 and variance 1, by folding the shift and scale into the VAE's 1x1 convolutions.
+
+    One scaling factor, as Stable Diffusion has, would leave the channels' spreads as uneven as training made them.
+    ``latents`` [N, 4, h, w] are the VAE's own, with a scaling factor of 1.
+    """
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    channels = len(mean)
+    after, before = vae.quant_conv, vae.post_quant_conv
+    after.weight[:channels] /= std[:, None, None, None]
+    after.bias[:channels] = (after.bias[:channels] - mean) / std
+    after.bias[channels:] -= 2 * std.log()
+    before.bias += (before.weight[:, :, 0, 0] * mean).sum(1)
+    before.weight *= std[None, :, None, None]
+
+
+@torch.no_grad()
+def psnr(vae: VAE, pictures: Tensor, batch: int = 64) -> float:
+    """The mean PSNR in dB of the reconstructions of uint8 pictures [N, 3, H, W]."""
+    ratios = []
+    for some in pictures.split(batch):
+        x = to_pixels(some)
+        error = (vae.decode(vae.encode(x)).clamp(-1, 1) - x).square().mean((1, 2, 3))
+        ratios.append(-10 * torch.log10(error / 4))
+    return torch.cat(ratios).mean().item()

@@ -1,0 +1,74 @@
+"""Stage 3: the latent UNet, with captions dropped now and then so that it can be guided."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minidistill.config import ScheduleConfig, UNetConfig
+from minidistill.distill import learning_rate
+from minidistill.pocket.stage import Average, resume, save_state
+from minidistill.schedule import Schedule, add_noise
+from minidistill.unet import UNet
+
+CAPTION_DROPOUT = 0.1  # "Classifier-Free Diffusion Guidance", section 3.2
+MIN_SNR = 5.0
+
+
+def min_snr_weight(schedule: Schedule, t: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1, 1]: min(SNR, 5) / SNR on the eps loss ("Min-SNR Weighting", arXiv 2303.09556, eq. 6).
+
+    Steps of little noise are many, easy and alike; unweighted, they would take most of the gradient.
+    """
+    alpha_bar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+    snr = alpha_bar / (1 - alpha_bar)
+    return snr.clamp(max=MIN_SNR) / snr
+
+
+def train_unet(
+    config: UNetConfig,
+    latents: Tensor,
+    captions: Tensor,
+    contexts: Tensor,
+    empty: Tensor,
+    state: Path,
+    steps: int,
+    batch: int = 32,
+    lr: float = 1e-3,
+    save_every: int = 500,
+) -> UNet:
+    """Train eps-prediction on cached latents; returns the averaged weights. Resumes from ``state`` where that exists.
+
+    Args:
+        latents: [N, 4, h, w].  captions: [N] int64, the row of ``contexts`` that describes each.
+        contexts: [M, L, D] caption embeddings.  empty: [L, D], that of the empty prompt.
+    """
+    torch.manual_seed(0)
+    schedule = Schedule.from_config(ScheduleConfig())
+    unet = UNet(config).to(memory_format=torch.channels_last)
+    average = Average(unet, 0.998)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
+    start = resume(state, unet, average, optimizer)
+    progress = tqdm(range(start, steps), initial=start, total=steps, desc="unet", unit="step", mininterval=1)
+    for step in progress:
+        some = torch.randint(len(latents), (batch,))
+        z_0 = latents[some].contiguous(memory_format=torch.channels_last)
+        t = torch.randint(schedule.train_steps, (batch,))
+        noise = torch.randn_like(z_0)
+        dropped = torch.rand(batch, 1, 1) < CAPTION_DROPOUT
+        context = torch.where(dropped, empty, contexts[captions[some]])
+        eps = unet(add_noise(schedule, z_0, noise, t), t, context)
+        loss = (min_snr_weight(schedule, t) * (eps - noise).square()).mean()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr, warmup=200)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        average.update(unet, step)
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.4f}")
+        if (step + 1) % save_every == 0:
+            save_state(state, step + 1, unet, average, optimizer)
+    return average.model

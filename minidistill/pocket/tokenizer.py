@@ -1,0 +1,72 @@
+"""The vocabulary: a byte-level BPE in CLIP's file format in which every word of every caption is one token."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+CONTEXT = 16  # tokens to a prompt, start and end included
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def byte_symbols() -> list[str]:
+    """One printable character for each of the 256 bytes, in the order of GPT-2's and CLIP's vocabularies.
+
+    Printable bytes stand for themselves and come first; the others borrow the characters from 256 on.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+
+
+def merge_pair(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    """Join every occurrence of the pair, from the left: (l, e, m, o, n</w>), (e, m) -> (l, em, o, n</w>)."""
+    merged: list[str] = []
+    i = 0
+    while i < len(pieces):
+        step = 2 if pieces[i : i + 2] == pair else 1
+        merged.append("".join(pieces[i : i + step]))
+        i += step
+    return tuple(merged)
+
+
+def learn_merges(words: set[str]) -> list[tuple[str, str]]:
+    """Byte-pair encoding of plain ASCII words, until each word is one piece: the most frequent pair first."""
+    pieces = {word: (*word[:-1], word[-1] + "</w>") for word in sorted(words)}
+    merges = []
+    while any(len(p) > 1 for p in pieces.values()):
+        counts = Counter(pair for p in pieces.values() for pair in zip(p, p[1:]))
+        pair = max(counts, key=lambda pair: (counts[pair], pair))
+        pieces = {word: merge_pair(p, pair) for word, p in pieces.items()}
+        merges.append(pair)
+    return merges
+
+
+def write_tokenizer(captions: list[str], folder: str | Path) -> int:
+    """Write the files that transformers' CLIPTokenizer reads; returns the number of tokens.
+
+    As in CLIP: 256 bytes, the same 256 at the end of a word, the merges, then the two special tokens. Padding is the
+    end token, as in Stable Diffusion 1.x. Captions are lower-case words of ASCII letters between single blanks.
+    """
+    merges = learn_merges({word for caption in captions for word in caption.split()})
+    symbols = byte_symbols()
+    tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges), START, END]
+    special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
+    files = {
+        "vocab.json": {token: i for i, token in enumerate(tokens)},
+        "special_tokens_map.json": special,
+        "tokenizer_config.json": {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": CONTEXT,
+            "do_lower_case": True,
+            "add_prefix_space": False,
+            "errors": "replace",
+            **special,
+        },
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        text = json.dumps(content, ensure_ascii=False, indent=None if name == "vocab.json" else 2)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(tokens)

@@ -1,0 +1,32 @@
+"""Command lines from dataclasses: each field is a flag, with its default and help in one place."""
+
+import argparse
+from dataclasses import field, fields
+from typing import Any, TypeVar
+
+Settings = TypeVar("Settings")
+
+
+def setting(default: Any, help: str, group: str = "options", **how: Any) -> Any:
+    """A dataclass field that is a flag. ``how`` goes to argparse (``type``, ``choices``, ``nargs``, ``metavar``)."""
+    return field(default=default, metadata={"help": help, "group": group, **how})
+
+
+def parse(settings: type[Settings], description: str, argv: list[str] | None = None) -> Settings:
+    """Read the command line into a ``settings`` dataclass. A default of ``...`` makes it positional."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups: dict[str, Any] = {}
+    for f in fields(settings):
+        how = dict(f.metadata)
+        name = how.pop("group")
+        group = groups.setdefault(name, parser.add_argument_group(name))
+        if f.default is ...:
+            group.add_argument(f.name, **how)
+            continue
+        if isinstance(f.default, bool):
+            how["action"] = "store_true"
+        elif f.default is not None:
+            how["type"] = type(f.default)
+            how["help"] += " (default: %(default)s)"
+        group.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how)
+    return settings(**vars(parser.parse_args(argv)))

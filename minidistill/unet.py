@@ -1,0 +1,227 @@
+"""The denoiser of Stable Diffusion 1.x and 2.x: a UNet of residual and cross-attention blocks, written out.
+
+Modules carry the names of the folder layout that the official checkpoints are published in, so those load strictly.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minidistill.blocks import ResnetBlock, Upsample, attention, to_picture, to_tokens
+from minidistill.config import UNetConfig
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """[B] -> [B, width]: cosines, then sines, of t at ``width / 2`` frequencies from 1 to 1/10000 (DDPM, appendix B).
+
+    In float32 whatever the model's dtype, as Stable Diffusion was trained.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies  # [B, width / 2]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepMLP(nn.Module):
+    def __init__(self, width: int, out_width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(width, out_width)
+        self.linear_2 = nn.Linear(out_width, out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class Attention(nn.Module):
+    """Tokens attend to ``context``, or to themselves. [B, L, C], [B, L', D] -> [B, L, C]."""
+
+    def __init__(self, width: int, context_width: int, heads: int, upcast: bool):
+        super().__init__()
+        self.heads, self.upcast = heads, upcast
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_width, width, bias=False)
+        self.to_v = nn.Linear(context_width, width, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        if self.upcast:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return self.to_out(attention(q.to(wide), k.to(wide), v.to(wide), self.heads).to(x.dtype))
+        return self.to_out(attention(q, k, v, self.heads))
+
+
+class GEGLU(nn.Module):
+    """x -> a * gelu(b), where a and b are the halves of one projection ("GLU Variants Improve Transformer", eq. 6)."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        # The middle place held a dropout in training; it keeps the published name of the last layer, net.2.
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the prompt, feed-forward; each normalised before and added after."""
+
+    def __init__(self, width: int, context_width: int, heads: int, upcast: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, width, heads, upcast)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, context_width, heads, upcast)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """The latents' pixels as tokens through ``depth`` transformer blocks. [B, C, H, W], [B, L, D] -> [B, C, H, W]."""
+
+    def __init__(self, width: int, heads: int, depth: int, config: UNetConfig):
+        super().__init__()
+        self.linear_projection = config.linear_projection
+        projection = nn.Linear if config.linear_projection else lambda i, o: nn.Conv2d(i, o, kernel_size=1)
+        self.norm = nn.GroupNorm(config.groups, width, eps=1e-6)
+        self.proj_in = projection(width, width)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(width, config.context_width, heads, config.upcast_attention) for _ in range(depth)
+        )
+        self.proj_out = projection(width, width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        h = self.norm(x)
+        tokens = self.proj_in(to_tokens(h)) if self.linear_projection else to_tokens(self.proj_in(h))  # [B, H*W, C]
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        if self.linear_projection:
+            return x + to_picture(self.proj_out(tokens), like=x)
+        return x + self.proj_out(to_picture(tokens, like=x))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, each followed by a transformer where ``depth`` is not 0, then a change of size.
+
+    ``in_channels`` lists what goes into each residual block.
+    """
+
+    def __init__(self, in_channels: list[int], width: int, heads: int, depth: int, config: UNetConfig):
+        super().__init__()
+        time_width = 4 * config.widths[0]
+        self.resnets = nn.ModuleList(ResnetBlock(c, width, config.groups, 1e-5, time_width) for c in in_channels)
+        if depth:
+            self.attentions = nn.ModuleList(SpatialTransformer(width, heads, depth, config) for _ in in_channels)
+        self.attends = depth > 0
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or v) in noisy latents, given the time step and the prompt.
+
+    Args:
+        config: widths, depths and heads; see :class:`minidistill.config.UNetConfig`.
+
+    Attributes:
+        checkpoint_blocks: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = False
+        widths, n = config.widths, config.layers
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepMLP(widths[0], 4 * widths[0])
+
+        self.down_blocks = nn.ModuleList()
+        skips = [widths[0]]  # the widths of what the way up will be handed
+        for i, width in enumerate(widths):
+            level = Level([skips[-1]] + [width] * (n - 1), width, config.heads[i], config.depth[i], config)
+            skips += [width] * n
+            if i < len(widths) - 1:
+                level.downsamplers = nn.ModuleList([Downsample(width)])
+                skips.append(width)
+            self.down_blocks.append(level)
+
+        self.mid_block = Level([widths[-1]] * 2, widths[-1], config.heads[-1], 0, config)
+        self.mid_block.attentions = nn.ModuleList(
+            [SpatialTransformer(widths[-1], config.heads[-1], config.mid_depth, config)]
+        )
+
+        self.up_blocks = nn.ModuleList()
+        below = widths[-1]
+        for i, width in reversed(list(enumerate(widths))):
+            in_channels = [c + skips.pop() for c in [below] + [width] * n]
+            level = Level(in_channels, width, config.heads[i], config.depth[i], config)
+            if i > 0:
+                level.upsamplers = nn.ModuleList([Upsample(width)])
+            self.up_blocks.append(level)
+            below = width
+
+        self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def run_block(self, block: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        """Call one residual block or transformer. The only place that knows of activation checkpointing."""
+        if self.checkpoint_blocks and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def run_layer(self, level: Level, i: int, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        x = self.run_block(level.resnets[i], x, emb)
+        return self.run_block(level.attentions[i], x, context) if level.attends else x
+
+    def forward(self, z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """[B, 4, H, W] noisy latents, [B] int64 time steps, [B, L, D] prompt embeddings -> [B, 4, H, W] eps or v."""
+        emb = self.time_embedding(timestep_embedding(t, self.config.widths[0]).to(z_t.dtype))  # [B, 4 * widths[0]]
+        x = self.conv_in(z_t)
+        skips = [x]
+        for level in self.down_blocks:
+            for i in range(len(level.resnets)):
+                x = self.run_layer(level, i, x, emb, context)
+                skips.append(x)
+            if hasattr(level, "downsamplers"):
+                x = level.downsamplers[0](x)  # [B, C, H/2, W/2]
+                skips.append(x)
+
+        first, last = self.mid_block.resnets
+        x = self.run_block(first, x, emb)
+        x = self.run_block(self.mid_block.attentions[0], x, context)
+        x = self.run_block(last, x, emb)
+
+        for level in self.up_blocks:
+            for i in range(len(level.resnets)):
+                x = torch.cat([x, skips.pop()], dim=1)
+                x = self.run_layer(level, i, x, emb, context)
+            if hasattr(level, "upsamplers"):
+                x = level.upsamplers[0](x)  # [B, C, 2H, 2W]
+        return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -1,0 +1,83 @@
+"""Draw pictures with Stable Diffusion: guided, two UNet calls a step; or with a distilled LoRA, one call a step.
+
+python sample.py "a rocket on a purple background" --compare
+python sample.py "a red apple" "a green pear" --model FOLDER --lora runs/NAME/lora.safetensors
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from minidistill import CheckpointError, load, load_lora, merge_lora
+from minidistill.evaluate import comparison_grid, draw
+from minidistill.export import read_lora
+from minidistill.files import written_whole
+from minidistill.settings import parse, setting
+
+SHIPPED_LORA = "guidance-lora.safetensors"  # beside the model that ships
+
+
+@dataclass
+class Settings:
+    prompt: list[str] = setting(..., "what to draw: a picture for each", "what", nargs="+")
+    negative_prompt: str = setting("", "what guidance leads away from", "what")
+    seed: int = setting(0, "of the first picture's noise; the next has the next", "what")
+    out: Path = setting(Path("samples"), "folder for the pictures, or one .png file", "what")
+    compare: bool = setting(False, "teacher beside student, same seeds, with what each cost", "what")
+    model: Path = setting(Path("weights/pocket-emoji"), "Stable Diffusion folder in the official layout", "model")
+    lora: Path = setting(None, "a distilled LoRA (--compare: default is the one beside the model)", "model", type=Path)
+    guidance: float = setting(None, "guidance scale (default: 5, or with --compare the LoRA's own)", "how", type=float)
+    steps: int = setting(25, "DDIM steps", "how")
+    batch: int = setting(8, "pictures drawn at once", "how")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute", "how")
+    dtype: str = setting("float32", "of the weights", "how", choices=("float32", "bfloat16", "float16"))
+
+
+def main() -> None:
+    args = parse(Settings, __doc__)
+    one_file = args.out.suffix == ".png"
+    if one_file and len(args.prompt) > 1 and not args.compare:
+        raise ValueError(f"--out {args.out} is one file for {len(args.prompt)} pictures: name a folder.")
+    lora = args.lora or (args.model / SHIPPED_LORA if args.compare else None)
+    if lora and not args.compare and (args.guidance is not None or args.negative_prompt):
+        raise ValueError(
+            "--guidance and --negative-prompt are the teacher's; a LoRA has learned its own: leave them out."
+        )
+    learned = read_lora(lora).metadata if lora else {}
+    guidance = args.guidance if args.guidance is not None else float(learned.get("guidance", 5.0))
+    negative_prompt = args.negative_prompt or learned.get("negative_prompt", "")
+
+    sd = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+    options = dict(steps=args.steps, guidance=guidance, negative_prompt=negative_prompt)
+    options |= dict(seed=args.seed, batch=args.batch, progress=True)
+    if lora is None:
+        pictures = draw(sd, "teacher", args.prompt, **options).images
+    else:
+        sd.unet = load_lora(sd.unet, lora)
+        rows = [draw(sd, "teacher", args.prompt, **options)] if args.compare else []
+        merge_lora(sd.unet)
+        rows.append(draw(sd, "student", args.prompt, **options))
+        pictures = [comparison_grid(rows, args.prompt)] if args.compare else rows[0].images
+
+    for i, (picture, prompt) in enumerate(zip(pictures, args.prompt)):
+        name = (
+            f"{'compare-' if args.compare else ''}{args.seed + i}-{re.sub('[^a-z0-9]+', '-', prompt.lower())[:60]}.png"
+        )
+        save(picture, args.out if one_file else args.out / name)
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    with written_whole(path) as beside:
+        picture.save(beside, "png")
+    print(f"Wrote {path}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CheckpointError, ValueError, OSError) as error:
+        sys.exit(f"sample.py: {error}")

@@ -1,0 +1,163 @@
+"""Distil a guided teacher, two UNet calls a step, into a LoRA student that needs one.
+
+  python train.py                                  the model that ships here, in minutes on a laptop
+  python train.py --model FOLDER --dtype bfloat16  your own Stable Diffusion 1.x or 2.x, on a GPU
+
+Teacher and student are one network: the student is what it becomes with the LoRA switched on.
+"""
+
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from minidistill import CheckpointError, data, inject_lora, load, save_lora
+from minidistill.distill import learning_rate, student, teacher
+from minidistill.evaluate import comparison_grid, draw
+from minidistill.files import written_whole
+from minidistill.lora import lora_parameters
+from minidistill.report import write_report
+from minidistill.run import checkpoint_files, resume, save_checkpoint, stop_signals
+from minidistill.schedule import add_noise
+from minidistill.settings import parse, setting
+
+EVALUATED = 64  # held-out prompts in the report
+SHOWN = 8  # and in the pictures drawn on the way
+
+
+@dataclass
+class Settings:
+    model: Path = setting(Path("weights/pocket-emoji"), "Stable Diffusion folder in the official layout", "model")
+    prompts: Path = setting(
+        None, "text file, one prompt a line (default: the model's own, or ours)", "model", type=Path
+    )
+    out: Path = setting(None, "folder of this run (default: runs/<name of the model>)", "model", type=Path)
+    guidance: float = setting(5.0, "the teacher's guidance scale, which the student learns", "teacher")
+    negative_prompt: str = setting("", "what guidance leads away from, which the student learns too", "teacher")
+    sample_steps: int = setting(25, "DDIM steps of a trajectory", "teacher")
+    trajectories: int = setting(256, "how many pictures the teacher draws to learn from", "teacher")
+    method: str = setting(
+        "trajectories",
+        "learn from the teacher's stored trajectories, or from its pictures noised afresh, teacher in the loop",
+        "student",
+        choices=("trajectories", "noised"),
+    )
+    rank: int = setting(16, "rank of the LoRA", "student")
+    alpha: float = setting(None, "the LoRA is scaled by alpha / rank (default: 1)", "student", type=float)
+    steps: int = setting(400, "updates of the LoRA", "student")
+    batch: int = setting(16, "examples an update; pictures drawn at once", "student")
+    lr: float = setting(None, "peak learning rate (default: 0.128 / the UNet's first width)", "student", type=float)
+    seed: int = setting(0, "of everything random", "run")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute", "run")
+    dtype: str = setting("float32", "of the frozen weights", "run", choices=("float32", "bfloat16", "float16"))
+    save_every: int = setting(100, "updates from a checkpoint and its pictures to the next", "run")
+    resume: bool = setting(False, "go on from the last checkpoint in --out, if there is one", "run")
+    no_report: bool = setting(False, "only the LoRA: no evaluation, no pictures", "run")
+
+
+def main() -> None:
+    args = parse(Settings, __doc__)
+    name = args.model.resolve().name
+    out = args.out or Path("runs") / name
+    checkpoints = checkpoint_files(out)
+    if (checkpoints or (out / "lora.safetensors").exists()) and not args.resume:
+        raise ValueError(f"{out} holds a run already: add --resume to go on with it, or name another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+
+    # One network: the teacher, and beside some of its layers the low-rank pairs that make it the student.
+    sd = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+    captions, held_out = data.prompt_split(args.model, args.prompts)
+    torch.manual_seed(args.seed)
+    sd.unet = unet = inject_lora(sd.unet, args.rank, args.alpha)
+    trainable = lora_parameters(unet)
+    frozen = sum(p.numel() for p in unet.parameters() if not p.requires_grad)
+    print(f"{name}: {frozen:,} frozen parameters, and {sum(p.numel() for p in trainable):,} of the LoRA to train.")
+
+    # The teacher draws its own pictures; the student learns from them, and from the way to them.
+    states = data.generate(
+        sd,
+        captions,
+        out / "states",
+        count=args.trajectories,
+        steps=args.sample_steps,
+        guidance=args.guidance,
+        negative_prompt=args.negative_prompt,
+        seed=args.seed,
+        batch=args.batch,
+        keep_states=args.method == "trajectories",
+    )
+    embeddings = torch.cat([sd.encode_prompt(captions[i : i + 256]) for i in range(0, len(captions), 256)])  # [P, L, D]
+    uncond = sd.encode_prompt([args.negative_prompt])  # [1, L, D]
+
+    # Adam's steps are of one size whatever the width; what they add up to over a layer's inputs is not.
+    peak = args.lr or 0.128 / sd.config.widths[0]
+    optimizer = torch.optim.AdamW(trainable, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
+    fixed = {
+        k: str(v) for k, v in asdict(args).items() if k not in ("out", "resume", "no_report", "save_every", "device")
+    }
+    losses = resume(checkpoints[-1], unet, optimizer, fixed) if checkpoints else []
+    examples = len(states) * (args.sample_steps if args.method == "trajectories" else 1)
+    order = data.batches(examples, args.batch, args.seed, start=len(losses))
+    progress = tqdm(initial=len(losses), total=args.steps, desc="distilling", unit="step")
+    with stop_signals() as stop:
+        for step in range(len(losses), args.steps):
+            chosen = next(order)
+            if args.method == "trajectories":  # every state comes with the prediction the teacher made there
+                trajectory = chosen // args.sample_steps
+                z_t, eps_hat, t = (x.to(sd.device) for x in states.states(trajectory, chosen % args.sample_steps))
+                cond = embeddings[states.prompts(trajectory)]
+            else:  # noise the teacher's picture, and ask the teacher: two calls of the frozen UNet
+                dice = torch.Generator().manual_seed(args.seed + step)
+                t = torch.randint(sd.schedule.train_steps, chosen.shape, generator=dice)
+                z_0 = states.ends(chosen)
+                z_t = add_noise(sd.schedule, z_0, torch.randn(z_0.shape, generator=dice), t).to(sd.device)
+                t, cond = t.to(sd.device), embeddings[states.prompts(chosen)]
+                eps_hat = teacher(unet, z_t.to(sd.dtype), t, cond, uncond.expand_as(cond), args.guidance)
+            eps = student(unet, z_t.to(sd.dtype), t, cond)  # one call of the same UNet
+
+            # Unweighted over t: on trajectories this is the very noise error that is asked of the student.
+            loss = F.mse_loss(eps.float(), eps_hat.float())
+            if not math.isfinite(loss.item()):
+                raise ValueError(
+                    f"The loss is {loss.item()} at update {step + 1}. Lower --lr (it is {peak:g}) in a new --out."
+                )
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.steps, peak, warmup=max(args.steps // 10, 1))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            optimizer.step()
+
+            losses.append(loss.item())
+            progress.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.5f}", refresh=False)
+            progress.update()
+            if stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                save_checkpoint(out, unet, optimizer, losses, fixed)
+                if not args.no_report and not stop:
+                    drawn = draw(sd, "student", held_out[:SHOWN], steps=args.sample_steps, guidance=args.guidance)
+                    with written_whole(out / f"pictures/step-{step + 1:06d}.png") as beside:
+                        comparison_grid([drawn], held_out[:SHOWN]).save(beside, "png")
+            if stop:
+                progress.close()
+                sys.exit(f"Saved after {step + 1} of {args.steps} updates. The same command with --resume goes on.")
+    progress.close()
+
+    metadata = dict(base=name, guidance=f"{args.guidance:g}", negative_prompt=args.negative_prompt, method=args.method)
+    save_lora(unet, out / "lora.safetensors", metadata)
+    print(f"Wrote {out / 'lora.safetensors'}")
+    if not args.no_report:
+        options = dict(guidance=args.guidance, steps=args.sample_steps, negative_prompt=args.negative_prompt)
+        write_report(sd, out, held_out[:EVALUATED], losses, **options)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CheckpointError, ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped. The same command with --resume goes on.")
