@@ -61,7 +61,7 @@ def main() -> None:
         rows = [draw(sd, "teacher", args.prompt, **options)] if args.compare else []
         merge_lora(sd.unet)
         rows.append(draw(sd, "student", args.prompt, **options))
-        pictures = [comparison_grid(rows, args.prompt)] if args.compare else rows[0].images
+        pictures = [comparison_grid(rows, args.prompt, columns=len(args.prompt))] if args.compare else rows[0].images
 
     for i, (picture, prompt) in enumerate(zip(pictures, args.prompt)):
         name = (

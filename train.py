@@ -25,7 +25,7 @@ from minidistill.run import checkpoint_files, resume, save_checkpoint, stop_sign
 from minidistill.schedule import add_noise
 from minidistill.settings import parse, setting
 
-EVALUATED = 64  # held-out prompts in the report
+EVALUATED = 24  # held-out prompts in the report
 SHOWN = 8  # and in the pictures drawn on the way
 
 
@@ -71,6 +71,7 @@ def main() -> None:
     # One network: the teacher, and beside some of its layers the low-rank pairs that make it the student.
     sd = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     captions, held_out = data.prompt_split(args.model, args.prompts)
+    shown = data.spread(held_out, SHOWN)
     torch.manual_seed(args.seed)
     sd.unet = unet = inject_lora(sd.unet, args.rank, args.alpha)
     trainable = lora_parameters(unet)
@@ -138,9 +139,9 @@ def main() -> None:
             if stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 save_checkpoint(out, unet, optimizer, losses, fixed)
                 if not args.no_report and not stop:
-                    drawn = draw(sd, "student", held_out[:SHOWN], steps=args.sample_steps, guidance=args.guidance)
+                    drawn = draw(sd, "student", shown, steps=args.sample_steps, guidance=args.guidance)
                     with written_whole(out / f"pictures/step-{step + 1:06d}.png") as beside:
-                        comparison_grid([drawn], held_out[:SHOWN]).save(beside, "png")
+                        comparison_grid([drawn], shown).save(beside, "png")
             if stop:
                 progress.close()
                 sys.exit(f"Saved after {step + 1} of {args.steps} updates. The same command with --resume goes on.")
@@ -151,7 +152,7 @@ def main() -> None:
     print(f"Wrote {out / 'lora.safetensors'}")
     if not args.no_report:
         options = dict(guidance=args.guidance, steps=args.sample_steps, negative_prompt=args.negative_prompt)
-        write_report(sd, out, held_out[:EVALUATED], losses, **options)
+        write_report(sd, out, data.spread(held_out, EVALUATED), losses, **options)
 
 
 if __name__ == "__main__":

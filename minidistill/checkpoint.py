@@ -118,10 +118,12 @@ def read_json(file: Path) -> dict:
 UNET_FIXED = {
     "act_fn": "silu",
     "addition_embed_type": None,
+    "attention_type": "default",
     "class_embed_type": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
     "cross_attention_norm": None,
+    "downsample_padding": 1,
     "dual_cross_attention": False,
     "encoder_hid_dim": None,
     "encoder_hid_dim_type": None,
@@ -138,7 +140,17 @@ UNET_FIXED = {
     "time_cond_proj_dim": None,
     "time_embedding_type": "positional",
 }
-VAE_FIXED = {"act_fn": "silu", "in_channels": 3, "out_channels": 3}
+VAE_FIXED = {
+    "act_fn": "silu",
+    "in_channels": 3,
+    "latents_mean": None,
+    "latents_std": None,
+    "out_channels": 3,
+    "shift_factor": None,
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
+SCHEDULE_FIXED = {"rescale_betas_zero_snr": False, "trained_betas": None}
 
 
 def refuse_others(found: dict, fixed: dict, file: Path) -> None:
@@ -199,6 +211,7 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
 def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
     """Betas, parameterisation, offset; whichever sampler the file names. What it leaves out is as SD was trained."""
     found = read_json(file)
+    refuse_others(found, SCHEDULE_FIXED, file)
     published = found.get("prediction_type", "epsilon")
     if published not in PREDICTIONS:
         raise CheckpointError(f'{file}: prediction_type is "{published}"; known are {", ".join(PREDICTIONS)}.')

@@ -8,8 +8,9 @@ of shards serves both ways to learn: from the states as they are (no teacher in 
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,8 @@ from minidistill.files import written_whole
 from minidistill.pipeline import StableDiffusion
 from minidistill.prompts import prompts, read_prompts
 from minidistill.schedule import ddim_sample
+
+T = TypeVar("T")
 
 
 def prompt_split(model_folder: Path, file: Path | None = None) -> tuple[list[str], list[str]]:
@@ -36,6 +39,11 @@ def prompt_split(model_folder: Path, file: Path | None = None) -> tuple[list[str
     everything = read_prompts(file) if file else prompts()
     held_out = everything[::10]
     return [p for i, p in enumerate(everything) if i % 10] or held_out, held_out
+
+
+def spread(items: Sequence[T], count: int) -> Sequence[T]:
+    """At most ``count`` of the items, evenly spread over them: neighbours in a list of prompts are alike."""
+    return items[:: max(len(items) // count, 1)][:count]
 
 
 def teacher_trajectory(

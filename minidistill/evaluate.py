@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
 
-from minidistill.data import teacher_trajectory
+from minidistill.data import spread, teacher_trajectory
 from minidistill.pipeline import StableDiffusion
 
 EVALUATION_SEED = 1_000_000  # the noise of evaluation lies apart from that of training
@@ -125,22 +125,26 @@ def draw(sd: StableDiffusion, method: str, prompts: Sequence[str], *, steps: int
     return Drawn(method, images, steps * (2 if method == "teacher" else 1), seconds)
 
 
-def comparison_grid(rows: Sequence[Drawn], prompts: Sequence[str], side: int = 128) -> Image.Image:
-    """One picture: a row a method with its cost at the left, a column a prompt with its text above."""
+def comparison_grid(rows: Sequence[Drawn], prompts: Sequence[str], columns: int = 8, side: int = 128) -> Image.Image:
+    """One picture: a row a method with its cost at the left, a column a prompt with its text above.
+
+    ``columns`` of the prompts are shown, evenly spread over them.
+    """
+    chosen = spread(range(len(prompts)), columns)
     font, small = ImageFont.load_default(13), ImageFont.load_default(11)
     left, top, gap = 128, 52, 6
-    size = (left + len(prompts) * (side + gap), top + len(rows) * (side + gap))
+    size = (left + len(chosen) * (side + gap), top + len(rows) * (side + gap))
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-    for column, prompt in enumerate(prompts):
-        text = "\n".join(textwrap.wrap(prompt, side // 6, max_lines=3, placeholder=" ..."))
+    for column, i in enumerate(chosen):
+        text = "\n".join(textwrap.wrap(prompts[i], side // 6, max_lines=3, placeholder=" ..."))
         pen.multiline_text((left + column * (side + gap), 4), text, "black", font=small, spacing=2)
     for row, drawn in enumerate(rows):
         y = top + row * (side + gap)
         cost = f"{drawn.unet_calls} UNet calls\n{drawn.seconds:.2f} s a picture"
         pen.text((6, y + side // 3), drawn.method, "black", font=font)
         pen.multiline_text((6, y + side // 3 + 18), cost, "dimgray", font=small, spacing=2)
-        for column, image in enumerate(drawn.images[: len(prompts)]):
-            shown = image.resize((side, side), Image.Resampling.BICUBIC)
+        for column, i in enumerate(chosen):
+            shown = drawn.images[i].resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(shown, (left + column * (side + gap), y))
     return sheet

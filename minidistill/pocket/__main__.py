@@ -13,7 +13,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from minidistill.config import POCKET_UNET, POCKET_VAE, ScheduleConfig
 from minidistill.pocket.autoencoder import encode_all, normalise_latents, psnr, train_vae
-from minidistill.pocket.clip import held_out_accuracy, save_clip, train_clip
+from minidistill.pocket.clip import held_out_accuracy, save_clip, train_clip, tune_pictures
 from minidistill.pocket.compositions import all_compositions, write_compositions
 from minidistill.pocket.denoiser import train_unet
 from minidistill.pocket.folder import MODEL_INDEX, write_json, write_scheduler, write_unet, write_vae
@@ -48,7 +48,9 @@ def main() -> None:
     trained, unseen = pictures[~held_out], pictures[held_out]
 
     if not (args.out / "text_encoder").exists():
-        save_clip(train_clip(compositions, pictures, index, tokenizer), args.out)
+        clip = train_clip(compositions, pictures, index, tokenizer)
+        tune_pictures(clip, compositions, pictures, index, tokenizer)
+        save_clip(clip, args.out)
     clip = CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32)
     accuracy = held_out_accuracy(clip, compositions, pictures, index, tokenizer)
     print(f"CLIP: nearest of {len(compositions)} captions right for {accuracy:.1%} of the held-out pictures")

@@ -101,6 +101,48 @@ def train_clip(
     return model.eval()
 
 
+def tune_pictures(
+    model: CLIPModel,
+    compositions: list[Composition],
+    pictures: Tensor,
+    index: Tensor,
+    tokenizer: CLIPTokenizer,
+    steps: int = 1500,
+    batch: int = 128,
+    lr: float = 1e-3,
+) -> None:
+    """Train the picture half on, against the captions of *all* trained compositions; the text half stays as it is.
+
+    In a batch of 128 a picture is told from 127 others, most of them very different; here from every caption there is.
+    With the text half fixed the captions' embeddings are computed once, and the UNet's conditioning does not change.
+    """
+    trained = torch.tensor([i for i, c in enumerate(compositions) if not c.held_out])
+    captions = tokenize([compositions[i].caption for i in trained], tokenizer)
+    with torch.no_grad():
+        texts = F.normalize(model.get_text_features(input_ids=captions).pooler_output, dim=-1)  # [C, D]
+    row = torch.full((len(compositions),), -1)
+    row[trained] = torch.arange(len(trained))
+    usable = (row[index] >= 0).nonzero().squeeze(1)
+
+    parameters = [*model.vision_model.parameters(), *model.visual_projection.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    progress = tqdm(range(steps), desc="clip, pictures", unit="step")
+    model.train()
+    for _ in progress:
+        shown = usable[torch.randint(len(usable), (batch,))]
+        seen = model.get_image_features(pixel_values=to_pixels(pictures[shown])).pooler_output
+        logits = model.logit_scale.detach().exp() * F.normalize(seen, dim=-1) @ texts.T  # [B, C]
+        loss = F.cross_entropy(logits, row[index[shown]])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+
+
 def save_clip(model: CLIPModel, folder: str | Path) -> None:
     """Write `clip/` (the whole CLIPModel) and `text_encoder/` (its text half, as Stable Diffusion names it) in fp16.
 

@@ -1,0 +1,111 @@
+"""Small random models as diffusers writes them, and the one measure of difference."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+diffusers = pytest.importorskip("diffusers", reason="the parity tests compare with diffusers")
+
+POCKET = Path(__file__).parents[2] / "weights/pocket-emoji"
+PROMPTS = ["a rocket on a purple background", "a red apple"]
+
+SD1 = dict(attention_head_dim=2, cross_attention_dim=24)  # the name says width; it is the number of heads
+SD2 = dict(attention_head_dim=(2, 4, 4), cross_attention_dim=40, use_linear_projection=True, upcast_attention=True)
+
+
+def error(ours: Tensor, reference: Tensor) -> float:
+    """The largest difference anywhere, relative to the largest value of the reference."""
+    assert ours.shape == reference.shape and ours.dtype == reference.dtype
+    assert ours.isfinite().all() and reference.isfinite().all()
+    return ((ours - reference).abs().max() / reference.abs().max()).item()
+
+
+@torch.no_grad()
+def shake(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Move norms and biases off their ones and zeros, so that a misplaced one shows."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return module.eval()
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def small_unet(**changes) -> nn.Module:
+    torch.manual_seed(1)
+    settings = dict(
+        sample_size=8,
+        block_out_channels=(32, 64, 64),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=16,
+    )
+    return shake(diffusers.UNet2DConditionModel(**(settings | changes)).double())
+
+
+def small_vae(**changes) -> nn.Module:
+    torch.manual_seed(2)
+    settings = dict(
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=8,
+        scaling_factor=0.3,
+    )
+    return shake(diffusers.AutoencoderKL(**(settings | changes)).double())
+
+
+def small_text_encoder(width: int, activation: str = "quick_gelu") -> CLIPTextModel:
+    torch.manual_seed(3)
+    config = CLIPTextConfig(
+        vocab_size=1236,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        hidden_act=activation,
+        bos_token_id=1234,
+        eos_token_id=1235,
+        pad_token_id=1235,
+    )
+    return shake(CLIPTextModel(config).double())
+
+
+def ddim_scheduler(prediction: str = "eps", set_alpha_to_one: bool = False):
+    """As Stable Diffusion was trained."""
+    return diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=set_alpha_to_one,
+        steps_offset=1,
+        prediction_type={"eps": "epsilon", "v": "v_prediction"}[prediction],
+    )
+
+
+def write_small(folder: Path, *, style: dict = SD1, prediction: str = "eps", vae: dict | None = None, **unet):
+    """A whole small model in the official layout, written by diffusers; returns the pipeline that wrote it."""
+    width = style["cross_attention_dim"]
+    pipe = diffusers.StableDiffusionPipeline(
+        unet=small_unet(**(style | unet)),
+        vae=small_vae(**(vae or {})),
+        text_encoder=small_text_encoder(width, "gelu" if style is SD2 else "quick_gelu"),
+        tokenizer=CLIPTokenizer.from_pretrained(POCKET / "tokenizer"),
+        scheduler=ddim_scheduler(prediction),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,88 @@
+"""The schedule and DDIM beside diffusers' DDIMScheduler, with the settings Stable Diffusion was trained with."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from minidistill.config import ScheduleConfig
+from minidistill.schedule import Schedule, add_noise, ddim_invert, ddim_sample, velocity
+
+from .helpers import ddim_scheduler, error, randn
+
+SHAPE = (2, 4, 6, 5)
+
+
+def schedule(prediction: str = "eps", set_alpha_to_one: bool = False) -> Schedule:
+    return Schedule.from_config(ScheduleConfig(prediction=prediction, set_alpha_to_one=set_alpha_to_one))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 25, 30, 50, 999])
+def test_timesteps(steps: int) -> None:
+    theirs = ddim_scheduler()
+    theirs.set_timesteps(steps)
+    assert schedule().timesteps(steps) == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50])
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_every_ddim_step(eta: float, prediction: str, set_alpha_to_one: bool, steps: int) -> None:
+    theirs = ddim_scheduler(prediction, set_alpha_to_one)
+    theirs.set_timesteps(steps)
+
+    def model(z_t: Tensor, t: Tensor) -> Tensor:
+        return randn(*SHAPE, seed=int(t[0]))  # nothing that could hide an error
+
+    generator = torch.Generator().manual_seed(7)
+    ours = ddim_sample(model, schedule(prediction, set_alpha_to_one), randn(*SHAPE), steps, eta, generator)
+    z_t, reference_generator = randn(*SHAPE), torch.Generator().manual_seed(7)
+    for t, got in zip(theirs.timesteps, ours, strict=True):
+        z_t = theirs.step(model(z_t, t[None]), t, z_t, eta=eta, generator=reference_generator).prev_sample
+        assert error(got, z_t) <= 1e-9, f"at t={t}"
+
+
+def test_add_noise_and_velocity() -> None:
+    theirs, t = ddim_scheduler(), torch.arange(1000)
+    z_0, noise = randn(1000, 4, 3, 2), randn(1000, 4, 3, 2, seed=1)
+    assert torch.equal(schedule().alphas_cumprod, theirs.alphas_cumprod)
+    assert error(add_noise(schedule(), z_0, noise, t), theirs.add_noise(z_0, noise, t)) <= 1e-9
+    assert error(velocity(schedule(), z_0, noise, t), theirs.get_velocity(z_0, noise, t)) <= 1e-9
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_thousand_steps(eta: float) -> None:
+    """Where diffusers' offset runs past the end of the schedule."""
+    assert schedule().timesteps(1000) == list(range(999, -1, -1))
+    *_, z = ddim_sample(lambda z_t, t: 0.1 * z_t, schedule(), randn(*SHAPE), 1000, eta)
+    assert z.isfinite().all()
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_other_numbers_of_steps_are_refused(steps: int) -> None:
+    with pytest.raises(ValueError, match="1 to 1000"):
+        schedule().timesteps(steps)
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_inversion_leads_back(prediction: str, set_alpha_to_one: bool) -> None:
+    """With the exact model of data that are N(0, 1/4) the way there and back closes as the steps become many."""
+    ours = schedule(prediction, set_alpha_to_one)
+
+    def model(z_t: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = ours.alpha_sigma(t, z_t)
+        z_0 = 0.25 * alpha / (0.25 * alpha**2 + sigma**2) * z_t
+        eps = (z_t - alpha * z_0) / sigma
+        return eps if prediction == "eps" else alpha * eps - sigma * z_0
+
+    z_0 = 0.5 * randn(*SHAPE)
+
+    def there_and_back(steps: int) -> float:
+        *_, z_T = ddim_invert(model, ours, z_0, steps)
+        *_, back = ddim_sample(model, ours, z_T, steps)
+        assert error(z_T, 2 * z_0) <= 0.1  # noise of unit variance
+        return error(back, z_0)
+
+    assert there_and_back(500) < there_and_back(50) <= 0.1
+    assert there_and_back(500) <= 0.02

@@ -1,0 +1,132 @@
+"""A folder that diffusers wrote and somebody damaged: one error that says all."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minidistill import load
+from minidistill.checkpoint import CheckpointError
+
+from .helpers import write_small
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("written")
+    write_small(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(written: Path, tmp_path: Path) -> Path:
+    """One's own copy, to damage."""
+    return Path(shutil.copytree(written, tmp_path / "model"))
+
+
+def edit_config(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+WEIGHTS = {
+    "unet": ("unet/diffusion_pytorch_model.safetensors", "conv_in.weight", "conv_out.bias"),
+    "vae": ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_in.weight", "quant_conv.bias"),
+    "text_encoder": ("text_encoder/model.safetensors", "final_layer_norm.weight", "final_layer_norm.bias"),
+}
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_all_wrong_tensors_are_listed(part: str, folder: Path) -> None:
+    name, gone, misshapen = WEIGHTS[part]
+    tensors = load_file(folder / name)
+    gone, misshapen = (next(key for key in tensors if key.endswith(end)) for end in (gone, misshapen))
+    del tensors[gone]
+    tensors[misshapen] = torch.zeros(3, 5)
+    tensors["one.too.many"] = torch.zeros(7)
+    save_file(tensors, folder / name)
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    message = str(caught.value)
+    assert str(folder / name) in message and "(3 tensors)" in message
+    assert f"missing: {gone} [" in message
+    assert f"misshapen: {misshapen} is [3, 5], should be [" in message
+    assert "unexpected: one.too.many [7]" in message
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler"])
+def test_missing_part(part: str, folder: Path) -> None:
+    shutil.rmtree(folder / part)
+    with pytest.raises(CheckpointError, match=f"no {part}"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "scheduler/scheduler_config.json",
+        *(name for name, _, _ in WEIGHTS.values()),
+    ],
+)
+def test_missing_or_unreadable_file(name: str, folder: Path) -> None:
+    file = folder / name
+    file.write_bytes(b"<html>404 not found</html>")
+    with pytest.raises(CheckpointError, match=f"{file.name} is not"):
+        load(folder)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=file.name):
+        load(folder)
+
+
+def test_truncated_weights(folder: Path) -> None:
+    file = folder / WEIGHTS["unet"][0]
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        load(folder)
+
+
+def test_missing_tokenizer(folder: Path) -> None:
+    shutil.rmtree(folder / "tokenizer")
+    sd = load(folder)  # ids may come from elsewhere
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        sd.encode_prompt(["a red apple"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(down_block_types=["CrossAttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"]),
+        dict(up_block_types=["UpBlock2D", "UpBlock2D", "UpBlock2D"]),
+        dict(mid_block_type="UNetMidBlock2D"),
+        dict(addition_embed_type="text_time"),
+        dict(in_channels=9),
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_other_kinds_of_unet(changes: dict, folder: Path) -> None:
+    edit_config(folder / "unet/config.json", **changes)
+    with pytest.raises(CheckpointError, match="SD 1.x and 2.x"):
+        load(folder)
+
+
+def test_unknown_blocks_in_a_short_config(folder: Path) -> None:
+    (folder / "unet/config.json").write_text(json.dumps(dict(down_block_types=["SkipDownBlock2D"])))
+    with pytest.raises(CheckpointError, match="SkipDownBlock2D"):
+        load(folder)
+
+
+def test_unknown_prediction(folder: Path) -> None:
+    edit_config(folder / "scheduler/scheduler_config.json", prediction_type="sample")
+    with pytest.raises(CheckpointError, match="sample"):
+        load(folder)
+
+
+@pytest.mark.parametrize("path", ["nowhere", "model/model_index.json"])
+def test_wrong_path(path: str, folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=path):
+        load(folder.parent / path)

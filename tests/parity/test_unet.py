@@ -1,0 +1,105 @@
+"""The UNet beside diffusers' UNet2DConditionModel, on weights that diffusers wrote."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from minidistill.checkpoint import build, read_folder, read_unet_config, read_weights
+from minidistill.config import SD15_UNET, SD21_BASE_UNET, SD21_UNET
+from minidistill.unet import UNet
+
+from .helpers import SD1, SD2, diffusers, error, randn, shake, write_small
+
+CASES = {
+    "sd1": (SD1, {}),
+    "sd1, 2 layers, 32 groups": (SD1, dict(layers_per_block=2, norm_num_groups=32)),
+    "sd1, 8 heads, 2 levels": (
+        SD1,
+        dict(
+            attention_head_dim=8,
+            block_out_channels=(32, 64),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ),
+    ),
+    "sd2": (SD2, {}),
+    "sd2, 2 layers, 32 groups": (SD2, dict(layers_per_block=2, norm_num_groups=32)),
+    "sd2 base": (SD2, dict(upcast_attention=False)),
+    "depth per level": (SD2, dict(transformer_layers_per_block=[1, 2, 3])),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_small(case: str, tmp_path: Path) -> None:
+    style, changes = CASES[case]
+    theirs = write_small(tmp_path, style=style, **changes).unet
+    ours = read_folder(tmp_path, torch.float64).unet
+    for height, width, length in ((8, 8, 16), (8, 12, 7), (20, 4, 1)):
+        z_t, t = randn(2, 4, height, width), torch.tensor([1, 981])
+        context = randn(2, length, style["cross_attention_dim"], seed=1)
+        with torch.no_grad():
+            assert error(ours(z_t, t, context), theirs(z_t, t, context).sample) <= 1e-9
+
+
+@pytest.mark.parametrize("style", [SD1, SD2], ids=["sd1", "sd2"])
+def test_gradients_with_activation_checkpointing(style: dict, tmp_path: Path) -> None:
+    theirs = write_small(tmp_path, style=style).unet
+    ours = read_folder(tmp_path, torch.float64).unet
+    t, out_grad = torch.tensor([500, 3]), randn(2, 4, 8, 12, seed=2)
+
+    def gradients(model) -> tuple[torch.Tensor, torch.Tensor]:
+        z_t = randn(2, 4, 8, 12).requires_grad_()
+        context = randn(2, 7, style["cross_attention_dim"], seed=1).requires_grad_()
+        return torch.autograd.grad(model(z_t, t, context), (z_t, context), out_grad)
+
+    reference = gradients(lambda *args: theirs(*args).sample)
+    plain = gradients(ours)
+    ours.checkpoint_blocks = True
+    recomputed = gradients(ours)
+    for got, kept, want in zip(recomputed, plain, reference):
+        assert error(got, want) <= 1e-9
+        assert torch.equal(got, kept)
+
+
+FULL = {
+    "sd15": (SD15_UNET, dict(attention_head_dim=8, cross_attention_dim=768, sample_size=64)),
+    "sd21": (
+        SD21_UNET,
+        dict(
+            attention_head_dim=(5, 10, 20, 20),
+            cross_attention_dim=1024,
+            use_linear_projection=True,
+            upcast_attention=True,
+            sample_size=96,
+        ),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", FULL)
+def test_full_size(version: str, tmp_path: Path) -> None:
+    preset, settings = FULL[version]
+    torch.manual_seed(0)
+    theirs = shake(diffusers.UNet2DConditionModel(**settings))
+    inputs = randn(1, 4, 32, 32).float(), torch.tensor([621]), randn(1, 77, preset.context_width, seed=1).float()
+    with torch.no_grad():
+        reference = theirs(*inputs).sample
+    theirs.save_pretrained(tmp_path, max_shard_size="20GB")
+    del theirs
+
+    config = read_unet_config(tmp_path / "config.json")
+    ours = build(lambda: UNet(config), *read_weights(tmp_path, "diffusion_pytorch_model"), torch.float32)
+    with torch.no_grad():
+        difference = error(ours(*inputs), reference)
+    del ours
+    shutil.rmtree(tmp_path)  # 3.4 GB
+    assert config == preset
+    assert difference <= 1e-4
+
+
+def test_presets_differ_as_published() -> None:
+    changed = {name for name, value in vars(SD21_UNET).items() if value != getattr(SD21_BASE_UNET, name)}
+    assert changed == {"upcast_attention", "sample_size"}
