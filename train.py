@@ -39,7 +39,7 @@ class Settings:
     guidance: float = setting(5.0, "the teacher's guidance scale, which the student learns", "teacher")
     negative_prompt: str = setting("", "what guidance leads away from, which the student learns too", "teacher")
     sample_steps: int = setting(25, "DDIM steps of a trajectory", "teacher")
-    trajectories: int = setting(256, "how many pictures the teacher draws to learn from", "teacher")
+    trajectories: int = setting(128, "how many pictures the teacher draws to learn from", "teacher")
     method: str = setting(
         "trajectories",
         "learn from the teacher's stored trajectories, or from its pictures noised afresh, teacher in the loop",
@@ -48,7 +48,7 @@ class Settings:
     )
     rank: int = setting(16, "rank of the LoRA", "student")
     alpha: float = setting(None, "the LoRA is scaled by alpha / rank (default: 1)", "student", type=float)
-    steps: int = setting(400, "updates of the LoRA", "student")
+    steps: int = setting(300, "updates of the LoRA", "student")
     batch: int = setting(16, "examples an update; pictures drawn at once", "student")
     lr: float = setting(None, "peak learning rate (default: 0.128 / the UNet's first width)", "student", type=float)
     seed: int = setting(0, "of everything random", "run")

@@ -86,16 +86,18 @@ def generate(
 
     Raises ValueError when the folder holds shards that were made with other settings.
     """
-    digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16]
     settings = dict(
         model=sd.folder.name,
-        prompts=digest,
+        captions=hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16],
         count=count,
         steps=steps,
         guidance=guidance,
         negative_prompt=negative_prompt,
+        seed=seed,
+        batch=batch,
+        keep_states=keep_states,
     )
-    made_with = json.dumps(settings | dict(seed=seed, batch=batch, keep_states=keep_states), sort_keys=True)
+    made_with = json.dumps(settings)
     order = torch.cat([
         torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed + i))
         for i in range(-(-count // len(captions)))

@@ -1,12 +1,13 @@
 """LoRA files, out and in. One file is a whole student: thin matrices by layer name, and what they were made for."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from minidistill.checkpoint import CheckpointError
@@ -37,10 +38,18 @@ def save_lora(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | 
         tensors[f"{name}.lora_down"] = layer.lora_down.detach().cpu().contiguous()
         tensors[f"{name}.lora_up"] = layer.lora_up.detach().cpu().contiguous()
     first = next(iter(layers.values()))
-    rank = first.lora_down.shape[0]
-    header = {"format": "pt", **(metadata or {}), "rank": str(rank), "alpha": f"{first.scale * rank:g}"}
+    rank, alpha = str(first.lora_down.shape[0]), repr(float(first.alpha)).removesuffix(".0")
+    header = {"format": "pt", **(metadata or {}), "rank": rank, "alpha": alpha}
     with written_whole(path) as beside:
-        save_file(tensors, beside, header)
+        beside.write_bytes(sorted_header(save(tensors, header)))
+
+
+def sorted_header(data: bytes) -> bytes:
+    """The same safetensors with its metadata in order: the library's order differs from call to call."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the tensors stay aligned
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
 def read_lora(path: str | Path) -> LoRAFile:
@@ -65,11 +74,18 @@ def read_lora(path: str | Path) -> LoRAFile:
             "name a lora.safetensors that train.py wrote."
         )
     layers = {name: (tensors[f"{name}.lora_down"], tensors[f"{name}.lora_up"]) for name in names}
-    rank = int(metadata["rank"])
-    wrong = [name for name, (down, up) in layers.items() if down.shape[0] != rank or up.shape[1] != rank]
+    try:
+        rank, alpha = int(metadata["rank"]), float(metadata["alpha"])
+    except ValueError as error:
+        raise CheckpointError(f"{path} has a header without numbers for rank and alpha ({error}).") from error
+    wrong = [
+        name
+        for name, (down, up) in layers.items()
+        if down.shape[:1] != (rank,) or up.shape[1:] != (rank, *[1] * (down.ndim - 2))
+    ]
     if wrong:
         raise CheckpointError(f"{path} says rank {rank}, which does not fit {', '.join(wrong)}: the file is damaged.")
-    return LoRAFile(layers, rank, float(metadata["alpha"]), metadata)
+    return LoRAFile(layers, rank, alpha, metadata)
 
 
 def load_lora(model: nn.Module, path: str | Path) -> LoRAModel:

@@ -51,7 +51,7 @@ class LoRALayer(nn.Module):
         down = torch.empty(down_shape, dtype=dtype, device=self.weight.device)
         self.lora_down = nn.Parameter(down.normal_(std=1 / math.sqrt(down[0].numel())))
         self.lora_up = nn.Parameter(torch.zeros(up_shape, dtype=dtype, device=self.weight.device))
-        self.scale = alpha / down_shape[0]
+        self.alpha, self.scale = alpha, alpha / down_shape[0]
         self.switch = switch
         self.merged = False
 
@@ -159,7 +159,7 @@ def inject_lora(
     layers = {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d) and any(fnmatchcase(name, pattern) for pattern in targets)
+        if name and isinstance(layer, nn.Linear | nn.Conv2d) and any(fnmatchcase(name, pattern) for pattern in targets)
     }
     if not layers:
         raise ValueError(f"No linear layer or convolution of the model is named like {', '.join(targets)}.")
@@ -172,7 +172,7 @@ def inject_lora(
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         adapted = LoRALinear if isinstance(layer, nn.Linear) else LoRAConv
-        setattr(model.get_submodule(parent), child, adapted(layer, rank, alpha or rank, switch))
+        setattr(model.get_submodule(parent), child, adapted(layer, rank, rank if alpha is None else alpha, switch))
     return LoRAModel(model, switch)
 
 

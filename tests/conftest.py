@@ -1,0 +1,84 @@
+"""Fixtures: the tiny model's folder, the model loaded, prompts for it, and the command lines run in this process."""
+
+import re
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, write_tiny
+
+from minidistill import StableDiffusion, load
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the official layout."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def sd(tiny_model: Path) -> StableDiffusion:
+    return load(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty prompts, of which train.py keeps two for evaluation."""
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    colours = ("red", "green", "blue", "purple")
+    things = ("apple", "rocket", "cat", "dog", "pizza")
+    file.write_text("\n".join(f"a {thing} on a {colour} background" for thing in things for colour in colours))
+    return file
+
+
+BAR = re.compile(r"\[\d\d:\d\d")  # what every progress bar shows: the time taken
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        """What stands on stderr beside progress bars."""
+        return [line for line in self.err.splitlines() if line and not BAR.search(line)]
+
+    @property
+    def complaint(self) -> str:
+        """What a failed command says last."""
+        assert self.code != 0, "the command succeeded"
+        return self.lines[-1]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Result]:
+    """``command("train.py", "--rank", 4)``: as from a shell, but in this process, which saves the start.
+
+    Any exception but SystemExit would be a traceback in the shell, and fails the test.
+    """
+    handler = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background
+
+    def run(script: str, *args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        monkeypatch.syspath_prepend(ROOT)
+        capsys.readouterr()
+        code = 0
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        except KeyboardInterrupt:
+            pytest.fail(f"{script} let Ctrl-C through, with a traceback")
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        out, err = capsys.readouterr()
+        return Result(1, out, f"{err}{code}\n") if isinstance(code, str) else Result(code, out, err)
+
+    return run

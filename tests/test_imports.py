@@ -1,0 +1,119 @@
+"""Who may know whom: the rules of the design, read off the import statements."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+from tiny import ROOT
+
+PEERS = {"diffusers", "peft", "accelerate"}
+SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
+PACKAGE = sorted((ROOT / "minidistill").rglob("*.py"))
+OUTSIDE_POCKET = [*SCRIPTS, *(file for file in PACKAGE if "pocket" not in file.parts)]
+
+
+def imports(file: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it: ``from a import b`` counts as ``a`` and ``a.b``."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 or "parity" in file.parts, f"{file} imports relatively"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(file): file for file in PACKAGE}
+
+
+def known(module: str) -> set[str]:
+    """What a module of the package imports from the package."""
+    return imports(MODULES[f"minidistill.{module}"]) & set(MODULES) - {"minidistill"}
+
+
+def own(*names: str) -> set[str]:
+    return {f"minidistill.{name}" for name in names}
+
+
+def names(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("module", ["unet", "vae", "text"])
+def test_networks_know_shapes_and_blocks_only(module: str):
+    assert known(module) <= own("config", "blocks")
+
+
+@pytest.mark.parametrize("module", ["config", "blocks", "guidance", "files", "settings", "prompts"])
+def test_the_lowest_know_nobody(module: str):
+    assert not known(module)
+
+
+@pytest.mark.parametrize("module, allowed", [("schedule", {"config"}), ("lora", {"kernels"})])
+def test_schedule_and_lora_know_no_network(module: str, allowed: set[str]):
+    assert known(module) <= own(*allowed)
+
+
+def test_checkpoint_knows_the_networks_and_not_their_use():
+    assert known("checkpoint") <= own("config", "unet", "vae", "text", "blocks", "files")
+
+
+def test_guidance_is_torch_alone():
+    assert {name.split(".")[0] for name in imports(MODULES["minidistill.guidance"])} <= {"torch", "collections"}
+
+
+def test_nobody_imports_in_a_circle():
+    graph = {name: imports(file) & set(MODULES) - {"minidistill", name} for name, file in MODULES.items()}
+    list(TopologicalSorter(graph).static_order())
+
+
+def test_the_package_does_not_import_itself_from_above():
+    """Its modules name each other, not the public surface in minidistill/__init__.py."""
+    surface = {f"minidistill.{alias}" for alias in public()}
+    for name, file in MODULES.items():
+        if name != "minidistill" and not name.startswith("minidistill.pocket"):
+            assert not imports(file) & surface - set(MODULES), name
+
+
+def public() -> list[str]:
+    tree = ast.parse(MODULES["minidistill"].read_text())
+    assign = next(n for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__")
+    return ast.literal_eval(assign.value)
+
+
+@pytest.mark.parametrize("file", OUTSIDE_POCKET, ids=names)
+def test_nobody_imports_pocket(file: Path):
+    assert not [name for name in imports(file) if name.startswith("minidistill.pocket")]
+
+
+@pytest.mark.parametrize("file", OUTSIDE_POCKET, ids=names)
+def test_no_branch_on_pocket(file: Path):
+    branches = (ast.If, ast.IfExp, ast.While, ast.comprehension, ast.Match)
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, branches):
+            tests = node.ifs if isinstance(node, ast.comprehension) else [getattr(node, "test", None) or node.subject]
+            assert not any("pocket" in ast.unparse(test).lower() for test in tests), f"line {node.lineno}"
+
+
+def test_peers_are_for_comparison_only():
+    """Only tests/parity and the benchmark may import them, and the benchmark not at its top."""
+    for file in [*SCRIPTS, *PACKAGE, *(ROOT / "tests").glob("*.py")]:
+        if file.name != "bench.py":
+            assert not {name.split(".")[0] for name in imports(file)} & PEERS, file
+    bench = ROOT / "minidistill/bench.py"
+    if bench.is_file():
+        top = [n for n in ast.parse(bench.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        assert not any(peer in ast.unparse(node) for node in top for peer in PEERS)
+
+
+def test_the_public_surface():
+    import minidistill
+
+    wanted = "load inject_lora load_lora save_lora merge_lora unmerge_lora guided_noise ddim_sample ddim_invert"
+    assert set(wanted.split()) <= set(public()) and all(hasattr(minidistill, name) for name in public())

@@ -1,0 +1,195 @@
+"""pocket/judge.py: it knows colours and emoji in rendered pictures, also in poor ones, and adds up what it saw."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from minidistill.pocket import judge
+from minidistill.pocket.compositions import COLOURS, EMOJI, all_compositions, write_compositions
+from minidistill.pocket.pictures import find_font, render
+
+FEW = all_compositions()[::131]  # 12 emoji on all sorts of colours
+
+
+@pytest.fixture
+def font():
+    try:
+        return find_font()
+    except FileNotFoundError as error:
+        pytest.skip(f"drawing emoji needs their font. {error}")
+
+
+def flat(colours, side=64):
+    """uint8 [N, 3, side, side], each picture of one colour."""
+    return torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].repeat(1, 1, side, side)
+
+
+def test_background_is_the_nearest_named_colour_whatever_the_middle_shows():
+    pictures = flat(list(COLOURS.values()))
+    pictures[:, :, 1:-1, 1:-1] = 128
+    pictures[:, :, 0, :20] = 77  # something that touches the border
+    noise = torch.randint(-15, 16, pictures.shape, generator=torch.Generator().manual_seed(0))
+    pictures = (pictures.int() + noise).clamp(0, 255).to(torch.uint8)
+    assert judge.background(pictures).tolist() == list(range(len(COLOURS)))
+
+
+def test_the_template_with_the_least_squared_error_is_found(monkeypatch):
+    """The sum that was multiplied out, against the squares themselves: made-up stamps, shifted, on a background."""
+    generator, side, shift = torch.Generator().manual_seed(1), judge.TEMPLATE_SIDE, judge.TEMPLATE_SHIFT
+    stamps = torch.rand(6 * judge.TEMPLATE_SIZES, 4, side, side, generator=generator)
+    stamps[:, :3] *= stamps[:, 3:]
+    stamps *= torch.nn.functional.pad(torch.ones(side - 8, side - 8), [4] * 4)  # nothing in the outer four pixels
+    monkeypatch.setattr(judge, "templates", lambda font: stamps)
+    monkeypatch.setattr(judge, "find_font", lambda font: font)
+
+    pictures = torch.randint(256, (8, 3, side, side), generator=generator, dtype=torch.uint8)
+    pictures[:, :, :3], pictures[:, :, -3:], pictures[..., :3], pictures[..., -3:] = 60, 60, 60, 60
+    x, b = pictures.double() / 255, 60 / 255
+    errors = []
+    for dy in range(-shift, shift + 1):
+        for dx in range(-shift, shift + 1):
+            moved = stamps.double().roll((dy, dx), (2, 3))
+            drawn = moved[:, :3] + (1 - moved[:, 3:]) * b
+            errors.append((x[:, None] - drawn).square().flatten(2).sum(2))
+    nearest = torch.stack(errors).amin(0).argmin(1) // judge.TEMPLATE_SIZES
+    assert torch.equal(judge.identity_by_template(pictures), nearest)
+
+
+def test_templates_tell_rendered_emoji_also_poor_ones(font):
+    pictures, index = render(FEW, 1, seed=7, font=font)
+    for name, version in judge.degraded(pictures).items():
+        found = [EMOJI[i] for i in judge.identity_by_template(version, font)]
+        assert found == [c.emoji for c in FEW], name
+        if "contrast" not in name:
+            assert [list(COLOURS)[i] for i in judge.background(version)] == [c.colour for c in FEW], name
+
+
+def test_templates_do_not_see_what_is_not_there(font):
+    """A picture of another emoji, a flat one and noise are not taken for the emoji of the caption."""
+    others = all_compositions()[8::131]
+    drawn = render(others[: len(FEW)], 1, seed=8, font=font)[0]
+    noise = torch.randint(256, drawn.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for pictures in (drawn, noise, flat([c.rgb for c in FEW])):
+        found = [EMOJI[i] for i in judge.identity_by_template(pictures, font)]
+        assert sum(f == c.emoji for f, c in zip(found, FEW)) <= 1
+
+
+def test_classifier_is_trained_once_and_kept(tmp_path, monkeypatch):
+    made = []
+
+    def train(font):
+        made.append(judge.build_classifier().eval())
+        return made[-1]
+
+    monkeypatch.setattr(judge, "train_classifier", train)
+    first = judge.load_classifier(tmp_path / "work")
+    again = judge.load_classifier(tmp_path / "work")
+    assert len(made) == 1
+    x = flat([(10, 200, 30), (0, 0, 0)])
+    assert judge.identity_by_classifier(x, again).shape == (2,)
+    for model in (first, again):
+        assert torch.equal(model(x / 255), made[0](x / 255))
+    assert not list((tmp_path / "work").glob("*.tmp"))
+
+
+def test_classifier_learns(font, monkeypatch):
+    monkeypatch.setattr(judge, "EMOJI", EMOJI[:4])
+    model = judge.train_classifier(font, renders=16, steps=30, batch=32)
+    some = [c for c in all_compositions() if c.emoji in EMOJI[:4]]
+    right = judge.identity_by_classifier(render(some, 1, seed=9, font=font)[0], model)
+    expected = torch.arange(4).repeat_interleave(len(COLOURS))
+    assert (right == expected).float().mean() > 0.6
+
+
+def test_interval_resamples_compositions():
+    assert judge.interval(torch.ones(10, 4)) == (1, 1, 1)
+    values = torch.tensor([[1.0] * 4, [0.0] * 4]).repeat(50, 1)  # all seeds of a composition agree
+    mean, low, high = judge.interval(values)
+    assert mean == 0.5 and abs(high - low - 2 * 1.96 * 0.05) < 0.03  # as 100 independent values, not 400
+
+
+def test_mean_distance_is_within_compositions():
+    pictures = flat([(0, 0, 0), (51, 51, 51), (255, 255, 255), (255, 255, 255)], side=8)
+    assert judge.mean_distance(pictures, each=2) == pytest.approx(0.1)
+
+
+def test_held_out(tmp_path):
+    path = tmp_path / "compositions.json"
+    write_compositions(path)
+    every = [c for c in all_compositions() if c.held_out]
+    assert judge.held_out(path) == every
+    assert len(set(judge.held_out(path, 10))) == 10
+    assert judge.held_out(path, 10_000) == every
+    path.write_text(json.dumps([{"caption": "a unicorn fish on a red background", "held_out": True}]))
+    with pytest.raises(ValueError, match="unicorn fish"):
+        judge.held_out(path)
+
+
+def test_blur_keeps_flat_pictures_and_smooths_others():
+    assert torch.allclose(judge.blur(torch.full((1, 3, 9, 9), 0.3), 1.5), torch.full((1, 3, 9, 9), 0.3))
+    dot = torch.zeros(1, 3, 9, 9)
+    dot[..., 4, 4] = 1
+    assert torch.allclose(judge.blur(dot, 0.0), dot)
+    assert judge.blur(dot, 1.0)[0, 0, 4, 4].item() == pytest.approx(1 / (2 * torch.pi), rel=0.02)
+
+
+class Painter:
+    """In place of StableDiffusion: paints the caption's background, red with no guidance."""
+
+    unet = object()
+
+    def __init__(self):
+        self.calls = []
+
+    def sample(self, prompts, steps, guidance, seed, lora_enabled, negative_prompt, batch, progress):
+        self.calls.append((len(prompts), steps, guidance, lora_enabled, negative_prompt))
+        known = {c.caption: c.rgb for c in all_compositions()}
+        red = guidance == 1 and not lora_enabled
+        return [Image.new("RGB", (64, 64), (215, 45, 45) if red else known[p]) for p in prompts]
+
+
+def test_main_draws_judges_and_writes(tmp_path, monkeypatch, capsys):
+    write_compositions(tmp_path / "compositions.json")
+    painter = Painter()
+    learned = SimpleNamespace(metadata={"guidance": "4", "negative_prompt": "blurry"})
+    fakes = dict(
+        load=lambda path, device: painter,
+        read_lora=lambda path: learned,
+        load_lora=lambda unet, path: unet,
+        merge_lora=lambda unet: None,
+        load_classifier=lambda work, font: None,
+        identity_by_template=lambda pictures, font: torch.zeros(len(pictures), dtype=torch.int64),
+        identity_by_classifier=lambda pictures, classifier: torch.ones(len(pictures), dtype=torch.int64),
+        render=lambda compositions, each, seed, size, font: (flat([c.rgb for c in compositions for _ in range(each)]),),
+    )
+    for name, fake in fakes.items():
+        monkeypatch.setattr(judge, name, fake)
+    out = tmp_path / "results" / "pocket.json"
+    flags = ["--model", str(tmp_path), "--lora", "some.safetensors", "--seeds", "2", "--out", str(out), "--steps", "3"]
+    judge.main(flags)
+
+    held_out = [c for c in all_compositions() if c.held_out]
+    n = 2 * len(held_out)
+    assert painter.calls == [(n, 3, 4, False, "blurry"), (n, 3, 1, False, "blurry"), (n, 3, 1, True, "blurry")]
+    numbers = json.loads(out.read_text())
+    rows = {r["method"]: r for r in numbers["rows"]}
+    assert list(rows) == ["teacher, guidance 4", "no guidance", "student, one pass", "rendered"]
+    assert rows["teacher, guidance 4"]["background"]["mean"] == rows["student, one pass"]["background"]["mean"] == 1
+    red = sum(c.colour == "red" for c in held_out) / len(held_out)
+    assert rows["no guidance"]["background"]["mean"] == pytest.approx(red)
+    assert rows["rendered"]["identity by template"]["mean"] == pytest.approx(
+        sum(c.emoji == EMOJI[0] for c in held_out) / len(held_out)
+    )
+    assert rows["rendered"]["all right"]["mean"] == 0 and len(rows["rendered"]["wrong"]) == len(held_out)
+    assert rows["rendered"]["distance over seeds"] == 0
+    assert "--seeds 2" in numbers["command"]
+    assert "| student, one pass | " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--seeds", "1"], ["--limit", "0"]])
+def test_useless_numbers_are_refused(flags):
+    with pytest.raises(ValueError, match="--seeds"):
+        judge.main(flags)

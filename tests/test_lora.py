@@ -1,0 +1,520 @@
+"""lora.py: one set of weights, a pair beside each layer that adds what the formula says, and a switch that holds."""
+
+import copy
+import hashlib
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import TINY_UNET, error, fill_up, randn, tiny_student, tiny_unet, unet_inputs
+from torch import Tensor, nn
+
+from minidistill import inject_lora, merge_lora, unmerge_lora
+from minidistill.lora import LoRAConv, LoRALayer, LoRALinear, LoRAModel, Switch, lora_layers, lora_parameters
+
+
+def checksum(model: nn.Module) -> str:
+    """Of every tensor but the LoRA's."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if "lora_" not in name:
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if "lora_" not in name}
+
+
+def small_net() -> nn.Sequential:
+    """For what does not need a UNet: two linear layers."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 6))
+
+
+def small_student(alpha: float | None = None) -> LoRAModel:
+    return fill_up(inject_lora(small_net(), rank=2, alpha=alpha, targets=["*"]))
+
+
+# One set of weights
+
+
+def test_base_parameters_keep_name_address_and_identity():
+    unet = tiny_unet()
+    before = {name: (p, p.data_ptr()) for name, p in unet.named_parameters()}
+    after = base_parameters(inject_lora(unet, rank=2))
+    assert list(after) == list(before)
+    assert all(after[name] is p and p.data_ptr() == address for name, (p, address) in before.items())
+
+
+def test_nothing_is_stored_twice():
+    unet = tiny_unet()
+    weights = sum(p.nbytes for p in unet.parameters())
+    model = inject_lora(unet, rank=2)
+    tensors = {id(x): x for x in [*model.parameters(), *model.buffers()]}.values()
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    assert sum(storages.values()) == weights + sum(p.nbytes for p in lora_parameters(model))
+
+
+def test_only_the_pairs_are_trainable():
+    model = inject_lora(tiny_unet(), rank=2)
+    assert not any(p.requires_grad for p in base_parameters(model).values())
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in lora_parameters(model)}
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, str, Tensor, bool]:
+    """The UNet after 20 updates of its LoRA; W's checksum and output before; whether W ever had a gradient."""
+    unet = tiny_unet()
+    before, output = checksum(unet), unet(*unet_inputs()).detach()
+    model = inject_lora(unet, rank=2)
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-2)
+    touched = False
+    for step in range(20):
+        with torch.no_grad():
+            target = model(*unet_inputs())
+        loss = (model(*unet_inputs(), lora_enabled=True) - 2 * target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        touched |= any(p.grad is not None for p in base_parameters(model).values())
+        optimizer.step()
+    return model, before, output, touched
+
+
+def test_switched_off_is_bit_equal_after_injection():
+    unet = tiny_unet()
+    before = unet(*unet_inputs())
+    assert torch.equal(inject_lora(unet, rank=2)(*unet_inputs()), before)
+    assert torch.equal(unet(*unet_inputs()), before)  # the network itself, called without the wrapper
+
+
+def test_switched_off_is_bit_equal_after_training(trained):
+    model, _, before, _ = trained
+    assert torch.equal(model(*unet_inputs(), lora_enabled=False), before)
+    assert not torch.equal(model(*unet_inputs(), lora_enabled=True), before)
+
+
+def test_training_leaves_the_weights_alone(trained):
+    model, before, _, _ = trained
+    assert checksum(model) == before
+
+
+def test_no_base_parameter_ever_has_a_gradient(trained):
+    _, _, _, touched = trained
+    assert not touched
+
+
+def test_every_pair_learns(trained):
+    model = trained[0]
+    assert all(layer.lora_up.abs().max() > 0 for layer in lora_layers(model).values())
+
+
+def test_student_starts_as_the_teacher():
+    model = inject_lora(tiny_unet(), rank=2)
+    assert torch.equal(model(*unet_inputs(), lora_enabled=True), model(*unet_inputs()))
+
+
+def test_initial_values():
+    """lora_down is Gaussian with variance 1 / fan_in, lora_up zero."""
+    torch.manual_seed(0)
+    layer = inject_lora(nn.Sequential(nn.Conv2d(64, 8, 3)), rank=64, targets=["*"]).get_submodule("0")
+    assert layer.lora_up.abs().max() == 0
+    assert abs(layer.lora_down.mean()) < 1e-3
+    assert abs(layer.lora_down.std() * (64 * 9) ** 0.5 - 1) < 0.02
+
+
+# Values
+
+LAYERS = {
+    "linear": lambda: nn.Linear(6, 5),
+    "linear_without_bias": lambda: nn.Linear(6, 5, bias=False),
+    "1x1": lambda: nn.Conv2d(6, 5, 1),
+    "3x3": lambda: nn.Conv2d(6, 5, 3, padding=1),
+    "stride_2": lambda: nn.Conv2d(6, 5, 3, stride=2, padding=1),
+    "no_padding": lambda: nn.Conv2d(6, 5, 3, stride=2),
+    "oblong": lambda: nn.Conv2d(6, 5, (3, 1), padding=(2, 0), bias=False),
+    "dilated": lambda: nn.Conv2d(6, 5, 3, dilation=2, padding="same"),
+    "circular": lambda: nn.Conv2d(6, 5, 3, padding=1, padding_mode="circular"),
+}
+
+
+def one_layer(kind: str, rank: int = 3, alpha: float | None = 7.0, dtype: torch.dtype = torch.float64):
+    """A student of one layer, an input for it, and its pair beside W."""
+    torch.manual_seed(0)
+    model = fill_up(inject_lora(nn.Sequential(LAYERS[kind]()).to(dtype), rank, alpha, targets=["*"]))
+    x = randn(4, 6, dtype=dtype) if kind.startswith("linear") else randn(2, 6, 8, 7, dtype=dtype)
+    return model, x, model.get_submodule("0")
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layer_adds_scaled_up_times_down(kind: str):
+    model, x, layer = one_layer(kind)
+    delta = 7 / 3 * torch.einsum("or,r...->o...", layer.lora_up.flatten(1), layer.lora_down)
+    if kind.startswith("linear"):
+        expected = F.linear(x, layer.weight + delta, layer.bias)
+    else:
+        padding = layer.padding
+        if layer.padding_mode == "circular":
+            x_padded, padding = F.pad(x, (1, 1, 1, 1), mode="circular"), 0
+        else:
+            x_padded = x
+        expected = F.conv2d(x_padded, layer.weight + delta, layer.bias, layer.stride, padding, layer.dilation)
+    assert error(model(x, lora_enabled=True), expected) < 1e-12
+
+
+def test_alpha_over_rank_is_the_scale():
+    model, x, layer = one_layer("linear", rank=4, alpha=None)
+    double, _, _ = one_layer("linear", rank=4, alpha=8)
+    teacher = model(x)
+    assert layer.scale == 1 and double.get_submodule("0").scale == 2
+    assert error(double(x, lora_enabled=True) - teacher, 2 * (model(x, lora_enabled=True) - teacher)) < 1e-12
+
+
+def test_alpha_zero_is_zero():
+    model, x, _ = one_layer("linear", alpha=0)
+    assert torch.equal(model(x, lora_enabled=True), model(x))
+
+
+def test_gradients_are_those_of_the_summed_weight():
+    model, x, layer = one_layer("stride_2")
+    model(x, lora_enabled=True).square().sum().backward()
+    down, up = (p.detach().clone().requires_grad_() for p in (layer.lora_down, layer.lora_up))
+    weight = layer.weight + 7 / 3 * torch.einsum("or,r...->o...", up.flatten(1), down)
+    F.conv2d(x, weight, layer.bias, 2, 1).square().sum().backward()
+    assert error(layer.lora_down.grad, down.grad) < 1e-12
+    assert error(layer.lora_up.grad, up.grad) < 1e-12
+
+
+# Merging
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_merged_is_the_student(kind: str):
+    model, x, _ = one_layer(kind)
+    expected = model(x, lora_enabled=True)
+    merge_lora(model)
+    assert error(model(x, lora_enabled=True), expected) < 1e-12
+    assert torch.equal(model(x), model(x, lora_enabled=True))  # nothing left to add
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_merged_unet_is_the_student(dtype: torch.dtype, tolerance: float):
+    model = tiny_student(dtype=dtype)
+    with torch.no_grad():
+        expected = model(*unet_inputs(dtype=dtype), lora_enabled=True)
+        merge_lora(model)
+        assert error(model(*unet_inputs(dtype=dtype)), expected) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["linear", "3x3"])
+def test_merging_and_back_is_exact_to_rounding(kind: str, dtype: torch.dtype):
+    model, x, layer = one_layer(kind, dtype=dtype)
+    before, delta, rounding = layer.weight.detach().clone(), layer.delta().detach(), torch.finfo(dtype).eps
+    merge_lora(model)
+    assert layer.weight.dtype == dtype
+    assert torch.equal(layer.weight, (before + delta).to(dtype))  # one rounding
+    unmerge_lora(model)
+    bound = rounding * (before.abs() + delta.abs())
+    assert ((layer.weight - before).abs() <= bound).all()
+
+
+def test_merging_keeps_the_parameter():
+    model, _, layer = one_layer("linear")
+    before, address = layer.weight, layer.weight.data_ptr()
+    merge_lora(model)
+    assert layer.weight is before and before.data_ptr() == address and not before.requires_grad
+
+
+def test_merging_twice_is_merging_once():
+    model, _, layer = one_layer("linear")
+    merge_lora(model)
+    once = layer.weight.detach().clone()
+    merge_lora(model)
+    assert torch.equal(layer.weight, once)
+
+
+def test_unmerging_what_is_not_merged_changes_nothing():
+    model, _, layer = one_layer("linear")
+    before = layer.weight.detach().clone()
+    unmerge_lora(model)
+    assert torch.equal(layer.weight, before)
+
+
+def test_unmerged_switch_works_again():
+    model, x, _ = one_layer("linear")
+    teacher, student = model(x), model(x, lora_enabled=True)
+    merge_lora(model)
+    unmerge_lora(model)
+    assert error(model(x), teacher) < 1e-12 and error(model(x, lora_enabled=True), student) < 1e-12
+
+
+def test_train_and_eval_change_no_weight():
+    model = tiny_student()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train().eval().train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# The switch
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_call_within_a_call_keeps_its_own_setting(outer: bool):
+    model, x = small_student(), randn(3, 6)
+    expected = {setting: model(x, lora_enabled=setting) for setting in (False, True)}
+    inner = []
+
+    def call_the_other(*_):
+        hook.remove()
+        inner.append(model(x, lora_enabled=not outer))
+
+    hook = model.get_submodule("1").register_forward_hook(call_the_other)
+    assert torch.equal(model(x, lora_enabled=outer), expected[outer])
+    assert torch.equal(inner[0], expected[not outer])
+
+
+def test_an_exception_restores_the_switch():
+    model, x = small_student(), randn(3, 6)
+    teacher = model(x)
+    with pytest.raises(RuntimeError):
+        model(randn(3, 5), lora_enabled=True)
+    assert torch.equal(model(x), teacher) and torch.equal(model.base(x), teacher)
+
+
+def test_an_exception_within_a_call_restores_the_outer_setting():
+    model, x = small_student(), randn(3, 6)
+    student = model(x, lora_enabled=True)
+
+    def fail_inside(*_):
+        hook.remove()
+        with pytest.raises(RuntimeError):
+            model(randn(3, 5), lora_enabled=False)
+
+    hook = model.get_submodule("1").register_forward_hook(fail_inside)
+    assert torch.equal(model(x, lora_enabled=True), student)
+
+
+def test_models_do_not_share_a_switch():
+    one, other, x = small_student(), small_student(), randn(3, 6)
+    teacher, seen = other(x), []
+    one.get_submodule("1").register_forward_hook(lambda *_: seen.append(other.base(x)))
+    one(x, lora_enabled=True)
+    assert torch.equal(seen[0], teacher)
+
+
+# Activation checkpointing
+
+
+def gradients(model: LoRAModel, interleaved: bool) -> list[Tensor]:
+    """Of a loss in which teacher and student both need gradients, with other calls between forward and backward."""
+    z_t, t, context = unet_inputs(dtype=torch.float64)
+    z_t.requires_grad_()
+    student = model(z_t, t, context, lora_enabled=True)
+    teacher = model(z_t, t, context)
+    if interleaved:
+        with torch.no_grad():
+            model(z_t, t, context, lora_enabled=False)
+            model(z_t, t, context, lora_enabled=True)
+        model(z_t, t, context, lora_enabled=False)
+    (student - 2 * teacher).square().mean().backward()
+    return [z_t.grad, *(p.grad for p in lora_parameters(model))]
+
+
+@pytest.mark.parametrize("when", ["before injection", "after injection"])
+def test_recomputation_sees_the_switch_of_its_own_forward(when: str):
+    expected = gradients(tiny_student(dtype=torch.float64), interleaved=False)
+    unet = tiny_unet().double()
+    unet.checkpoint_blocks = when == "before injection"
+    model = fill_up(inject_lora(unet, rank=2))
+    unet.checkpoint_blocks = True
+    calls = []
+    model.get_submodule("mid_block.resnets.0").register_forward_pre_hook(lambda *_: calls.append(1))
+    found = gradients(model, interleaved=True)
+    assert len(calls) == 5 + 2  # five forwards, and two recomputations: blocks are indeed checkpointed
+    assert max(error(a, b) for a, b in zip(found, expected)) < 1e-12
+
+
+def test_backward_within_a_call_of_the_other_setting():
+    """A recomputation that runs while the switch stands otherwise, and leaves it so."""
+    expected = gradients(tiny_student(dtype=torch.float64), interleaved=False)
+    model = tiny_student(dtype=torch.float64)
+    model.base.checkpoint_blocks = True
+    with model.switch.set(True):
+        found = gradients(model, interleaved=True)
+        assert model.switch.enabled
+    assert max(error(a, b) for a, b in zip(found, expected)) < 1e-12
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_whole_with_both_settings(backend: str):
+    torch._dynamo.reset()
+    config = replace(TINY_UNET, widths=(16,), depth=(1,), heads=(2,))
+    model, inputs = fill_up(inject_lora(tiny_unet(config=config), rank=2)), unet_inputs(batch=1)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for setting in (False, True, False):
+            expected = model(*inputs, lora_enabled=setting)
+            assert error(compiled(*inputs, lora_enabled=setting), expected) < 1e-5
+    torch._dynamo.reset()
+
+
+def test_compiled_student_learns():
+    torch._dynamo.reset()
+    model, x = small_student(), randn(3, 6)
+    model(x, lora_enabled=True).square().sum().backward()
+    expected = [p.grad.clone() for p in lora_parameters(model)]
+    model.zero_grad()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(x, lora_enabled=True).square().sum().backward()
+    assert max(error(p.grad, e) for p, e in zip(lora_parameters(model), expected)) < 1e-5
+    torch._dynamo.reset()
+
+
+# Copies, files, casts
+
+
+def test_state_dict_round_trip():
+    model, other = tiny_student(), inject_lora(tiny_unet(seed=1), rank=2)
+    other.load_state_dict(model.state_dict())
+    for setting in (False, True):
+        expected = model(*unet_inputs(), lora_enabled=setting)
+        assert torch.equal(other(*unet_inputs(), lora_enabled=setting), expected)
+
+
+def test_state_dict_is_that_of_the_network_and_the_pairs():
+    names = list(tiny_unet().state_dict())
+    assert [name for name in tiny_student().state_dict() if "lora_" not in name] == names
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_the_same_and_stands_alone(duplicate):
+    model = tiny_student()
+    teacher, student = (model(*unet_inputs(), lora_enabled=setting) for setting in (False, True))
+    copied = duplicate(model)
+    copied.base.checkpoint_blocks = True  # goes through what inject_lora bound to the network's method
+    assert torch.equal(copied(*unet_inputs(), lora_enabled=True), student)
+    assert torch.equal(copied(*unet_inputs()), teacher)
+    merge_lora(copied)
+    fill_up(copied, seed=99)
+    assert torch.equal(model(*unet_inputs(), lora_enabled=True), student)
+    assert torch.equal(model(*unet_inputs()), teacher)
+
+
+def test_a_copy_has_its_own_switch():
+    model, x = small_student(), randn(3, 6)
+    copied = copy.deepcopy(model)
+    teacher, seen = model(x), []
+    copied.get_submodule("1").register_forward_hook(lambda *_: seen.append(model.base(x)))
+    copied(x, lora_enabled=True)
+    assert torch.equal(seen[0], teacher)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_casts_leave_the_pair_bit_identical(dtype: torch.dtype):
+    model = small_student()
+    model(randn(3, 6), lora_enabled=True).sum().backward()
+    before = [(p.detach().clone(), p.grad.clone()) for p in lora_parameters(model)]
+    model.to(dtype)
+    assert all(p.dtype == dtype for p in base_parameters(model).values())
+    for p, (value, grad) in zip(lora_parameters(model), before):
+        assert p.dtype == torch.float32 and torch.equal(p, value) and torch.equal(p.grad, grad)
+
+
+def test_double_and_half():
+    model = small_student().double()
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+    model.half()
+    assert all(p.dtype == torch.float16 for p in base_parameters(model).values())
+    assert all(p.dtype == torch.float32 for p in lora_parameters(model))
+
+
+def test_a_cast_keeps_the_parameters_that_an_optimizer_holds():
+    model = small_student()
+    before = lora_parameters(model)
+    model.to(torch.bfloat16).double().float()
+    assert all(p is q for p, q in zip(lora_parameters(model), before))
+
+
+def test_injected_into_bfloat16_the_pair_is_float32():
+    model = inject_lora(small_net().to(torch.bfloat16), rank=2, targets=["*"])
+    assert all(p.dtype == torch.float32 for p in lora_parameters(model))
+
+
+def test_bfloat16_student_computes_and_learns():
+    model = small_student()
+    expected = model(randn(3, 6), lora_enabled=True)
+    model.to(torch.bfloat16)
+    found = model(randn(3, 6, dtype=torch.bfloat16), lora_enabled=True)
+    assert found.dtype == torch.bfloat16 and error(found.float(), expected) < 0.03
+    found.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in lora_parameters(model))
+
+
+# What is adapted, and what is refused
+
+
+def test_default_targets_are_the_attention_and_residual_blocks():
+    unet = tiny_unet()
+    expected = {
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and {"attentions", "resnets"} & set(name.split("."))
+    }
+    assert set(lora_layers(inject_lora(unet))) == expected
+    assert not {"conv_in", "conv_out", "time_embedding.linear_1", "up_blocks.0.upsamplers.0.conv"} & expected
+    assert "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k" in expected
+    assert "mid_block.resnets.1.time_emb_proj" in expected
+
+
+def test_targets_choose_layers_by_name():
+    model = inject_lora(tiny_unet(), targets=["mid_block.*.attn2.to_[kv]", "conv_in"])
+    attention = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    assert set(lora_layers(model)) == {"conv_in", f"{attention}.to_k", f"{attention}.to_v"}
+
+
+def test_adapted_layers_are_still_linear_and_convolution():
+    layers = lora_layers(tiny_student()).values()
+    assert all(isinstance(layer, nn.Linear) == isinstance(layer, LoRALinear) for layer in layers)
+    assert all(isinstance(layer, nn.Conv2d) == isinstance(layer, LoRAConv) for layer in layers)
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_rank_below_one_is_refused(rank: int):
+    with pytest.raises(ValueError, match=f"not {rank}"):
+        inject_lora(small_net(), rank=rank, targets=["*"])
+
+
+def test_a_second_lora_is_refused():
+    model = small_student()
+    with pytest.raises(ValueError, match="already"):
+        inject_lora(model, targets=["*"])
+
+
+def test_targets_that_match_nothing_are_refused():
+    with pytest.raises(ValueError, match="no.such.layer"):
+        inject_lora(small_net(), targets=["no.such.layer"])
+
+
+def test_a_layer_that_is_the_whole_model_is_refused():
+    """It could not be replaced in place."""
+    with pytest.raises(ValueError):
+        inject_lora(nn.Linear(3, 3), targets=["*"])
+
+
+def test_a_grouped_convolution_is_refused_and_nothing_changed():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(ValueError, match="grouped"):
+        inject_lora(net, targets=["*"])
+    assert not any(isinstance(m, LoRALayer) for m in net.modules())
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_switch_call_passes_arguments_and_result():
+    switch = Switch()
+    assert switch.call(True, lambda a, b: (a, b, switch.enabled), 1, 2) == (1, 2, True)
+    assert not switch.enabled

@@ -1,0 +1,194 @@
+"""sample.py as a user runs it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import TINY_UNET, fill_up, tiny_unet, write_tiny
+
+from minidistill import StableDiffusion, inject_lora, load, load_lora, save_lora
+from minidistill.unet import UNet
+
+APPLE, ROCKET = "a red apple", "a rocket on a purple background"
+METADATA = dict(base="tiny", guidance="4", method="trajectories", negative_prompt="a cat")
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    save_lora(fill_up(inject_lora(load(tiny_model).unet, rank=2)), file, METADATA)
+    return file
+
+
+@pytest.fixture
+def sample(command, tiny_model: Path, tmp_path: Path):
+    """``sample("a red apple", "--seed", 3)`` with the tiny model, into tmp_path."""
+
+    def run(*args: object):
+        defaults = {"--model": tiny_model, "--steps": 3, "--out": tmp_path / "out", "--device": "cpu"}
+        missing = [x for flag, value in defaults.items() if flag not in args for x in (flag, value)]
+        return command("sample.py", *missing, *args)
+
+    return run
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The batch size of every call of a UNet."""
+    sizes, forward = [], UNet.forward
+
+    def counted(self, z_t, *args):
+        sizes.append(len(z_t))
+        return forward(self, z_t, *args)
+
+    monkeypatch.setattr(UNet, "forward", counted)
+    return sizes
+
+
+def pictures(folder: Path) -> list[np.ndarray]:
+    return [np.asarray(Image.open(file), dtype=int) for file in sorted(folder.iterdir())]
+
+
+def test_a_picture_for_each_prompt(sample, tmp_path: Path):
+    result = sample(APPLE, ROCKET)
+    assert result.code == 0
+    files = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in files] == ["0-a-red-apple.png", "1-a-rocket-on-a-purple-background.png"]
+    assert all(str(file) in result.out and Image.open(file).size == (16, 16) for file in files)
+
+
+def test_they_are_what_the_pipeline_draws(sample, tiny_model: Path, tmp_path: Path):
+    sample(APPLE, ROCKET, "--seed", 3, "--guidance", 6, "--negative-prompt", "a cat")
+    expected = load(tiny_model).sample([APPLE, ROCKET], steps=3, guidance=6, seed=3, negative_prompt="a cat")
+    assert all(np.array_equal(a, b) for a, b in zip(pictures(tmp_path / "out"), expected, strict=True))
+
+
+def test_same_seed_same_bytes(sample, tmp_path: Path):
+    for name, seed in [("one", 5), ("again", 5), ("other", 6)]:
+        sample(APPLE, "--seed", seed, "--out", tmp_path / f"{name}.png")
+    one, again, other = ((tmp_path / f"{name}.png").read_bytes() for name in ("one", "again", "other"))
+    assert one == again != other
+
+
+def test_the_same_prompt_twice_gives_two_pictures(sample, tmp_path: Path):
+    sample(APPLE, APPLE)
+    first, second = pictures(tmp_path / "out")
+    assert not np.array_equal(first, second)
+
+
+def test_the_teacher_makes_two_calls_a_step(sample, calls: list[int]):
+    sample(APPLE)
+    assert calls == [1] * 6
+
+
+def test_the_student_makes_one_call_a_step(sample, calls: list[int], lora: Path):
+    assert sample(APPLE, "--lora", lora).code == 0
+    assert calls == [1] * 3
+
+
+def test_the_student_is_the_pipelines(sample, tiny_model: Path, lora: Path, tmp_path: Path):
+    sample(APPLE, "--lora", lora)
+    sd = load(tiny_model)
+    sd.unet = load_lora(sd.unet, lora)
+    expected = np.asarray(sd.sample([APPLE], steps=3, lora_enabled=True)[0], dtype=int)
+    assert np.abs(pictures(tmp_path / "out")[0] - expected).max() <= 1
+
+
+def test_batch_does_not_change_the_pictures(sample, calls: list[int], tmp_path: Path):
+    for batch in (1, 3):
+        sample(APPLE, ROCKET, APPLE, "--batch", batch, "--out", tmp_path / str(batch))
+    assert set(calls) == {1, 3}
+    one, three = (pictures(tmp_path / name) for name in "13")
+    assert max(np.abs(a - b).max() for a, b in zip(one, three, strict=True)) <= 1
+
+
+def test_compare_draws_both_beside_each_other(sample, calls: list[int], lora: Path, tmp_path: Path):
+    assert sample(APPLE, ROCKET, "--compare", "--lora", lora).code == 0
+    assert len(calls) == 6 + 3
+    (file,) = (tmp_path / "out").iterdir()
+    assert Image.open(file).size[0] > 2 * 100
+
+
+def test_compare_uses_the_lora_beside_the_model(sample, lora: Path, tmp_path: Path):
+    model = write_tiny(tmp_path / "model")
+    (model / "guidance-lora.safetensors").write_bytes(lora.read_bytes())
+    assert sample(APPLE, "--compare", "--model", model).code == 0
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_compare_teaches_with_the_loras_own_guidance(sample, lora: Path, monkeypatch):
+    seen, original = [], StableDiffusion.sample
+
+    def recorded(self, prompts, **options):
+        seen.append(options)
+        return original(self, prompts, **options)
+
+    monkeypatch.setattr(StableDiffusion, "sample", recorded)
+    sample(APPLE, "--compare", "--lora", lora)
+    assert (seen[0]["guidance"], seen[0]["negative_prompt"]) == (4.0, "a cat")
+
+
+@pytest.mark.parametrize("prompt", ["../../escape", "a/b", "苹果", "x" * 300, "-", "  "])
+def test_any_prompt_names_a_file_in_the_folder(prompt: str, sample, tmp_path: Path):
+    assert sample("--", prompt).code == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_long_prompt_shows_what_is_cut(sample):
+    with pytest.warns(UserWarning, match="Cut off: .*rocket"):
+        sample(" ".join(["apple"] * 14 + ["rocket"]))
+
+
+# What it says when it cannot
+
+
+@pytest.mark.parametrize("flag", [("--guidance", 3), ("--guidance", 0), ("--negative-prompt", "a cat")])
+def test_guidance_and_a_lora_contradict(flag: tuple, sample, lora: Path, tmp_path: Path):
+    assert flag[0] in sample(APPLE, "--lora", lora, *flag).complaint
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_file_for_two_pictures(sample, tmp_path: Path):
+    assert "two.png" in sample(APPLE, ROCKET, "--out", tmp_path / "two.png").complaint
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lora_of_another_model(sample, tmp_path: Path):
+    file = tmp_path / "other.safetensors"
+    save_lora(inject_lora(tiny_unet(config=replace(TINY_UNET, context_width=48)), rank=2), file, dict(base="other"))
+    result = sample(APPLE, "--lora", file)
+    assert result.code != 0 and "another model" in result.err and "made for other" in result.err
+    assert "attn2.to_k is [" in result.err and not (tmp_path / "out").exists()
+
+
+BAD = {
+    "no lora": (["--lora", "nowhere.safetensors"], "nowhere.safetensors"),
+    "no shipped lora": (["--compare"], "guidance-lora.safetensors"),
+    "no model": (["--model", "nowhere/model"], "nowhere/model"),
+    "no steps": (["--steps", 0], "steps"),
+    "too many steps": (["--steps", 1001], "steps"),
+    "no batch": (["--batch", 0], "batch"),
+    "no such device": (["--device", "abacus"], "abacus"),
+    "unknown flag": (["--gudiance", 3], "--gudiance"),
+    "unknown dtype": (["--dtype", "int8"], "int8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_and_leaves_nothing(case: str, sample, tmp_path: Path):
+    flags, named = BAD[case]
+    result = sample(APPLE, *flags)
+    assert named in result.complaint
+    assert len(result.lines) == 1 or "usage: " in result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_prompt(command):
+    assert "prompt" in command("sample.py").complaint
+
+
+def test_out_below_a_file(sample, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    assert sample(APPLE, "--out", tmp_path / "file/out").complaint.startswith("sample.py: ")

@@ -1,0 +1,355 @@
+"""train.py as a user runs it: what a run leaves, that it is the same every time, and what it says when it cannot."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import ROOT
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from minidistill import data, load, load_lora
+from minidistill.export import read_lora
+from minidistill.lora import lora_parameters
+
+UPDATES = 6
+Flags = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_model: Path, prompts_file: Path) -> Flags:
+    """``flags(out, rank=4)``: a short run's flags, some of them changed."""
+
+    def flags(out: Path, **changes: object) -> list[str]:
+        settings = dict(model=tiny_model, prompts=prompts_file, out=out, steps=UPDATES, sample_steps=3, trajectories=8)
+        settings |= dict(batch=4, rank=2, save_every=2, device="cpu") | changes
+        return [x for name, value in settings.items() for x in (f"--{name.replace('_', '-')}", str(value))]
+
+    return flags
+
+
+@pytest.fixture(scope="module")
+def full(flags: Flags, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A whole run with its report, in a process of its own."""
+    out = tmp_path_factory.mktemp("runs") / "full"
+    command = [sys.executable, str(ROOT / "train.py"), *flags(out)]
+    return out, subprocess.run(command, cwd=out.parent, env=environment(), capture_output=True, text=True)
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def same_result(one: Path, other: Path) -> bool:
+    return all(
+        (one / name).read_bytes() == (other / name).read_bytes() for name in ("lora.safetensors", "metrics.jsonl")
+    )
+
+
+# What a run leaves
+
+
+def test_a_run_succeeds(full):
+    _, run = full
+    assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_run_leaves_lora_pictures_and_report(full):
+    out, _ = full
+    wanted = {"lora.safetensors", "report.md", "teacher_vs_student.png", "loss.png", "metrics.jsonl", "checkpoints"}
+    assert wanted <= {path.name for path in out.iterdir()}
+    assert not list(out.rglob("*.tmp"))
+    assert all(min(Image.open(out / f"{name}.png").size) > 100 for name in ("teacher_vs_student", "loss"))
+
+
+def test_the_lora_is_of_this_run(full, tiny_model: Path):
+    out, _ = full
+    file = read_lora(out / "lora.safetensors")
+    wanted = dict(base=tiny_model.name, guidance="5", rank="2", alpha="2", method="trajectories", negative_prompt="")
+    assert file.metadata.items() >= wanted.items()
+    unet = load_lora(load(tiny_model).unet, out / "lora.safetensors")
+    assert all(p.isfinite().all() for p in lora_parameters(unet))
+    assert all(up.abs().max() > 0 for _, up in file.layers.values())
+
+
+def test_metrics_have_a_line_an_update(full):
+    out, _ = full
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, UPDATES + 1))
+    assert all(0 < line["loss"] < 1e3 for line in lines)
+
+
+def test_the_table_is_on_the_screen_and_in_the_report(full):
+    out, run = full
+    report = (out / "report.md").read_text()
+    table = [line for line in report.splitlines() if line.startswith("|")]
+    assert all(line in run.stdout for line in table)
+    rows = {cells[1]: cells for cells in ([cell.strip() for cell in line.split("|")] for line in table)}
+    assert rows["teacher"][2] == "6" and rows["student"][2] == "3"  # UNet calls of 3 steps
+    assert "teacher_vs_student.png" in report and "loss.png" in report
+
+
+def test_pictures_as_it_goes(full):
+    out, _ = full
+    assert len(list(out.glob("pictures/*.png"))) == 3  # every second update
+
+
+def test_no_report(command, flags: Flags, tmp_path: Path):
+    result = command("train.py", *flags(tmp_path / "run"), "--no-report")
+    assert result.code == 0
+    assert not list((tmp_path / "run").rglob("*.png")) and not list((tmp_path / "run").rglob("*.md"))
+
+
+def test_learning_lowers_the_loss(command, flags: Flags, tmp_path: Path):
+    command("train.py", *flags(tmp_path / "run", steps=60, save_every=60, lr=0.003), "--no-report")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+
+
+def test_settings_reach_the_lora(command, flags: Flags, tmp_path: Path):
+    changes = dict(rank=3, alpha=1.5, guidance=2.5, negative_prompt="a cat", method="noised")
+    command("train.py", *flags(tmp_path / "run", **changes), "--no-report")
+    file = read_lora(tmp_path / "run/lora.safetensors")
+    assert file.metadata.items() >= {name: str(value) for name, value in changes.items()}.items()
+    assert file.rank == 3 and file.alpha == 1.5
+
+
+# The same every time
+
+
+def test_equal_runs_give_equal_bytes(full, command, flags: Flags, tmp_path: Path):
+    """One with a report, in its own process; one without, here, somewhere else."""
+    command("train.py", *flags(tmp_path / "other name"), "--no-report")
+    assert same_result(tmp_path / "other name", full[0])
+
+
+def test_another_seed_gives_another_student(full, command, flags: Flags, tmp_path: Path):
+    command("train.py", *flags(tmp_path / "run", seed=1), "--no-report")
+    assert not same_result(tmp_path / "run", full[0])
+
+
+@contextmanager
+def ctrl_c(when: str, update: int) -> Iterator[None]:
+    """A real SIGINT right before or after the optimizer's given update."""
+    updates = []
+
+    def interrupt(*_):
+        updates.append(1)
+        if len(updates) == update:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    register = dict(before=register_optimizer_step_pre_hook, after=register_optimizer_step_post_hook)[when]
+    handle = register(interrupt)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("when, update", [("before", 1), ("before", 4), ("after", 3)])
+def test_interrupted_and_resumed_is_uninterrupted(when: str, update: int, full, command, flags: Flags, tmp_path: Path):
+    run = [*flags(tmp_path / "run"), "--no-report"]
+    with ctrl_c(when, update):
+        stopped = command("train.py", *run)
+    assert "--resume" in stopped.complaint and not (tmp_path / "run/lora.safetensors").exists()
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == update
+    assert command("train.py", *run, "--resume").code == 0
+    assert same_result(tmp_path / "run", full[0])
+
+
+def test_interrupted_and_resumed_with_the_teacher_in_the_loop(command, flags: Flags, tmp_path: Path):
+    one, other = ([*flags(tmp_path / name, method="noised"), "--no-report"] for name in ("one", "other"))
+    command("train.py", *one)
+    with ctrl_c("before", 3):
+        assert command("train.py", *other).code != 0
+    command("train.py", *other, "--resume")
+    assert same_result(tmp_path / "one", tmp_path / "other")
+
+
+def test_killed_and_resumed_is_uninterrupted(full, command, flags: Flags, tmp_path: Path):
+    """As after a power cut: only an older checkpoint is there, and half of what was being written."""
+    run = [*flags(tmp_path / "run"), "--no-report"]
+    command("train.py", *run)
+    checkpoints = sorted((tmp_path / "run/checkpoints").iterdir())
+    assert len(checkpoints) == 2
+    (tmp_path / "run/lora.safetensors").unlink()
+    checkpoints[-1].rename(checkpoints[-1].with_name(checkpoints[-1].name + ".tmp"))
+    command("train.py", *run, "--resume")
+    assert same_result(tmp_path / "run", full[0])
+
+
+def test_interrupted_while_the_teacher_draws(full, command, flags: Flags, tmp_path: Path, monkeypatch):
+    run, save_file = [*flags(tmp_path / "run"), "--no-report"], data.save_file
+
+    def save_and_interrupt(*args):
+        save_file(*args)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "save_file", save_and_interrupt)
+        assert "--resume" in command("train.py", *run).complaint
+    assert command("train.py", *run, "--resume").code == 0
+    assert same_result(tmp_path / "run", full[0])
+
+
+def test_ctrl_c_from_outside(flags: Flags, tmp_path: Path):
+    """A process of its own, a signal from another: it saves, says how to go on, and ends soon."""
+    command = [sys.executable, str(ROOT / "train.py"), *flags(tmp_path / "run", steps=100_000, save_every=100_000)]
+    process = subprocess.Popen([*command, "--no-report"], env=environment(), stderr=subprocess.PIPE)
+    seen = b""
+    while not re.search(rb"distilling.* [1-9]\d*/100000", seen):
+        seen += (byte := process.stderr.read(1))
+        assert byte, seen.decode()
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=300)[1].decode()
+    assert process.returncode != 0 and "Traceback" not in rest
+    done = re.search(r"after (\d+) of 100000.*--resume", rest.splitlines()[-1])[1]
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == int(done) > 0
+
+
+def test_resume_with_nothing_saved_starts_afresh(full, command, flags: Flags, tmp_path: Path):
+    assert command("train.py", *flags(tmp_path / "run"), "--no-report", "--resume").code == 0
+    assert same_result(tmp_path / "run", full[0])
+
+
+def test_resume_of_a_finished_run_changes_nothing(full, command, flags: Flags, tmp_path: Path):
+    run = [*flags(tmp_path / "run"), "--no-report"]
+    command("train.py", *run)
+    assert command("train.py", *run, "--resume").code == 0
+    assert same_result(tmp_path / "run", full[0])
+
+
+# What it says when it cannot
+
+
+def listing(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_second_run_in_the_same_folder_is_refused(full, command, flags: Flags):
+    before = listing(full[0])
+    complaint = command("train.py", *flags(full[0])).complaint
+    assert str(full[0]) in complaint and "--resume" in complaint and "--out" in complaint
+    assert listing(full[0]) == before
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(rank=3), dict(guidance=2), dict(seed=1), dict(batch=2), dict(method="noised")]
+)
+def test_resume_with_other_settings_is_refused(changes: dict, full, command, flags: Flags):
+    before = listing(full[0])
+    result = command("train.py", *flags(full[0], **changes), "--resume")
+    assert "settings" in result.complaint or f"--{next(iter(changes))}" in result.complaint
+    assert listing(full[0]) == before
+
+
+def test_a_damaged_checkpoint_is_named_or_passed_over(full, command, flags: Flags, tmp_path: Path):
+    run = [*flags(tmp_path / "run"), "--no-report"]
+    command("train.py", *run)
+    newest = sorted((tmp_path / "run/checkpoints").iterdir())[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    result = command("train.py", *run, "--resume")
+    assert same_result(tmp_path / "run", full[0]) if result.code == 0 else newest.name in result.complaint
+
+
+BAD = {
+    "unknown flag": (dict(rnak=4), "--rnak"),
+    "flag without a number": (dict(rank="many"), "many"),
+    "unknown method": (dict(method="magic"), "magic"),
+    "unknown dtype": (dict(dtype="int8"), "int8"),
+    "no such device": (dict(device="abacus"), "abacus"),
+    "no such model": (dict(model="nowhere/model"), "nowhere/model"),
+    "no such prompts": (dict(prompts="nowhere/prompts.txt"), "nowhere/prompts.txt"),
+    "rank": (dict(rank=0), "rank"),
+    "no trajectories": (dict(trajectories=0), "trajectories"),
+    "no batch": (dict(batch=0), "batch"),
+    "no sample steps": (dict(sample_steps=0), "steps"),
+    "too many sample steps": (dict(sample_steps=1001), "steps"),
+    "never saved": (dict(save_every=0), "save-every"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_and_leaves_nothing(case: str, command, flags: Flags, tmp_path: Path):
+    changes, named = BAD[case]
+    result = command("train.py", *flags(tmp_path / "run", **changes))
+    assert named in result.complaint
+    assert len(result.lines) == 1 or "usage: " in result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_resume_takes_no_value(command, flags: Flags, tmp_path: Path):
+    assert "some-folder" in command("train.py", *flags(tmp_path / "run"), "--resume", "some-folder").complaint
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_model_without_a_part_leaves_nothing(part: str, tiny_model: Path, command, flags: Flags, tmp_path: Path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in tiny_model.iterdir():
+        if path.name != part:
+            (model / path.name).symlink_to(path)
+    assert part in command("train.py", *flags(tmp_path / "run", model=model)).complaint
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_prompts_file(command, flags: Flags, tmp_path: Path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    result = command("train.py", *flags(tmp_path / "run", prompts=tmp_path / "empty.txt"))
+    assert "empty.txt holds no prompt" in result.complaint
+
+
+def test_out_below_a_file(command, flags: Flags, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in command("train.py", *flags(tmp_path / "file/run")).complaint
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_out(command, flags: Flags, tmp_path: Path):
+    tmp_path.chmod(0o500)
+    assert str(tmp_path) in command("train.py", *flags(tmp_path / "run")).complaint
+    tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize("room", [4_000, 100_000], ids=["for trajectories", "for a checkpoint"])
+def test_a_full_disk(room: int, full, command, flags: Flags, tmp_path: Path):
+    """No file may grow beyond ``room`` bytes: one line, no half-written file; and with room again the run goes on."""
+    run = [*flags(tmp_path / "run"), "--no-report"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        result = command("train.py", *run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert result.complaint.startswith("train.py: ")
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert command("train.py", *run, "--resume").code == 0
+    assert same_result(tmp_path / "run", full[0])
+
+
+def test_a_loss_that_is_no_number(command, flags: Flags, tmp_path: Path):
+    result = command("train.py", *flags(tmp_path / "run", lr=1e30, save_every=100), "--no-report")
+    assert re.search("loss is (nan|inf).*--lr", result.complaint)
+    assert not (tmp_path / "run/lora.safetensors").exists() and not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_help_shows_every_setting(command):
+    text = command("train.py", "--help").out
+    wanted = "model prompts rank guidance negative-prompt steps sample-steps batch trajectories seed device dtype out"
+    assert all(f"--{name} " in text for name in [*wanted.split(), "resume", "no-report"])
+    assert "default: 5.0" in text
+
+
+def test_global_defaults_are_untouched(command, flags: Flags, tmp_path: Path):
+    command("train.py", *flags(tmp_path / "run"), "--no-report")
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()

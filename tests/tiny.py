@@ -1,0 +1,107 @@
+"""A whole Stable Diffusion of tiny widths and random weights, in the official layout; the one measure of difference."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from minidistill.config import UNetConfig, VAEConfig
+from minidistill.lora import LoRAModel, inject_lora, lora_layers
+from minidistill.unet import UNet
+from minidistill.vae import VAE
+
+ROOT = Path(__file__).parents[1]
+TINY_UNET = UNetConfig(
+    widths=(32, 64), layers=1, depth=(1, 0), heads=(2, 2), context_width=32, groups=8, sample_size=8
+)  # fmt: skip
+TINY_VAE = VAEConfig(widths=(8, 16), layers=1, groups=4)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference anywhere, relative to the largest expected value."""
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@torch.no_grad()
+def shake(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Move norms and biases off their ones and zeros, so that a misplaced one shows."""
+    for i, parameter in enumerate(p for p in module.parameters() if p.ndim == 1):
+        parameter += 0.1 * randn(*parameter.shape, seed=seed + i)
+    return module.eval()
+
+
+def tiny_unet(seed: int = 0, config: UNetConfig = TINY_UNET) -> UNet:
+    torch.manual_seed(seed)
+    return shake(UNet(config))
+
+
+def unet_inputs(batch: int = 2, side: int = 4, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """z_t [B, 4, h, w], t [B], context [B, L, D]."""
+    z_t, context = randn(batch, 4, side, side, dtype=dtype), randn(batch, 5, 32, seed=1, dtype=dtype)
+    return z_t, torch.arange(batch) * 400 + 20, context
+
+
+@torch.no_grad()
+def fill_up(model: nn.Module, seed: int = 7) -> nn.Module:
+    """Give every lora_up values, as if it had learned something."""
+    for i, layer in enumerate(lora_layers(model).values()):
+        layer.lora_up.copy_(0.3 * randn(*layer.lora_up.shape, seed=seed + i))
+    return model
+
+
+def tiny_student(rank: int = 2, alpha: float | None = None, dtype: torch.dtype = torch.float32) -> LoRAModel:
+    """The tiny UNet with a LoRA that counts."""
+    return fill_up(inject_lora(tiny_unet().to(dtype), rank, alpha))
+
+
+def write_tiny(folder: Path, seed: int = 0) -> Path:
+    """unet, vae, text_encoder, tokenizer and scheduler as published; only the tokenizer is the embedded model's."""
+    unet, vae = tiny_unet(seed), shake(VAE(TINY_VAE), seed)
+    text_config = CLIPTextConfig(
+        vocab_size=1236,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=1234,
+        eos_token_id=1235,
+        pad_token_id=1235,
+    )
+    text_encoder = shake(CLIPTextModel(text_config), seed)
+    configs = {
+        "unet/config.json": dict(
+            sample_size=TINY_UNET.sample_size,
+            block_out_channels=TINY_UNET.widths,
+            layers_per_block=TINY_UNET.layers,
+            down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+            up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+            attention_head_dim=TINY_UNET.heads[0],
+            cross_attention_dim=TINY_UNET.context_width,
+            norm_num_groups=TINY_UNET.groups,
+        ),
+        "vae/config.json": dict(
+            block_out_channels=TINY_VAE.widths, layers_per_block=TINY_VAE.layers, norm_num_groups=TINY_VAE.groups
+        ),
+        "text_encoder/config.json": text_config.to_dict(),
+        "scheduler/scheduler_config.json": dict(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False
+        ),
+    }
+    for name, config in configs.items():
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(json.dumps(config))
+    save_file(unet.state_dict(), folder / "unet/diffusion_pytorch_model.safetensors")
+    save_file(vae.state_dict(), folder / "vae/diffusion_pytorch_model.safetensors")
+    save_file(text_encoder.state_dict(), folder / "text_encoder/model.safetensors")
+    shutil.copytree(ROOT / "weights/pocket-emoji/tokenizer", folder / "tokenizer")
+    return folder
