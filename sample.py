@@ -16,7 +16,7 @@ from minidistill import CheckpointError, load, load_lora, merge_lora
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.export import read_lora
 from minidistill.files import written_whole
-from minidistill.settings import parse, setting
+from minidistill.settings import count, parse, setting
 
 SHIPPED_LORA = "guidance-lora.safetensors"  # beside the model that ships
 
@@ -31,8 +31,8 @@ class Settings:
     model: Path = setting(Path("weights/pocket-emoji"), "Stable Diffusion folder in the official layout", "model")
     lora: Path = setting(None, "a distilled LoRA (--compare: default is the one beside the model)", "model", type=Path)
     guidance: float = setting(None, "guidance scale (default: 5, or with --compare the LoRA's own)", "how", type=float)
-    steps: int = setting(25, "DDIM steps", "how")
-    batch: int = setting(8, "pictures drawn at once", "how")
+    steps: int = setting(25, "DDIM steps", "how", type=count)
+    batch: int = setting(8, "pictures drawn at once", "how", type=count)
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute", "how")
     dtype: str = setting("float32", "of the weights", "how", choices=("float32", "bfloat16", "float16"))
 

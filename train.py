@@ -23,7 +23,7 @@ from minidistill.lora import lora_parameters
 from minidistill.report import write_report
 from minidistill.run import checkpoint_files, resume, save_checkpoint, stop_signals
 from minidistill.schedule import add_noise
-from minidistill.settings import parse, setting
+from minidistill.settings import count, parse, setting
 
 EVALUATED = 24  # held-out prompts in the report
 SHOWN = 8  # and in the pictures drawn on the way
@@ -38,23 +38,23 @@ class Settings:
     out: Path = setting(None, "folder of this run (default: runs/<name of the model>)", "model", type=Path)
     guidance: float = setting(5.0, "the teacher's guidance scale, which the student learns", "teacher")
     negative_prompt: str = setting("", "what guidance leads away from, which the student learns too", "teacher")
-    sample_steps: int = setting(25, "DDIM steps of a trajectory", "teacher")
-    trajectories: int = setting(128, "how many pictures the teacher draws to learn from", "teacher")
+    sample_steps: int = setting(25, "DDIM steps of a trajectory", "teacher", type=count)
+    trajectories: int = setting(128, "how many pictures the teacher draws to learn from", "teacher", type=count)
     method: str = setting(
         "trajectories",
         "learn from the teacher's stored trajectories, or from its pictures noised afresh, teacher in the loop",
         "student",
         choices=("trajectories", "noised"),
     )
-    rank: int = setting(16, "rank of the LoRA", "student")
+    rank: int = setting(16, "rank of the LoRA", "student", type=count)
     alpha: float = setting(None, "the LoRA is scaled by alpha / rank (default: 1)", "student", type=float)
-    steps: int = setting(300, "updates of the LoRA", "student")
-    batch: int = setting(16, "examples an update; pictures drawn at once", "student")
+    steps: int = setting(300, "updates of the LoRA", "student", type=count)
+    batch: int = setting(16, "examples an update; pictures drawn at once", "student", type=count)
     lr: float = setting(None, "peak learning rate (default: 0.128 / the UNet's first width)", "student", type=float)
     seed: int = setting(0, "of everything random", "run")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute", "run")
     dtype: str = setting("float32", "of the frozen weights", "run", choices=("float32", "bfloat16", "float16"))
-    save_every: int = setting(100, "updates from a checkpoint and its pictures to the next", "run")
+    save_every: int = setting(100, "updates from a checkpoint and its pictures to the next", "run", type=count)
     resume: bool = setting(False, "go on from the last checkpoint in --out, if there is one", "run")
     no_report: bool = setting(False, "only the LoRA: no evaluation, no pictures", "run")
 
@@ -63,10 +63,8 @@ def main() -> None:
     args = parse(Settings, __doc__)
     name = args.model.resolve().name
     out = args.out or Path("runs") / name
-    checkpoints = checkpoint_files(out)
-    if (checkpoints or (out / "lora.safetensors").exists()) and not args.resume:
+    if (checkpoint_files(out) or (out / "lora.safetensors").exists()) and not args.resume:
         raise ValueError(f"{out} holds a run already: add --resume to go on with it, or name another --out.")
-    out.mkdir(parents=True, exist_ok=True)
 
     # One network: the teacher, and beside some of its layers the low-rank pairs that make it the student.
     sd = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
@@ -76,6 +74,9 @@ def main() -> None:
     sd.unet = unet = inject_lora(sd.unet, args.rank, args.alpha)
     trainable = lora_parameters(unet)
     frozen = sum(p.numel() for p in unet.parameters() if not p.requires_grad)
+    sd.schedule.timesteps(args.sample_steps)  # a number of steps that DDIM cannot take is refused before any work
+    uncond = sd.encode_prompt([args.negative_prompt])  # [1, L, D]
+    out.mkdir(parents=True, exist_ok=True)
     print(f"{name}: {frozen:,} frozen parameters, and {sum(p.numel() for p in trainable):,} of the LoRA to train.")
 
     # The teacher draws its own pictures; the student learns from them, and from the way to them.
@@ -92,7 +93,6 @@ def main() -> None:
         keep_states=args.method == "trajectories",
     )
     embeddings = torch.cat([sd.encode_prompt(captions[i : i + 256]) for i in range(0, len(captions), 256)])  # [P, L, D]
-    uncond = sd.encode_prompt([args.negative_prompt])  # [1, L, D]
 
     # Adam's steps are of one size whatever the width; what they add up to over a layer's inputs is not.
     peak = args.lr or 0.128 / sd.config.widths[0]
@@ -100,7 +100,7 @@ def main() -> None:
     fixed = {
         k: str(v) for k, v in asdict(args).items() if k not in ("out", "resume", "no_report", "save_every", "device")
     }
-    losses = resume(checkpoints[-1], unet, optimizer, fixed) if checkpoints else []
+    losses = resume(out, unet, optimizer, fixed)  # none, in a new run
     examples = len(states) * (args.sample_steps if args.method == "trajectories" else 1)
     order = data.batches(examples, args.batch, args.seed, start=len(losses))
     progress = tqdm(initial=len(losses), total=args.steps, desc="distilling", unit="step")

@@ -1,5 +1,7 @@
 """What the UNet and the VAE have in common. Shapes: B batch, C channels, H W height and width, L tokens, D width."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,14 +32,14 @@ class ResnetBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the side by nearest neighbour, then a 3x3 convolution."""
+    """Nearest neighbour to ``size``, or to twice the height and width; then a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        return self.conv(F.interpolate(x, size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

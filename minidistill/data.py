@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -117,7 +117,7 @@ def generate(
             # Half precision rounds by 1/2000 of a value: far below what any student misses, at half the disk.
             tensors = {name: x.half().cpu().contiguous() for name, x in tensors.items()} | {"prompt": chosen}
             with written_whole(file) as beside:
-                save_file(tensors, beside, {"made_with": made_with})
+                beside.write_bytes(save(tensors, {"made_with": made_with}))
         bar.update(len(chosen))
     bar.close()
     return States(files, sd.schedule.timesteps(steps))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from minidistill.data import spread, teacher_trajectory
 from minidistill.pipeline import StableDiffusion
@@ -82,7 +82,7 @@ class ClipScore:
 
     def __init__(self, folder: str | Path, tokenizer: CLIPTokenizer):
         self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-        self.preprocess = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        self.preprocess = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         self.tokenizer = tokenizer
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ def draw(sd: StableDiffusion, method: str, prompts: Sequence[str], *, steps: int
     start = time.perf_counter()
     images = sd.sample(prompts, **options)
     seconds = (time.perf_counter() - start) / len(prompts)
-    return Drawn(method, images, steps * (2 if method == "teacher" else 1), seconds)
+    return Drawn(method, images, steps * (2 if options["guidance"] != 1 else 1), seconds)
 
 
 def comparison_grid(rows: Sequence[Drawn], prompts: Sequence[str], columns: int = 8, side: int = 128) -> Image.Image:

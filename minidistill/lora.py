@@ -118,7 +118,8 @@ class LoRAConv(LoRALayer, nn.Conv2d):
 class LoRAModel(nn.Module):
     """A network whose call takes the flag: ``model(*args, lora_enabled=True)`` is the student, without it the teacher.
 
-    It shows the network's own parameters and children, so that their names stay; ``base`` is the network.
+    It shows the network's own parameters and children, so that their names stay. ``base`` is the network: attributes
+    are read and set there, as in ``unet.base.checkpoint_blocks = True``.
     """
 
     def __init__(self, base: nn.Module, switch: Switch):

@@ -61,14 +61,13 @@ class StableDiffusion:
         """z_T [N, 4, h, w], each drawn on the CPU from its own seed: the same on every device, in every batch.
 
         ``height`` and ``width`` are the picture's, in pixels; the size the model was trained on unless given.
-        Raises ValueError for a size that the networks cannot halve often enough.
+        Raises ValueError for a size that is no whole number of latents.
         """
         factor = self.vae.config.factor
         side = self.config.sample_size * factor
         height, width = height or side, width or side
-        unit = factor * 2 ** (len(self.config.widths) - 1)
-        if height % unit or width % unit or min(height, width) < unit:
-            raise ValueError(f"Pictures of this model have sides that are multiples of {unit}, not {width}x{height}.")
+        if height % factor or width % factor or min(height, width) < factor:
+            raise ValueError(f"Pictures of this model have sides that are multiples of {factor}, not {width}x{height}.")
         shape = (self.config.in_channels, height // factor, width // factor)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(noise).to(self.device, self.dtype)
@@ -154,6 +153,10 @@ def load(
     Raises:
         CheckpointError: names the file, what is wrong with it and what to do.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'The device "{device}" is not to be had here: {str(error).splitlines()[0]}') from error
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}: name a Stable Diffusion folder in the official layout.")

@@ -1,7 +1,10 @@
 """A training run's folder: checkpoints to go on from, and a clean stop."""
 
+import io
 import json
+import pickle
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,8 +45,10 @@ def save_checkpoint(
         "losses": losses,
         "settings": settings,
     }
+    contents = io.BytesIO()
+    torch.save(state, contents)
     with written_whole(out / f"checkpoints/step-{len(losses):06d}.pt") as beside:
-        torch.save(state, beside)
+        beside.write_bytes(contents.getbuffer())  # a full disk is an OSError here, whatever torch.save would call it
     for old in checkpoint_files(out)[:-KEPT]:
         old.unlink()
     with written_whole(out / "metrics.jsonl") as beside:
@@ -51,20 +56,27 @@ def save_checkpoint(
         beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def resume(file: Path, unet: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, str]) -> list[float]:
-    """Go on from a checkpoint: fills the LoRA and the optimizer, returns the losses so far, one an update.
+def resume(out: Path, unet: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, str]) -> list[float]:
+    """Go on from the newest whole checkpoint: fills LoRA and optimizer, returns the losses so far, one an update.
 
-    Raises ValueError that names the flags which differ from those the checkpoint was made with.
+    Where there is none, nothing is filled and there are no losses. Raises ValueError that names the flags which differ
+    from those the checkpoint was made with.
     """
-    state = torch.load(file, weights_only=True, map_location="cpu")
-    found = state["settings"]
-    differing = [
-        f"--{name.replace('_', '-')} {found.get(name)}" for name in settings if settings[name] != found.get(name)
-    ]
-    if differing:
-        raise ValueError(f"{file} was made with {', '.join(differing)}: give the same, or another --out.")
-    with torch.no_grad():
-        for p, saved in zip(lora_parameters(unet), state["lora"]):
-            p.copy_(saved)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["losses"]
+    for file in reversed(checkpoint_files(out)):
+        try:
+            state = torch.load(file, weights_only=True, map_location="cpu")
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            warnings.warn(f"{file} is damaged and passed over: {error}", stacklevel=2)
+            continue
+        found = state["settings"]
+        flags = [
+            f"--{name.replace('_', '-')} {found.get(name)}" for name in settings if settings[name] != found.get(name)
+        ]
+        if flags:
+            raise ValueError(f"{file} was made with {', '.join(flags)}: give the same, or another --out.")
+        with torch.no_grad():
+            for p, saved in zip(lora_parameters(unet), state["lora"]):
+                p.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        return state["losses"]
+    return []

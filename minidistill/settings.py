@@ -12,6 +12,14 @@ def setting(default: Any, help: str, group: str = "options", **how: Any) -> Any:
     return field(default=default, metadata={"help": help, "group": group, **how})
 
 
+def count(text: str) -> int:
+    """An argparse type: a whole number, 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"it has to be 1 or more, not {value}")
+    return value
+
+
 def parse(settings: type[Settings], description: str, argv: list[str] | None = None) -> Settings:
     """Read the command line into a ``settings`` dataclass. A default of ``...`` makes it positional."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,7 +34,7 @@ def parse(settings: type[Settings], description: str, argv: list[str] | None = N
         if isinstance(f.default, bool):
             how["action"] = "store_true"
         elif f.default is not None:
-            how["type"] = type(f.default)
+            how.setdefault("type", type(f.default))
             how["help"] += " (default: %(default)s)"
         group.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how)
     return settings(**vars(parser.parse_args(argv)))

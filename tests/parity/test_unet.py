@@ -36,7 +36,7 @@ def test_small(case: str, tmp_path: Path) -> None:
     style, changes = CASES[case]
     theirs = write_small(tmp_path, style=style, **changes).unet
     ours = read_folder(tmp_path, torch.float64).unet
-    for height, width, length in ((8, 8, 16), (8, 12, 7), (20, 4, 1)):
+    for height, width, length in ((8, 8, 16), (8, 12, 7), (20, 4, 1), (9, 10, 3)):
         z_t, t = randn(2, 4, height, width), torch.tensor([1, 981])
         context = randn(2, length, style["cross_attention_dim"], seed=1)
         with torch.no_grad():
