@@ -189,14 +189,14 @@ def test_killed_and_resumed_is_uninterrupted(full, command, flags: Flags, tmp_pa
 
 
 def test_interrupted_while_the_teacher_draws(full, command, flags: Flags, tmp_path: Path, monkeypatch):
-    run, save_file = [*flags(tmp_path / "run"), "--no-report"], data.save_file
+    run, save = [*flags(tmp_path / "run"), "--no-report"], data.save
 
     def save_and_interrupt(*args):
-        save_file(*args)
         os.kill(os.getpid(), signal.SIGINT)
+        return save(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(data, "save_file", save_and_interrupt)
+        patched.setattr(data, "save", save_and_interrupt)
         assert "--resume" in command("train.py", *run).complaint
     assert command("train.py", *run, "--resume").code == 0
     assert same_result(tmp_path / "run", full[0])
