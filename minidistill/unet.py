@@ -223,7 +223,6 @@ class UNet(nn.Module):
                 x = torch.cat([x, skips.pop()], dim=1)
                 x = self.run_layer(level, i, x, emb, context)
             if hasattr(level, "upsamplers"):
-                x = level.upsamplers[0](
-                    x, skips[-1].shape[2:]
-                )  # [B, C, 2H, 2W], or one less where an odd side was halved
+                # [B, C, 2H, 2W], or one less where an odd side was halved on the way down
+                x = level.upsamplers[0](x, skips[-1].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))
