@@ -1,7 +1,7 @@
 """Distil classifier-free guidance into a LoRA: a reference implementation in plain PyTorch."""
 
-from minidistill.checkpoint import CheckpointError
 from minidistill.export import load_lora, save_lora
+from minidistill.files import CheckpointError
 from minidistill.guidance import guided_noise
 from minidistill.lora import inject_lora, merge_lora, unmerge_lora
 from minidistill.pipeline import StableDiffusion, load

@@ -127,32 +127,17 @@ class Setup:
         return unet
 
     def peer_unet(self) -> nn.Module:
-        import diffusers
+        from minidistill.peers import peer_unet
 
-        config = self.size.unet
-        down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.depth]
-        with torch.device("meta"):
-            unet = diffusers.UNet2DConditionModel(
-                attention_head_dim=config.heads,  # the published name of the number of heads
-                block_out_channels=config.widths,
-                cross_attention_dim=config.context_width,
-                down_block_types=down,
-                layers_per_block=config.layers,
-                norm_num_groups=config.groups,
-                up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
-            )
-        unet.load_state_dict(self.peer_weights, assign=True)
-        return unet.eval().requires_grad_(False)
+        return peer_unet(self.size.unet, self.peer_weights)
 
     def peer_lora_unet(self) -> nn.Module:
-        from peft import LoraConfig
+        from minidistill.peers import peer_lora
 
         with torch.device("meta"):
             names = list(lora_layers(inject_lora(UNet(self.size.unet), self.rank)))
         unet = self.peer_unet()
-        unet.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=names))
-        layers = {name: unet.get_submodule(name) for name in names}
-        fill_pairs({n: (x.lora_A["default"].weight, x.lora_B["default"].weight) for n, x in layers.items()})
+        fill_pairs(peer_lora(unet, self.rank, names))
         return unet
 
 
@@ -189,7 +174,12 @@ def decode(setup: Setup, who: str) -> Contestant:
 def picture(setup: Setup, who: str, how: str) -> Contestant:
     """The first ``timed_steps`` of a picture: the latents after each."""
     if who == "peer":
-        return peer_guided(setup)
+        from minidistill.peers import peer_guided_picture
+
+        size = setup.size
+        return peer_guided_picture(
+            setup.peer_unet(), setup.latents(1), setup.contexts(1), GUIDANCE, size.steps, setup.timed_steps
+        )
     cond, uncond = setup.contexts(1)
     unet = setup.unet() if how == "guided" else setup.lora_unet(zero=how == "merged")
     if how == "merged":
@@ -202,29 +192,6 @@ def picture(setup: Setup, who: str, how: str) -> Contestant:
 
     schedule, z_T = Schedule.from_config(ScheduleConfig()), setup.latents(1)
     return lambda: tuple(islice(ddim_sample(model, schedule, z_T, setup.size.steps), setup.timed_steps))
-
-
-def peer_guided(setup: Setup) -> Contestant:
-    """As diffusers' pipeline does it: both passes in one call, on a batch of two."""
-    import diffusers
-
-    unet, context, z_T, sd = setup.peer_unet(), torch.cat(setup.contexts(1)), setup.latents(1), ScheduleConfig()
-    scheduler = diffusers.DDIMScheduler(
-        *(sd.train_steps, sd.beta_start, sd.beta_end, sd.beta_schedule),
-        **dict(clip_sample=False, set_alpha_to_one=sd.set_alpha_to_one, steps_offset=sd.steps_offset),
-    )
-
-    @torch.no_grad()
-    def run() -> tuple[Tensor, ...]:
-        scheduler.set_timesteps(setup.size.steps, device=setup.device)
-        latents = [z_T]
-        for t in scheduler.timesteps[: setup.timed_steps]:
-            eps_cond, eps_uncond = peer_call(unet, latents[-1].expand(2, -1, -1, -1), t, context).chunk(2)
-            eps_hat = torch.lerp(eps_uncond, eps_cond, GUIDANCE)
-            latents.append(scheduler.step(eps_hat, t, latents[-1], return_dict=False)[0])
-        return tuple(latents[1:])
-
-    return run
 
 
 def distil(setup: Setup, who: str, teacher_in_loop: bool) -> Contestant:

@@ -1,6 +1,5 @@
 """Official checkpoints in: the folder layout that Stable Diffusion is published in, read strictly."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from minidistill.config import ScheduleConfig, UNetConfig, VAEConfig
+from minidistill.config import ScheduleConfig
+from minidistill.files import CheckpointError
+from minidistill.layout import read_json, read_schedule_config, read_unet_config, read_vae_config
 from minidistill.text import fill_positions
 from minidistill.unet import UNet
 from minidistill.vae import VAE
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used. Says which file, what is wrong with it, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -103,128 +100,6 @@ def read_weights(folder: Path, stem: str) -> tuple[dict[str, Tensor], Path]:
         return load_file(file), file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is not a readable safetensors file ({error}): fetch it again.") from error
-
-
-def read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing: fetch the whole model folder.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not readable JSON ({error}): fetch it again.") from error
-
-
-# What SD 1.x and 2.x leave at its default; another value means a network this one is not.
-UNET_FIXED = {
-    "act_fn": "silu",
-    "addition_embed_type": None,
-    "attention_type": "default",
-    "class_embed_type": None,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "cross_attention_norm": None,
-    "downsample_padding": 1,
-    "dual_cross_attention": False,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "norm_eps": 1e-5,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "out_channels": 4,
-    "resnet_time_scale_shift": "default",
-    "time_cond_proj_dim": None,
-    "time_embedding_type": "positional",
-}
-VAE_FIXED = {
-    "act_fn": "silu",
-    "in_channels": 3,
-    "latents_mean": None,
-    "latents_std": None,
-    "out_channels": 3,
-    "shift_factor": None,
-    "use_post_quant_conv": True,
-    "use_quant_conv": True,
-}
-SCHEDULE_FIXED = {"rescale_betas_zero_snr": False, "trained_betas": None}
-
-
-def refuse_others(found: dict, fixed: dict, file: Path) -> None:
-    others = [
-        f"{name} is {found[name]!r}, not {value!r}" for name, value in fixed.items() if found.get(name, value) != value
-    ]
-    if others:
-        raise CheckpointError(
-            f"{file} describes a model other than SD 1.x and 2.x, which are read here: {'; '.join(others)}."
-        )
-
-
-def per_level(value: int | list[int], levels: int) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, list) else (value,) * levels
-
-
-def read_unet_config(file: Path) -> UNetConfig:
-    """Keys that a file leaves out have the published layout's defaults."""
-    found = read_json(file)
-    refuse_others(found, UNET_FIXED, file)
-    widths = tuple(found.get("block_out_channels", (320, 640, 1280, 1280)))
-    blocks = found.get("down_block_types", ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"])
-    mirrored = [name.replace("Down", "Up") for name in reversed(blocks)]
-    up_blocks = found.get("up_block_types", mirrored)
-    if not set(blocks) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or up_blocks != mirrored:
-        raise CheckpointError(f"{file} asks for blocks that SD 1.x and 2.x have not: {blocks}, {up_blocks}.")
-    depth = per_level(found.get("transformer_layers_per_block", 1), len(widths))
-    return UNetConfig(
-        widths=widths,
-        layers=found.get("layers_per_block", 2),
-        depth=tuple(d if name.startswith("CrossAttn") else 0 for d, name in zip(depth, blocks)),
-        mid_depth=depth[-1],
-        # The published name says "head_dim", yet the value has always been the number of heads.
-        heads=per_level(found.get("num_attention_heads") or found.get("attention_head_dim", 8), len(widths)),
-        context_width=found.get("cross_attention_dim", 1280),
-        linear_projection=found.get("use_linear_projection", False),
-        upcast_attention=found.get("upcast_attention", False),
-        groups=found.get("norm_num_groups", 32),
-        sample_size=found.get("sample_size", 64),
-    )
-
-
-def read_vae_config(file: Path) -> VAEConfig:
-    found = read_json(file)
-    refuse_others(found, VAE_FIXED, file)
-    return VAEConfig(
-        latent_channels=found.get("latent_channels", 4),
-        widths=tuple(found.get("block_out_channels", (128, 256, 512, 512))),
-        layers=found.get("layers_per_block", 2),
-        groups=found.get("norm_num_groups", 32),
-        scaling_factor=found.get("scaling_factor", 0.18215),
-    )
-
-
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
-
-
-def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
-    """Betas, parameterisation, offset; whichever sampler the file names. What it leaves out is as SD was trained."""
-    found = read_json(file)
-    refuse_others(found, SCHEDULE_FIXED, file)
-    published = found.get("prediction_type", "epsilon")
-    if published not in PREDICTIONS:
-        raise CheckpointError(f'{file}: prediction_type is "{published}"; known are {", ".join(PREDICTIONS)}.')
-    sd = ScheduleConfig()
-    return ScheduleConfig(
-        train_steps=found.get("num_train_timesteps", sd.train_steps),
-        beta_start=found.get("beta_start", sd.beta_start),
-        beta_end=found.get("beta_end", sd.beta_end),
-        beta_schedule=found.get("beta_schedule", sd.beta_schedule),
-        prediction=prediction or PREDICTIONS[published],
-        steps_offset=found.get("steps_offset", sd.steps_offset),
-        set_alpha_to_one=found.get("set_alpha_to_one", sd.set_alpha_to_one),
-    )
 
 
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

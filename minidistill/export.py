@@ -10,8 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from minidistill.checkpoint import CheckpointError
-from minidistill.files import written_whole
+from minidistill.files import CheckpointError, written_whole
 from minidistill.lora import LoRAModel, inject_lora, lora_layers
 
 

@@ -1,9 +1,13 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and the error of those that cannot be used."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used. Says which file, what is wrong with it, and what to do."""
 
 
 @contextmanager

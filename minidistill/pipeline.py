@@ -12,8 +12,9 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minidistill import text
-from minidistill.checkpoint import CheckpointError, read_folder
+from minidistill.checkpoint import read_folder
 from minidistill.config import UNetConfig
+from minidistill.files import CheckpointError
 from minidistill.guidance import guided_noise
 from minidistill.schedule import Denoiser, Schedule, ddim_sample
 from minidistill.vae import VAE

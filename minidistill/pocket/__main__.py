@@ -8,15 +8,17 @@ import argparse
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from minidistill.config import POCKET_UNET, POCKET_VAE, ScheduleConfig
+from minidistill.files import written_whole
+from minidistill.layout import MODEL_INDEX, published_schedule, published_unet, published_vae, write_json
 from minidistill.pocket.autoencoder import encode_all, normalise_latents, psnr, train_vae
 from minidistill.pocket.clip import held_out_accuracy, save_clip, train_clip, tune_pictures
 from minidistill.pocket.compositions import all_compositions, write_compositions
 from minidistill.pocket.denoiser import train_unet
-from minidistill.pocket.folder import MODEL_INDEX, write_json, write_scheduler, write_unet, write_vae
 from minidistill.pocket.pictures import render
 from minidistill.pocket.tokenizer import CONTEXT, write_tokenizer
 from minidistill.vae import VAE
@@ -34,13 +36,21 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def write_part(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
+    """A network in the official layout, in half precision; the configuration comes last, and says that all is there."""
+    halves = {name: x.half().contiguous() for name, x in tensors.items()}
+    with written_whole(folder / "diffusion_pytorch_model.safetensors") as beside:
+        save_file(halves, beside, {"format": "pt"})
+    write_json(folder / "config.json", config)
+
+
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     compositions = all_compositions()
     write_compositions(args.out / "compositions.json")
-    write_scheduler(args.out / "scheduler", ScheduleConfig())
+    write_json(args.out / "scheduler/scheduler_config.json", published_schedule(ScheduleConfig()))
     write_tokenizer([c.caption for c in compositions], args.out / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
     pictures, index = render(compositions, args.renders, seed=0, font=args.font)
@@ -55,10 +65,10 @@ def main() -> None:
     accuracy = held_out_accuracy(clip, compositions, pictures, index, tokenizer)
     print(f"CLIP: nearest of {len(compositions)} captions right for {accuracy:.1%} of the held-out pictures")
 
-    if not (args.out / "vae").exists():
+    if not (args.out / "vae/config.json").exists():
         vae = train_vae(POCKET_VAE, trained, args.work / "vae-state.pt", args.vae_steps)
         normalise_latents(vae, encode_all(vae, trained[::8]))
-        write_vae(args.out / "vae", POCKET_VAE, pictures.shape[-1], vae.state_dict())
+        write_part(args.out / "vae", published_vae(POCKET_VAE, pictures.shape[-1]), vae.state_dict())
     vae = VAE(POCKET_VAE).to(memory_format=torch.channels_last)
     vae.load_state_dict(load_file(args.out / "vae/diffusion_pytorch_model.safetensors"))
     print(f"VAE: {psnr(vae, unseen[::4]):.2f} dB on held-out pictures")
@@ -77,7 +87,7 @@ def main() -> None:
         args.work / "unet-state.pt",
         args.unet_steps,
     )
-    write_unet(args.out / "unet", POCKET_UNET, unet.state_dict())
+    write_part(args.out / "unet", published_unet(POCKET_UNET), unet.state_dict())
     write_json(args.out / "model_index.json", MODEL_INDEX)
 
 

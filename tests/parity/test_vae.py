@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minidistill.checkpoint import build, read_folder, read_vae_config, read_weights
+from minidistill.checkpoint import build, read_folder, read_weights
 from minidistill.config import SD15_VAE
+from minidistill.layout import read_vae_config
 from minidistill.vae import VAE
 
 from .helpers import diffusers, error, randn, shake, write_small

@@ -1,0 +1,204 @@
+"""The official folder layout: the JSON files in which Stable Diffusion says what it is, read and written."""
+
+import json
+from pathlib import Path
+
+from minidistill.config import ScheduleConfig, UNetConfig, VAEConfig
+from minidistill.files import CheckpointError, written_whole
+
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.42.1",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing: fetch the whole model folder.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is not readable JSON ({error}): fetch it again.") from error
+
+
+def write_json(path: Path, contents: dict) -> None:
+    with written_whole(path) as beside:
+        beside.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+# What SD 1.x and 2.x leave at its default; another value means a network this one is not.
+UNET_FIXED = {
+    "act_fn": "silu",
+    "addition_embed_type": None,
+    "attention_type": "default",
+    "class_embed_type": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-5,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "out_channels": 4,
+    "resnet_time_scale_shift": "default",
+    "time_cond_proj_dim": None,
+    "time_embedding_type": "positional",
+}
+VAE_FIXED = {
+    "act_fn": "silu",
+    "in_channels": 3,
+    "latents_mean": None,
+    "latents_std": None,
+    "out_channels": 3,
+    "shift_factor": None,
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
+SCHEDULE_FIXED = {"rescale_betas_zero_snr": False, "trained_betas": None}
+
+
+def refuse_others(found: dict, fixed: dict, file: Path) -> None:
+    others = [
+        f"{name} is {found[name]!r}, not {value!r}" for name, value in fixed.items() if found.get(name, value) != value
+    ]
+    if others:
+        raise CheckpointError(
+            f"{file} describes a model other than SD 1.x and 2.x, which are read here: {'; '.join(others)}."
+        )
+
+
+def per_level(value: int | list[int], levels: int) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, list) else (value,) * levels
+
+
+def mirrored(down_blocks: list[str]) -> list[str]:
+    """The blocks on the way up, given those on the way down."""
+    return [name.replace("Down", "Up") for name in reversed(down_blocks)]
+
+
+def read_unet_config(file: Path) -> UNetConfig:
+    """Keys that a file leaves out have the published layout's defaults."""
+    found = read_json(file)
+    refuse_others(found, UNET_FIXED, file)
+    widths = tuple(found.get("block_out_channels", (320, 640, 1280, 1280)))
+    blocks = found.get("down_block_types", ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"])
+    up_blocks = found.get("up_block_types", mirrored(blocks))
+    if not set(blocks) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or up_blocks != mirrored(blocks):
+        raise CheckpointError(f"{file} asks for blocks that SD 1.x and 2.x have not: {blocks}, {up_blocks}.")
+    depth = per_level(found.get("transformer_layers_per_block", 1), len(widths))
+    return UNetConfig(
+        widths=widths,
+        layers=found.get("layers_per_block", 2),
+        depth=tuple(d if name.startswith("CrossAttn") else 0 for d, name in zip(depth, blocks)),
+        mid_depth=depth[-1],
+        # The published name says "head_dim", yet the value has always been the number of heads.
+        heads=per_level(found.get("num_attention_heads") or found.get("attention_head_dim", 8), len(widths)),
+        context_width=found.get("cross_attention_dim", 1280),
+        linear_projection=found.get("use_linear_projection", False),
+        upcast_attention=found.get("upcast_attention", False),
+        groups=found.get("norm_num_groups", 32),
+        sample_size=found.get("sample_size", 64),
+    )
+
+
+def published_unet(config: UNetConfig) -> dict:
+    """The inverse of ``read_unet_config``."""
+    blocks = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.depth]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "attention_head_dim": list(config.heads),  # the published name of the number of heads
+        "block_out_channels": list(config.widths),
+        "cross_attention_dim": config.context_width,
+        "down_block_types": blocks,
+        "in_channels": config.in_channels,
+        "layers_per_block": config.layers,
+        "norm_num_groups": config.groups,
+        "out_channels": config.out_channels,
+        "sample_size": config.sample_size,
+        "up_block_types": mirrored(blocks),
+        "upcast_attention": config.upcast_attention,
+        "use_linear_projection": config.linear_projection,
+    }
+
+
+def read_vae_config(file: Path) -> VAEConfig:
+    found = read_json(file)
+    refuse_others(found, VAE_FIXED, file)
+    return VAEConfig(
+        latent_channels=found.get("latent_channels", 4),
+        widths=tuple(found.get("block_out_channels", (128, 256, 512, 512))),
+        layers=found.get("layers_per_block", 2),
+        groups=found.get("norm_num_groups", 32),
+        scaling_factor=found.get("scaling_factor", 0.18215),
+    )
+
+
+def published_vae(config: VAEConfig, side: int) -> dict:
+    """The inverse of ``read_vae_config``; ``side`` is that of the pictures it was trained on, in pixels."""
+    return {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": list(config.widths),
+        "down_block_types": ["DownEncoderBlock2D"] * len(config.widths),
+        "in_channels": config.picture_channels,
+        "latent_channels": config.latent_channels,
+        "layers_per_block": config.layers,
+        "norm_num_groups": config.groups,
+        "out_channels": config.picture_channels,
+        "sample_size": side,
+        "scaling_factor": config.scaling_factor,
+        "up_block_types": ["UpDecoderBlock2D"] * len(config.widths),
+    }
+
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # published name: ours
+
+
+def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
+    """Betas, parameterisation, offset; whichever sampler the file names. What it leaves out is as SD was trained."""
+    found = read_json(file)
+    refuse_others(found, SCHEDULE_FIXED, file)
+    published = found.get("prediction_type", "epsilon")
+    if published not in PREDICTIONS:
+        raise CheckpointError(f'{file}: prediction_type is "{published}"; known are {", ".join(PREDICTIONS)}.')
+    sd = ScheduleConfig()
+    return ScheduleConfig(
+        train_steps=found.get("num_train_timesteps", sd.train_steps),
+        beta_start=found.get("beta_start", sd.beta_start),
+        beta_end=found.get("beta_end", sd.beta_end),
+        beta_schedule=found.get("beta_schedule", sd.beta_schedule),
+        prediction=prediction or PREDICTIONS[published],
+        steps_offset=found.get("steps_offset", sd.steps_offset),
+        set_alpha_to_one=found.get("set_alpha_to_one", sd.set_alpha_to_one),
+    )
+
+
+def published_schedule(config: ScheduleConfig) -> dict:
+    """The inverse of ``read_schedule_config``."""
+    return {
+        "_class_name": "DDIMScheduler",
+        "beta_end": config.beta_end,
+        "beta_schedule": config.beta_schedule,
+        "beta_start": config.beta_start,
+        "clip_sample": False,
+        "num_train_timesteps": config.train_steps,
+        "prediction_type": next(published for published, ours in PREDICTIONS.items() if ours == config.prediction),
+        "set_alpha_to_one": config.set_alpha_to_one,
+        "steps_offset": config.steps_offset,
+        "timestep_spacing": "leading",
+    }
