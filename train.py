@@ -6,7 +6,6 @@
 Teacher and student are one network: the student is what it becomes with the LoRA switched on.
 """
 
-import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from minidistill.lora import lora_parameters
 from minidistill.report import write_report
 from minidistill.run import checkpoint_files, resume, save_checkpoint, stop_signals
 from minidistill.schedule import add_noise
-from minidistill.settings import count, parse, setting
+from minidistill.settings import count, parse, positive, setting
 
 EVALUATED = 24  # held-out prompts in the report
 SHOWN = 8  # and in the pictures drawn on the way
@@ -36,7 +35,7 @@ class Settings:
         None, "text file, one prompt a line (default: the model's own, or ours)", "model", type=Path
     )
     out: Path = setting(None, "folder of this run (default: runs/<name of the model>)", "model", type=Path)
-    guidance: float = setting(5.0, "the teacher's guidance scale, which the student learns", "teacher")
+    guidance: float = setting(5.0, "the teacher's guidance scale, which the student learns", "teacher", type=positive)
     negative_prompt: str = setting("", "what guidance leads away from, which the student learns too", "teacher")
     sample_steps: int = setting(25, "DDIM steps of a trajectory", "teacher", type=count)
     trajectories: int = setting(128, "how many pictures the teacher draws to learn from", "teacher", type=count)
@@ -47,13 +46,14 @@ class Settings:
         choices=("trajectories", "noised"),
     )
     rank: int = setting(16, "rank of the LoRA", "student", type=count)
-    alpha: float = setting(None, "the LoRA is scaled by alpha / rank (default: 1)", "student", type=float)
+    alpha: float = setting(None, "the LoRA is scaled by alpha / rank (default: the rank)", "student", type=positive)
     steps: int = setting(300, "updates of the LoRA", "student", type=count)
     batch: int = setting(16, "examples an update; pictures drawn at once", "student", type=count)
-    lr: float = setting(None, "peak learning rate (default: 0.128 / the UNet's first width)", "student", type=float)
+    lr: float = setting(None, "peak learning rate (default: 0.128 / the UNet's first width)", "student", type=positive)
+    recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time", "student")
     seed: int = setting(0, "of everything random", "run")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute", "run")
-    dtype: str = setting("float32", "of the frozen weights", "run", choices=("float32", "bfloat16", "float16"))
+    dtype: str = setting("float32", "of the frozen weights", "run", choices=("float32", "bfloat16"))
     save_every: int = setting(100, "updates from a checkpoint and its pictures to the next", "run", type=count)
     resume: bool = setting(False, "go on from the last checkpoint in --out, if there is one", "run")
     no_report: bool = setting(False, "only the LoRA: no evaluation, no pictures", "run")
@@ -65,6 +65,8 @@ def main() -> None:
     out = args.out or Path("runs") / name
     if (checkpoint_files(out) or (out / "lora.safetensors").exists()) and not args.resume:
         raise ValueError(f"{out} holds a run already: add --resume to go on with it, or name another --out.")
+    if args.guidance == 1:
+        raise ValueError("--guidance 1 is no guidance, which takes one pass as it is: there is nothing to distil.")
 
     # One network: the teacher, and beside some of its layers the low-rank pairs that make it the student.
     sd = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
@@ -72,12 +74,20 @@ def main() -> None:
     shown = data.spread(held_out, SHOWN)
     torch.manual_seed(args.seed)
     sd.unet = unet = inject_lora(sd.unet, args.rank, args.alpha)
+    unet.base.checkpoint_blocks = args.recompute
     trainable = lora_parameters(unet)
     frozen = sum(p.numel() for p in unet.parameters() if not p.requires_grad)
     sd.schedule.timesteps(args.sample_steps)  # a number of steps that DDIM cannot take is refused before any work
     uncond = sd.encode_prompt([args.negative_prompt])  # [1, L, D]
     out.mkdir(parents=True, exist_ok=True)
     print(f"{name}: {frozen:,} frozen parameters, and {sum(p.numel() for p in trainable):,} of the LoRA to train.")
+
+    # Adam's steps are of one size whatever the width; what they add up to over a layer's inputs is not.
+    peak = args.lr or 0.128 / sd.unet_config.widths[0]
+    optimizer = torch.optim.AdamW(trainable, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
+    apart = ("out", "resume", "no_report", "save_every", "device", "recompute")  # what changes nothing of the result
+    fixed = {name: str(value) for name, value in asdict(args).items() if name not in apart}
+    losses = resume(out, unet, optimizer, fixed)  # none, in a new run
 
     # The teacher draws its own pictures; the student learns from them, and from the way to them.
     states = data.generate(
@@ -92,15 +102,9 @@ def main() -> None:
         batch=args.batch,
         keep_states=args.method == "trajectories",
     )
-    embeddings = torch.cat([sd.encode_prompt(captions[i : i + 256]) for i in range(0, len(captions), 256)])  # [P, L, D]
+    drawn = states.prompts(torch.arange(len(states))).split(64)
+    embeddings = torch.cat([sd.encode_prompt([captions[i] for i in some]) for some in drawn])  # [trajectories, L, D]
 
-    # Adam's steps are of one size whatever the width; what they add up to over a layer's inputs is not.
-    peak = args.lr or 0.128 / sd.config.widths[0]
-    optimizer = torch.optim.AdamW(trainable, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
-    fixed = {
-        k: str(v) for k, v in asdict(args).items() if k not in ("out", "resume", "no_report", "save_every", "device")
-    }
-    losses = resume(out, unet, optimizer, fixed)  # none, in a new run
     examples = len(states) * (args.sample_steps if args.method == "trajectories" else 1)
     order = data.batches(examples, args.batch, args.seed, start=len(losses))
     progress = tqdm(initial=len(losses), total=args.steps, desc="distilling", unit="step")
@@ -110,27 +114,28 @@ def main() -> None:
             if args.method == "trajectories":  # every state comes with the prediction the teacher made there
                 trajectory = chosen // args.sample_steps
                 z_t, eps_hat, t = (x.to(sd.device) for x in states.states(trajectory, chosen % args.sample_steps))
-                cond = embeddings[states.prompts(trajectory)]
+                cond = embeddings[trajectory]
             else:  # noise the teacher's picture, and ask the teacher: two calls of the frozen UNet
                 dice = torch.Generator().manual_seed(args.seed + step)
                 t = torch.randint(sd.schedule.train_steps, chosen.shape, generator=dice)
                 z_0 = states.ends(chosen)
                 z_t = add_noise(sd.schedule, z_0, torch.randn(z_0.shape, generator=dice), t).to(sd.device)
-                t, cond = t.to(sd.device), embeddings[states.prompts(chosen)]
-                eps_hat = teacher(unet, z_t.to(sd.dtype), t, cond, uncond.expand_as(cond), args.guidance)
-            eps = student(unet, z_t.to(sd.dtype), t, cond)  # one call of the same UNet
+                t, cond = t.to(sd.device), embeddings[chosen]
+                eps_hat = teacher(unet, z_t, t, cond, uncond.expand_as(cond), args.guidance)
+            eps = student(unet, z_t, t, cond)  # one call of the same UNet
 
             # Unweighted over t: on trajectories this is the very noise error that is asked of the student.
-            loss = F.mse_loss(eps.float(), eps_hat.float())
-            if not math.isfinite(loss.item()):
-                raise ValueError(
-                    f"The loss is {loss.item()} at update {step + 1}. Lower --lr (it is {peak:g}) in a new --out."
-                )
+            loss = F.mse_loss(eps, eps_hat)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, peak, warmup=max(args.steps // 10, 1))
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            if not (loss + norm).isfinite():
+                raise ValueError(
+                    f"At update {step + 1} the loss is {loss:g} and its gradient's norm {norm:g}: "
+                    f"lower --lr (it is {peak:g}) or --guidance, in a new --out."
+                )
             optimizer.step()
 
             losses.append(loss.item())
@@ -139,9 +144,9 @@ def main() -> None:
             if stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 save_checkpoint(out, unet, optimizer, losses, fixed)
                 if not args.no_report and not stop:
-                    drawn = draw(sd, "student", shown, steps=args.sample_steps, guidance=args.guidance)
+                    row = draw(sd, "student", shown, steps=args.sample_steps, guidance=args.guidance, batch=args.batch)
                     with written_whole(out / f"pictures/step-{step + 1:06d}.png") as beside:
-                        comparison_grid([drawn], shown).save(beside, "png")
+                        comparison_grid([row], shown).save(beside, "png")
             if stop:
                 progress.close()
                 sys.exit(f"Saved after {step + 1} of {args.steps} updates. The same command with --resume goes on.")
@@ -151,7 +156,8 @@ def main() -> None:
     save_lora(unet, out / "lora.safetensors", metadata)
     print(f"Wrote {out / 'lora.safetensors'}")
     if not args.no_report:
-        options = dict(guidance=args.guidance, steps=args.sample_steps, negative_prompt=args.negative_prompt)
+        options = dict(guidance=args.guidance, negative_prompt=args.negative_prompt)
+        options |= dict(steps=args.sample_steps, batch=args.batch)
         write_report(sd, out, data.spread(held_out, EVALUATED), losses, **options)
 
 

@@ -36,14 +36,15 @@ def prompt_split(model_folder: Path, file: Path | None = None) -> tuple[list[str
     if file is None and compositions.is_file():
         rows = json.loads(compositions.read_text(encoding="utf-8"))
         return [r["caption"] for r in rows if not r["held_out"]], [r["caption"] for r in rows if r["held_out"]]
-    everything = read_prompts(file) if file else prompts()
+    everything = list(dict.fromkeys(read_prompts(file) if file else prompts()))  # none on both sides
     held_out = everything[::10]
     return [p for i, p in enumerate(everything) if i % 10] or held_out, held_out
 
 
-def spread(items: Sequence[T], count: int) -> Sequence[T]:
+def spread(items: Sequence[T], count: int) -> list[T]:
     """At most ``count`` of the items, evenly spread over them: neighbours in a list of prompts are alike."""
-    return items[:: max(len(items) // count, 1)][:count]
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def teacher_trajectory(

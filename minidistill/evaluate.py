@@ -20,7 +20,7 @@ EVALUATION_SEED = 1_000_000  # the noise of evaluation lies apart from that of t
 
 @dataclass
 class ErrorShare:
-    """Squared errors and squared guidance gaps, summed over pictures: [S] each, a value a step of the trajectory."""
+    """Squared errors and squared guidance gaps, summed over pictures: [S] each, one value a step of the trajectory."""
 
     errors: Tensor
     gaps: Tensor

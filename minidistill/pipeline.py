@@ -19,6 +19,8 @@ from minidistill.guidance import guided_noise
 from minidistill.schedule import Denoiser, Schedule, ddim_sample
 from minidistill.vae import VAE
 
+FRESH_NOISE = 1 << 32  # added to a picture's seed where eta asks for more noise: the seed itself gave z_T
+
 
 @dataclass
 class StableDiffusion:
@@ -28,7 +30,7 @@ class StableDiffusion:
     vae: VAE
     text_encoder: CLIPTextModel
     schedule: Schedule
-    config: UNetConfig
+    unet_config: UNetConfig
     folder: Path
     tokenizer_folder: Path
 
@@ -61,17 +63,18 @@ class StableDiffusion:
     def starting_noise(self, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
         """z_T [N, 4, h, w], each drawn on the CPU from its own seed: the same on every device, in every batch.
 
-        ``height`` and ``width`` are the picture's, in pixels; the size the model was trained on unless given.
+        In float32 at least, whatever the networks' dtype: rounding would add up over the steps. ``height`` and
+        ``width`` are the picture's, in pixels; the size the model was trained on unless given.
         Raises ValueError for a size that is no whole number of latents.
         """
         factor = self.vae.config.factor
-        side = self.config.sample_size * factor
-        height, width = height or side, width or side
+        side = self.unet_config.sample_size * factor
+        height, width = side if height is None else height, side if width is None else width
         if height % factor or width % factor or min(height, width) < factor:
             raise ValueError(f"Pictures of this model have sides that are multiples of {factor}, not {width}x{height}.")
-        shape = (self.config.in_channels, height // factor, width // factor)
+        shape = (self.unet_config.in_channels, height // factor, width // factor)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self.device, self.dtype)
+        return torch.stack(noise).to(self.device, torch.promote_types(self.dtype, torch.float32))
 
     def denoiser(
         self, cond: Tensor, uncond: Tensor | None = None, guidance: float = 1.0, lora_enabled: bool = False
@@ -81,11 +84,14 @@ class StableDiffusion:
         The teacher, two calls of the UNet, if there is an ``uncond`` and ``guidance`` is not 1; else one call, which
         with ``lora_enabled`` is the student.
         """
-        if lora_enabled:
-            return lambda z_t, t: self.unet(z_t, t, cond, lora_enabled=True)
-        if uncond is None or guidance == 1:
-            return lambda z_t, t: self.unet(z_t, t, cond)
-        return lambda z_t, t: guided_noise(self.unet, z_t, t, cond, uncond, guidance)
+        flag = {"lora_enabled": True} if lora_enabled else {}  # a plain UNet takes none
+
+        def unet(z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+            return self.unet(z_t.to(self.dtype), t, context, **flag).to(z_t.dtype)
+
+        if lora_enabled or uncond is None or guidance == 1:
+            return lambda z_t, t: unet(z_t, t, cond)
+        return lambda z_t, t: guided_noise(unet, z_t, t, cond, uncond, guidance)
 
     @torch.no_grad()
     def sample(
@@ -112,6 +118,7 @@ class StableDiffusion:
             negative_prompt: what guidance leads away from.
             height, width: in pixels; the size the model was trained on unless given.
             batch: pictures drawn at once.
+            eta: 0 is deterministic DDIM; more adds fresh noise in each step, 1 as much as DDPM.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         noise = self.starting_noise(range(seed, seed + len(prompts)), height, width)
@@ -122,10 +129,11 @@ class StableDiffusion:
             cond = self.encode_prompt(prompts[first : first + batch])
             model = self.denoiser(cond, uncond.expand(len(cond), -1, -1), guidance, lora_enabled)
             z_T = noise[first : first + batch]
-            generator = torch.Generator().manual_seed(seed + first)
-            for z_t in ddim_sample(model, self.schedule, z_T, steps, eta, generator):
+            seeds = range(seed + first, seed + first + len(z_T))
+            generators = [torch.Generator().manual_seed(FRESH_NOISE + own) for own in seeds]
+            for z_t in ddim_sample(model, self.schedule, z_T, steps, eta, generators):
                 bar.update()
-            pictures += to_images(self.vae.decode(z_t))
+            pictures += to_images(self.vae.decode(z_t.to(self.dtype)))
         bar.close()
         return pictures
 
@@ -167,7 +175,7 @@ def load(
         vae=parts.vae.to(device),
         text_encoder=parts.text_encoder.to(device),
         schedule=Schedule.from_config(parts.schedule),
-        config=parts.unet.config,
+        unet_config=parts.unet.config,
         folder=folder,
         tokenizer_folder=Path(tokenizer or folder / "tokenizer"),
     )

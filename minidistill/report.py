@@ -24,12 +24,13 @@ def write_report(
     guidance: float,
     steps: int,
     negative_prompt: str,
+    batch: int,
 ) -> None:
     """Evaluate the student in ``sd.unet`` on ``prompts`` it never saw; write pictures, plot and table into ``out``."""
     print(f"Evaluating on {len(prompts)} held-out prompts ...")
-    options = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt)
+    options = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, batch=batch)
     share = noise_error_share(sd, prompts, **options).pooled
-    # The first calls of everything are slower; noise_error_share above made the UNet's, and kept them off the clock.
+    sd.sample(prompts[:1], steps=1)  # the first calls of everything are slower: off the clock
     rows = [draw(sd, method, prompts, **options) for method in ("teacher", "no guidance")]
     merge_lora(sd.unet)
     rows.append(draw(sd, "student", prompts, **options))

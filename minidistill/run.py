@@ -75,7 +75,7 @@ def resume(out: Path, unet: nn.Module, optimizer: torch.optim.Optimizer, setting
         if flags:
             raise ValueError(f"{file} was made with {', '.join(flags)}: give the same, or another --out.")
         with torch.no_grad():
-            for p, saved in zip(lora_parameters(unet), state["lora"]):
+            for p, saved in zip(lora_parameters(unet), state["lora"], strict=True):
                 p.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
         return state["losses"]

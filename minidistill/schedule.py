@@ -4,7 +4,7 @@ z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps, and v = sqrt(alpha_bar_
 where alpha_bar is ``alphas_cumprod``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +104,13 @@ def ddim_step(
     return z_next + spread.to(z_t) * noise if eta else z_next
 
 
+def fresh_noise(z_t: Tensor, generator: Generator | Sequence[Generator] | None) -> Tensor:
+    if isinstance(generator, Sequence):
+        return torch.cat([fresh_noise(own[None], g) for own, g in zip(z_t, generator, strict=True)])
+    device = generator.device if generator else z_t.device
+    return torch.randn(z_t.shape, generator=generator, device=device, dtype=z_t.dtype).to(z_t.device)
+
+
 @torch.no_grad()
 def ddim_sample(
     model: Denoiser,
@@ -111,20 +118,17 @@ def ddim_sample(
     z_T: Tensor,
     steps: int,
     eta: float = 0.0,
-    generator: Generator | None = None,
+    generator: Generator | Sequence[Generator] | None = None,
 ) -> Iterator[Tensor]:
     """Denoise z_T [B, 4, h, w] in ``steps`` calls of ``model(z_t, t)``, t [B] int64; yields after each step.
 
-    ``generator`` draws the noise that eta > 0 asks for.
+    ``generator`` draws the noise that eta > 0 asks for: one for all, or one for each picture of the batch.
     """
     z_t = z_T
     for t in schedule.timesteps(steps):
         t_next = t - schedule.train_steps // steps
         prediction = model(z_t, torch.full((len(z_t),), t, device=z_t.device))
-        noise = None
-        if eta:
-            device = generator.device if generator else z_t.device
-            noise = torch.randn(z_t.shape, generator=generator, device=device, dtype=z_t.dtype).to(z_t.device)
+        noise = fresh_noise(z_t, generator) if eta else None
         z_t = ddim_step(schedule, prediction, z_t, t, t_next, eta, noise)
         yield z_t
 

@@ -1,10 +1,11 @@
 """Command lines from dataclasses: each field is a flag, with its default and help in one place."""
 
 import argparse
+import math
 from dataclasses import field, fields
 from typing import Any, TypeVar
 
-Settings = TypeVar("Settings")
+T = TypeVar("T")
 
 
 def setting(default: Any, help: str, group: str = "options", **how: Any) -> Any:
@@ -20,9 +21,19 @@ def count(text: str) -> int:
     return value
 
 
-def parse(settings: type[Settings], description: str, argv: list[str] | None = None) -> Settings:
+def positive(text: str) -> float:
+    """An argparse type: a number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"it has to be a number above 0, not {text}")
+    return value
+
+
+def parse(settings: type[T], description: str, argv: list[str] | None = None) -> T:
     """Read the command line into a ``settings`` dataclass. A default of ``...`` makes it positional."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     groups: dict[str, Any] = {}
     for f in fields(settings):
         how = dict(f.metadata)
