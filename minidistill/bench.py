@@ -110,7 +110,7 @@ class Setup:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        return self.random_weights(lambda: UNet(self.size.unet), torch.channels_last)  # as load() lays them out
+        return self.random_weights(lambda: UNet(self.size.unet), torch.channels_last)  # as load() converts them
 
     @cached_property
     def peer_weights(self) -> dict[str, Tensor]:

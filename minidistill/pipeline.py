@@ -132,6 +132,12 @@ def to_images(x: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
+def place(module: nn.Module, device: str | torch.device) -> nn.Module:
+    """On the device; on a GPU with convolution weights channels last, which those mapped from a file are not."""
+    module = module.to(device)
+    return module.to(memory_format=torch.channels_last) if torch.device(device).type == "cuda" else module
+
+
 def load(
     path: str | Path,
     *,
@@ -161,9 +167,9 @@ def load(
         raise ValueError(f'The device "{device}" is not to be had here: {str(error).splitlines()[0]}') from error
     parts = read_checkpoint(path, dtype, prediction=prediction, ema=ema, variant=variant)
     return StableDiffusion(
-        unet=parts.unet.to(device),
-        vae=parts.vae.to(device),
-        text_encoder=parts.text_encoder.to(device),
+        unet=place(parts.unet, device),
+        vae=place(parts.vae, device),
+        text_encoder=place(parts.text_encoder, device),
         schedule=Schedule.from_config(parts.schedule),
         config=parts.unet.config,
         folder=parts.path,

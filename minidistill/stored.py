@@ -32,18 +32,24 @@ class StoredTensor:
     stride: tuple[int, ...]
 
     def load(self, dtype: torch.dtype) -> Tensor:
-        """Its values; convolution weights [out, in, k, k] channels last, the layout that convolutions are fastest in.
+        """Its values.
 
-        What the file holds as it is wanted stays a part of the one mapping. Anything else is converted out of a mapping
-        of its own, so that the pages it came from are given back at once.
+        What the file holds as it is wanted stays a part of the one mapping, unread. Anything else is converted out of a
+        mapping of its own, so that the pages it came from are given back at once; and since it is written anew then,
+        convolution weights [out, in, k, k] come channels last, the layout that suits small ones best.
         """
-        convolution = len(self.shape) == 4
-        source = self.file.bytes if dtype == self.dtype and not convolution else self.file.map()
+        as_wanted = dtype == self.dtype and self.stride == row_major(self.shape)
+        source = self.file.bytes if as_wanted else self.file.map()
         stop = self.start + reach(self.shape, self.stride) * self.dtype.itemsize
         values = source[self.start : stop]
         values = values if self.start % self.dtype.itemsize == 0 else values.clone()
-        values = values.view(self.dtype).as_strided(self.shape, self.stride).to(dtype)
-        return values.contiguous(memory_format=torch.channels_last if convolution else torch.contiguous_format)
+        values = values.view(self.dtype).as_strided(self.shape, self.stride)
+        if as_wanted:
+            return values
+        convolution = len(self.shape) == 4
+        return values.to(dtype).contiguous(
+            memory_format=torch.channels_last if convolution else torch.contiguous_format
+        )
 
     def part(self, i: int, parts: int) -> "StoredTensor":
         """The ``i``-th of ``parts`` equal blocks of rows."""

@@ -75,12 +75,12 @@ def test_dtypes(held: torch.dtype, asked: torch.dtype, suffix: str, tmp_path: Pa
     assert equal(written_again(sd), {name: tensor.to(asked) for name, tensor in tensors.items()})
 
 
-def test_weights_stay_mapped_and_convolutions_are_laid_out(single: Path, tensors: dict[str, Tensor]) -> None:
+def test_weights_stay_mapped(single: Path) -> None:
     unet = load(single).unet
     a, b = unet.time_embedding.linear_1.weight, unet.time_embedding.linear_2.weight
     assert a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()  # parts of one mapping, not copies
-    conv = unet.down_blocks[0].resnets[0].conv1.weight
-    assert conv.is_contiguous(memory_format=torch.channels_last) and torch.equal(conv, tensors[CONV])
+    conv = load(single, dtype=torch.bfloat16).unet.down_blocks[0].resnets[0].conv1.weight
+    assert conv.is_contiguous(memory_format=torch.channels_last)  # what is written anew, in the best layout
     before = single.read_bytes()
     with torch.no_grad():
         a.zero_()
