@@ -73,7 +73,9 @@ def read_safetensors(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[st
         if length > min(HEADER_LIMIT + file.size // 16, file.size - 8):
             raise refuse(f"its header is said to have {length:,} bytes, the file has {file.size:,}")
         header = json.loads(opened.read(length))
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", {})
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise refuse("its metadata are not text")
 
     tensors, spans = {}, []
     for name, entry in header.items():

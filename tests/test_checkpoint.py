@@ -306,6 +306,7 @@ def entry(start: int, stop: int, dtype: str = "F32", shape: object = (1,)) -> di
         "overlap": (header(a=entry(0, 4), b=entry(2, 6)) + bytes(6), "overlap"),
         "gap": (header(a=entry(0, 4), b=entry(8, 12)) + bytes(12), "gap"),
         "left over": (header(a=entry(0, 4)) + bytes(9), "take 4 bytes, and the file has 9"),
+        "metadata": (header(__metadata__={"modelspec.prediction_type": []}), "metadata are not text"),
         "unknown dtype": (header(a=entry(0, 4, dtype="X4")) + bytes(4), "unknown dtype X4"),
         "negative": (header(a=entry(-4, 0)) + bytes(4), "offsets -4 to 0"),
         "no numbers": (header(a=entry(0, 4, shape=("1",))) + bytes(4), "the shape"),
