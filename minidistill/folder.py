@@ -16,25 +16,25 @@ STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "t
 
 
 def candidates(stem: str, variant: str | None) -> Iterator[str]:
-    """The names that a network's weights may have, the best first; of a variant ("fp16") only that one's.
-
-    Without one, fp16 is the last resort. Sharded weights go by the name of their index.
-    """
-    for infix in [f".{variant}"] if variant else ["", ".fp16"]:
-        for suffix in ("safetensors", "bin"):
-            name = "pytorch_model" if (stem, suffix) == ("model", "bin") else stem
-            yield f"{name}{infix}.{suffix}"
-            yield f"{name}.{suffix}.index{infix}.json"
+    """The names that a network's weights may have, the best first. Sharded weights go by the name of their index."""
+    infix = f".{variant}" if variant else ""
+    for suffix in ("safetensors", "bin"):
+        name = "pytorch_model" if (stem, suffix) == ("model", "bin") else stem
+        yield f"{name}{infix}.{suffix}"
+        yield f"{name}.{suffix}.index{infix}.json"
 
 
-def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path | None:
+def find_weights(folder: Path, stem: str, variant: str | None) -> Path | None:
     """The file of weights, or the index of its shards."""
     return next((folder / name for name in candidates(stem, variant) if (folder / name).exists()), None)
 
 
 def read_weights(folder: Path, stem: str, variant: str | None = None) -> tuple[dict[str, StoredTensor], Path]:
-    """The tensors of one network's folder, and the file (or index) that was read. Raises CheckpointError."""
-    file = find_weights(folder, stem, variant)
+    """The tensors of one network's folder, and the file (or index) that was read. Raises CheckpointError.
+
+    Of a ``variant`` ("fp16") only those; without one, fp16 is the last resort.
+    """
+    file = find_weights(folder, stem, variant) or (None if variant else find_weights(folder, stem, "fp16"))
     if file is None:
         raise CheckpointError(
             f"{folder} holds no {next(candidates(stem, variant))} (nor .bin, nor shards with an index): "

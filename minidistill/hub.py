@@ -29,7 +29,6 @@ def fetch_model(repo: str, variant: str | None = None) -> Path:
             if find_weights(folder / part, stem, variant):
                 continue
             names = [name for name in candidates(stem, variant) if f".{suffix}" in name]
-            names = names if variant else names[:2]  # not the last resort, fp16, too
             shards = [f"{name.removesuffix(f'.{suffix}')}-*-of-*.{suffix}" for name in names if name.endswith(suffix)]
             folder = fetch(repo, [f"{part}/{name}" for name in names + shards])
     return folder

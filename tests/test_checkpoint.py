@@ -420,3 +420,14 @@ def test_only_what_is_needed_is_fetched(
     weights = [file for file in snapshot.rglob("*") if file.is_file() and file.suffix not in (".json", ".txt")]
     assert len(weights) == 3 and all("".join(file.suffixes) == suffix for file in weights)
     assert (snapshot / "tokenizer/vocab.json").exists()
+
+
+def test_a_variant_in_the_cache_does_not_stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in [*folder.rglob("*.safetensors")]:
+        file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
+    asked = []
+    monkeypatch.setattr(
+        "minidistill.hub.snapshot_download", lambda _, allow_patterns: asked.extend(allow_patterns) or folder
+    )
+    read_checkpoint("someone/tiny")
+    assert "unet/diffusion_pytorch_model.safetensors" in asked
