@@ -5,7 +5,7 @@
   python -m minidistill.bench --size sd15 --device cuda --dtype bfloat16
 
 The contestants take turns (A, B, A, B, ...) and medians are compared, after ours and the peers' outputs were found to
-agree. Without diffusers and peft, ours stands alone.
+agree. Without diffusers and peft, ours stands alone. How fast a checkpoint loads is measured by bench_load.
 """
 
 import json

@@ -18,16 +18,7 @@ from transformers import CLIPTextConfig
 from minidistill.config import ScheduleConfig, UNetConfig, VAEConfig
 from minidistill.files import CheckpointError, blamed
 from minidistill.layout import checked
-from minidistill.ldm_names import (
-    FUSED,
-    Table,
-    backwards,
-    clip_names,
-    openclip_names,
-    translate,
-    unet_names,
-    vae_names,
-)
+from minidistill.ldm_names import FUSED, Table, backwards, clip_names, openclip_names, translate, unet_names, vae_names
 from minidistill.stored import StoredTensor
 from minidistill.tensor_files import read_tensors
 
@@ -274,11 +265,15 @@ def to_single_file(
     SD 2.x comes out with the text encoder cut as SD uses it. Raises ValueError for a model that could not be read
     again, because it differs from SD 1.x and 2.x in what no shape tells.
     """
-    version = next(version for version in VERSIONS if version.activation == text_config.hidden_act)
-    tensors = {UNET + translate(name, unet_names(unet_config)): tensor for name, tensor in unet.items()}
+    version = next((version for version in VERSIONS if version.activation == text_config.hidden_act), None)
+    if version is None:
+        raise ValueError(f"No single file's text encoder has the activation {text_config.hidden_act}: write a folder.")
+    names = unet_names(unet_config)
+    tensors = {UNET + translate(name, names): tensor for name, tensor in unet.items()}
+    names = vae_names(vae_config)
     for name, tensor in vae.items():
         tensor = tensor[:, :, None, None] if ".attentions.0." in name and tensor.ndim == 2 else tensor
-        tensors[VAE + translate(name, vae_names(vae_config))] = tensor
+        tensors[VAE + translate(name, names)] = tensor
     names = version.text_names(text_config.num_hidden_layers)
     text = {name.removeprefix("text_model."): tensor for name, tensor in text.items()}
     for name, tensor in text.items():
