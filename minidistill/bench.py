@@ -5,7 +5,7 @@
   python -m minidistill.bench --size sd15 --device cuda --dtype bfloat16
 
 The contestants take turns (A, B, A, B, ...) and medians are compared, after ours and the peers' outputs were found to
-agree. Without diffusers and peft, ours stands alone.
+agree. Without diffusers and peft, ours stands alone. How fast a checkpoint loads is measured by bench_load.
 """
 
 import json
@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidistill.checkpoint import build
 from minidistill.config import POCKET_UNET, POCKET_VAE, SD15_UNET, SD15_VAE, ScheduleConfig, UNetConfig, VAEConfig
 from minidistill.distill import student, teacher
 from minidistill.files import written_whole
@@ -111,14 +110,14 @@ class Setup:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        return self.random_weights(lambda: UNet(self.size.unet), torch.channels_last)  # as load() lays them out
+        return self.random_weights(lambda: UNet(self.size.unet), torch.channels_last)  # as load() converts them
 
     @cached_property
     def peer_weights(self) -> dict[str, Tensor]:
         return self.random_weights(lambda: UNet(self.size.unet), torch.contiguous_format)  # as from_pretrained() does
 
     def unet(self) -> UNet:
-        return build(lambda: UNet(self.size.unet), self.weights, Path("random weights"), self.dtype)  # no copy of them
+        return filled(lambda: UNet(self.size.unet), self.weights)
 
     def lora_unet(self, zero: bool = False) -> LoRAModel:
         unet = inject_lora(self.unet(), self.rank)  # lora_up is zero
@@ -139,6 +138,14 @@ class Setup:
         unet = self.peer_unet()
         fill_pairs(peer_lora(unet, self.rank, names))
         return unet
+
+
+def filled(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
+    """A frozen module of these very tensors, not of copies."""
+    with torch.device("meta"):
+        module = make()
+    module.load_state_dict(weights, assign=True)
+    return module.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -166,7 +173,7 @@ def forward(setup: Setup, who: str) -> Contestant:
 
 def decode(setup: Setup, who: str) -> Contestant:
     weights = setup.random_weights(lambda: VAE(setup.size.vae), torch.channels_last)
-    vae = build(lambda: VAE(setup.size.vae), weights, Path("random weights"), setup.dtype)
+    vae = filled(lambda: VAE(setup.size.vae), weights)
     z = setup.latents(1)
     return torch.no_grad()(lambda: (vae.decode(z),))
 

@@ -1,10 +1,13 @@
 """The official folder layout: the JSON files in which Stable Diffusion says what it is, read and written."""
 
 import json
+import math
+from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar
 
 from minidistill.config import ScheduleConfig, UNetConfig, VAEConfig
-from minidistill.files import CheckpointError, written_whole
+from minidistill.files import CheckpointError, blamed, written_whole
 
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -22,11 +25,14 @@ MODEL_INDEX = {
 
 def read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        contents = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing: fetch the whole model folder.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not readable JSON ({error}): fetch it again.") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{file} is not the JSON of a configuration: fetch it again.")
+    return contents
 
 
 def write_json(path: Path, contents: dict) -> None:
@@ -73,14 +79,46 @@ VAE_FIXED = {
 SCHEDULE_FIXED = {"rescale_betas_zero_snr": False, "trained_betas": None}
 
 
+# What else has this layout.
+OTHERS = {
+    "SDXL": {"addition_embed_type": "text_time"},
+    "an inpainting model": {"in_channels": 9},
+    "InstructPix2Pix": {"in_channels": 8},
+    "an upscaling model": {"in_channels": 7},
+    "a depth-to-image model": {"in_channels": 5},
+}
+
+
 def refuse_others(found: dict, fixed: dict, file: Path) -> None:
     others = [
         f"{name} is {found[name]!r}, not {value!r}" for name, value in fixed.items() if found.get(name, value) != value
     ]
     if others:
-        raise CheckpointError(
-            f"{file} describes a model other than SD 1.x and 2.x, which are read here: {'; '.join(others)}."
-        )
+        kind = next((kind for kind, sign in OTHERS.items() if sign.items() <= found.items()), "another model")
+        raise CheckpointError(f"{file} describes {kind}; SD 1.x and 2.x are read here: {'; '.join(others)}.")
+
+
+Config = TypeVar("Config", UNetConfig, VAEConfig, ScheduleConfig)
+MOST = {"layers": 16, "depth": 32, "mid_depth": 32}  # of these, a large number would be modules without end
+LEAST = {"depth": 0, "steps_offset": 0}
+
+
+def checked(config: Config, file: Path) -> Config:
+    """The configuration, if its values are of the right kind and of a size that a network can have."""
+
+    def plausible(value: object, like: object, least: int, most: int) -> bool:
+        if isinstance(like, tuple):
+            several = isinstance(value, tuple) and 0 < len(value) <= 8
+            return several and all(plausible(v, like[0], least, most) for v in value)
+        if isinstance(like, float):
+            return type(value) in (int, float) and math.isfinite(value) and value > 0
+        return type(value) is type(like) and (type(like) is not int or least <= value <= most)
+
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if not plausible(value, field.default, LEAST.get(field.name, 1), MOST.get(field.name, 2**16)):
+            raise CheckpointError(f"{file} is damaged: {value!r} cannot be its {field.name}. Fetch it again.")
+    return config
 
 
 def per_level(value: int | list[int], levels: int) -> tuple[int, ...]:
@@ -95,26 +133,28 @@ def mirrored(down_blocks: list[str]) -> list[str]:
 def read_unet_config(file: Path) -> UNetConfig:
     """Keys that a file leaves out have the published layout's defaults."""
     found = read_json(file)
-    refuse_others(found, UNET_FIXED, file)
-    widths = tuple(found.get("block_out_channels", (320, 640, 1280, 1280)))
-    blocks = found.get("down_block_types", ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"])
-    up_blocks = found.get("up_block_types", mirrored(blocks))
-    if not set(blocks) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or up_blocks != mirrored(blocks):
-        raise CheckpointError(f"{file} asks for blocks that SD 1.x and 2.x have not: {blocks}, {up_blocks}.")
-    depth = per_level(found.get("transformer_layers_per_block", 1), len(widths))
-    return UNetConfig(
-        widths=widths,
-        layers=found.get("layers_per_block", 2),
-        depth=tuple(d if name.startswith("CrossAttn") else 0 for d, name in zip(depth, blocks)),
-        mid_depth=depth[-1],
-        # The published name says "head_dim", yet the value has always been the number of heads.
-        heads=per_level(found.get("num_attention_heads") or found.get("attention_head_dim", 8), len(widths)),
-        context_width=found.get("cross_attention_dim", 1280),
-        linear_projection=found.get("use_linear_projection", False),
-        upcast_attention=found.get("upcast_attention", False),
-        groups=found.get("norm_num_groups", 32),
-        sample_size=found.get("sample_size", 64),
-    )
+    with blamed(file):
+        refuse_others(found, UNET_FIXED, file)
+        widths = tuple(found.get("block_out_channels", (320, 640, 1280, 1280)))
+        blocks = found.get("down_block_types", ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"])
+        up_blocks = found.get("up_block_types", mirrored(blocks))
+        if not set(blocks) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or up_blocks != mirrored(blocks):
+            raise CheckpointError(f"{file} asks for blocks that SD 1.x and 2.x have not: {blocks}, {up_blocks}.")
+        depth = per_level(found.get("transformer_layers_per_block", 1), len(widths))
+        config = UNetConfig(
+            widths=widths,
+            layers=found.get("layers_per_block", 2),
+            depth=tuple(d if name.startswith("CrossAttn") else 0 for d, name in zip(depth, blocks)),
+            mid_depth=depth[-1],
+            # The published name says "head_dim", yet the value has always been the number of heads.
+            heads=per_level(found.get("num_attention_heads") or found.get("attention_head_dim", 8), len(widths)),
+            context_width=found.get("cross_attention_dim", 1280),
+            linear_projection=found.get("use_linear_projection", False),
+            upcast_attention=found.get("upcast_attention", False),
+            groups=found.get("norm_num_groups", 32),
+            sample_size=found.get("sample_size", 64),
+        )
+        return checked(config, file)
 
 
 def published_unet(config: UNetConfig) -> dict:
@@ -139,14 +179,16 @@ def published_unet(config: UNetConfig) -> dict:
 
 def read_vae_config(file: Path) -> VAEConfig:
     found = read_json(file)
-    refuse_others(found, VAE_FIXED, file)
-    return VAEConfig(
-        latent_channels=found.get("latent_channels", 4),
-        widths=tuple(found.get("block_out_channels", (128, 256, 512, 512))),
-        layers=found.get("layers_per_block", 2),
-        groups=found.get("norm_num_groups", 32),
-        scaling_factor=found.get("scaling_factor", 0.18215),
-    )
+    with blamed(file):
+        refuse_others(found, VAE_FIXED, file)
+        config = VAEConfig(
+            latent_channels=found.get("latent_channels", 4),
+            widths=tuple(found.get("block_out_channels", (128, 256, 512, 512))),
+            layers=found.get("layers_per_block", 2),
+            groups=found.get("norm_num_groups", 32),
+            scaling_factor=found.get("scaling_factor", 0.18215),
+        )
+        return checked(config, file)
 
 
 def published_vae(config: VAEConfig, side: int) -> dict:
@@ -172,20 +214,26 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # published name: ours
 def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
     """Betas, parameterisation, offset; whichever sampler the file names. What it leaves out is as SD was trained."""
     found = read_json(file)
-    refuse_others(found, SCHEDULE_FIXED, file)
-    published = found.get("prediction_type", "epsilon")
-    if published not in PREDICTIONS:
-        raise CheckpointError(f'{file}: prediction_type is "{published}"; known are {", ".join(PREDICTIONS)}.')
-    sd = ScheduleConfig()
-    return ScheduleConfig(
-        train_steps=found.get("num_train_timesteps", sd.train_steps),
-        beta_start=found.get("beta_start", sd.beta_start),
-        beta_end=found.get("beta_end", sd.beta_end),
-        beta_schedule=found.get("beta_schedule", sd.beta_schedule),
-        prediction=prediction or PREDICTIONS[published],
-        steps_offset=found.get("steps_offset", sd.steps_offset),
-        set_alpha_to_one=found.get("set_alpha_to_one", sd.set_alpha_to_one),
-    )
+    with blamed(file):
+        refuse_others(found, SCHEDULE_FIXED, file)
+        published = found.get("prediction_type", "epsilon")
+        if published not in list(PREDICTIONS):  # a list, for this may be anything
+            raise CheckpointError(f'{file}: prediction_type is "{published}"; known are {", ".join(PREDICTIONS)}.')
+        sd = ScheduleConfig()
+        config = ScheduleConfig(
+            train_steps=found.get("num_train_timesteps", sd.train_steps),
+            beta_start=found.get("beta_start", sd.beta_start),
+            beta_end=found.get("beta_end", sd.beta_end),
+            beta_schedule=found.get("beta_schedule", sd.beta_schedule),
+            prediction=prediction or PREDICTIONS[published],
+            steps_offset=found.get("steps_offset", sd.steps_offset),
+            set_alpha_to_one=found.get("set_alpha_to_one", sd.set_alpha_to_one),
+        )
+        if config.beta_schedule not in ("scaled_linear", "linear"):
+            raise CheckpointError(
+                f'{file}: beta_schedule is "{config.beta_schedule}"; known are scaled_linear, linear.'
+            )
+        return checked(config, file)
 
 
 def published_schedule(config: ScheduleConfig) -> dict:

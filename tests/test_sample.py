@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import TINY_UNET, fill_up, tiny_unet, write_tiny
+from safetensors.torch import save_file
+from tiny import ROOT, TINY_UNET, fill_up, tiny_tensors, tiny_unet, write_tiny
 
 from minidistill import StableDiffusion, inject_lora, load, load_lora, save_lora
 from minidistill.unet import UNet
@@ -192,3 +193,19 @@ def test_no_prompt(command):
 def test_out_below_a_file(sample, tmp_path: Path):
     (tmp_path / "file").write_text("")
     assert sample(APPLE, "--out", tmp_path / "file/out").complaint.startswith("sample.py: ")
+
+
+def test_a_single_file(sample, tmp_path: Path):
+    save_file(tiny_tensors(version=2), tmp_path / "model.safetensors")
+    flags = [
+        "--model",
+        tmp_path / "model.safetensors",
+        "--prediction",
+        "eps",
+        "--tokenizer",
+        ROOT / "weights/pocket-emoji/tokenizer",
+    ]
+    result = sample(APPLE, *flags)
+    assert result.code == 0 and "Wrote" in result.out
+    assert "--ema" in sample(APPLE, *flags, "--ema").complaint
+    assert "--variant" in sample(APPLE, *flags, "--variant", "fp16").complaint

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from minidistill import load
-from minidistill.checkpoint import build, match_text_names, read_weights
+from minidistill.checkpoint import build
+from minidistill.folder import match_text_names, read_weights
 from minidistill.layout import read_json
 from minidistill.schedule import ddim_sample
 from minidistill.text import encode_tokens, fill_positions
@@ -94,7 +95,7 @@ def test_full_size_text_encoder(version: tuple[str, dict], tmp_path: Path) -> No
 
     config = CLIPTextConfig.from_dict(read_json(tmp_path / "config.json"))
     tensors, file = read_weights(tmp_path, "model")
-    ours = build(lambda: CLIPTextModel(config), match_text_names(tensors, config), file, torch.float32)
+    ours = build(lambda: CLIPTextModel(config), match_text_names(tensors), file, torch.float32)
     fill_positions(ours)
     shutil.rmtree(tmp_path)  # up to 1.4 GB
     assert error(encode_tokens(ours, ids), reference) <= 1e-4
