@@ -1,4 +1,4 @@
-"""export.py: a LoRA file gives back what was saved, belongs to one network, and is never half-written."""
+"""lora_files.py: a LoRA file gives back what was saved, belongs to one network, and is never half-written."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +10,8 @@ from tiny import TINY_UNET, tiny_student, tiny_unet, unet_inputs
 from torch import Tensor
 
 from minidistill import CheckpointError, load_lora, save_lora
-from minidistill.export import read_lora
 from minidistill.lora import LoRALayer, lora_layers
+from minidistill.lora_formats import read_lora
 
 METADATA = dict(base="tiny", guidance="5", method="trajectories", negative_prompt="")
 
@@ -155,7 +155,7 @@ def test_a_rank_that_does_not_fit_names_the_layer(file: Path):
     tensors["mid_block.resnets.0.conv1.lora_down"] = torch.zeros(3, 64, 3, 3)
     rewrite(file, {}, tensors)
     unet = tiny_unet()
-    with pytest.raises(CheckpointError, match="rank 2.*mid_block.resnets.0.conv1"):
+    with pytest.raises(CheckpointError, match="mid_block.resnets.0.conv1"):
         load_lora(unet, file)
     assert is_untouched(unet)
 
