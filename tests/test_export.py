@@ -1,0 +1,201 @@
+"""export.py: what it writes is the student, for other tools; nothing is half-written."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import TINY_UNET, fill_up, tiny_unet, write_tiny
+
+from minidistill import CheckpointError, export, inject_lora, load, load_lora, merge_lora, save_lora
+from minidistill.layout import read_json
+from minidistill.lora_formats import peft_tensors, read_lora, write_tensors
+
+METADATA = dict(base="tiny", guidance="4", method="trajectories", negative_prompt="a cat")
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A training run's folder."""
+    return write_lora(tmp_path / "run/lora.safetensors").parent
+
+
+def write_lora(path: Path, metadata: dict[str, str] = METADATA, seed: int = 7, **how) -> Path:
+    save_lora(fill_up(inject_lora(tiny_unet(), **(dict(rank=2, alpha=3.0) | how)), seed), path, metadata)
+    return path
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def test_a_run_becomes_a_file_beside_its_lora(run: Path, capsys):
+    for to in ("peft", "kohya"):
+        export.main([str(run), "--to", to])
+        assert f"Wrote {run / f'lora-{to}.safetensors'}" in capsys.readouterr().out
+    assert {path.name for path in run.iterdir()} == {f"lora{to}.safetensors" for to in ("", "-peft", "-kohya")}
+
+
+@pytest.mark.parametrize("to", ["peft", "kohya"])
+def test_they_say_what_they_are(to: str, run: Path):
+    export.main([str(run), "--to", to])
+    found = metadata(run / f"lora-{to}.safetensors")
+    assert found.items() >= (METADATA | {"rank": "2", "format": "pt"}).items()
+    assert "alpha" not in found  # peft's readers know none; kohya's have a tensor
+    assert read_lora(run / f"lora-{to}.safetensors").is_student
+
+
+def test_what_kohyas_readers_look_for(run: Path):
+    export.main([str(run), "--to", "kohya"])
+    wanted = dict(ss_network_dim="2", ss_network_alpha="3", ss_network_module="networks.lora", ss_sd_model_name="tiny")
+    found = metadata(run / "lora-kohya.safetensors")
+    assert found.items() >= wanted.items() and "ss_v2" not in found  # 32 wide: no version of SD
+
+
+@pytest.mark.parametrize(
+    "width, prediction, version, v2",
+    [(768, "eps", "sd_v1", "False"), (1024, "eps", "sd_v2", "True"), (1024, "v", "sd_v2_v", "True")],
+)
+def test_the_version_is_read_off_the_context(width: int, prediction: str, version: str, v2: str, tmp_path: Path):
+    """Without ss_v2, AUTOMATIC1111 takes a LoRA for one of SD 1 and hides it beside SD 2."""
+    unet = inject_lora(tiny_unet(config=replace(TINY_UNET, context_width=width)), rank=1, targets=["*attn2*"])
+    save_lora(unet, tmp_path / "lora.safetensors", METADATA | dict(prediction=prediction))
+    export.main([str(tmp_path), "--to", "kohya"])
+    found = metadata(tmp_path / "lora-kohya.safetensors")
+    assert (found["ss_base_model_version"], found["ss_v2"]) == (version, v2)
+
+
+@pytest.mark.parametrize("to", ["peft", "kohya"])
+def test_equal_students_give_equal_bytes(to: str, run: Path, tmp_path: Path):
+    for name in ("one", "two"):
+        export.main([str(run), "--to", to, "--out", str(tmp_path / name)])
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_from_one_format_to_the_next_and_back(run: Path, tmp_path: Path):
+    """peft -> kohya -> peft leaves every byte of the tensors."""
+    write_tensors(tmp_path / "a", peft_tensors(read_lora(run / "lora.safetensors")), {})
+    export.main([str(tmp_path / "a"), "--to", "kohya", "--out", str(tmp_path / "b")])
+    export.main([str(tmp_path / "b"), "--to", "peft", "--out", str(tmp_path / "c")])
+    before, after = load_file(tmp_path / "a"), load_file(tmp_path / "c")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_half_of_it(run: Path):
+    export.main([f"{run}:0.5", "--to", "peft"])
+    whole, half = (read_lora(run / name).layers for name in ("lora.safetensors", "lora-peft.safetensors"))
+    assert all(torch.equal(half[name].up, 0.5 * pair.scale * pair.up) for name, pair in whole.items())
+
+
+# A checkpoint
+
+
+def test_the_checkpoint_is_the_merged_student(run: Path, tiny_model: Path):
+    export.main([str(run), "--to", "checkpoint", "--model", str(tiny_model)])
+    found = load(run / "lora-checkpoint")
+    student = load(tiny_model)
+    student.unet = load_lora(student.unet, run / "lora.safetensors")
+    merge_lora(student.unet)
+    for name, weight in found.unet.state_dict().items():
+        assert torch.equal(weight, student.unet.state_dict()[name]), name
+    options = dict(prompts=["a red apple"], steps=3, height=16, width=16)
+    (one,), (other,) = found.sample(guidance=1, **options), student.sample(lora_enabled=True, **options)
+    assert np.array_equal(one, other)
+
+
+def test_the_rest_of_the_folder_is_copied(run: Path, tiny_model: Path):
+    shutil.copytree(tiny_model, run / "model")
+    (run / "model/unet/diffusion_pytorch_model.fp16.safetensors").touch()  # unmerged, like the next
+    (run / "model/v1-5-pruned.ckpt").touch()
+    (run / "model/clip").mkdir()
+    export.main([str(run), "--to", "checkpoint", "--model", str(run / "model"), "--out", str(run / "out")])
+    files = {str(path.relative_to(tiny_model)) for path in tiny_model.rglob("*") if path.is_file()}
+    found = {str(path.relative_to(run / "out")) for path in (run / "out").rglob("*") if path.is_file()}
+    assert found == files | {"model_index.json", "README.md"}  # the tiny model has no index: it gets one
+    assert all((run / "out" / name).read_bytes() == (tiny_model / name).read_bytes() for name in files - {UNET})
+    assert read_json(run / "out/model_index.json")["unet"] == ["diffusers", "UNet2DConditionModel"]
+    assert '"guidance": "4"' in (run / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_dtype_is_kept(dtype: torch.dtype, run: Path):
+    model = write_tiny(run / "model")
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(model / UNET).items()}
+    save_file(weights, model / UNET)
+    export.main([str(run), "--to", "checkpoint", "--model", str(model), "--out", str(run / "out")])
+    found, layers = load_file(run / "out" / UNET), read_lora(run / "lora.safetensors").layers
+    for name, weight in weights.items():
+        pair = layers.get(name.removesuffix(".weight"))
+        assert found[name].dtype == dtype
+        assert torch.equal(found[name], pair.added_to(weight) if pair else weight), name
+
+
+def test_a_style_is_merged_with_the_student(run: Path, tiny_model: Path):
+    style = write_lora(run / "style.safetensors", {}, seed=70, targets=["*attn*"])
+    flags = ["--to", "checkpoint", "--model", str(tiny_model), "--out"]
+    export.main([str(run), f"{style}:0.5", *flags, str(run / "both")])
+    export.main([str(style) + ":0.5", *flags, str(run / "styled")])
+    export.main([str(run), "--to", "checkpoint", "--model", str(run / "styled"), "--out", str(run / "then")])
+    both, then = load_file(run / "both" / UNET), load_file(run / "then" / UNET)
+    assert all(torch.equal(both[name], then[name]) for name in both)
+    assert "draw with" not in (run / "styled/README.md").read_text()
+
+
+def test_a_student_of_a_styled_teacher_misses_the_style(run: Path, tiny_model: Path):
+    write_lora(run / "lora.safetensors", METADATA | dict(teacher_lora="style.safetensors:0.5"))
+    with pytest.warns(UserWarning, match="style.safetensors:0.5"):
+        export.main([str(run), "--to", "checkpoint", "--model", str(tiny_model)])
+
+
+# What it says when it cannot
+
+
+def test_another_model_is_refused_and_nothing_written(run: Path, tmp_path: Path):
+    unet = inject_lora(tiny_unet(config=replace(TINY_UNET, context_width=48)), rank=2)
+    save_lora(unet, run / "lora.safetensors", dict(base="other"))
+    model = write_tiny(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="another model.*made for other"):
+        export.main([str(run), "--to", "checkpoint", "--model", str(model)])
+    assert [path.name for path in run.iterdir()] == ["lora.safetensors"]
+
+
+def test_an_existing_folder_is_left_alone(run: Path, tiny_model: Path):
+    (run / "out").mkdir()
+    with pytest.raises(ValueError, match="exists already"):
+        export.main([str(run), "--to", "checkpoint", "--model", str(tiny_model), "--out", str(run / "out")])
+    assert not list((run / "out").iterdir())
+
+
+@pytest.mark.parametrize("failure", [OSError("No space left on device"), KeyboardInterrupt()])
+def test_an_interrupted_checkpoint_leaves_nothing(failure: BaseException, run: Path, tiny_model: Path, monkeypatch):
+    def save_half(tensors: dict, path: Path, metadata: dict) -> None:
+        path.write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr(export, "save_file", save_half)
+    with pytest.raises(type(failure)):
+        export.main([str(run), "--to", "checkpoint", "--model", str(tiny_model)])
+    assert [path.name for path in run.iterdir()] == ["lora.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["{run}/unfinished", "--to", "peft"], "unfinished"),
+        (["{run}/nothing.safetensors", "--to", "kohya"], "nothing.safetensors"),
+        (["{run}", "{run}", "--to", "peft"], "one by one"),
+        (["{run}", "{run}", "--to", "checkpoint"], "each learned guidance"),
+        (["{run}", "--to", "checkpoint", "--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_named(flags: list[str], named: str, run: Path):
+    (run / "unfinished").mkdir()
+    with pytest.raises((CheckpointError, ValueError), match=named):
+        export.main([flag.format(run=run) for flag in flags])
+    assert {path.name for path in run.iterdir()} == {"lora.safetensors", "unfinished"}
