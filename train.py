@@ -6,6 +6,7 @@
 Teacher and student are one network: the student is what it becomes with the LoRA switched on.
 """
 
+import hashlib
 import math
 import sys
 from dataclasses import asdict, dataclass
@@ -20,10 +21,12 @@ from minidistill.distill import learning_rate, student, teacher
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.files import written_whole
 from minidistill.lora import lora_parameters
+from minidistill.lora_files import merge_file
+from minidistill.lora_formats import read_lora
 from minidistill.report import write_report
 from minidistill.run import checkpoint_files, resume, save_checkpoint, stop_signals
 from minidistill.schedule import add_noise
-from minidistill.settings import count, parse, setting
+from minidistill.settings import ScaledFile, count, parse, setting
 
 EVALUATED = 24  # held-out prompts in the report
 SHOWN = 8  # and in the pictures drawn on the way
@@ -38,6 +41,13 @@ class Settings:
     out: Path = setting(None, "folder of this run (default: runs/<name of the model>)", "model", type=Path)
     guidance: float = setting(5.0, "the teacher's guidance scale, which the student learns", "teacher")
     negative_prompt: str = setting("", "what guidance leads away from, which the student learns too", "teacher")
+    teacher_lora: ScaledFile = setting(
+        None,
+        "a style, any LoRA file, that the teacher draws in: merged into W",
+        "teacher",
+        type=ScaledFile.parse,
+        metavar="FILE[:SCALE]",
+    )
     sample_steps: int = setting(25, "DDIM steps of a trajectory", "teacher", type=count)
     trajectories: int = setting(128, "how many pictures the teacher draws to learn from", "teacher", type=count)
     method: str = setting(
@@ -68,6 +78,11 @@ def main() -> None:
 
     # One network: the teacher, and beside some of its layers the low-rank pairs that make it the student.
     sd = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+    style = digest = ""
+    if args.teacher_lora:  # into W itself, which is the student's too
+        file, scale = args.teacher_lora
+        merge_file(sd.unet, read_lora(file, scale))
+        style, digest = f"{file.name}:{scale:g}", hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     captions, held_out = data.prompt_split(args.model, args.prompts)
     shown = data.spread(held_out, SHOWN)
     torch.manual_seed(args.seed)
@@ -91,6 +106,7 @@ def main() -> None:
         seed=args.seed,
         batch=args.batch,
         keep_states=args.method == "trajectories",
+        teacher_lora=f"{style} {digest}".strip(),
     )
     embeddings = torch.cat([sd.encode_prompt(captions[i : i + 256]) for i in range(0, len(captions), 256)])  # [P, L, D]
 
@@ -148,6 +164,7 @@ def main() -> None:
     progress.close()
 
     metadata = dict(base=name, guidance=f"{args.guidance:g}", negative_prompt=args.negative_prompt, method=args.method)
+    metadata |= dict(prediction=sd.schedule.prediction) | ({"teacher_lora": style} if style else {})
     save_lora(unet, out / "lora.safetensors", metadata)
     print(f"Wrote {out / 'lora.safetensors'}")
     if not args.no_report:

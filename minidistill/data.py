@@ -78,16 +78,19 @@ def generate(
     seed: int = 0,
     batch: int = 16,
     keep_states: bool = True,
+    teacher_lora: str = "",
 ) -> "States":
     """Have the teacher draw ``count`` trajectories of ``steps`` DDIM steps, in shards of ``batch`` under ``folder``.
 
     Captions are taken in a shuffled order, again and again. Shards that are there already are kept, so an interrupted
-    run goes on where it stopped. Without ``keep_states`` only the ends z_0 are stored.
+    run goes on where it stopped. Without ``keep_states`` only the ends z_0 are stored. ``teacher_lora`` names what was
+    merged into the model, if anything: other weights, other trajectories.
 
     Raises ValueError when the folder holds shards that were made with other settings.
     """
     settings = dict(
         model=sd.folder.name,
+        teacher_lora=teacher_lora,
         captions=hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16],
         count=count,
         steps=steps,
