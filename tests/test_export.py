@@ -1,6 +1,8 @@
 """export.py: what it writes is the student, for other tools; nothing is half-written."""
 
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import TINY_UNET, fill_up, tiny_unet, write_tiny
+from tiny import ROOT, TINY_UNET, fill_up, tiny_unet, write_tiny
 
 from minidistill import CheckpointError, export, inject_lora, load, load_lora, merge_lora, save_lora
 from minidistill.layout import read_json
@@ -91,6 +93,18 @@ def test_half_of_it(run: Path):
     export.main([f"{run}:0.5", "--to", "peft"])
     whole, half = (read_lora(run / name).layers for name in ("lora.safetensors", "lora-peft.safetensors"))
     assert all(torch.equal(half[name].up, 0.5 * pair.scale * pair.up) for name, pair in whole.items())
+
+
+def test_the_command_line(run: Path):
+    """As README.md gives it; in a process of its own, which says nothing but what it wrote."""
+    command = [sys.executable, "-m", "minidistill.export", str(run), "--to", "kohya"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"Wrote {run / 'lora-kohya.safetensors'}\n"), result.stderr
+    assert not result.stderr
+    command[3] = str(run / "nowhere")
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0 and result.stderr.startswith("minidistill.export: ")
+    assert len(result.stderr.splitlines()) == 1
 
 
 # A checkpoint

@@ -60,6 +60,11 @@ def test_schedule_and_lora_know_no_network(module: str, allowed: set[str]):
     assert known(module) <= own(*allowed)
 
 
+def test_lora_files_know_no_network():
+    assert known("lora_formats") <= own("files", "lora")
+    assert known("lora_files") <= own("files", "lora", "lora_formats")
+
+
 def test_checkpoint_knows_the_networks_and_not_their_use():
     assert known("checkpoint") <= own("config", "layout", "unet", "vae", "text", "blocks", "files")
 

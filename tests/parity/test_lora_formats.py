@@ -62,7 +62,9 @@ def write_student(model: Path, path: Path, rank: int, alpha: float, targets: lis
 
 
 def pipeline(model: Path, lora: Path | None = None):
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None, local_files_only=True)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+        model, torch_dtype=torch.float32, safety_checker=None, local_files_only=True
+    )
     pipe.set_progress_bar_config(disable=True)
     if lora:
         with no_warning():
