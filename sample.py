@@ -32,7 +32,26 @@ class Settings:
     seed: int = setting(0, "of the first picture's noise; the next has the next", "what")
     out: Path = setting(Path("samples"), "folder for the pictures, or one .png file", "what")
     compare: bool = setting(False, "teacher beside student, same seeds, with what each cost", "what")
-    model: Path = setting(Path("weights/pocket-emoji"), "Stable Diffusion folder in the official layout", "model")
+    model: Path = setting(
+        Path("weights/pocket-emoji"),
+        "Stable Diffusion: a folder in the official layout, a single file, or a hub id",
+        "model",
+    )
+    ema: bool = setting(False, "take the UNet's averaged copy, which some single files hold", "model")
+    variant: str = setting(None, 'which weights of a folder or hub id, for example "fp16"', "model", type=str)
+    prediction: str = setting(
+        None,
+        "what the UNet predicts (default: as the model says; of an SD 2.x single file v)",
+        "model",
+        type=str,
+        choices=("eps", "v"),
+    )
+    tokenizer: Path = setting(
+        None,
+        "folder with vocab.json and merges.txt (default: the model's own; of a single file the hub's)",
+        "model",
+        type=Path,
+    )
     lora: list[ScaledFile] = setting(
         None,
         "a distilled LoRA (--compare: default is the one beside the model), a style, or each with a --lora of its own",
@@ -64,7 +83,15 @@ def main() -> None:
     guidance = args.guidance if args.guidance is not None else float(learned.get("guidance", 5.0))
     negative_prompt = args.negative_prompt or learned.get("negative_prompt", "")
 
-    sd = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+    sd = load(
+        args.model,
+        dtype=getattr(torch, args.dtype),
+        device=args.device,
+        prediction=args.prediction,
+        tokenizer=args.tokenizer,
+        ema=args.ema,
+        variant=args.variant,
+    )
     options = dict(steps=args.steps, guidance=guidance, negative_prompt=negative_prompt)
     options |= dict(seed=args.seed, batch=args.batch, progress=True)
     for style in styles:

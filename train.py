@@ -34,7 +34,26 @@ SHOWN = 8  # and in the pictures drawn on the way
 
 @dataclass
 class Settings:
-    model: Path = setting(Path("weights/pocket-emoji"), "Stable Diffusion folder in the official layout", "model")
+    model: Path = setting(
+        Path("weights/pocket-emoji"),
+        "Stable Diffusion: a folder in the official layout, a single file, or a hub id",
+        "model",
+    )
+    ema: bool = setting(False, "take the UNet's averaged copy, which some single files hold", "model")
+    variant: str = setting(None, 'which weights of a folder or hub id, for example "fp16"', "model", type=str)
+    prediction: str = setting(
+        None,
+        "what the UNet predicts (default: as the model says; of an SD 2.x single file v)",
+        "model",
+        type=str,
+        choices=("eps", "v"),
+    )
+    tokenizer: Path = setting(
+        None,
+        "folder with vocab.json and merges.txt (default: the model's own; of a single file the hub's)",
+        "model",
+        type=Path,
+    )
     prompts: Path = setting(
         None, "text file, one prompt a line (default: the model's own, or ours)", "model", type=Path
     )
@@ -77,7 +96,15 @@ def main() -> None:
         raise ValueError(f"{out} holds a run already: add --resume to go on with it, or name another --out.")
 
     # One network: the teacher, and beside some of its layers the low-rank pairs that make it the student.
-    sd = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+    sd = load(
+        args.model,
+        dtype=getattr(torch, args.dtype),
+        device=args.device,
+        prediction=args.prediction,
+        tokenizer=args.tokenizer,
+        ema=args.ema,
+        variant=args.variant,
+    )
     style = digest = ""
     if args.teacher_lora:  # into W itself, which is the student's too
         file, scale = args.teacher_lora

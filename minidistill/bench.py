@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidistill.checkpoint import build
 from minidistill.config import POCKET_UNET, POCKET_VAE, SD15_UNET, SD15_VAE, ScheduleConfig, UNetConfig, VAEConfig
 from minidistill.distill import student, teacher
 from minidistill.files import written_whole
@@ -118,7 +117,7 @@ class Setup:
         return self.random_weights(lambda: UNet(self.size.unet), torch.contiguous_format)  # as from_pretrained() does
 
     def unet(self) -> UNet:
-        return build(lambda: UNet(self.size.unet), self.weights, Path("random weights"), self.dtype)  # no copy of them
+        return filled(lambda: UNet(self.size.unet), self.weights)
 
     def lora_unet(self, zero: bool = False) -> LoRAModel:
         unet = inject_lora(self.unet(), self.rank)  # lora_up is zero
@@ -139,6 +138,14 @@ class Setup:
         unet = self.peer_unet()
         fill_pairs(peer_lora(unet, self.rank, names))
         return unet
+
+
+def filled(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
+    """A frozen module of these very tensors, not of copies."""
+    with torch.device("meta"):
+        module = make()
+    module.load_state_dict(weights, assign=True)
+    return module.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -166,7 +173,7 @@ def forward(setup: Setup, who: str) -> Contestant:
 
 def decode(setup: Setup, who: str) -> Contestant:
     weights = setup.random_weights(lambda: VAE(setup.size.vae), torch.channels_last)
-    vae = build(lambda: VAE(setup.size.vae), weights, Path("random weights"), setup.dtype)
+    vae = filled(lambda: VAE(setup.size.vae), weights)
     z = setup.latents(1)
     return torch.no_grad()(lambda: (vae.decode(z),))
 

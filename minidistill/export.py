@@ -2,26 +2,23 @@
 
   python -m minidistill.export runs/NAME --to peft          for diffusers
   python -m minidistill.export runs/NAME --to kohya         for ComfyUI, AUTOMATIC1111 and diffusers
-  python -m minidistill.export runs/NAME --to checkpoint --model FOLDER     the student as a model of its own
+  python -m minidistill.export runs/NAME --to checkpoint --model MODEL      the student as a model of its own
 
 A student has guidance in it: draw with a guidance scale (CFG) of 1.
 """
 
-import json
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from minidistill.checkpoint import read_weights
-from minidistill.files import CheckpointError, folder_written_whole
-from minidistill.layout import MODEL_INDEX, read_json, write_json
-from minidistill.lora_files import check_fit, student_and_styles
-from minidistill.lora_formats import LoRAFile, kohya_tensors, peft_tensors, read_lora, write_tensors
+from minidistill.files import CheckpointError
+from minidistill.lora_files import student_and_styles
+from minidistill.lora_formats import LoRAFile, kohya_tensors, peft_tensors, read_lora
+from minidistill.merged import write_checkpoint
 from minidistill.settings import ScaledFile, parse, setting
+from minidistill.tensor_files import write_tensors
 
 
 @dataclass
@@ -34,17 +31,25 @@ class Settings:
         metavar="RUN_OR_LORA[:SCALE]",
     )
     to: str = setting(None, "what to write", required=True, choices=("peft", "kohya", "checkpoint"))
-    out: Path = setting(None, "file, or folder of a checkpoint (default: beside the LoRA)", type=Path)
-    model: Path = setting(Path("weights/pocket-emoji"), "Stable Diffusion to merge into, for a checkpoint")
+    out: Path = setting(
+        None,
+        "what to write; a checkpoint is a single file if this ends in .safetensors (default: beside the LoRA)",
+        type=Path,
+    )
+    model: Path = setting(Path("weights/pocket-emoji"), "for a checkpoint: folder, single file or hub id to merge into")
+    variant: str = setting(None, 'which weights of a folder or hub id, for example "fp16"', type=str)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Settings, __doc__, argv)
     files = [read_lora(path / "lora.safetensors" if path.is_dir() else path, scale) for path, scale in args.lora]
     first = files[0].path
-    out = args.out or first.with_name(f"{first.stem}-{args.to}{'' if args.to == 'checkpoint' else '.safetensors'}")
+    suffix = "" if args.to == "checkpoint" and not args.model.is_file() else ".safetensors"
+    out = args.out or first.with_name(f"{first.stem}-{args.to}{suffix}")
     if args.to == "checkpoint":
-        write_folder(args.model, files, out)
+        student, styles = student_and_styles(files)
+        metadata = plain_metadata(student) if student else {}
+        write_checkpoint(args.model, [*styles, *([student] if student else [])], out, metadata, args.variant)
     elif len(files) > 1:
         raise ValueError(f"--to {args.to} is of one LoRA: give them one by one, or --to checkpoint to merge them.")
     elif args.to == "peft":
@@ -80,31 +85,6 @@ def kohya_metadata(file: LoRAFile, tensors: dict[str, Tensor]) -> dict[str, str]
         v = "_v" if file.metadata.get("prediction") == "v" else ""
         header |= {"ss_base_model_version": version + v, "ss_v2": str(version == "sd_v2")}
     return header
-
-
-def write_folder(source: Path, files: list[LoRAFile], out: Path) -> None:
-    """The model folder ``source`` with the LoRAs merged into its UNet, dtype kept; all other parts as they are."""
-    student, styles = student_and_styles(files)
-    tensors, weights_file = read_weights(source / "unet", "diffusion_pytorch_model")
-    for file in [*styles, *([student] if student else [])]:
-        check_fit(file, tensors)
-        tensors |= {f"{name}.weight": pair.added_to(tensors[f"{name}.weight"]) for name, pair in file.layers.items()}
-    # Only the parts of the pipeline: beside them people keep other weights, which would not be merged.
-    index = read_json(source / "model_index.json") if (source / "model_index.json").exists() else MODEL_INDEX
-    with folder_written_whole(out) as beside:
-        for part in source.iterdir():
-            if part.is_dir() and part.name in index and part.name != "unet":
-                shutil.copytree(part, beside / part.name)
-        (beside / "unet").mkdir()
-        shutil.copy(source / "unet/config.json", beside / "unet/config.json")
-        save_file(tensors, beside / "unet" / weights_file.name, {"format": "pt"})
-        write_json(beside / "model_index.json", index)
-        card = {"base": source.resolve().name, "merged": [file.path.name for file in files]} | (
-            plain_metadata(student) | {"draw with guidance": "1"} if student else {}
-        )
-        (beside / "README.md").write_text(
-            f"# {out.name}\n\nMade by minidistill.\n\n```json\n{json.dumps(card, indent=2)}\n```\n", encoding="utf-8"
-        )
 
 
 if __name__ == "__main__":

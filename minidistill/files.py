@@ -12,6 +12,17 @@ class CheckpointError(ValueError):
 
 
 @contextmanager
+def blamed(file: Path) -> Iterator[None]:
+    """Whatever goes wrong in reading contents that may be anything is a CheckpointError about ``file``."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{file} is damaged ({type(error).__name__}: {error}): fetch it again.") from error
+
+
+@contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yield a name beside ``path`` to write to; rename it when the block ends well, remove it when it does not.
 

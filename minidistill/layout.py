@@ -1,7 +1,10 @@
 """The official folder layout: the JSON files in which Stable Diffusion says what it is, read and written."""
 
 import json
+import math
+from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar
 
 from minidistill.config import ScheduleConfig, UNetConfig, VAEConfig
 from minidistill.files import CheckpointError, written_whole
@@ -22,11 +25,14 @@ MODEL_INDEX = {
 
 def read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        contents = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing: fetch the whole model folder.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not readable JSON ({error}): fetch it again.") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{file} is not the JSON of a configuration: fetch it again.")
+    return contents
 
 
 def write_json(path: Path, contents: dict) -> None:
@@ -73,14 +79,44 @@ VAE_FIXED = {
 SCHEDULE_FIXED = {"rescale_betas_zero_snr": False, "trained_betas": None}
 
 
+# What else has this layout.
+OTHERS = {
+    "SDXL": {"addition_embed_type": "text_time"},
+    "an inpainting model": {"in_channels": 9},
+    "InstructPix2Pix": {"in_channels": 8},
+    "an upscaling model": {"in_channels": 7},
+    "a depth-to-image model": {"in_channels": 5},
+}
+
+
 def refuse_others(found: dict, fixed: dict, file: Path) -> None:
     others = [
         f"{name} is {found[name]!r}, not {value!r}" for name, value in fixed.items() if found.get(name, value) != value
     ]
     if others:
-        raise CheckpointError(
-            f"{file} describes a model other than SD 1.x and 2.x, which are read here: {'; '.join(others)}."
-        )
+        kind = next((kind for kind, sign in OTHERS.items() if sign.items() <= found.items()), "another model")
+        raise CheckpointError(f"{file} describes {kind}; SD 1.x and 2.x are read here: {'; '.join(others)}.")
+
+
+Config = TypeVar("Config", UNetConfig, VAEConfig, ScheduleConfig)
+MOST = {"layers": 16, "depth": 32, "mid_depth": 32}  # of these, a large number would be modules without end
+
+
+def checked(config: Config, file: Path) -> Config:
+    """The configuration, if its values are of the right kind and of a size that a network can have."""
+
+    def plausible(value: object, like: object, most: int) -> bool:
+        if isinstance(like, tuple):
+            return isinstance(value, tuple) and 0 < len(value) <= 8 and all(plausible(v, like[0], most) for v in value)
+        if isinstance(like, float):
+            return type(value) in (int, float) and math.isfinite(value) and value > 0
+        return type(value) is type(like) and (type(like) is not int or 0 <= value <= most)
+
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if not plausible(value, field.default, MOST.get(field.name, 2**16)):
+            raise CheckpointError(f"{file} is damaged: {value!r} cannot be its {field.name}. Fetch it again.")
+    return config
 
 
 def per_level(value: int | list[int], levels: int) -> tuple[int, ...]:
@@ -102,7 +138,7 @@ def read_unet_config(file: Path) -> UNetConfig:
     if not set(blocks) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or up_blocks != mirrored(blocks):
         raise CheckpointError(f"{file} asks for blocks that SD 1.x and 2.x have not: {blocks}, {up_blocks}.")
     depth = per_level(found.get("transformer_layers_per_block", 1), len(widths))
-    return UNetConfig(
+    config = UNetConfig(
         widths=widths,
         layers=found.get("layers_per_block", 2),
         depth=tuple(d if name.startswith("CrossAttn") else 0 for d, name in zip(depth, blocks)),
@@ -115,6 +151,7 @@ def read_unet_config(file: Path) -> UNetConfig:
         groups=found.get("norm_num_groups", 32),
         sample_size=found.get("sample_size", 64),
     )
+    return checked(config, file)
 
 
 def published_unet(config: UNetConfig) -> dict:
@@ -140,13 +177,14 @@ def published_unet(config: UNetConfig) -> dict:
 def read_vae_config(file: Path) -> VAEConfig:
     found = read_json(file)
     refuse_others(found, VAE_FIXED, file)
-    return VAEConfig(
+    config = VAEConfig(
         latent_channels=found.get("latent_channels", 4),
         widths=tuple(found.get("block_out_channels", (128, 256, 512, 512))),
         layers=found.get("layers_per_block", 2),
         groups=found.get("norm_num_groups", 32),
         scaling_factor=found.get("scaling_factor", 0.18215),
     )
+    return checked(config, file)
 
 
 def published_vae(config: VAEConfig, side: int) -> dict:
@@ -174,10 +212,10 @@ def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
     found = read_json(file)
     refuse_others(found, SCHEDULE_FIXED, file)
     published = found.get("prediction_type", "epsilon")
-    if published not in PREDICTIONS:
+    if published not in list(PREDICTIONS):  # a list, for this may be anything
         raise CheckpointError(f'{file}: prediction_type is "{published}"; known are {", ".join(PREDICTIONS)}.')
     sd = ScheduleConfig()
-    return ScheduleConfig(
+    config = ScheduleConfig(
         train_steps=found.get("num_train_timesteps", sd.train_steps),
         beta_start=found.get("beta_start", sd.beta_start),
         beta_end=found.get("beta_end", sd.beta_end),
@@ -186,6 +224,7 @@ def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
         steps_offset=found.get("steps_offset", sd.steps_offset),
         set_alpha_to_one=found.get("set_alpha_to_one", sd.set_alpha_to_one),
     )
+    return checked(config, file)
 
 
 def published_schedule(config: ScheduleConfig) -> dict:

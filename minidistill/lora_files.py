@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from minidistill.files import CheckpointError
 from minidistill.lora import LoRAModel, inject_pairs, lora_layers
-from minidistill.lora_formats import LoRAFile, read_lora, write_tensors
+from minidistill.lora_formats import LoRAFile, read_lora
+from minidistill.tensor_files import write_tensors
 
 
 def save_lora(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:

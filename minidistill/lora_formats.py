@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from minidistill.files import CheckpointError, written_whole
+from minidistill.files import CheckpointError, blamed
 from minidistill.lora import low_rank
+from minidistill.stored import StoredTensor
+from minidistill.tensor_files import read_tensors
 
 
 class Pair(NamedTuple):
@@ -62,21 +62,6 @@ class LoRAFile:
 
 
 # Out
-
-
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write safetensors whole, equal bytes for equal contents."""
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt", **metadata})
-    with written_whole(path) as beside:
-        beside.write_bytes(sorted_header(data))
-
-
-def sorted_header(data: bytes) -> bytes:
-    """The same safetensors with its metadata in order: the library's order differs from call to call."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the tensors stay aligned
-    return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
 def peft_tensors(file: LoRAFile) -> dict[str, Tensor]:
@@ -134,21 +119,46 @@ def read_lora(path: str | Path, scale: float = 1.0) -> LoRAFile:
     wrong with it and what to do.
     """
     path = Path(path)
-    tensors, metadata = read_tensors(path)
+    with blamed(path):
+        stored, metadata = read_tensors(path)
+        parts, of_text_encoder = sort_out(path, stored)
+        if of_text_encoder:
+            warnings.warn(
+                f"{path} changes the text encoder too ({of_text_encoder} tensors), which is left as it is here: "
+                "only the LoRA of the UNet counts.",
+                stacklevel=2,
+            )
+        if any(key.endswith((".lora_down", ".lora_up")) for key in stored):
+            alphas = our_alphas(path, parts, metadata)
+        elif "lora_adapter_metadata" in metadata:
+            alphas = peft_alphas(path, parts, json.loads(metadata["lora_adapter_metadata"]))
+        else:
+            alphas = {
+                name: found["alpha"].item() if "alpha" in found else len(found["down"]) for name, found in parts.items()
+            }
+        if wrong := [name for name, alpha in alphas.items() if not math.isfinite(alpha)]:
+            raise CheckpointError(f"{path} has no finite alpha for {', '.join(wrong)}: make or fetch it again.")
+        layers = {name: Pair(parts[name]["down"], parts[name]["up"], scale * alphas[name]) for name in sorted(parts)}
+        return LoRAFile(path, layers, metadata)
+
+
+def sort_out(path: Path, stored: Mapping[str, StoredTensor]) -> tuple[dict[str, dict[str, Tensor]], int]:
+    """The UNet's tensors by layer and part, and how many others are the text encoder's."""
     parts: dict[str, dict[str, Tensor]] = {}
     of_text_encoder, others = [], []
-    for key, tensor in tensors.items():
+    for key, tensor in stored.items():
         ending = next((ending for ending in PARTS if key.endswith(ending)), None)
         if key.startswith(("text_encoder", "lora_te")):
             of_text_encoder.append(key)
         elif ending is None:
             others.append(key)
-        else:
-            parts.setdefault(layer_name(key.removesuffix(ending)), {})[PARTS[ending]] = tensor
+        else:  # in float32 at least: products of narrower ones would lose digits
+            wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+            parts.setdefault(layer_name(key.removesuffix(ending)), {})[PARTS[ending]] = tensor.load(wide)
     if not parts:
         raise CheckpointError(
             f"{path} is not a LoRA for a UNet in our own, peft's or kohya's format (it holds "
-            f"{', '.join(list(tensors)[:2]) or 'nothing'} ...): name a LoRA file, such as one that train.py wrote."
+            f"{', '.join(list(stored)[:2]) or 'nothing'} ...): name a LoRA file, such as one that train.py wrote."
         )
     if others:
         raise CheckpointError(
@@ -160,29 +170,7 @@ def read_lora(path: str | Path, scale: float = 1.0) -> LoRAFile:
             f"{path} has layers whose lora_down and lora_up are missing or do not fit each other: {', '.join(wrong)}. "
             "The file is damaged: make or fetch it again."
         )
-    if of_text_encoder:
-        warnings.warn(
-            f"{path} changes the text encoder too ({len(of_text_encoder)} tensors), which is left as it is here: "
-            "only the LoRA of the UNet counts.",
-            stacklevel=2,
-        )
-    own = any(key.endswith((".lora_down", ".lora_up")) for key in tensors)
-    alphas = find_alphas(path, parts, metadata, own)
-    layers = {name: Pair(parts[name]["down"], parts[name]["up"], scale * alphas[name]) for name in sorted(parts)}
-    return LoRAFile(path, layers, metadata)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        raise CheckpointError(f"There is no LoRA file {path}: name a .safetensors file, such as one train.py wrote.")
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: at_least_float32(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not a readable safetensors file ({error}): make or fetch it again."
-        ) from error
+    return parts, len(of_text_encoder)
 
 
 def is_pair(found: Mapping[str, Tensor]) -> bool:
@@ -193,44 +181,24 @@ def is_pair(found: Mapping[str, Tensor]) -> bool:
     return down.ndim in (2, 4) and min(down.shape) > 0 and up.shape[1:] == (len(down), *[1] * (down.ndim - 2))
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Products of narrower ones would lose digits."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def our_alphas(path: Path, parts: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> dict[str, float]:
+    """One for all, in the header."""
+    rank, alpha = int(metadata["rank"]), float(metadata["alpha"])
+    if wrong := [name for name, found in parts.items() if len(found["down"]) != rank]:
+        raise CheckpointError(f"{path} says rank {rank}, which does not fit {', '.join(wrong)}: the file is damaged.")
+    return dict.fromkeys(parts, alpha)
 
 
-def find_alphas(
-    path: Path, parts: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str], own: bool
-) -> dict[str, float]:
-    """Each layer's alpha: a tensor of its own, or what the header says (ours and peft's), or its rank."""
-    ranks = {name: len(found["down"]) for name, found in parts.items()}
-    try:
-        if own:
-            if wrong := [name for name, rank in ranks.items() if rank != int(metadata["rank"])]:
-                raise ValueError(f"rank {metadata['rank']} does not fit {', '.join(wrong)}")
-            alphas = dict.fromkeys(ranks, float(metadata["alpha"]))
-        elif "lora_adapter_metadata" in metadata:
-            alphas = peft_alphas(json.loads(metadata["lora_adapter_metadata"]), ranks)
-        else:
-            alphas = ranks
-        alphas = {name: float(found.get("alpha", alphas[name])) for name, found in parts.items()}
-        if wrong := [name for name, alpha in alphas.items() if not math.isfinite(alpha)]:
-            raise ValueError(f"alpha is no finite number for {', '.join(wrong)}")
-        return alphas
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} does not say rank and alpha as a LoRA file should ({error}): make or fetch it again."
-        ) from error
-
-
-def peft_alphas(config: dict, ranks: Mapping[str, int]) -> dict[str, float]:
-    """Alphas from the configuration of the peft adapter that diffusers writes into the header."""
+def peft_alphas(path: Path, parts: Mapping[str, Mapping[str, Tensor]], config: dict) -> dict[str, float]:
+    """From the configuration of the peft adapter that diffusers writes into the header."""
     config = {key.removeprefix("unet."): value for key, value in config.items()}
+    ranks = {name: len(found["down"]) for name, found in parts.items()}
     alphas = {name: float(config.get("lora_alpha", rank)) for name, rank in ranks.items()}
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
         ending = pattern.removeprefix("^")
         names = [name for name in ranks if f".{name}".endswith(f".{ending}")]
         if not names:
-            raise ValueError(f"its alpha_pattern {pattern} is no layer of the file")
+            raise CheckpointError(f"{path} gives an alpha for {pattern}, which is none of its layers: save it again.")
         alphas |= dict.fromkeys(names, float(alpha))
     if config.get("use_rslora"):  # scaled by alpha / sqrt(rank)
         alphas = {name: alpha * ranks[name] ** 0.5 for name, alpha in alphas.items()}

@@ -12,10 +12,10 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minidistill import text
-from minidistill.checkpoint import read_folder
+from minidistill.checkpoint import read_checkpoint
 from minidistill.config import UNetConfig
-from minidistill.files import CheckpointError
 from minidistill.guidance import guided_noise
+from minidistill.hub import fetch_tokenizer
 from minidistill.schedule import Denoiser, Schedule, ddim_sample
 from minidistill.vae import VAE
 
@@ -29,18 +29,14 @@ class StableDiffusion:
     text_encoder: CLIPTextModel
     schedule: Schedule
     config: UNetConfig
-    folder: Path
-    tokenizer_folder: Path
+    folder: Path  # or the single file
+    tokenizer_folder: Path | None = None  # None: CLIP's own, from the hub
+    pad_token: str | None = None  # None: as the tokenizer's files say
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
         """Read when a prompt is first encoded."""
-        # transformers 5 writes everything into one tokenizer.json.
-        if not any((self.tokenizer_folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-            raise CheckpointError(
-                f"{self.tokenizer_folder} holds no tokenizer (vocab.json, merges.txt): fetch it, or name another."
-            )
-        return CLIPTokenizer.from_pretrained(self.tokenizer_folder, local_files_only=True)
+        return text.read_tokenizer(self.tokenizer_folder or fetch_tokenizer(), self.pad_token)
 
     @property
     def device(self) -> torch.device:
@@ -143,13 +139,18 @@ def load(
     device: str | torch.device = "cpu",
     prediction: str | None = None,
     tokenizer: str | Path | None = None,
+    ema: bool = False,
+    variant: str | None = None,
 ) -> StableDiffusion:
-    """Load a Stable Diffusion 1.x or 2.x from a folder in the official layout.
+    """Load a Stable Diffusion 1.x or 2.x.
 
     Args:
+        path: a folder in the official layout, a single .safetensors or .ckpt file, or a hub id.
         dtype: of all weights; files of another are cast.
-        prediction: "eps" or "v", in place of what the folder's scheduler says.
+        prediction: "eps" or "v", in place of what the folder's scheduler says, or is taken for a single file's.
         tokenizer: a folder with vocab.json and merges.txt, in place of the model's own.
+        ema: take the averaged copy of the UNet that some single files hold beside it.
+        variant: of the weights in a folder or on the hub, for example "fp16".
 
     Raises:
         CheckpointError: names the file, what is wrong with it and what to do.
@@ -158,16 +159,14 @@ def load(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f'The device "{device}" is not to be had here: {str(error).splitlines()[0]}') from error
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"There is no folder {folder}: name a Stable Diffusion folder in the official layout.")
-    parts = read_folder(folder, dtype, prediction)
+    parts = read_checkpoint(path, dtype, prediction=prediction, ema=ema, variant=variant)
     return StableDiffusion(
         unet=parts.unet.to(device),
         vae=parts.vae.to(device),
         text_encoder=parts.text_encoder.to(device),
         schedule=Schedule.from_config(parts.schedule),
         config=parts.unet.config,
-        folder=folder,
-        tokenizer_folder=Path(tokenizer or folder / "tokenizer"),
+        folder=parts.path,
+        tokenizer_folder=Path(tokenizer) if tokenizer else parts.tokenizer_folder,
+        pad_token=parts.pad_token,
     )

@@ -1,10 +1,13 @@
 """Prompts to embeddings: the CLIP text encoder that Stable Diffusion conditions on, through transformers."""
 
 import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
+
+from minidistill.files import CheckpointError, blamed
 
 
 def fill_positions(encoder: nn.Module) -> None:
@@ -12,6 +15,18 @@ def fill_positions(encoder: nn.Module) -> None:
     for module in encoder.modules():
         if "position_ids" in module._buffers:
             module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
+
+
+def read_tokenizer(folder: Path, pad_token: str | None = None) -> CLIPTokenizer:
+    """Raises CheckpointError for a folder without a tokenizer. ``pad_token``: in place of the folder's own."""
+    # transformers 5 writes everything into one tokenizer.json.
+    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise CheckpointError(f"{folder} holds no tokenizer (vocab.json, merges.txt): fetch it, or name another.")
+    with blamed(folder):
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    if pad_token:
+        tokenizer.pad_token = pad_token
+    return tokenizer
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:

@@ -12,10 +12,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import ROOT, TINY_UNET, fill_up, tiny_unet, write_tiny
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from minidistill import CheckpointError, export, inject_lora, load, load_lora, merge_lora, save_lora
-from minidistill.layout import read_json
-from minidistill.lora_formats import peft_tensors, read_lora, write_tensors
+from minidistill import CheckpointError, export, inject_lora, load, load_lora, merge_lora, save_lora, tensor_files
+from minidistill.config import UNetConfig, VAEConfig
+from minidistill.layout import published_unet, published_vae, read_json, write_json
+from minidistill.lora_formats import peft_tensors, read_lora
+from minidistill.tensor_files import write_tensors
+from minidistill.unet import UNet
+from minidistill.vae import VAE
 
 METADATA = dict(base="tiny", guidance="4", method="trajectories", negative_prompt="a cat")
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -131,10 +136,10 @@ def test_the_rest_of_the_folder_is_copied(run: Path, tiny_model: Path):
     export.main([str(run), "--to", "checkpoint", "--model", str(run / "model"), "--out", str(run / "out")])
     files = {str(path.relative_to(tiny_model)) for path in tiny_model.rglob("*") if path.is_file()}
     found = {str(path.relative_to(run / "out")) for path in (run / "out").rglob("*") if path.is_file()}
-    assert found == files | {"model_index.json", "README.md"}  # the tiny model has no index: it gets one
+    assert found == files | {"model_index.json"}  # the tiny model has no index: it gets one
     assert all((run / "out" / name).read_bytes() == (tiny_model / name).read_bytes() for name in files - {UNET})
     assert read_json(run / "out/model_index.json")["unet"] == ["diffusers", "UNet2DConditionModel"]
-    assert '"guidance": "4"' in (run / "out/README.md").read_text()
+    assert metadata(run / "out" / UNET).items() >= METADATA.items()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -158,13 +163,87 @@ def test_a_style_is_merged_with_the_student(run: Path, tiny_model: Path):
     export.main([str(run), "--to", "checkpoint", "--model", str(run / "styled"), "--out", str(run / "then")])
     both, then = load_file(run / "both" / UNET), load_file(run / "then" / UNET)
     assert all(torch.equal(both[name], then[name]) for name in both)
-    assert "draw with" not in (run / "styled/README.md").read_text()
+    assert metadata(run / "styled" / UNET) == {"format": "pt"}
 
 
 def test_a_student_of_a_styled_teacher_misses_the_style(run: Path, tiny_model: Path):
     write_lora(run / "lora.safetensors", METADATA | dict(teacher_lora="style.safetensors:0.5"))
     with pytest.warns(UserWarning, match="style.safetensors:0.5"):
         export.main([str(run), "--to", "checkpoint", "--model", str(tiny_model)])
+
+
+# A single file
+
+
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that fits into a single file, which holds no configuration: heads and groups as SD 1.x has them."""
+    folder = write_tiny(tmp_path_factory.mktemp("models") / "ordinary")
+    unet = UNetConfig(widths=(32, 64), layers=1, depth=(1, 0), context_width=64, sample_size=8)
+    vae = VAEConfig(widths=(32, 64), layers=1)
+    text = CLIPTextConfig.from_dict(read_json(folder / "text_encoder/config.json"))
+    text.hidden_size, text.num_attention_heads = 64, 1
+    torch.manual_seed(0)
+    save_file(UNet(unet).half().state_dict(), folder / UNET)
+    save_file(VAE(vae).state_dict(), folder / "vae/diffusion_pytorch_model.safetensors")
+    save_file(CLIPTextModel(text).state_dict(), folder / "text_encoder/model.safetensors")
+    write_json(folder / "unet/config.json", published_unet(unet))
+    write_json(folder / "vae/config.json", published_vae(vae, side=16))
+    write_json(folder / "text_encoder/config.json", text.to_dict())
+    return folder
+
+
+@pytest.fixture
+def student_of_it(ordinary: Path, tmp_path: Path) -> Path:
+    student = fill_up(inject_lora(load(ordinary).unet, rank=2))
+    save_lora(student, tmp_path / "lora.safetensors", METADATA)
+    return tmp_path / "lora.safetensors"
+
+
+def test_a_single_file_of_a_folder(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    for name in ("folder", "file.safetensors"):
+        flags = ["--to", "checkpoint", "--model", str(ordinary), "--out", str(tmp_path / name)]
+        export.main([str(student_of_it), *flags])
+    folder, file = (load(tmp_path / n, tokenizer=ordinary / "tokenizer") for n in ("folder", "file.safetensors"))
+    for part in ("unet", "vae", "text_encoder"):
+        expected = getattr(folder, part).state_dict()
+        found = getattr(file, part).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert load_file(tmp_path / "file.safetensors")["model.diffusion_model.out.2.weight"].dtype == torch.float16
+    assert metadata(tmp_path / "file.safetensors").items() >= METADATA.items()
+
+
+def test_a_single_file_of_a_single_file(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    """Everything but the UNet is in it as it was; averaged copies, which nothing was merged into, are not."""
+    plain, found, expected = (tmp_path / f"{name}.safetensors" for name in ("plain", "found", "expected"))
+    flags = ["--to", "checkpoint", "--model"]
+    export.main([f"{student_of_it}:0", *flags, str(ordinary), "--out", str(plain)])
+    extra = {"betas": torch.ones(3), "model_ema.diffusion_modelout2weight": torch.ones(1)}
+    save_file(load_file(plain) | extra, plain, {"modelspec.prediction_type": "epsilon"})
+    export.main([str(student_of_it), *flags, str(plain), "--out", str(found)])
+    export.main([str(student_of_it), *flags, str(ordinary), "--out", str(expected)])
+    tensors = load_file(expected) | {"betas": torch.ones(3)}
+    assert load_file(found).keys() == tensors.keys()
+    assert all(torch.equal(load_file(found)[name], tensor) for name, tensor in tensors.items())
+    assert metadata(found)["modelspec.prediction_type"] == "epsilon"
+    export.main([str(student_of_it), *flags, str(plain)])
+    assert (tmp_path / "lora-checkpoint.safetensors").read_bytes() == found.read_bytes()
+
+
+def test_a_folder_needs_a_folder(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    flags = ["--to", "checkpoint", "--model"]
+    export.main([str(student_of_it), *flags, str(ordinary), "--out", str(tmp_path / "x.safetensors")])
+    with pytest.raises(ValueError, match="tokenizer"):
+        export.main([str(student_of_it), *flags, str(tmp_path / "x.safetensors"), "--out", str(tmp_path / "folder")])
+    assert not (tmp_path / "folder").exists()
+
+
+def test_what_no_single_file_can_say(run: Path, tiny_model: Path):
+    """The tiny model has two heads; of a file without configuration, eight would be made."""
+    with pytest.raises(ValueError, match="Write a folder"):
+        export.main([str(run), "--to", "checkpoint", "--model", str(tiny_model), "--out", str(run / "x.safetensors")])
+    assert not (run / "x.safetensors").exists()
 
 
 # What it says when it cannot
@@ -192,7 +271,7 @@ def test_an_interrupted_checkpoint_leaves_nothing(failure: BaseException, run: P
         path.write_bytes(b"half")
         raise failure
 
-    monkeypatch.setattr(export, "save_file", save_half)
+    monkeypatch.setattr(tensor_files, "save_file", save_half)
     with pytest.raises(type(failure)):
         export.main([str(run), "--to", "checkpoint", "--model", str(tiny_model)])
     assert [path.name for path in run.iterdir()] == ["lora.safetensors"]

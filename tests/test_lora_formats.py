@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from minidistill import CheckpointError, load_lora, save_lora
 from minidistill.lora import lora_layers
 from minidistill.lora_files import inject_file, merge_file
-from minidistill.lora_formats import kohya_tensors, layer_name, peft_tensors, read_lora, write_tensors
+from minidistill.lora_formats import kohya_tensors, layer_name, peft_tensors, read_lora
+from minidistill.tensor_files import write_tensors
 from minidistill.unet import UNet
 
 LAYER, CONV = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.resnets.0.conv1"
@@ -161,15 +162,15 @@ DAMAGED = {
     "LoHa": ({f"{KEY}.hada_w1_a": randn(64, 1)}, {}, "hada_w1_a"),
     "half a pair": ({"lora_unet_conv_in.lora_down.weight": randn(2, 4, 3, 3)}, {}, "conv_in"),
     "alpha alone": ({"lora_unet_conv_in.alpha": torch.tensor(1.0)}, {}, "conv_in"),
-    "two alphas": ({f"{KEY}.alpha": torch.ones(2)}, {}, "alpha"),
+    "two alphas": ({f"{KEY}.alpha": torch.ones(2)}, {}, "damaged"),
     "endless alpha": ({f"{KEY}.alpha": torch.tensor(float("inf"))}, {}, LAYER),
     "no alpha": ({f"{KEY}.alpha": torch.tensor(float("nan"))}, {}, LAYER),
     "other ranks": ({ENDINGS["kohya"][1]: randn(64, 3)}, {}, LAYER),
     "rank 0": ({ENDINGS["kohya"][0]: randn(0, 64), ENDINGS["kohya"][1]: randn(64, 0)}, {}, LAYER),
-    "header: no JSON": ({}, {"lora_adapter_metadata": "{"}, "header|alpha"),
-    "header: a list": ({}, {"lora_adapter_metadata": "[1]"}, "alpha"),
-    "header: deep": ({}, {"lora_adapter_metadata": "[" * 100_000}, "alpha"),
-    "header: no number": ({}, {"lora_adapter_metadata": '{"unet.lora_alpha": "much"}'}, "alpha"),
+    "header: no JSON": ({}, {"lora_adapter_metadata": "{"}, "damaged"),
+    "header: a list": ({}, {"lora_adapter_metadata": "[1]"}, "damaged"),
+    "header: deep": ({}, {"lora_adapter_metadata": "[" * 100_000}, "damaged"),
+    "header: no number": ({}, {"lora_adapter_metadata": '{"unet.lora_alpha": "much"}'}, "damaged"),
     "header: a pattern": ({}, {"lora_adapter_metadata": '{"unet.alpha_pattern": {"to_(q|k)": 2}}'}, "to_"),
 }
 

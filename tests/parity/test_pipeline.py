@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from minidistill import load
-from minidistill.checkpoint import build, match_text_names, read_weights
+from minidistill.checkpoint import build
+from minidistill.folder import match_text_names, read_weights
 from minidistill.layout import read_json
 from minidistill.schedule import ddim_sample
 from minidistill.text import encode_tokens, fill_positions

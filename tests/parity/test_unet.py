@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidistill.checkpoint import build, read_folder, read_weights
+from minidistill.checkpoint import build, read_folder
 from minidistill.config import SD15_UNET, SD21_BASE_UNET, SD21_UNET
+from minidistill.folder import read_weights
 from minidistill.layout import read_unet_config
 from minidistill.unet import UNet
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minidistill.checkpoint import build, read_folder, read_weights
+from minidistill.checkpoint import build, read_folder
 from minidistill.config import SD15_VAE
+from minidistill.folder import read_weights
 from minidistill.layout import read_vae_config
 from minidistill.vae import VAE
 

@@ -1,0 +1,54 @@
+"""What comes from the Hugging Face hub: a model's folder, and the tokenizer that a single file lacks."""
+
+import re
+import sys
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from minidistill.files import CheckpointError
+from minidistill.folder import STEMS, candidates, find_weights
+
+CLIP = "openai/clip-vit-large-patch14"  # OpenCLIP, in SD 2.x, has the same vocabulary
+TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"]
+SETTINGS = ["model_index.json", "scheduler/*.json", *(f"{part}/config.json" for part in STEMS)]
+
+
+def is_hub_id(path: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None
+
+
+def fetch_model(repo: str, variant: str | None = None) -> Path:
+    """The folder of a model, with those of its files that are needed: from the cache, or fetched.
+
+    Safetensors first; the older .bin files only of a network that comes in no other format.
+    """
+    folder = fetch(repo, [*SETTINGS, *(f"tokenizer/{name}" for name in TOKENIZER)])
+    for suffix in ("safetensors", "bin"):
+        for part, stem in STEMS.items():
+            if find_weights(folder / part, stem, variant):
+                continue
+            names = [name for name in candidates(stem, variant) if f".{suffix}" in name]
+            names = names if variant else names[:2]  # not the last resort, fp16, too
+            shards = [f"{name.removesuffix(f'.{suffix}')}-*-of-*.{suffix}" for name in names if name.endswith(suffix)]
+            folder = fetch(repo, [f"{part}/{name}" for name in names + shards])
+    return folder
+
+
+def fetch_tokenizer() -> Path:
+    """Of CLIP, for a single file; announced, for nobody asked for it by name."""
+    announcement = f"A single file holds no tokenizer: taking that of {CLIP} (--tokenizer FOLDER names another)."
+    print(announcement, file=sys.stderr)
+    return fetch(CLIP, TOKENIZER)
+
+
+def fetch(repo: str, patterns: list[str]) -> Path:
+    """The snapshot's folder. Raises CheckpointError where files are neither cached nor to be had."""
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns))
+    except Exception as error:  # of the hub's client, or of the HTTP library below it, which changes with its version
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{repo} is neither a folder or file here, nor in the hub's cache, and could not be fetched "
+            f"({reason[0] if reason else type(error).__name__}): check the name and the connection."
+        ) from error

@@ -1,0 +1,115 @@
+"""The names that single files use, those of the original latent-diffusion code: a table for each network.
+
+A table maps how a name begins here to how it begins there; what follows is the same. Read backwards, it maps the other
+way. Where two entries could apply the first does.
+"""
+
+from minidistill.config import UNetConfig, VAEConfig
+
+Table = dict[str, str]
+
+RESNET = {
+    "norm1.": "in_layers.0.",
+    "conv1.": "in_layers.2.",
+    "time_emb_proj.": "emb_layers.1.",
+    "norm2.": "out_layers.0.",
+    "conv2.": "out_layers.3.",
+    "conv_shortcut.": "skip_connection.",
+}
+OUTER = {
+    "time_embedding.linear_1.": "time_embed.0.",
+    "time_embedding.linear_2.": "time_embed.2.",
+    "conv_in.": "input_blocks.0.0.",
+    "conv_norm_out.": "out.0.",
+    "conv_out.": "out.2.",
+    "mid_block.attentions.0.": "middle_block.1.",
+}
+PIXEL_ATTENTION = {"group_norm.": "norm.", "to_q.": "q.", "to_k.": "k.", "to_v.": "v.", "to_out.0.": "proj_out."}
+CLIP_LAYER = {
+    "layer_norm1.": "ln_1.",
+    "layer_norm2.": "ln_2.",
+    "self_attn.out_proj.": "attn.out_proj.",
+    "self_attn.q_proj.": "attn.in_proj_",  # rows of one matrix, one vector: see FUSED
+    "self_attn.k_proj.": "attn.in_proj_",
+    "self_attn.v_proj.": "attn.in_proj_",
+    "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.",
+}
+FUSED = ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")  # in this order
+
+
+def translate(name: str, table: Table) -> str:
+    for ours, theirs in table.items():
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    return name
+
+
+def backwards(table: Table) -> Table:
+    return {theirs: ours for ours, theirs in table.items()}
+
+
+def below(ours: str, theirs: str, table: Table) -> Table:
+    """The table of a module that is called ``ours`` here and ``theirs`` there."""
+    return {ours + a: theirs + b for a, b in table.items()}
+
+
+def unet_names(config: UNetConfig) -> Table:
+    """Blocks are counted through all levels there: a level's ``layers`` ones, and the change of size as one more."""
+    table = dict(OUTER)
+    table |= below("mid_block.resnets.0.", "middle_block.0.", RESNET)
+    table |= below("mid_block.resnets.1.", "middle_block.2.", RESNET)
+    n = config.layers + 1
+    for i in range(len(config.widths)):
+        for j in range(config.layers):
+            down = f"input_blocks.{1 + i * n + j}."
+            table |= below(f"down_blocks.{i}.resnets.{j}.", f"{down}0.", RESNET)
+            table[f"down_blocks.{i}.attentions.{j}."] = f"{down}1."
+        table[f"down_blocks.{i}.downsamplers.0.conv."] = f"input_blocks.{1 + i * n + config.layers}.0.op."
+        for j in range(n):
+            up = f"output_blocks.{i * n + j}."
+            table |= below(f"up_blocks.{i}.resnets.{j}.", f"{up}0.", RESNET)
+            # Upsampling has no number of its own: it comes last in the level's last block.
+            place = 2 if config.depth[-1 - i] else 1
+            table[f"up_blocks.{i}.upsamplers.0."] = f"output_blocks.{i * n + config.layers}.{place}."
+            table[f"up_blocks.{i}.attentions.{j}."] = f"{up}1."
+    return table
+
+
+def vae_names(config: VAEConfig) -> Table:
+    """The decoder's levels are counted from the finest there."""
+    levels = len(config.widths)
+    table = {}
+    for i in range(levels):
+        for ours, theirs, layers in (
+            (f"encoder.down_blocks.{i}.", f"encoder.down.{i}.", config.layers),
+            (f"decoder.up_blocks.{i}.", f"decoder.up.{levels - 1 - i}.", config.layers + 1),
+        ):
+            for j in range(layers):
+                table[f"{ours}resnets.{j}.conv_shortcut."] = f"{theirs}block.{j}.nin_shortcut."
+                table[f"{ours}resnets.{j}."] = f"{theirs}block.{j}."
+            table[f"{ours}downsamplers.0."] = f"{theirs}downsample."
+            table[f"{ours}upsamplers.0."] = f"{theirs}upsample."
+    for side in ("encoder.", "decoder."):
+        table[f"{side}mid_block.resnets.0."] = f"{side}mid.block_1."
+        table[f"{side}mid_block.resnets.1."] = f"{side}mid.block_2."
+        table |= below(f"{side}mid_block.attentions.0.", f"{side}mid.attn_1.", PIXEL_ATTENTION)
+        table[f"{side}conv_norm_out."] = f"{side}norm_out."
+    return table
+
+
+def clip_names(layers: int) -> Table:
+    """SD 1.x: the text encoder as transformers has long named it."""
+    return {"embeddings.": "text_model.embeddings.", "encoder.": "text_model.encoder.", "final_": "text_model.final_"}
+
+
+def openclip_names(layers: int) -> Table:
+    """SD 2.x: the text encoder as OpenCLIP names it."""
+    table = {
+        "embeddings.token_embedding.": "token_embedding.",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "final_layer_norm.": "ln_final.",
+    }
+    for i in range(layers):
+        table |= below(f"encoder.layers.{i}.", f"transformer.resblocks.{i}.", CLIP_LAYER)
+    return table
