@@ -179,7 +179,7 @@ def test_a_student_of_a_styled_teacher_misses_the_style(run: Path, tiny_model: P
 def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that fits into a single file, which holds no configuration: heads and groups as SD 1.x has them."""
     folder = write_tiny(tmp_path_factory.mktemp("models") / "ordinary")
-    unet = UNetConfig(widths=(32, 64), layers=1, depth=(1, 0), context_width=64, sample_size=8)
+    unet = UNetConfig(widths=(32, 64), layers=1, depth=(1, 0), heads=(8, 8), context_width=64, sample_size=8)
     vae = VAEConfig(widths=(32, 64), layers=1)
     text = CLIPTextConfig.from_dict(read_json(folder / "text_encoder/config.json"))
     text.hidden_size, text.num_attention_heads = 64, 1
@@ -239,11 +239,14 @@ def test_a_folder_needs_a_folder(student_of_it: Path, ordinary: Path, tmp_path: 
     assert not (tmp_path / "folder").exists()
 
 
-def test_what_no_single_file_can_say(run: Path, tiny_model: Path):
-    """The tiny model has two heads; of a file without configuration, eight would be made."""
+def test_what_no_single_file_can_say(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    """There is no configuration in one: it would be read with eight heads again."""
+    config = read_json(shutil.copytree(ordinary, tmp_path / "model") / "unet/config.json")
+    write_json(tmp_path / "model/unet/config.json", config | dict(attention_head_dim=4))
+    flags = ["--to", "checkpoint", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "x.safetensors")]
     with pytest.raises(ValueError, match="Write a folder"):
-        export.main([str(run), "--to", "checkpoint", "--model", str(tiny_model), "--out", str(run / "x.safetensors")])
-    assert not (run / "x.safetensors").exists()
+        export.main([str(student_of_it), *flags])
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 # What it says when it cannot
