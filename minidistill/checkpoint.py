@@ -83,7 +83,7 @@ def read_folder(
     text_weights, text_file = read_weights(folder / "text_encoder", STEMS["text_encoder"], variant)
     unet = build(lambda: UNet(unet_config), unet_weights, unet_file, dtype)
     vae = build(lambda: VAE(vae_config), rename_old_attention(vae_weights), vae_file, dtype)
-    text_weights = match_text_names(text_weights, text_config)
+    text_weights = match_text_names(text_weights)
     text_encoder = build(lambda: CLIPTextModel(text_config), text_weights, text_file, dtype)
     fill_positions(text_encoder)
     return Checkpoint(unet, vae, text_encoder, schedule, folder, folder / "tokenizer")
@@ -92,7 +92,7 @@ def read_folder(
 def read_file(path: Path, dtype: torch.dtype, prediction: str | None = None, ema: bool = False) -> Checkpoint:
     """Load a single file."""
     file = read_single_file(path, prediction, ema)
-    text_weights = match_text_names(file.text.tensors, file.text_config)
+    text_weights = match_text_names(file.text.tensors)
     unet = build(lambda: UNet(file.unet_config), file.unet.tensors, path, dtype, file.unet.called)
     vae = build(lambda: VAE(file.vae_config), file.vae.tensors, path, dtype, file.vae.called)
     text_encoder = build(lambda: CLIPTextModel(file.text_config), text_weights, path, dtype, file.text.called)

@@ -81,10 +81,11 @@ def rename_old_attention(tensors: dict[str, StoredTensor]) -> dict[str, StoredTe
     return renamed
 
 
-def match_text_names(tensors: dict[str, StoredTensor], config: CLIPTextConfig) -> dict[str, StoredTensor]:
+def match_text_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The text encoder's tensors under the names this version of transformers uses: with or without ``text_model.``."""
     with torch.device("meta"):
-        prefixed = next(iter(CLIPTextModel(config).state_dict())).startswith("text_model.")
+        any_encoder = CLIPTextModel(CLIPTextConfig(num_hidden_layers=1))
+    prefixed = next(iter(any_encoder.state_dict())).startswith("text_model.")
     bare = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     bare.pop("embeddings.position_ids", None)  # older files hold it; it is only 0, 1, 2, ...
     return {f"text_model.{name}": tensor for name, tensor in bare.items()} if prefixed else bare

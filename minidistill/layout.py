@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from minidistill.config import ScheduleConfig, UNetConfig, VAEConfig
-from minidistill.files import CheckpointError, written_whole
+from minidistill.files import CheckpointError, blamed, written_whole
 
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -131,27 +131,28 @@ def mirrored(down_blocks: list[str]) -> list[str]:
 def read_unet_config(file: Path) -> UNetConfig:
     """Keys that a file leaves out have the published layout's defaults."""
     found = read_json(file)
-    refuse_others(found, UNET_FIXED, file)
-    widths = tuple(found.get("block_out_channels", (320, 640, 1280, 1280)))
-    blocks = found.get("down_block_types", ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"])
-    up_blocks = found.get("up_block_types", mirrored(blocks))
-    if not set(blocks) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or up_blocks != mirrored(blocks):
-        raise CheckpointError(f"{file} asks for blocks that SD 1.x and 2.x have not: {blocks}, {up_blocks}.")
-    depth = per_level(found.get("transformer_layers_per_block", 1), len(widths))
-    config = UNetConfig(
-        widths=widths,
-        layers=found.get("layers_per_block", 2),
-        depth=tuple(d if name.startswith("CrossAttn") else 0 for d, name in zip(depth, blocks)),
-        mid_depth=depth[-1],
-        # The published name says "head_dim", yet the value has always been the number of heads.
-        heads=per_level(found.get("num_attention_heads") or found.get("attention_head_dim", 8), len(widths)),
-        context_width=found.get("cross_attention_dim", 1280),
-        linear_projection=found.get("use_linear_projection", False),
-        upcast_attention=found.get("upcast_attention", False),
-        groups=found.get("norm_num_groups", 32),
-        sample_size=found.get("sample_size", 64),
-    )
-    return checked(config, file)
+    with blamed(file):
+        refuse_others(found, UNET_FIXED, file)
+        widths = tuple(found.get("block_out_channels", (320, 640, 1280, 1280)))
+        blocks = found.get("down_block_types", ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"])
+        up_blocks = found.get("up_block_types", mirrored(blocks))
+        if not set(blocks) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or up_blocks != mirrored(blocks):
+            raise CheckpointError(f"{file} asks for blocks that SD 1.x and 2.x have not: {blocks}, {up_blocks}.")
+        depth = per_level(found.get("transformer_layers_per_block", 1), len(widths))
+        config = UNetConfig(
+            widths=widths,
+            layers=found.get("layers_per_block", 2),
+            depth=tuple(d if name.startswith("CrossAttn") else 0 for d, name in zip(depth, blocks)),
+            mid_depth=depth[-1],
+            # The published name says "head_dim", yet the value has always been the number of heads.
+            heads=per_level(found.get("num_attention_heads") or found.get("attention_head_dim", 8), len(widths)),
+            context_width=found.get("cross_attention_dim", 1280),
+            linear_projection=found.get("use_linear_projection", False),
+            upcast_attention=found.get("upcast_attention", False),
+            groups=found.get("norm_num_groups", 32),
+            sample_size=found.get("sample_size", 64),
+        )
+        return checked(config, file)
 
 
 def published_unet(config: UNetConfig) -> dict:
@@ -176,15 +177,16 @@ def published_unet(config: UNetConfig) -> dict:
 
 def read_vae_config(file: Path) -> VAEConfig:
     found = read_json(file)
-    refuse_others(found, VAE_FIXED, file)
-    config = VAEConfig(
-        latent_channels=found.get("latent_channels", 4),
-        widths=tuple(found.get("block_out_channels", (128, 256, 512, 512))),
-        layers=found.get("layers_per_block", 2),
-        groups=found.get("norm_num_groups", 32),
-        scaling_factor=found.get("scaling_factor", 0.18215),
-    )
-    return checked(config, file)
+    with blamed(file):
+        refuse_others(found, VAE_FIXED, file)
+        config = VAEConfig(
+            latent_channels=found.get("latent_channels", 4),
+            widths=tuple(found.get("block_out_channels", (128, 256, 512, 512))),
+            layers=found.get("layers_per_block", 2),
+            groups=found.get("norm_num_groups", 32),
+            scaling_factor=found.get("scaling_factor", 0.18215),
+        )
+        return checked(config, file)
 
 
 def published_vae(config: VAEConfig, side: int) -> dict:
@@ -210,21 +212,22 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # published name: ours
 def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
     """Betas, parameterisation, offset; whichever sampler the file names. What it leaves out is as SD was trained."""
     found = read_json(file)
-    refuse_others(found, SCHEDULE_FIXED, file)
-    published = found.get("prediction_type", "epsilon")
-    if published not in list(PREDICTIONS):  # a list, for this may be anything
-        raise CheckpointError(f'{file}: prediction_type is "{published}"; known are {", ".join(PREDICTIONS)}.')
-    sd = ScheduleConfig()
-    config = ScheduleConfig(
-        train_steps=found.get("num_train_timesteps", sd.train_steps),
-        beta_start=found.get("beta_start", sd.beta_start),
-        beta_end=found.get("beta_end", sd.beta_end),
-        beta_schedule=found.get("beta_schedule", sd.beta_schedule),
-        prediction=prediction or PREDICTIONS[published],
-        steps_offset=found.get("steps_offset", sd.steps_offset),
-        set_alpha_to_one=found.get("set_alpha_to_one", sd.set_alpha_to_one),
-    )
-    return checked(config, file)
+    with blamed(file):
+        refuse_others(found, SCHEDULE_FIXED, file)
+        published = found.get("prediction_type", "epsilon")
+        if published not in list(PREDICTIONS):  # a list, for this may be anything
+            raise CheckpointError(f'{file}: prediction_type is "{published}"; known are {", ".join(PREDICTIONS)}.')
+        sd = ScheduleConfig()
+        config = ScheduleConfig(
+            train_steps=found.get("num_train_timesteps", sd.train_steps),
+            beta_start=found.get("beta_start", sd.beta_start),
+            beta_end=found.get("beta_end", sd.beta_end),
+            beta_schedule=found.get("beta_schedule", sd.beta_schedule),
+            prediction=prediction or PREDICTIONS[published],
+            steps_offset=found.get("steps_offset", sd.steps_offset),
+            set_alpha_to_one=found.get("set_alpha_to_one", sd.set_alpha_to_one),
+        )
+        return checked(config, file)
 
 
 def published_schedule(config: ScheduleConfig) -> dict:

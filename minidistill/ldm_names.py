@@ -60,19 +60,20 @@ def unet_names(config: UNetConfig) -> Table:
     table |= below("mid_block.resnets.0.", "middle_block.0.", RESNET)
     table |= below("mid_block.resnets.1.", "middle_block.2.", RESNET)
     n = config.layers + 1
-    for i in range(len(config.widths)):
+    for i, depth in enumerate(config.depth):
         for j in range(config.layers):
-            down = f"input_blocks.{1 + i * n + j}."
-            table |= below(f"down_blocks.{i}.resnets.{j}.", f"{down}0.", RESNET)
-            table[f"down_blocks.{i}.attentions.{j}."] = f"{down}1."
-        table[f"down_blocks.{i}.downsamplers.0.conv."] = f"input_blocks.{1 + i * n + config.layers}.0.op."
+            block = f"input_blocks.{1 + i * n + j}."
+            table |= below(f"down_blocks.{i}.resnets.{j}.", f"{block}0.", RESNET)
+            if depth:
+                table[f"down_blocks.{i}.attentions.{j}."] = f"{block}1."
+        table[f"down_blocks.{i}.downsamplers.0.conv."] = f"input_blocks.{(i + 1) * n}.0.op."
+    for i, depth in enumerate(reversed(config.depth)):
         for j in range(n):
-            up = f"output_blocks.{i * n + j}."
-            table |= below(f"up_blocks.{i}.resnets.{j}.", f"{up}0.", RESNET)
-            # Upsampling has no number of its own: it comes last in the level's last block.
-            place = 2 if config.depth[-1 - i] else 1
-            table[f"up_blocks.{i}.upsamplers.0."] = f"output_blocks.{i * n + config.layers}.{place}."
-            table[f"up_blocks.{i}.attentions.{j}."] = f"{up}1."
+            block = f"output_blocks.{i * n + j}."
+            table |= below(f"up_blocks.{i}.resnets.{j}.", f"{block}0.", RESNET)
+            if depth:
+                table[f"up_blocks.{i}.attentions.{j}."] = f"{block}1."
+        table[f"up_blocks.{i}.upsamplers.0."] = f"{block}{2 if depth else 1}."  # last in the level's last block
     return table
 
 

@@ -253,9 +253,11 @@ def read_text_shapes(tensors: Tensors, version: Version) -> CLIPTextConfig:
         hidden_size=width,
         intermediate_size=tensors["encoder.layers.0.mlp.fc1.weight"].shape[0],
         num_hidden_layers=number(tensors, "encoder.layers.{}.layer_norm1.weight"),
-        num_attention_heads=width // TEXT_HEAD_WIDTH,
+        num_attention_heads=max(width // TEXT_HEAD_WIDTH, 1),
         max_position_embeddings=tensors["embeddings.position_embedding.weight"].shape[0],
         hidden_act=version.activation,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
     )
 
 

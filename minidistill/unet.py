@@ -41,6 +41,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, context_width: int, heads: int, upcast: bool):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"{heads} heads cannot share a width of {width}")
         self.heads, self.upcast = heads, upcast
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width, width, bias=False)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from minidistill.config import UNetConfig, VAEConfig
 from minidistill.lora import LoRAModel, inject_lora, lora_layers
+from minidistill.single_file import to_single_file
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 
@@ -61,6 +63,37 @@ def fill_up(model: nn.Module, seed: int = 7) -> nn.Module:
 def tiny_student(rank: int = 2, alpha: float | None = None, dtype: torch.dtype = torch.float32) -> LoRAModel:
     """The tiny UNet with a LoRA that counts."""
     return fill_up(inject_lora(tiny_unet().to(dtype), rank, alpha))
+
+
+def tiny_tensors(version: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A tiny model of SD 1.x or 2.x as a single file holds it: what no shape tells is as in the large ones."""
+    wide = version == 2  # heads of width 64, where 1.x has 8 heads
+    unet_config = replace(
+        TINY_UNET,
+        widths=(64, 64) if wide else (32, 32),
+        heads=(1, 1) if wide else (8, 8),
+        linear_projection=wide,
+        context_width=64,
+        groups=32,
+    )
+    vae_config = replace(TINY_VAE, widths=(32, 32), groups=32)
+    text_config = CLIPTextConfig(
+        vocab_size=1236,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=16,
+        hidden_act="gelu" if wide else "quick_gelu",
+        bos_token_id=1234,
+        eos_token_id=1235,
+    )
+    torch.manual_seed(0)
+    unet, vae, text = shake(UNet(unet_config)), shake(VAE(vae_config)), shake(CLIPTextModel(text_config))
+    tensors = to_single_file(
+        unet.state_dict(), unet_config, vae.state_dict(), vae_config, text.state_dict(), text_config
+    )
+    return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
 
 
 def write_tiny(folder: Path, seed: int = 0) -> Path:
