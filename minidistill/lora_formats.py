@@ -75,14 +75,21 @@ def peft_tensors(file: LoRAFile) -> dict[str, Tensor]:
 
 
 def kohya_tensors(file: LoRAFile) -> dict[str, Tensor]:
-    """Under kohya's names, with alpha as the float32 tensor that every reader of theirs expects."""
+    """Under kohya's names, with alpha as the float32 tensor that every reader of theirs expects.
+
+    All layers get one alpha, since diffusers takes attention's for that of the others. Where the file has several, or
+    one that is no float32, such as 0.1, it becomes the largest rank, and lora_up makes up for it.
+    """
+    pairs = file.layers.values()
+    alpha = torch.tensor(next(iter(pairs)).alpha).item()
+    if any(pair.alpha != alpha for pair in pairs):
+        alpha = float(max(pair.rank for pair in pairs))
     tensors = {}
     for name, pair in file.layers.items():
         name = "lora_unet_" + name.replace(".", "_")
-        alpha, up = torch.tensor(pair.alpha), pair.up
-        if alpha.item() != pair.alpha:  # 0.1 is no float32: into lora_up with it, as above
-            alpha, up = torch.tensor(float(pair.rank)), pair.scale * up
-        tensors |= {f"{name}.lora_down.weight": pair.down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
+        tensors[f"{name}.lora_down.weight"] = pair.down
+        tensors[f"{name}.lora_up.weight"] = pair.up if pair.alpha == alpha else pair.alpha / alpha * pair.up
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
     return tensors
 
 

@@ -90,6 +90,6 @@ def write_file_of_folder(
     vae_config = read_vae_config(source / "vae/config.json")
     text_config = read_text_config(source / "text_encoder/config.json")
     unet, vae, text = (read_weights(source / part, stem, variant)[0] for part, stem in STEMS.items())
-    vae, text = loaded(rename_old_attention(vae)), loaded(match_text_names(text, text_config))
+    vae, text = loaded(rename_old_attention(vae)), loaded(match_text_names(text))
     tensors = to_single_file(merged(unet, files), unet_config, vae, vae_config, text, text_config)
     write_tensors(out, tensors, metadata)

@@ -1,6 +1,7 @@
 """lora_formats.py: names and numbers of each format, and what is said of files that have others."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tiny import TINY_UNET, randn, tiny_student, tiny_unet
 from torch import Tensor, nn
 
 from minidistill import CheckpointError, load_lora, save_lora
+from minidistill.config import UNetConfig
 from minidistill.lora import lora_layers
 from minidistill.lora_files import inject_file, merge_file
 from minidistill.lora_formats import kohya_tensors, layer_name, peft_tensors, read_lora
@@ -39,8 +41,13 @@ def effect(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: layer.pair(torch.float32) for name, layer in lora_layers(model).items()}
 
 
-def test_every_layer_of_a_unet_is_known_by_its_underscored_name():
-    unet = UNet(TINY_UNET)
+SD2_UNET = UNetConfig(heads=(5, 10, 20, 20), context_width=1024, linear_projection=True)
+
+
+@pytest.mark.parametrize("config", [TINY_UNET, UNetConfig(), SD2_UNET], ids=["tiny", "sd1", "sd2"])
+def test_every_layer_of_a_unet_is_known_by_its_underscored_name(config: UNetConfig):
+    with torch.device("meta"):
+        unet = UNet(config)
     layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     assert any("downsamplers" in name for name in layers) and any("conv_shortcut" in name for name in layers)
     assert [layer_name("lora_unet_" + name.replace(".", "_")) for name in layers] == layers
@@ -181,6 +188,25 @@ def test_a_damaged_file_gets_one_sentence(case: str, tmp_path: Path):
     one_layer(tmp_path / "x.safetensors", "kohya", extra, header)
     with pytest.raises(CheckpointError, match=f"x.safetensors.*(?:{named})"):
         read_lora(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("kind", ENDINGS)
+def test_whatever_happens_to_a_file_it_is_read_or_named(kind: str, tmp_path: Path):
+    header = {"lora_adapter_metadata": '{"unet.lora_alpha": 3, "unet.alpha_pattern": {"to_q": 2}}'}
+    data = one_layer(tmp_path / "whole", kind, header=header).read_bytes()
+    dice, refused, file = random.Random(0), 0, tmp_path / "x.safetensors"
+    for _ in range(300):
+        damaged = bytearray(data[: dice.choice([len(data), dice.randrange(len(data))])])
+        for _ in range(dice.randrange(4)):
+            if damaged:  # most of it in the header
+                damaged[dice.randrange(min(len(damaged), 600))] = dice.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            load_lora(tiny_unet(), file)
+        except CheckpointError as error:
+            refused += 1
+            assert "x.safetensors" in str(error)
+    assert refused > 100
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.write_text("<!doctype html><p>404")])

@@ -15,7 +15,9 @@ from torch import nn
 
 from minidistill import export, inject_lora, load, load_lora, merge_lora, save_lora
 from minidistill.lora import lora_layers
-from minidistill.lora_formats import read_lora
+from minidistill.lora_files import merge_file
+from minidistill.lora_formats import LoRAFile, Pair, kohya_tensors, peft_tensors, read_lora
+from minidistill.tensor_files import write_tensors
 
 from .helpers import POCKET, PROMPTS, SD1, SD2, diffusers, randn, write_small
 
@@ -134,6 +136,21 @@ def test_the_student_that_ships(to: str, tmp_path: Path) -> None:
     lora = POCKET / "guidance-lora.safetensors"
     export.main([str(lora), "--to", to, "--out", str(tmp_path / "written.safetensors")])
     same_pictures(POCKET, tmp_path / "written.safetensors", lora, side=64)
+
+
+@pytest.mark.parametrize("tensors", [peft_tensors, kohya_tensors])
+def test_ranks_and_alphas_that_differ(tensors, small: Path, tmp_path: Path) -> None:
+    file = read_lora(write_student(small, tmp_path / "lora.safetensors", 4, 4, CONVOLUTIONS))
+    layers = {
+        name: Pair(pair.down[: 2 + i % 3], pair.up[:, : 2 + i % 3], alpha=[3.0, 5.0][i % 2])
+        for i, (name, pair) in enumerate(file.layers.items())
+    }
+    write_tensors(tmp_path / "mixed.safetensors", tensors(LoRAFile(file.path, layers, {})), {})
+    sd = load(small)
+    merge_file(sd.unet, LoRAFile(file.path, layers, {}))
+    ours = levels(sd.sample(PROMPTS, steps=5, seed=3, guidance=1, height=32, width=32))
+    assert np.abs(ours - draw_ours(small, tmp_path / "mixed.safetensors")).max() <= 1
+    assert np.abs(ours - draw_theirs(pipeline(small, tmp_path / "mixed.safetensors"), small)).max() <= 1
 
 
 def test_diffusers_draws_the_merged_checkpoint(small: Path, tmp_path: Path) -> None:
