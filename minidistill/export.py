@@ -20,24 +20,29 @@ from minidistill.merged import write_checkpoint
 from minidistill.settings import ScaledFile, parse, setting
 from minidistill.tensor_files import write_tensors
 
+FORMATS = ("peft", "kohya", "checkpoint")
+
 
 @dataclass
 class Settings:
     lora: list[ScaledFile] = setting(
         ...,
         "a run's folder or a LoRA file in any format, FILE:SCALE for more or less of it; a checkpoint takes several",
+        "what",
         nargs="+",
         type=ScaledFile.parse,
         metavar="RUN_OR_LORA[:SCALE]",
     )
-    to: str = setting(None, "what to write", required=True, choices=("peft", "kohya", "checkpoint"))
+    to: str = setting(None, "for diffusers, for everybody, or a whole model", "what", required=True, choices=FORMATS)
     out: Path = setting(
-        None,
-        "what to write; a checkpoint is a single file if this ends in .safetensors (default: beside the LoRA)",
-        type=Path,
+        None, "file, or folder of a checkpoint that is no .safetensors (default: beside the LoRA)", "what", type=Path
     )
-    model: Path = setting(Path("weights/pocket-emoji"), "for a checkpoint: folder, single file or hub id to merge into")
-    variant: str = setting(None, 'which weights of a folder or hub id, for example "fp16"', type=str)
+    model: Path = setting(
+        Path("weights/pocket-emoji"), "folder, single file or hub id to merge into", "model of a checkpoint"
+    )
+    variant: str = setting(
+        None, 'which weights of a folder or hub id, for example "fp16"', "model of a checkpoint", type=str
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
