@@ -106,8 +106,11 @@ def read_safetensors(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[st
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write safetensors whole, equal bytes for equal contents."""
     with written_whole(path) as beside:
+        beside.touch()
+        mode = beside.stat().st_mode
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {**metadata, "format": "pt"})
         sort_header(beside)
+        beside.chmod(mode)  # the library's files are for their owner only
 
 
 def sort_header(path: Path) -> None:

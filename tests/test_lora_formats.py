@@ -226,3 +226,5 @@ def test_equal_contents_equal_bytes(tmp_path: Path):
         write_tensors(tmp_path / name, tensors, header)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert torch.equal(load_file(tmp_path / "one")["a"], tensors["a"])
+    (tmp_path / "any file").touch()
+    assert (tmp_path / "one").stat().st_mode == (tmp_path / "any file").stat().st_mode
