@@ -100,21 +100,23 @@ def refuse_others(found: dict, fixed: dict, file: Path) -> None:
 
 Config = TypeVar("Config", UNetConfig, VAEConfig, ScheduleConfig)
 MOST = {"layers": 16, "depth": 32, "mid_depth": 32}  # of these, a large number would be modules without end
+LEAST = {"depth": 0, "steps_offset": 0}
 
 
 def checked(config: Config, file: Path) -> Config:
     """The configuration, if its values are of the right kind and of a size that a network can have."""
 
-    def plausible(value: object, like: object, most: int) -> bool:
+    def plausible(value: object, like: object, least: int, most: int) -> bool:
         if isinstance(like, tuple):
-            return isinstance(value, tuple) and 0 < len(value) <= 8 and all(plausible(v, like[0], most) for v in value)
+            several = isinstance(value, tuple) and 0 < len(value) <= 8
+            return several and all(plausible(v, like[0], least, most) for v in value)
         if isinstance(like, float):
             return type(value) in (int, float) and math.isfinite(value) and value > 0
-        return type(value) is type(like) and (type(like) is not int or 0 <= value <= most)
+        return type(value) is type(like) and (type(like) is not int or least <= value <= most)
 
     for field in fields(config):
         value = getattr(config, field.name)
-        if not plausible(value, field.default, MOST.get(field.name, 2**16)):
+        if not plausible(value, field.default, LEAST.get(field.name, 1), MOST.get(field.name, 2**16)):
             raise CheckpointError(f"{file} is damaged: {value!r} cannot be its {field.name}. Fetch it again.")
     return config
 
@@ -227,6 +229,10 @@ def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
             steps_offset=found.get("steps_offset", sd.steps_offset),
             set_alpha_to_one=found.get("set_alpha_to_one", sd.set_alpha_to_one),
         )
+        if config.beta_schedule not in ("scaled_linear", "linear"):
+            raise CheckpointError(
+                f'{file}: beta_schedule is "{config.beta_schedule}"; known are scaled_linear, linear.'
+            )
         return checked(config, file)
 
 

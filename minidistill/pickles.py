@@ -74,12 +74,13 @@ def read_pickle(file: MappedFile) -> dict[str, StoredTensor]:
     with file.path.open("rb") as opened:
         zipped = opened.read(2) == b"PK"
         opened.seek(0)
-        machine = Machine(STEP_LIMIT + file.size // 64)
-        root, places = read_zip(opened, machine) if zipped else read_legacy(opened, machine)
+        read = read_zip if zipped else read_legacy
+        root, places = read(opened, min(file.size, PROGRAM_LIMIT), Machine(STEP_LIMIT + file.size // 64))
     if isinstance(root, dict) and isinstance(root.get("state_dict"), dict):
         root = root["state_dict"]
-    found = {k: v for k, v in root.items() if isinstance(v, Rebuilt)} if isinstance(root, dict) else {}
-    tensors = {str(name): stored(str(name), tensor, places, file) for name, tensor in found.items()}
+    items = root.items() if isinstance(root, dict) else ()
+    found = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Rebuilt)}
+    tensors = {name: stored(name, tensor, places, file) for name, tensor in found.items()}
     # Tensors may share storage; so many that they would fill memory from a small file are no honest checkpoint.
     if sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values()) > 2 * file.size:
         raise CheckpointError(f"{file.path} holds tensors larger than itself: do not use it.")
@@ -101,8 +102,10 @@ def stored(name: str, tensor: Rebuilt, places: dict[str, tuple[int, int]], file:
     )
 
 
-def read_zip(opened: BinaryIO, machine: "Machine") -> tuple[Any, dict[str, tuple[int, int]]]:
+def read_zip(opened: BinaryIO, limit: int, machine: "Machine") -> tuple[Any, dict[str, tuple[int, int]]]:
     """What the program builds, and (first byte, size) of each storage, in the format of PyTorch 1.6 and later."""
+    if directory_size(opened) > limit // 16 + 2**20:  # zipfile makes objects of it, ten times as large
+        raise ValueError("it lists far too many parts")
     entries = {entry.filename: entry for entry in zipfile.ZipFile(opened).infolist()}
     program = next(name for name in entries if name.endswith("/data.pkl"))
     folder = program.removesuffix("data.pkl") + "data/"
@@ -117,12 +120,24 @@ def read_zip(opened: BinaryIO, machine: "Machine") -> tuple[Any, dict[str, tuple
         places[name.removeprefix(folder)] = start, entry.file_size
     start, size = places[program]
     opened.seek(start)
-    return machine.run(io.BytesIO(opened.read(min(size, PROGRAM_LIMIT)))), places
+    return machine.run(io.BytesIO(opened.read(min(size, limit)))), places
 
 
-def read_legacy(opened: BinaryIO, machine: "Machine") -> tuple[Any, dict[str, tuple[int, int]]]:
+def directory_size(opened: BinaryIO) -> int:
+    """Bytes of an archive's list of contents: stated in its last 22, or for large ones 98 from its end."""
+    opened.seek(0, io.SEEK_END)
+    opened.seek(max(opened.tell() - 98, 0))
+    end = opened.read()
+    if end[-22:-18] != b"PK\5\6":
+        raise ValueError("its end is missing")
+    short = int.from_bytes(end[-10:-6], "little")
+    long = int.from_bytes(end[-58:-50], "little") if end.startswith(b"PK\6\6") else 0
+    return max(long, short if short < 2**32 - 1 else 0)
+
+
+def read_legacy(opened: BinaryIO, limit: int, machine: "Machine") -> tuple[Any, dict[str, tuple[int, int]]]:
     """The same in the older format: five programs in a row, then each storage after its number of elements."""
-    programs = io.BytesIO(opened.read(PROGRAM_LIMIT))
+    programs = io.BytesIO(opened.read(limit))
     magic, _, _, root, keys = (machine.run(programs) for _ in range(5))  # second and third: version, byte order
     if magic != LEGACY_MAGIC:
         raise ValueError("a pickle, but not one of PyTorch")
@@ -237,7 +252,8 @@ class Machine:
     def storage(self, description: Any) -> Storage:
         """What a persistent id of PyTorch's stands for: ("storage", its class, key, device, number of elements)."""
         _, kind, key, _, numel = description[:5]
-        if type(key) is not str or not is_shape((numel,)) or any(part is not None for part in description[5:]):
+        view = description[5:6]  # in the older format, of another storage; long out of use
+        if type(key) is not str or not is_shape((numel,)) or view not in ((), (None,)):
             raise ValueError("a storage is not described as PyTorch does")
         storage = self.storages[key] = Storage(key, STORAGE_DTYPES[kind.name], numel)
         return storage
