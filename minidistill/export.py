@@ -43,6 +43,7 @@ class Settings:
     variant: str = setting(
         None, 'which weights of a folder or hub id, for example "fp16"', "model of a checkpoint", type=str
     )
+    ema: bool = setting(False, "merge into the UNet's averaged copy of a single file", "model of a checkpoint")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,7 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.to == "checkpoint":
         student, styles = student_and_styles(files)
         metadata = plain_metadata(student) if student else {}
-        write_checkpoint(args.model, [*styles, *([student] if student else [])], out, metadata, args.variant)
+        write_checkpoint(
+            args.model, [*styles, *([student] if student else [])], out, metadata, variant=args.variant, ema=args.ema
+        )
     elif len(files) > 1:
         raise ValueError(f"--to {args.to} is of one LoRA: give them one by one, or --to checkpoint to merge them.")
     elif args.to == "peft":

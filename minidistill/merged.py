@@ -18,12 +18,19 @@ from minidistill.tensor_files import read_tensors, write_tensors
 
 
 def write_checkpoint(
-    source: Path, files: list[LoRAFile], out: Path, metadata: Mapping[str, str], variant: str | None = None
+    source: Path,
+    files: list[LoRAFile],
+    out: Path,
+    metadata: Mapping[str, str],
+    *,
+    variant: str | None = None,
+    ema: bool = False,
 ) -> None:
     """Merge ``files`` into the model ``source`` and write it as ``out``, a folder or a single .safetensors.
 
-    Every tensor keeps its dtype; ``metadata`` goes into the header of the merged weights. Raises CheckpointError for a
-    source that is damaged or another model than the LoRAs are for; ValueError for an ``out`` that cannot be written.
+    Every tensor keeps its dtype; ``metadata`` goes into the header of the merged weights. ``variant`` and ``ema`` say
+    which weights, as in ``load``. Raises CheckpointError for a source that is damaged or another model than the LoRAs
+    are for; ValueError for an ``out`` that cannot be written.
     """
     if not source.exists() and is_hub_id(str(source)):
         source = fetch_model(str(source), variant)
@@ -32,8 +39,10 @@ def write_checkpoint(
     to_file = out.suffix == ".safetensors"
     if source.is_file() and not to_file:
         raise ValueError(f"{source} is a single file, without the tokenizer of a folder: --out FILE.safetensors.")
+    if ema and source.is_dir():
+        raise ValueError(f"{source} is a folder: leave --ema out.")
     if source.is_file():
-        write_file_of_file(source, files, out, metadata)
+        write_file_of_file(source, files, out, metadata, ema)
     elif to_file:
         write_file_of_folder(source, files, out, metadata, variant)
     else:
@@ -73,9 +82,9 @@ def write_folder(
         write_json(beside / "model_index.json", index)
 
 
-def write_file_of_file(source: Path, files: list[LoRAFile], out: Path, metadata: Mapping[str, str]) -> None:
-    """A single file of a single file: all but the UNet's weights is in it as it was, without averaged copies."""
-    unet = read_single_file(source).unet
+def write_file_of_file(source: Path, files: list[LoRAFile], out: Path, metadata: Mapping[str, str], ema: bool) -> None:
+    """A single file of a single file: all but the UNet's weights is in it as it was; of those, the one merged copy."""
+    unet = read_single_file(source, ema=ema).unet
     stored, header = read_tensors(source)
     tensors = loaded({name: tensor for name, tensor in stored.items() if not name.startswith(EMA)})
     tensors |= {unet.called(name): tensor for name, tensor in merged(unet.tensors, files).items()}

@@ -231,6 +231,25 @@ def test_a_single_file_of_a_single_file(student_of_it: Path, ordinary: Path, tmp
     assert (tmp_path / "lora-checkpoint.safetensors").read_bytes() == found.read_bytes()
 
 
+def test_the_averaged_copy_of_a_single_file(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    plain, flags = tmp_path / "plain.safetensors", ["--to", "checkpoint", "--model"]
+    export.main([f"{student_of_it}:0", *flags, str(ordinary), "--out", str(plain)])
+    unet = {name: tensor for name, tensor in load_file(plain).items() if name.startswith("model.")}
+    copies = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": 2 * tensor for name, tensor in unet.items()}
+    save_file(load_file(plain) | copies, plain)
+    export.main([str(student_of_it), *flags, str(plain), "--ema", "--out", str(tmp_path / "found.safetensors")])
+    found = load(
+        tmp_path / "found.safetensors", dtype=torch.float16, tokenizer=ordinary / "tokenizer"
+    ).unet.state_dict()
+    averaged = load(plain, dtype=torch.float16, ema=True, tokenizer=ordinary / "tokenizer").unet.state_dict()
+    layers = read_lora(student_of_it).layers
+    for name, weight in averaged.items():
+        pair = layers.get(name.removesuffix(".weight"))
+        assert torch.equal(found[name], pair.added_to(weight) if pair else weight), name
+    with pytest.raises(ValueError, match="leave --ema out"):
+        export.main([str(student_of_it), *flags, str(ordinary), "--ema"])
+
+
 def test_a_folder_needs_a_folder(student_of_it: Path, ordinary: Path, tmp_path: Path):
     flags = ["--to", "checkpoint", "--model"]
     export.main([str(student_of_it), *flags, str(ordinary), "--out", str(tmp_path / "x.safetensors")])
