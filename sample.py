@@ -2,6 +2,9 @@
 
 python sample.py "a rocket on a purple background" --compare
 python sample.py "a red apple" "a green pear" --model FOLDER --lora runs/NAME/lora.safetensors
+
+A LoRA that says which guidance it has learned is the student. Any other is a style, merged into the weights: teacher
+and student draw in it.
 """
 
 import re
@@ -12,11 +15,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from minidistill import CheckpointError, load, load_lora, merge_lora
+from minidistill import CheckpointError, load, merge_lora
 from minidistill.evaluate import comparison_grid, draw
-from minidistill.export import read_lora
 from minidistill.files import written_whole
-from minidistill.settings import count, parse, setting
+from minidistill.lora_files import inject_file, merge_file, student_and_styles
+from minidistill.lora_formats import read_lora
+from minidistill.settings import ScaledFile, count, parse, setting
 
 SHIPPED_LORA = "guidance-lora.safetensors"  # beside the model that ships
 
@@ -48,7 +52,14 @@ class Settings:
         "model",
         type=Path,
     )
-    lora: Path = setting(None, "a distilled LoRA (--compare: default is the one beside the model)", "model", type=Path)
+    lora: list[ScaledFile] = setting(
+        None,
+        "a distilled LoRA (--compare: default is the one beside the model), a style, or each with a --lora of its own",
+        "model",
+        type=ScaledFile.parse,
+        action="append",
+        metavar="FILE[:SCALE]",
+    )
     guidance: float = setting(None, "guidance scale (default: 5, or with --compare the LoRA's own)", "how", type=float)
     steps: int = setting(25, "DDIM steps", "how", type=count)
     batch: int = setting(8, "pictures drawn at once", "how", type=count)
@@ -61,12 +72,14 @@ def main() -> None:
     one_file = args.out.suffix == ".png"
     if one_file and len(args.prompt) > 1 and not args.compare:
         raise ValueError(f"--out {args.out} is one file for {len(args.prompt)} pictures: name a folder.")
-    lora = args.lora or (args.model / SHIPPED_LORA if args.compare else None)
-    if lora and not args.compare and (args.guidance is not None or args.negative_prompt):
+    student, styles = student_and_styles([read_lora(*file) for file in args.lora or []])
+    if args.compare and student is None:
+        student = read_lora(args.model / SHIPPED_LORA)
+    if student and not args.compare and (args.guidance is not None or args.negative_prompt):
         raise ValueError(
             "--guidance and --negative-prompt are the teacher's; a LoRA has learned its own: leave them out."
         )
-    learned = read_lora(lora).metadata if lora else {}
+    learned = student.metadata if student else {}
     guidance = args.guidance if args.guidance is not None else float(learned.get("guidance", 5.0))
     negative_prompt = args.negative_prompt or learned.get("negative_prompt", "")
 
@@ -81,10 +94,12 @@ def main() -> None:
     )
     options = dict(steps=args.steps, guidance=guidance, negative_prompt=negative_prompt)
     options |= dict(seed=args.seed, batch=args.batch, progress=True)
-    if lora is None:
+    for style in styles:
+        merge_file(sd.unet, style)
+    if student is None:
         pictures = draw(sd, "teacher", args.prompt, **options).images
     else:
-        sd.unet = load_lora(sd.unet, lora)
+        sd.unet = inject_file(sd.unet, student)
         rows = [draw(sd, "teacher", args.prompt, **options)] if args.compare else []
         merge_lora(sd.unet)
         rows.append(draw(sd, "student", args.prompt, **options))

@@ -19,10 +19,12 @@ from minidistill.distill import learning_rate, student, teacher
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.files import written_whole
 from minidistill.lora import lora_parameters
+from minidistill.lora_files import merge_file
+from minidistill.lora_formats import read_lora
 from minidistill.report import write_report
 from minidistill.run import checkpoint_files, resume, save_checkpoint, stop_signals
 from minidistill.schedule import add_noise
-from minidistill.settings import count, parse, positive, setting
+from minidistill.settings import ScaledFile, count, parse, positive, setting
 
 EVALUATED = 24  # held-out prompts in the report
 SHOWN = 8  # and in the pictures drawn on the way
@@ -56,6 +58,13 @@ class Settings:
     out: Path = setting(None, "folder of this run (default: runs/<name of the model>)", "model", type=Path)
     guidance: float = setting(5.0, "the teacher's guidance scale, which the student learns", "teacher", type=positive)
     negative_prompt: str = setting("", "what guidance leads away from, which the student learns too", "teacher")
+    teacher_lora: ScaledFile = setting(
+        None,
+        "a style, any LoRA file, that the teacher draws in: merged into W",
+        "teacher",
+        type=ScaledFile.parse,
+        metavar="FILE[:SCALE]",
+    )
     sample_steps: int = setting(25, "DDIM steps of a trajectory", "teacher", type=count)
     trajectories: int = setting(128, "how many pictures the teacher draws to learn from", "teacher", type=count)
     method: str = setting(
@@ -97,6 +106,11 @@ def main() -> None:
         ema=args.ema,
         variant=args.variant,
     )
+    style = ""
+    if args.teacher_lora:  # into W itself, which is the student's too
+        file, scale = args.teacher_lora
+        merge_file(sd.unet, read_lora(file, scale))
+        style = f"{file.name}:{scale:g}"
     captions, held_out = data.prompt_split(args.model, args.prompts)
     shown = data.spread(held_out, SHOWN)
     torch.manual_seed(args.seed)
@@ -113,7 +127,7 @@ def main() -> None:
     peak = args.lr or 0.128 / sd.unet_config.widths[0]
     optimizer = torch.optim.AdamW(trainable, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     apart = ("out", "resume", "no_report", "save_every", "device", "recompute")  # what changes nothing of the result
-    fixed = {name: str(value) for name, value in asdict(args).items() if name not in apart}
+    fixed = {flag: str(value) for flag, value in asdict(args).items() if flag not in apart}
     losses = resume(out, unet, optimizer, fixed)  # none, in a new run
 
     # The teacher draws its own pictures; the student learns from them, and from the way to them.
@@ -180,6 +194,7 @@ def main() -> None:
     progress.close()
 
     metadata = dict(base=name, guidance=f"{args.guidance:g}", negative_prompt=args.negative_prompt, method=args.method)
+    metadata |= dict(prediction=sd.schedule.prediction) | ({"teacher_lora": style} if style else {})
     save_lora(unet, out / "lora.safetensors", metadata)
     print(f"Wrote {out / 'lora.safetensors'}")
     if not args.no_report:

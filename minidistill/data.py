@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidistill.files import written_whole
@@ -67,6 +67,14 @@ def teacher_trajectory(
     return torch.stack(states, 1), torch.stack(targets, 1), z_t
 
 
+def fingerprint(unet: nn.Module) -> str:
+    """A hash of the frozen weights, down to the last bit: other weights, other trajectories."""
+    digest = hashlib.sha256()
+    for weight in (p for p in unet.parameters() if not p.requires_grad):
+        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def generate(
     sd: StableDiffusion,
     captions: list[str],
@@ -88,7 +96,8 @@ def generate(
     Raises ValueError when the folder holds shards that were made with other settings.
     """
     settings = dict(
-        model=sd.folder.name,
+        weights=fingerprint(sd.unet),
+        prediction=sd.schedule.prediction,
         captions=hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16],
         count=count,
         steps=steps,

@@ -1,120 +1,102 @@
-"""LoRA files, out and in. One file is a whole student: thin matrices by layer name, and what they were made for."""
+"""A LoRA for other tools: in the formats that they read, or merged into a whole checkpoint.
 
-import json
-from collections.abc import Mapping
+  python -m minidistill.export runs/NAME --to peft          for diffusers
+  python -m minidistill.export runs/NAME --to kohya         for ComfyUI, AUTOMATIC1111 and diffusers
+  python -m minidistill.export runs/NAME --to checkpoint --model MODEL      the student as a model of its own
+
+A student has guidance in it: draw with a guidance scale (CFG) of 1.
+"""
+
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
-from minidistill.files import CheckpointError, written_whole
-from minidistill.lora import LoRAModel, inject_lora, lora_layers
+from minidistill.files import CheckpointError
+from minidistill.lora_files import student_and_styles
+from minidistill.lora_formats import LoRAFile, kohya_tensors, peft_tensors, read_lora
+from minidistill.merged import write_checkpoint
+from minidistill.settings import ScaledFile, parse, setting
+from minidistill.tensor_files import write_tensors
 
-
-@dataclass(frozen=True)
-class LoRAFile:
-    """The contents of a LoRA file: ``layers`` maps a layer's name to (lora_down, lora_up)."""
-
-    layers: dict[str, tuple[Tensor, Tensor]]
-    rank: int
-    alpha: float
-    metadata: dict[str, str]
+FORMATS = ("peft", "kohya", "checkpoint")
 
 
-def save_lora(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the LoRA of ``model`` as safetensors: ``<layer>.lora_down`` and ``<layer>.lora_up``.
-
-    Rank and alpha go into the header beside ``metadata`` (base, guidance, method, negative_prompt, ...).
-    """
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError("This model has no LoRA to save: call inject_lora first.")
-    tensors = {}
-    for name, layer in layers.items():
-        tensors[f"{name}.lora_down"] = layer.lora_down.detach().cpu().contiguous()
-        tensors[f"{name}.lora_up"] = layer.lora_up.detach().cpu().contiguous()
-    first = next(iter(layers.values()))
-    rank, alpha = str(first.lora_down.shape[0]), repr(float(first.alpha)).removesuffix(".0")
-    header = {"format": "pt", **(metadata or {}), "rank": rank, "alpha": alpha}
-    with written_whole(path) as beside:
-        beside.write_bytes(sorted_header(save(tensors, header)))
-
-
-def sorted_header(data: bytes) -> bytes:
-    """The same safetensors with its metadata in order: the library's order differs from call to call."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the tensors stay aligned
-    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+@dataclass
+class Settings:
+    lora: list[ScaledFile] = setting(
+        ...,
+        "a run's folder or a LoRA file in any format, FILE:SCALE for more or less of it; a checkpoint takes several",
+        "what",
+        nargs="+",
+        type=ScaledFile.parse,
+        metavar="RUN_OR_LORA[:SCALE]",
+    )
+    to: str = setting(None, "for diffusers, for everybody, or a whole model", "what", required=True, choices=FORMATS)
+    out: Path = setting(
+        None, "file, or folder of a checkpoint that is no .safetensors (default: beside the LoRA)", "what", type=Path
+    )
+    model: Path = setting(
+        Path("weights/pocket-emoji"), "folder, single file or hub id to merge into", "model of a checkpoint"
+    )
+    variant: str = setting(
+        None, 'which weights of a folder or hub id, for example "fp16"', "model of a checkpoint", type=str
+    )
+    ema: bool = setting(False, "merge into the UNet's averaged copy of a single file", "model of a checkpoint")
 
 
-def read_lora(path: str | Path) -> LoRAFile:
-    """Read a file that ``save_lora`` wrote. Raises CheckpointError that names the file and what is wrong."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"There is no LoRA file {path}: name a lora.safetensors that train.py wrote.")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not a readable safetensors file ({error}): make or fetch it again."
-        ) from error
-
-    names = sorted({name.removesuffix(".lora_down") for name in tensors if name.endswith(".lora_down")})
-    expected = {f"{name}.{part}" for name in names for part in ("lora_down", "lora_up")}
-    if not names or expected != set(tensors) or not {"rank", "alpha"} <= set(metadata):
-        raise CheckpointError(
-            f"{path} is not a LoRA of minidistill (pairs lora_down and lora_up, with rank and alpha in the header): "
-            "name a lora.safetensors that train.py wrote."
+def main(argv: list[str] | None = None) -> None:
+    args = parse(Settings, __doc__, argv)
+    files = [read_lora(path / "lora.safetensors" if path.is_dir() else path, scale) for path, scale in args.lora]
+    first = files[0].path
+    suffix = "" if args.to == "checkpoint" and not args.model.is_file() else ".safetensors"
+    out = args.out or first.with_name(f"{first.stem}-{args.to}{suffix}")
+    if args.to == "checkpoint":
+        student, styles = student_and_styles(files)
+        metadata = plain_metadata(student) if student else {}
+        write_checkpoint(
+            args.model, [*styles, *([student] if student else [])], out, metadata, variant=args.variant, ema=args.ema
         )
-    layers = {name: (tensors[f"{name}.lora_down"], tensors[f"{name}.lora_up"]) for name in names}
+    elif len(files) > 1:
+        raise ValueError(f"--to {args.to} is of one LoRA: give them one by one, or --to checkpoint to merge them.")
+    elif args.to == "peft":
+        write_tensors(out, peft_tensors(files[0]), plain_metadata(files[0]))
+    else:
+        tensors = kohya_tensors(files[0])
+        write_tensors(out, tensors, plain_metadata(files[0]) | kohya_metadata(files[0], tensors))
+    print(f"Wrote {out}")
+
+
+def plain_metadata(file: LoRAFile) -> dict[str, str]:
+    """What the file says of itself, less what it says of alpha, which is in the tensors that are written."""
+    return {key: value for key, value in file.metadata.items() if key not in ("alpha", "lora_adapter_metadata")}
+
+
+SD_VERSIONS = {768: "sd_v1", 1024: "sd_v2"}  # by the width of the context
+
+
+def kohya_metadata(file: LoRAFile, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """What kohya's scripts say in a header, as far as tools read it: AUTOMATIC1111 offers no LoRA without ss_v2 for
+    SD 2, others show rank, alpha and base model."""
+    ranks = {pair.rank for pair in file.layers.values()}
+    alphas = {tensor.item() for key, tensor in tensors.items() if key.endswith(".alpha")}
+    header = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+    }
+    if "base" in file.metadata:
+        header["ss_sd_model_name"] = file.metadata["base"]
+    widths = {pair.down.shape[1] for name, pair in file.layers.items() if name.endswith("attn2.to_k")}
+    if version := SD_VERSIONS.get(max(widths, default=0)):
+        v = "_v" if file.metadata.get("prediction") == "v" else ""
+        header |= {"ss_base_model_version": version + v, "ss_v2": str(version == "sd_v2")}
+    return header
+
+
+if __name__ == "__main__":
     try:
-        rank, alpha = int(metadata["rank"]), float(metadata["alpha"])
-    except ValueError as error:
-        raise CheckpointError(f"{path} has a header without numbers for rank and alpha ({error}).") from error
-    wrong = [
-        name
-        for name, (down, up) in layers.items()
-        if down.shape[:1] != (rank,) or up.shape[1:] != (rank, *[1] * (down.ndim - 2))
-    ]
-    if wrong:
-        raise CheckpointError(f"{path} says rank {rank}, which does not fit {', '.join(wrong)}: the file is damaged.")
-    return LoRAFile(layers, rank, alpha, metadata)
-
-
-def load_lora(model: nn.Module, path: str | Path) -> LoRAModel:
-    """Inject and fill: ``model`` with the LoRA of a file, rank, scale and layers as the file says.
-
-    Raises CheckpointError, with the model untouched, for a LoRA that belongs to another network: all layers that it
-    names and the model lacks, or that have another shape, are listed.
-    """
-    file = read_lora(path)
-    modules = dict(model.named_modules())
-    problems = []
-    for name, (down, up) in file.layers.items():
-        weight = getattr(modules.get(name), "weight", None)
-        if weight is None:
-            problems.append(f"no such layer: {name}")
-        elif (up.shape[0], *down.shape[1:]) != tuple(weight.shape):
-            problems.append(f"{name} is {list(weight.shape)}, the LoRA is for {[up.shape[0], *down.shape[1:]]}")
-    if problems:
-        raise CheckpointError(
-            f"{path} is a LoRA for another model than this one ({len(problems)} layers differ; "
-            f"it was made for {file.metadata.get('base', 'an unnamed base')}):\n  " + "\n  ".join(problems)
-        )
-    model = inject_lora(model, file.rank, file.alpha, targets=list(file.layers))
-    fill_lora(model, file.layers)
-    return model
-
-
-@torch.no_grad()
-def fill_lora(model: nn.Module, layers: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Copy pairs into the LoRA layers of the same names."""
-    for name, layer in lora_layers(model).items():
-        layer.lora_down.copy_(layers[name][0])
-        layer.lora_up.copy_(layers[name][1])
+        main()
+    except (CheckpointError, ValueError, OSError) as error:
+        sys.exit(f"minidistill.export: {error}")

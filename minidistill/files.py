@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and the error of those that cannot be used."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,3 +36,18 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_whole(folder: str | Path) -> Iterator[Path]:
+    """The same for a folder that is not there yet. Raises ValueError when it is."""
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists already: name another folder, or delete it.")
+    beside = folder.with_name(folder.name + ".tmp")
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

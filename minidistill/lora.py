@@ -6,7 +6,7 @@ Teacher and student share W: with the switch off a layer is the layer it was, wi
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
@@ -38,6 +38,11 @@ class Switch:
             return function(*args)
 
 
+def low_rank(down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """scale * up down: [rank, in, ...] and [out, rank, ...] -> [out, in, ...], the shape of the W it is added to."""
+    return (scale * up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
+
+
 class LoRALayer(nn.Module):
     """What LoRALinear and LoRAConv share: a frozen ``weight``, a low-rank pair, a scale and a switch."""
 
@@ -64,8 +69,8 @@ class LoRALayer(nn.Module):
         return self.switch.enabled and not self.merged
 
     def delta(self) -> Tensor:
-        """scale * lora_up lora_down, in the shape of ``weight``."""
-        return (self.scale * self.lora_up.flatten(1) @ self.lora_down.flatten(1)).view_as(self.weight)
+        """What merging adds to ``weight``, in its shape."""
+        return low_rank(self.lora_down, self.lora_up, self.scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Casts stop at float32 for the low-rank pair: small updates would be lost in anything narrower."""
@@ -154,26 +159,32 @@ def inject_lora(
     """
     if rank < 1:
         raise ValueError(f"The rank of a LoRA is 1 or more, not {rank}.")
-    if any(isinstance(m, LoRALayer) for m in model.modules()):
-        raise ValueError("This model has LoRA layers already: load it afresh before giving it others.")
-    switch = Switch()
-    layers = {
-        name: layer
+    names = [
+        name
         for name, layer in model.named_modules()
         if name and isinstance(layer, nn.Linear | nn.Conv2d) and any(fnmatchcase(name, pattern) for pattern in targets)
-    }
-    if not layers:
+    ]
+    if not names:
         raise ValueError(f"No linear layer or convolution of the model is named like {', '.join(targets)}.")
+    return inject_pairs(model, dict.fromkeys(names, (rank, rank if alpha is None else alpha)))
+
+
+def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]]) -> LoRAModel:
+    """``inject_lora`` with (rank, alpha) of each layer by its name, for files in which they differ."""
+    if any(isinstance(m, LoRALayer) for m in model.modules()):
+        raise ValueError("This model has LoRA layers already: load it afresh before giving it others.")
+    layers = {name: model.get_submodule(name) for name in pairs}
     for name, layer in layers.items():
         if getattr(layer, "groups", 1) != 1:
             raise ValueError(
                 f"{name} is a grouped convolution, for which there is no LoRA here: leave it out of targets."
             )
+    switch = Switch()
     model.requires_grad_(False)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         adapted = LoRALinear if isinstance(layer, nn.Linear) else LoRAConv
-        setattr(model.get_submodule(parent), child, adapted(layer, rank, rank if alpha is None else alpha, switch))
+        setattr(model.get_submodule(parent), child, adapted(layer, *pairs[name], switch))
     return LoRAModel(model, switch)
 
 

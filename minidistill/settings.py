@@ -3,7 +3,8 @@
 import argparse
 import math
 from dataclasses import field, fields
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -27,6 +28,28 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"it has to be a number above 0, not {text}")
     return value
+
+
+class ScaledFile(NamedTuple):
+    """FILE[:SCALE] on a command line: a file, and how much of it counts."""
+
+    path: Path
+    scale: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "ScaledFile":
+        """An argparse type. What follows the last colon is a scale if it is a number, and part of the name if not."""
+        path, colon, scale = text.rpartition(":")
+        try:
+            found = cls(Path(path), float(scale)) if colon else cls(Path(text))
+        except ValueError:
+            found = cls(Path(text))
+        if not math.isfinite(found.scale):
+            raise argparse.ArgumentTypeError(f"a scale has to be finite, not {found.scale}")
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.scale:g}"
 
 
 def parse(settings: type[T], description: str, argv: list[str] | None = None) -> T:

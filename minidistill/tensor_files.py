@@ -1,12 +1,18 @@
-"""A file of named tensors, whatever its format: told by its first bytes, described without reading the tensors."""
+"""A file of named tensors, whatever its format: told by its first bytes, described without reading the tensors.
+
+And written, as safetensors.
+"""
 
 import json
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-from minidistill.files import CheckpointError, blamed
+from minidistill.files import CheckpointError, blamed, written_whole
 from minidistill.pickles import read_pickle
 from minidistill.stored import MappedFile, StoredTensor, is_shape, row_major
 
@@ -97,3 +103,23 @@ def read_safetensors(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[st
     if end != file.size - 8 - length:
         raise refuse(f"its tensors take {end:,} bytes, and the file has {file.size - 8 - length:,} for them")
     return tensors, metadata
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write safetensors whole, equal bytes for equal contents."""
+    with written_whole(path) as beside:
+        beside.touch()
+        mode = beside.stat().st_mode
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {**metadata, "format": "pt"})
+        sort_header(beside)
+        beside.chmod(mode)  # the library's files are for their owner only
+
+
+def sort_header(path: Path) -> None:
+    """Put the metadata of a safetensors in order: the library's order differs from call to call."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        contents = json.loads(file.read(length))
+        header = json.dumps(contents, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(header.ljust(length))  # spaces at the end, as before: the tensors stay where they are

@@ -65,6 +65,11 @@ def test_schedule_and_lora_know_no_network(module: str, allowed: set[str]):
     assert known(module) <= own(*allowed)
 
 
+def test_lora_files_know_no_network():
+    assert known("lora_formats") <= own("files", "lora", "stored", "tensor_files")
+    assert known("lora_files") <= own("files", "lora", "lora_formats", "tensor_files")
+
+
 def test_checkpoint_knows_the_networks_and_not_their_use():
     reading = own("folder", "hub", "layout", "ldm_names", "pickles", "single_file", "stored", "tensor_files")
     assert known("checkpoint") <= reading | own("config", "files", "text", "unet", "vae")

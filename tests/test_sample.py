@@ -1,5 +1,6 @@
 """sample.py as a user runs it."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny import ROOT, TINY_UNET, fill_up, tiny_tensors, tiny_unet, write_tiny
 
-from minidistill import StableDiffusion, inject_lora, load, load_lora, save_lora
+from minidistill import StableDiffusion, export, inject_lora, load, load_lora, merge_lora, save_lora
+from minidistill.lora import lora_layers
 from minidistill.unet import UNet
 
 APPLE, ROCKET = "a red apple", "a rocket on a purple background"
@@ -131,6 +133,80 @@ def test_compare_teaches_with_the_loras_own_guidance(sample, lora: Path, monkeyp
     assert (seen[0]["guidance"], seen[0]["negative_prompt"]) == (4.0, "a cat")
 
 
+# Styles: LoRAs that have learned no guidance
+
+
+@pytest.fixture(scope="module")
+def style(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("style") / "style.safetensors"
+    save_lora(fill_up(inject_lora(load(tiny_model).unet, rank=1, targets=["*attn*"]), seed=70), file)
+    return file
+
+
+def test_a_style_is_drawn_with_guidance(sample, calls: list[int], tiny_model: Path, style: Path, tmp_path: Path):
+    assert sample(APPLE, "--lora", style, "--guidance", 4, "--negative-prompt", "a cat").code == 0
+    assert calls == [1] * 6
+    sd = load(tiny_model)
+    sd.unet = load_lora(sd.unet, style)
+    merge_lora(sd.unet)
+    expected = sd.sample([APPLE], steps=3, guidance=4, negative_prompt="a cat")
+    assert np.array_equal(pictures(tmp_path / "out")[0], expected[0])
+
+
+def test_student_and_style(sample, calls: list[int], lora: Path, style: Path, tiny_model: Path, tmp_path: Path):
+    """In whichever order; the student, on weights that have the style in them."""
+    sample(APPLE, "--lora", lora, "--lora", f"{style}:0.5", "--out", tmp_path / "one.png")
+    sample(APPLE, "--lora", f"{style}:0.5", "--lora", lora, "--out", tmp_path / "other.png")
+    assert calls == [1] * 6
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "other.png").read_bytes()
+    sd = load(tiny_model)
+    for file, scale in [(style, 0.5), (lora, 1)]:
+        layers = lora_layers(load_lora(load(tiny_model).unet, file, scale))
+        for name, layer in layers.items():
+            sd.unet.get_submodule(name).weight.data += layer.delta()
+    expected = np.asarray(sd.sample([APPLE], steps=3, guidance=1)[0], dtype=int)
+    assert np.abs(np.asarray(Image.open(tmp_path / "one.png"), dtype=int) - expected).max() <= 1
+
+
+def test_compare_styles_both(sample, calls: list[int], lora: Path, style: Path, tmp_path: Path):
+    for name, flags in [("plain", []), ("styled", ["--lora", style])]:
+        assert sample(APPLE, "--compare", "--lora", lora, *flags, "--out", tmp_path / f"{name}.png").code == 0
+    assert len(calls) == 2 * (6 + 3)
+    plain, styled = (np.asarray(Image.open(tmp_path / f"{name}.png"), dtype=int) for name in ("plain", "styled"))
+    rows = np.abs(plain - styled)[52:, 128:].max((1, 2))  # below the prompt, right of what it cost
+    assert rows[:128].max() > 0 and rows[134:].max() > 0
+
+
+def test_a_scale_of_nothing_is_no_lora(sample, style: Path, tmp_path: Path):
+    sample(APPLE, "--out", tmp_path / "without.png")
+    sample(APPLE, "--lora", f"{style}:0", "--out", tmp_path / "with.png")
+    assert (tmp_path / "with.png").read_bytes() == (tmp_path / "without.png").read_bytes()
+
+
+@pytest.mark.parametrize("to", ["peft", "kohya"])
+def test_the_student_in_other_formats_draws_the_same(to: str, sample, calls: list[int], lora: Path, tmp_path: Path):
+    export.main([str(lora), "--to", to, "--out", str(tmp_path / f"{to}.safetensors")])
+    sample(APPLE, "--lora", lora, "--out", tmp_path / "ours.png")
+    sample(APPLE, "--lora", tmp_path / f"{to}.safetensors", "--out", tmp_path / "theirs.png")
+    assert calls == [1] * 6
+    assert (tmp_path / "ours.png").read_bytes() == (tmp_path / "theirs.png").read_bytes()
+
+
+def test_the_missing_style_of_a_students_teacher_is_named(sample, tiny_model: Path, tmp_path: Path, style: Path):
+    student = fill_up(inject_lora(load(tiny_model).unet, rank=2))
+    save_lora(student, tmp_path / "student.safetensors", METADATA | dict(teacher_lora="style.safetensors:0.5"))
+    with pytest.warns(UserWarning, match="style.safetensors:0.5"):
+        sample(APPLE, "--lora", tmp_path / "student.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        sample(APPLE, "--lora", tmp_path / "student.safetensors", "--lora", f"{style}:0.5")
+
+
+def test_two_students(sample, lora: Path, tmp_path: Path):
+    assert "each learned guidance" in sample(APPLE, "--lora", lora, "--lora", lora).complaint
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("prompt", ["../../escape", "a/b", "苹果", "x" * 300, "-", "  "])
 def test_any_prompt_names_a_file_in_the_folder(prompt: str, sample, tmp_path: Path):
     assert sample("--", prompt).code == 0
@@ -166,6 +242,8 @@ def test_a_lora_of_another_model(sample, tmp_path: Path):
 
 BAD = {
     "no lora": (["--lora", "nowhere.safetensors"], "nowhere.safetensors"),
+    "no lora of that scale": (["--lora", "nowhere.safetensors:much"], "nowhere.safetensors:much"),
+    "endless scale": (["--lora", "nowhere.safetensors:inf"], "finite"),
     "no shipped lora": (["--compare"], "guidance-lora.safetensors"),
     "no model": (["--model", "nowhere/model"], "nowhere/model"),
     "no steps": (["--steps", 0], "steps"),

@@ -4,22 +4,26 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from tiny import ROOT
+from safetensors.torch import load_file
+from tiny import ROOT, TINY_UNET, fill_up, tiny_unet
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from minidistill import data, load, load_lora
-from minidistill.export import read_lora
+from minidistill import data, inject_lora, load, load_lora, save_lora
 from minidistill.lora import lora_parameters
+from minidistill.lora_files import merge_file
+from minidistill.lora_formats import read_lora
 
 UPDATES = 6
 Flags = Callable[..., list[str]]
@@ -79,7 +83,7 @@ def test_the_lora_is_of_this_run(full, tiny_model: Path):
     assert file.metadata.items() >= wanted.items()
     unet = load_lora(load(tiny_model).unet, out / "lora.safetensors")
     assert all(p.isfinite().all() for p in lora_parameters(unet))
-    assert all(up.abs().max() > 0 for _, up in file.layers.values())
+    assert all(pair.up.abs().max() > 0 for pair in file.layers.values())
 
 
 def test_metrics_have_a_line_an_update(full):
@@ -121,7 +125,61 @@ def test_settings_reach_the_lora(command, flags: Flags, tmp_path: Path):
     command("train.py", *flags(tmp_path / "run", **changes), "--no-report")
     file = read_lora(tmp_path / "run/lora.safetensors")
     assert file.metadata.items() >= {name: str(value) for name, value in changes.items()}.items()
-    assert file.rank == 3 and file.alpha == 1.5
+    assert {(pair.rank, pair.alpha) for pair in file.layers.values()} == {(3, 1.5)}
+
+
+# A styled teacher
+
+
+@pytest.fixture(scope="module")
+def style(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("style") / "style.safetensors"
+    save_lora(fill_up(inject_lora(load(tiny_model).unet, rank=1)), file)
+    return file
+
+
+def test_a_styled_teacher_is_what_the_student_learns_from(
+    full, command, flags: Flags, style: Path, tiny_model: Path, prompts_file: Path, tmp_path: Path
+):
+    """It draws with W + BA of the style, which is in the weights of the run and not in the student's file."""
+    run = flags(tmp_path / "run", teacher_lora=f"{style}:0.5")
+    assert command("train.py", *run, "--no-report").code == 0
+    assert read_lora(tmp_path / "run/lora.safetensors").metadata["teacher_lora"] == "style.safetensors:0.5"
+    assert "teacher_lora" not in read_lora(full[0] / "lora.safetensors").metadata
+    sd = load(tiny_model)
+    merge_file(sd.unet, read_lora(style, 0.5))
+    captions, _ = data.prompt_split(tiny_model, prompts_file)
+    data.generate(sd, captions, tmp_path / "expected", count=8, steps=3, guidance=5.0, batch=4)
+    expected = {file.name: load_file(file) for file in (tmp_path / "expected").iterdir()}
+    for name, tensors in expected.items():
+        found = load_file(tmp_path / "run/states" / name)
+        assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+        assert not torch.equal(found["z_0"], load_file(full[0] / "states" / name)["z_0"])
+
+
+def test_what_another_teacher_drew_is_not_used(full, command, flags: Flags, style: Path, tmp_path: Path):
+    command("train.py", *flags(tmp_path / "run", teacher_lora=style), "--no-report")
+    (tmp_path / "run/lora.safetensors").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    for changes in [{}, dict(teacher_lora=f"{style}:0.5")]:
+        assert "other settings" in command("train.py", *flags(tmp_path / "run", **changes), "--no-report").complaint
+    other = fill_up(inject_lora(tiny_unet(), rank=1), seed=70)
+    save_lora(other, tmp_path / "style.safetensors")  # a style of the same name
+    changed = flags(tmp_path / "run", teacher_lora=tmp_path / "style.safetensors")
+    assert "other settings" in command("train.py", *changed, "--no-report").complaint
+
+
+def test_resuming_with_another_teacher_is_refused(command, flags: Flags, style: Path, tmp_path: Path):
+    command("train.py", *flags(tmp_path / "run", teacher_lora=style), "--no-report")
+    shutil.rmtree(tmp_path / "run/states")
+    other = flags(tmp_path / "run", teacher_lora=f"{style}:0.5")
+    assert f"--teacher-lora {style}:1" in command("train.py", *other, "--no-report", "--resume").complaint
+
+
+def test_a_style_for_another_model(command, flags: Flags, tmp_path: Path):
+    save_lora(inject_lora(tiny_unet(config=replace(TINY_UNET, context_width=48)), rank=1), tmp_path / "style")
+    result = command("train.py", *flags(tmp_path / "run", teacher_lora=tmp_path / "style"))
+    assert result.code != 0 and "another model" in result.err and not (tmp_path / "run").exists()
 
 
 # The same every time

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from minidistill import CheckpointError, load, load_lora, merge_lora
 from minidistill.evaluate import draw, to_tensor
-from minidistill.export import read_lora
 from minidistill.files import written_whole
+from minidistill.lora_formats import read_lora
 from minidistill.pipeline import StableDiffusion
 from minidistill.pocket.compositions import COLOURS, EMOJI, Composition, all_compositions
 from minidistill.pocket.pictures import DRAWN_SIZE, find_font, glyph, render

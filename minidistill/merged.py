@@ -1,0 +1,104 @@
+"""A checkpoint with LoRAs merged into its UNet, W <- W + (alpha / rank) lora_up lora_down: a model like any other."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from minidistill.files import CheckpointError, folder_written_whole
+from minidistill.folder import STEMS, match_text_names, read_text_config, read_weights, rename_old_attention
+from minidistill.hub import fetch_model, is_hub_id
+from minidistill.layout import MODEL_INDEX, read_json, read_unet_config, read_vae_config, write_json
+from minidistill.lora_files import check_fit
+from minidistill.lora_formats import LoRAFile
+from minidistill.single_file import EMA, read_single_file, to_single_file
+from minidistill.stored import StoredTensor
+from minidistill.tensor_files import read_tensors, write_tensors
+
+
+def write_checkpoint(
+    source: Path,
+    files: list[LoRAFile],
+    out: Path,
+    metadata: Mapping[str, str],
+    *,
+    variant: str | None = None,
+    ema: bool = False,
+) -> None:
+    """Merge ``files`` into the model ``source`` and write it as ``out``, a folder or a single .safetensors.
+
+    Every tensor keeps its dtype; ``metadata`` goes into the header of the merged weights. ``variant`` and ``ema`` say
+    which weights, as in ``load``. Raises CheckpointError for a source that is damaged or another model than the LoRAs
+    are for; ValueError for an ``out`` that cannot be written.
+    """
+    if not source.exists() and is_hub_id(str(source)):
+        source = fetch_model(str(source), variant)
+    if not source.exists():
+        raise CheckpointError(f"There is no {source}: name a Stable Diffusion folder, a single file or a hub id.")
+    to_file = out.suffix == ".safetensors"
+    if source.is_file() and not to_file:
+        raise ValueError(f"{source} is a single file, without the tokenizer of a folder: --out FILE.safetensors.")
+    if ema and source.is_dir():
+        raise ValueError(f"{source} is a folder: leave --ema out.")
+    if source.is_file():
+        write_file_of_file(source, files, out, metadata, ema)
+    elif to_file:
+        write_file_of_folder(source, files, out, metadata, variant)
+    else:
+        write_folder(source, files, out, metadata, variant)
+
+
+def merged(stored: Mapping[str, StoredTensor], files: list[LoRAFile]) -> dict[str, Tensor]:
+    """The UNet's tensors, in the dtypes they are stored in, with the LoRAs added one after another."""
+    tensors = loaded(stored)
+    for file in files:
+        check_fit(file, tensors)
+        for name, pair in file.layers.items():
+            tensors[f"{name}.weight"] = pair.added_to(tensors[f"{name}.weight"])
+    return tensors
+
+
+def loaded(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    return {name: tensor.load(tensor.dtype) for name, tensor in stored.items()}
+
+
+def write_folder(
+    source: Path, files: list[LoRAFile], out: Path, metadata: Mapping[str, str], variant: str | None
+) -> None:
+    """A folder of a folder: all but the UNet's weights is copied as it is."""
+    stored, weights = read_weights(source / "unet", STEMS["unet"], variant)
+    tensors = merged(stored, files)
+    index = read_json(source / "model_index.json") if (source / "model_index.json").exists() else MODEL_INDEX
+    with folder_written_whole(out) as beside:
+        # Only the parts of the pipeline: beside them people keep other weights, which would not be merged.
+        for part in source.iterdir():
+            if part.is_dir() and part.name in index and part.name != "unet":
+                shutil.copytree(part, beside / part.name)
+        (beside / "unet").mkdir()
+        shutil.copy(source / "unet/config.json", beside / "unet/config.json")
+        name = weights.name if weights.suffix == ".safetensors" else f"{STEMS['unet']}.safetensors"
+        write_tensors(beside / "unet" / name, tensors, metadata)
+        write_json(beside / "model_index.json", index)
+
+
+def write_file_of_file(source: Path, files: list[LoRAFile], out: Path, metadata: Mapping[str, str], ema: bool) -> None:
+    """A single file of a single file: all but the UNet's weights is in it as it was; of those, the one merged copy."""
+    unet = read_single_file(source, ema=ema).unet
+    stored, header = read_tensors(source)
+    tensors = loaded({name: tensor for name, tensor in stored.items() if not name.startswith(EMA)})
+    tensors |= {unet.called(name): tensor for name, tensor in merged(unet.tensors, files).items()}
+    write_tensors(out, tensors, {**header, **metadata})
+
+
+def write_file_of_folder(
+    source: Path, files: list[LoRAFile], out: Path, metadata: Mapping[str, str], variant: str | None
+) -> None:
+    """A single file of a folder: UNet, VAE and text encoder under the names of such files."""
+    unet_config = read_unet_config(source / "unet/config.json")
+    vae_config = read_vae_config(source / "vae/config.json")
+    text_config = read_text_config(source / "text_encoder/config.json")
+    unet, vae, text = (read_weights(source / part, stem, variant)[0] for part, stem in STEMS.items())
+    vae, text = loaded(rename_old_attention(vae)), loaded(match_text_names(text))
+    tensors = to_single_file(merged(unet, files), unet_config, vae, vae_config, text, text_config)
+    write_tensors(out, tensors, metadata)

@@ -1,0 +1,217 @@
+"""LoRA files beside diffusers and peft: what we write, it draws; what they write, we draw."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from minidistill import export, inject_lora, load, load_lora, merge_lora, save_lora
+from minidistill.lora import lora_layers
+from minidistill.lora_files import merge_file
+from minidistill.lora_formats import LoRAFile, Pair, kohya_tensors, peft_tensors, read_lora
+from minidistill.tensor_files import write_tensors
+
+from .helpers import POCKET, PROMPTS, SD1, SD2, diffusers, randn, write_small
+
+peft = pytest.importorskip("peft", reason="diffusers needs peft for LoRA")
+
+ATTENTION, CONVOLUTIONS, EVERYTHING = ["*.attentions.*"], ["*.attentions.*", "*.resnets.*"], ["*"]
+STUDENTS = [
+    *((rank, alpha, targets) for rank, alpha in [(1, 1), (4, 6), (64, 64)] for targets in (ATTENTION, CONVOLUTIONS)),
+    (3, 0.1, EVERYTHING),
+]
+
+
+@contextmanager
+def no_warning() -> Iterator[None]:
+    """Nothing in diffusers' log but what it says of every LoRA that leaves the text encoder alone."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = diffusers.utils.logging.get_logger("diffusers")
+    logger.addHandler(handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    logger.removeHandler(handler)
+    assert not [message for message in said if "No LoRA keys associated to CLIPTextModel" not in message]
+
+
+@pytest.fixture(scope="module", params=["sd1", "sd2"])
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of either kind: the attention's way in is a convolution, or linear."""
+    folder = tmp_path_factory.mktemp(request.param)
+    pipe = write_small(folder, style=dict(sd1=SD1, sd2=SD2)[request.param])
+    pipe.to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def write_student(model: Path, path: Path, rank: int, alpha: float, targets: list[str]) -> Path:
+    student = inject_lora(load(model).unet, rank, alpha, targets)
+    for i, layer in enumerate(lora_layers(student).values()):
+        layer.lora_up.copy_(0.5 * rank**0.5 / alpha * randn(*layer.lora_up.shape, seed=i))  # alike at every rank
+    save_lora(student, path, dict(base="small", guidance="5", negative_prompt="", method="trajectories"))
+    return path
+
+
+def pipeline(model: Path, lora: Path | None = None):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+        model, torch_dtype=torch.float32, safety_checker=None, local_files_only=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    if lora:
+        with no_warning():
+            pipe.load_lora_weights(str(lora))
+    return pipe
+
+
+def levels(pictures: list) -> np.ndarray:
+    return np.stack([np.asarray(picture, dtype=int) for picture in pictures])
+
+
+def draw_theirs(pipe, model: Path, side: int = 32) -> np.ndarray:
+    z_T = load(model).starting_noise([3, 4], height=side, width=side)
+    options = dict(height=side, width=side, num_inference_steps=5, guidance_scale=1)
+    return levels(pipe(PROMPTS, latents=z_T, **options).images)
+
+
+def draw_ours(model: Path, lora: Path | None, side: int = 32) -> np.ndarray:
+    """As sample.py does: merged, one call a step."""
+    sd = load(model)
+    if lora:
+        sd.unet = load_lora(sd.unet, lora)
+        merge_lora(sd.unet)
+    options = dict(steps=5, seed=3, height=side, width=side)
+    return levels(sd.sample(PROMPTS, guidance=1, lora_enabled=lora is not None, **options))
+
+
+@cache
+def without_lora(model: Path, side: int) -> np.ndarray:
+    return draw_ours(model, None, side)
+
+
+def adapted(unet: nn.Module) -> dict[str, nn.Module]:
+    """The layers that peft has put a LoRA on."""
+    return {name: m for name, m in unet.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+
+
+def same_pictures(model: Path, written: Path, lora: Path, side: int = 32) -> None:
+    pipe = pipeline(model, written)
+    ours, theirs = lora_layers(load_lora(load(model).unet, lora)), adapted(pipe.unet)
+    assert ours.keys() == theirs.keys()
+    for name, layer in ours.items():
+        (adapter,) = theirs[name].lora_A
+        down, up = (getattr(theirs[name], part)[adapter].weight for part in ("lora_A", "lora_B"))
+        assert torch.equal(down, layer.lora_down)
+        if theirs[name].scaling[adapter] == layer.scale:
+            assert torch.equal(up, layer.lora_up)
+        else:
+            assert theirs[name].scaling[adapter] == 1 and torch.equal(up, layer.scale * layer.lora_up)
+    found = draw_ours(model, lora, side)
+    assert np.abs(found - draw_theirs(pipe, model, side)).max() <= 1
+    assert np.abs(found - without_lora(model, side)).max() > 8  # it makes a difference
+
+
+@pytest.mark.parametrize("rank, alpha, targets", STUDENTS)
+@pytest.mark.parametrize("to", ["peft", "kohya"])
+def test_diffusers_draws_what_we_draw(
+    to: str, rank: int, alpha: float, targets: list[str], small: Path, tmp_path: Path
+) -> None:
+    lora = write_student(small, tmp_path / "lora.safetensors", rank, alpha, targets)
+    export.main([str(lora), "--to", to])
+    same_pictures(small, tmp_path / f"lora-{to}.safetensors", lora)
+
+
+@pytest.mark.parametrize("to", ["peft", "kohya"])
+def test_the_student_that_ships(to: str, tmp_path: Path) -> None:
+    lora = POCKET / "guidance-lora.safetensors"
+    export.main([str(lora), "--to", to, "--out", str(tmp_path / "written.safetensors")])
+    same_pictures(POCKET, tmp_path / "written.safetensors", lora, side=64)
+
+
+@pytest.mark.parametrize("tensors", [peft_tensors, kohya_tensors])
+def test_ranks_and_alphas_that_differ(tensors, small: Path, tmp_path: Path) -> None:
+    file = read_lora(write_student(small, tmp_path / "lora.safetensors", 4, 4, CONVOLUTIONS))
+    layers = {
+        name: Pair(pair.down[: 2 + i % 3], pair.up[:, : 2 + i % 3], alpha=[3.0, 5.0][i % 2])
+        for i, (name, pair) in enumerate(file.layers.items())
+    }
+    write_tensors(tmp_path / "mixed.safetensors", tensors(LoRAFile(file.path, layers, {})), {})
+    sd = load(small)
+    merge_file(sd.unet, LoRAFile(file.path, layers, {}))
+    ours = levels(sd.sample(PROMPTS, steps=5, seed=3, guidance=1, height=32, width=32))
+    assert np.abs(ours - draw_ours(small, tmp_path / "mixed.safetensors")).max() <= 1
+    assert np.abs(ours - draw_theirs(pipeline(small, tmp_path / "mixed.safetensors"), small)).max() <= 1
+
+
+def test_diffusers_draws_the_merged_checkpoint(small: Path, tmp_path: Path) -> None:
+    lora = write_student(small, tmp_path / "lora.safetensors", 4, 6, CONVOLUTIONS)
+    export.main([str(lora), "--to", "checkpoint", "--model", str(small), "--out", str(tmp_path / "out")])
+    theirs = draw_theirs(pipeline(tmp_path / "out"), small)
+    assert np.abs(draw_ours(small, lora) - theirs).max() <= 1
+    assert np.array_equal(draw_ours(small, lora), draw_ours(tmp_path / "out", None))
+
+
+@torch.no_grad()
+def adapter(pipe, **settings) -> None:
+    """A LoRA as peft trains it, with values in it."""
+    pipe.unet.add_adapter(peft.LoraConfig(init_lora_weights="gaussian", **settings))
+    for i, layer in enumerate(adapted(pipe.unet).values()):
+        up = layer.lora_B["default"].weight
+        up.copy_(0.1 * randn(*up.shape, seed=i))
+
+
+ADAPTERS = {
+    "attention": dict(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]),
+    "convolutions": dict(r=3, lora_alpha=5, target_modules=["to_q", "conv1", "proj_in", "ff.net.0.proj"]),
+    "patterns": dict(
+        r=3, lora_alpha=5, target_modules=["to_q", "conv1"], rank_pattern={"conv1": 2}, alpha_pattern={"conv1": 7}
+    ),
+    "rslora": dict(r=4, lora_alpha=5, target_modules=["to_q", "conv1"], use_rslora=True),
+}
+
+
+@pytest.mark.parametrize("names", ["peft", "diffusers"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_lora_trained_by_peft(kind: str, names: str, small: Path, tmp_path: Path) -> None:
+    """Saved by diffusers with its configuration in the header, in present names and in those of its own scripts."""
+    pipe = pipeline(small)
+    adapter(pipe, **ADAPTERS[kind])
+    layers = peft.get_peft_model_state_dict(pipe.unet)
+    if names == "diffusers":
+        layers = diffusers.utils.convert_state_dict_to_diffusers(layers)
+    header = diffusers.training_utils._collate_lora_metadata({"unet": pipe.unet})
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=layers, **header)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    assert len(read_lora(file).layers) == len(adapted(pipe.unet))
+    assert np.abs(draw_ours(small, file) - draw_theirs(pipe, small)).max() <= 1
+
+
+def test_a_lora_without_a_configuration(small: Path, tmp_path: Path) -> None:
+    """alpha is not in the file: diffusers takes it for the rank, and so do we."""
+    pipe = pipeline(small)
+    adapter(pipe, **ADAPTERS["convolutions"])
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=peft.get_peft_model_state_dict(pipe.unet))
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    assert np.abs(draw_ours(small, file) - draw_theirs(pipeline(small, file), small)).max() <= 1
+
+
+def test_theirs_to_kohyas_names(small: Path, tmp_path: Path) -> None:
+    pipe = pipeline(small)
+    adapter(pipe, **ADAPTERS["convolutions"])
+    header = diffusers.training_utils._collate_lora_metadata({"unet": pipe.unet})
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=peft.get_peft_model_state_dict(pipe.unet), **header)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    export.main([str(file), "--to", "kohya", "--out", str(tmp_path / "kohya.safetensors")])
+    assert all(key.startswith("lora_unet_") for key in load_file(tmp_path / "kohya.safetensors"))
+    again = draw_theirs(pipeline(small, tmp_path / "kohya.safetensors"), small)
+    assert np.abs(again - draw_theirs(pipe, small)).max() <= 1
