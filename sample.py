@@ -60,7 +60,7 @@ class Settings:
         action="append",
         metavar="FILE[:SCALE]",
     )
-    guidance: float = setting(None, "guidance scale (default: 5, or with --compare the LoRA's own)", "how", type=float)
+    guidance: float = setting(None, "guidance scale (default: 3, or with --compare the LoRA's own)", "how", type=float)
     steps: int = setting(25, "DDIM steps", "how", type=count)
     batch: int = setting(8, "pictures drawn at once", "how", type=count)
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute", "how")
@@ -80,8 +80,13 @@ def main() -> None:
             "--guidance and --negative-prompt are the teacher's; a LoRA has learned its own: leave them out."
         )
     learned = student.metadata if student else {}
-    guidance = args.guidance if args.guidance is not None else float(learned.get("guidance", 5.0))
+    guidance = args.guidance if args.guidance is not None else float(learned.get("guidance", 3.0))
     negative_prompt = args.negative_prompt or learned.get("negative_prompt", "")
+    if student and (guidance, negative_prompt) != (float(learned["guidance"]), learned.get("negative_prompt", "")):
+        raise ValueError(
+            f'{student.path} has learned guidance {learned["guidance"]} with the negative prompt '
+            f'"{learned.get("negative_prompt", "")}": beside it the teacher can have no other.'
+        )
 
     sd = load(
         args.model,
@@ -100,6 +105,8 @@ def main() -> None:
         pictures = draw(sd, "teacher", args.prompt, **options).images
     else:
         sd.unet = inject_file(sd.unet, student)
+        if args.compare:
+            sd.sample(args.prompt[:1], steps=1)  # the first calls of everything are slower: off the clock
         rows = [draw(sd, "teacher", args.prompt, **options)] if args.compare else []
         merge_lora(sd.unet)
         rows.append(draw(sd, "student", args.prompt, **options))
@@ -123,3 +130,5 @@ if __name__ == "__main__":
         main()
     except (CheckpointError, ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("sample.py: stopped.")

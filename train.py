@@ -56,7 +56,7 @@ class Settings:
         None, "text file, one prompt a line (default: the model's own, or ours)", "model", type=Path
     )
     out: Path = setting(None, "folder of this run (default: runs/<name of the model>)", "model", type=Path)
-    guidance: float = setting(5.0, "the teacher's guidance scale, which the student learns", "teacher", type=positive)
+    guidance: float = setting(3.0, "the teacher's guidance scale, which the student learns", "teacher", type=positive)
     negative_prompt: str = setting("", "what guidance leads away from, which the student learns too", "teacher")
     teacher_lora: ScaledFile = setting(
         None,

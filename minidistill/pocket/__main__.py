@@ -1,7 +1,8 @@
 """Make the embedded model from scratch: ``python -m minidistill.pocket --out weights/pocket-emoji``.
 
 Draws the pictures, then trains a CLIP, a VAE and a UNet, as Stable Diffusion was made, and writes the official folder
-layout. Each stage resumes where it was stopped; a stage whose folder is there already is done.
+layout. A stage that is whole in the folder is done; VAE and UNet go on from where they were stopped; the CLIP, a matter
+of minutes, starts again.
 """
 
 import argparse
@@ -18,9 +19,10 @@ from minidistill.layout import MODEL_INDEX, published_schedule, published_unet, 
 from minidistill.pocket.autoencoder import encode_all, normalise_latents, psnr, train_vae
 from minidistill.pocket.clip import held_out_accuracy, save_clip, train_clip, tune_pictures
 from minidistill.pocket.compositions import all_compositions, write_compositions
-from minidistill.pocket.denoiser import train_unet
+from minidistill.pocket.denoiser import ROUNDS, train_unet
 from minidistill.pocket.pictures import render
 from minidistill.pocket.tokenizer import CONTEXT, write_tokenizer
+from minidistill.unet import UNet
 from minidistill.vae import VAE
 
 
@@ -31,7 +33,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--font", help="path of NotoColorEmoji.ttf (found by itself on Debian)")
     parser.add_argument("--renders", type=int, default=16, help="pictures of each composition (default: %(default)s)")
     parser.add_argument("--vae-steps", type=int, default=9000, help="updates of the VAE (default: %(default)s)")
-    parser.add_argument("--unet-steps", type=int, default=5000, help="updates of the UNet (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     return parser.parse_args()
 
@@ -57,7 +58,7 @@ def main() -> None:
     held_out = torch.tensor([c.held_out for c in compositions])[index]
     trained, unseen = pictures[~held_out], pictures[held_out]
 
-    if not (args.out / "text_encoder").exists():
+    if not (args.out / "text_encoder/model.safetensors").exists():
         clip = train_clip(compositions, pictures, index, tokenizer)
         tune_pictures(clip, compositions, pictures, index, tokenizer)
         save_clip(clip, args.out)
@@ -78,16 +79,13 @@ def main() -> None:
         prompts = [c.caption for c in compositions] + [""]
         ids = tokenizer(prompts, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
         contexts = text_encoder(ids).last_hidden_state  # [M + 1, L, D]
-    unet = train_unet(
-        POCKET_UNET,
-        encode_all(vae, trained),
-        index[~held_out],
-        contexts[:-1],
-        contexts[-1],
-        args.work / "unet-state.pt",
-        args.unet_steps,
-    )
-    write_part(args.out / "unet", published_unet(POCKET_UNET), unet.state_dict())
+    if not (args.out / "unet/config.json").exists():
+        data = encode_all(vae, trained), index[~held_out], contexts[:-1], contexts[-1]
+        torch.manual_seed(0)
+        unet = UNet(POCKET_UNET)
+        for number, (steps, lr) in enumerate(ROUNDS, start=1):
+            unet = train_unet(unet, *data, args.work / f"unet-state-{number}.pt", steps, lr, seed=number)
+        write_part(args.out / "unet", published_unet(POCKET_UNET), unet.state_dict())
     write_json(args.out / "model_index.json", MODEL_INDEX)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from minidistill.files import written_whole
 from minidistill.pocket.compositions import Composition
 from minidistill.pocket.tokenizer import CONTEXT
 
@@ -173,7 +174,8 @@ def save_clip(model: CLIPModel, folder: str | Path) -> None:
     config.architectures = ["CLIPTextModel"]
     config.save_pretrained(text_encoder)
     weights = {f"text_model.{key}": value.contiguous() for key, value in model.text_model.state_dict().items()}
-    save_file(weights, text_encoder / "model.safetensors", metadata={"format": "pt"})
+    with written_whole(text_encoder / "model.safetensors") as beside:
+        save_file(weights, beside, metadata={"format": "pt"})
 
 
 @torch.no_grad()

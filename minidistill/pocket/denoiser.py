@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidistill.config import ScheduleConfig, UNetConfig
+from minidistill.config import ScheduleConfig
 from minidistill.distill import learning_rate
 from minidistill.pocket.stage import Average, resume, save_state
 from minidistill.schedule import Schedule, add_noise
@@ -16,6 +16,7 @@ CAPTION_DROPOUT = (
     0.25  # 0.1 to 0.2 is usual; more keeps the unconditional half from lagging where there is little noise
 )
 MIN_SNR = 20.0
+ROUNDS = ((5000, 1e-3), (4700, 8e-4))  # updates and peak rate; the second starts from the averaged weights of the first
 
 
 def min_snr_weight(schedule: Schedule, t: Tensor) -> Tensor:
@@ -29,16 +30,17 @@ def min_snr_weight(schedule: Schedule, t: Tensor) -> Tensor:
 
 
 def train_unet(
-    config: UNetConfig,
+    unet: UNet,
     latents: Tensor,
     captions: Tensor,
     contexts: Tensor,
     empty: Tensor,
     state: Path,
     steps: int,
+    lr: float,
+    seed: int,
     batch: int = 32,
-    lr: float = 1e-3,
-    save_every: int = 500,
+    save_every: int = 200,
 ) -> UNet:
     """Train eps-prediction on cached latents; returns the averaged weights. Resumes from ``state`` where that exists.
 
@@ -46,9 +48,9 @@ def train_unet(
         latents: [N, 4, h, w].  captions: [N] int64, the row of ``contexts`` that describes each.
         contexts: [M, L, D] caption embeddings.  empty: [L, D], that of the empty prompt.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     schedule = Schedule.from_config(ScheduleConfig())
-    unet = UNet(config).to(memory_format=torch.channels_last)
+    unet = unet.to(memory_format=torch.channels_last).train().requires_grad_(True)
     average = Average(unet, 0.998)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
     start = resume(state, unet, average, optimizer)
