@@ -84,7 +84,7 @@ def main() -> None:
     negative_prompt = args.negative_prompt or learned.get("negative_prompt", "")
     if student and (guidance, negative_prompt) != (float(learned["guidance"]), learned.get("negative_prompt", "")):
         raise ValueError(
-            f'{student.path} has learned guidance {learned["guidance"]} with the negative prompt '
+            f"{student.path} has learned guidance {learned['guidance']} with the negative prompt "
             f'"{learned.get("negative_prompt", "")}": beside it the teacher can have no other.'
         )
 

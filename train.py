@@ -66,6 +66,9 @@ class Settings:
         metavar="FILE[:SCALE]",
     )
     sample_steps: int = setting(25, "DDIM steps of a trajectory", "teacher", type=count)
+    stride: int = setting(
+        3, "take only every so-many-th of these steps to learn from: more pictures in the time", "teacher", type=count
+    )
     trajectories: int = setting(128, "how many pictures the teacher draws to learn from", "teacher", type=count)
     method: str = setting(
         "trajectories",
@@ -141,20 +144,21 @@ def main() -> None:
         negative_prompt=args.negative_prompt,
         seed=args.seed,
         batch=args.batch,
+        stride=args.stride,
         keep_states=args.method == "trajectories",
     )
     drawn = states.prompts(torch.arange(len(states))).split(64)
     embeddings = torch.cat([sd.encode_prompt([captions[i] for i in some]) for some in drawn])  # [trajectories, L, D]
 
-    examples = len(states) * (args.sample_steps if args.method == "trajectories" else 1)
+    examples = len(states.examples) if args.method == "trajectories" else len(states)
     order = data.batches(examples, args.batch, args.seed, start=len(losses))
     progress = tqdm(initial=len(losses), total=args.steps, desc="distilling", unit="step")
     with stop_signals() as stop:
         for step in range(len(losses), args.steps):
             chosen = next(order)
             if args.method == "trajectories":  # every state comes with the prediction the teacher made there
-                trajectory = chosen // args.sample_steps
-                z_t, eps_hat, t = (x.to(sd.device) for x in states.states(trajectory, chosen % args.sample_steps))
+                trajectory, taken = states.examples[chosen].T
+                z_t, eps_hat, t = (x.to(sd.device) for x in states.states(trajectory, taken))
                 cond = embeddings[trajectory]
             else:  # noise the teacher's picture, and ask the teacher: two calls of the frozen UNet
                 dice = torch.Generator().manual_seed(args.seed + step)

@@ -9,6 +9,7 @@ of shards serves both ways to learn: from the states as they are (no teacher in 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from minidistill.files import written_whole
 from minidistill.pipeline import StableDiffusion
 from minidistill.prompts import prompts, read_prompts
-from minidistill.schedule import ddim_sample
+from minidistill.schedule import ddim_step
 
 T = TypeVar("T")
 
@@ -48,22 +49,19 @@ def spread(items: Sequence[T], count: int) -> list[T]:
 
 
 def teacher_trajectory(
-    sd: StableDiffusion, cond: Tensor, uncond: Tensor, guidance: float, z_T: Tensor, steps: int
+    sd: StableDiffusion, cond: Tensor, uncond: Tensor, guidance: float, z_T: Tensor, timesteps: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the teacher from z_T [B, 4, h, w].
+    """Run the teacher by DDIM from z_T [B, 4, h, w] through the given S time steps, the noisiest first.
 
     Returns every state z_t and its guided prediction, both [B, S, 4, h, w], and the end z_0 [B, 4, h, w].
     """
     model = sd.denoiser(cond, uncond, guidance)
-    states, targets = [], []
-
-    def recorded(z_t: Tensor, t: Tensor) -> Tensor:
-        states.append(z_t)
-        targets.append(model(z_t, t))
-        return targets[-1]
-
-    for z_t in ddim_sample(recorded, sd.schedule, z_T, steps):
-        pass
+    z_t, states, targets = z_T, [], []
+    with torch.no_grad():
+        for t, t_next in pairwise([*timesteps, -1]):
+            states.append(z_t)
+            targets.append(model(z_t, torch.full((len(z_t),), t, device=z_t.device)))
+            z_t = ddim_step(sd.schedule, targets[-1], z_t, t, t_next)
     return torch.stack(states, 1), torch.stack(targets, 1), z_t
 
 
@@ -86,12 +84,16 @@ def generate(
     negative_prompt: str = "",
     seed: int = 0,
     batch: int = 16,
+    stride: int = 1,
     keep_states: bool = True,
 ) -> "States":
     """Have the teacher draw ``count`` trajectories of ``steps`` DDIM steps, in shards of ``batch`` under ``folder``.
 
     Captions are taken in a shuffled order, again and again. Shards that are there already are kept, so an interrupted
     run goes on where it stopped. Without ``keep_states`` only the ends z_0 are stored.
+
+    The states of one trajectory are much alike. With a ``stride`` n the teacher takes the first step, then only every
+    n-th, at offsets that shift from shard to shard: n times the pictures for the time, and among them every t.
 
     Raises ValueError when the folder holds shards that were made with other settings.
     """
@@ -105,6 +107,7 @@ def generate(
         negative_prompt=negative_prompt,
         seed=seed,
         batch=batch,
+        stride=stride,
         keep_states=keep_states,
     )
     made_with = json.dumps(settings)
@@ -113,6 +116,7 @@ def generate(
         for i in range(-(-count // len(captions)))
     ])[:count]  # fmt: skip
     uncond = sd.encode_prompt([negative_prompt])
+    every_t = sd.schedule.timesteps(steps)
     files = []
     bar = tqdm(total=count, desc="teacher trajectories", unit="trajectory")
     for first in range(0, count, batch):
@@ -122,15 +126,18 @@ def generate(
         if not is_shard(file, made_with):
             cond = sd.encode_prompt([captions[i] for i in chosen])
             z_T = sd.starting_noise(range(seed + first, seed + first + len(chosen)))
-            z_t, target, z_0 = teacher_trajectory(sd, cond, uncond.expand_as(cond), guidance, z_T, steps)
+            offset = first // batch % stride
+            timesteps = [t for i, t in enumerate(every_t) if i == 0 or i % stride == offset]
+            z_t, target, z_0 = teacher_trajectory(sd, cond, uncond.expand_as(cond), guidance, z_T, timesteps)
             tensors = {"z_0": z_0, "z_t": z_t, "target": target} if keep_states else {"z_0": z_0}
             # Half precision rounds by 1/2000 of a value: far below what any student misses, at half the disk.
-            tensors = {name: x.half().cpu().contiguous() for name, x in tensors.items()} | {"prompt": chosen}
+            tensors = {name: x.half().cpu().contiguous() for name, x in tensors.items()}
+            tensors |= {"prompt": chosen, "t": torch.tensor(timesteps)}
             with written_whole(file) as beside:
                 beside.write_bytes(save(tensors, {"made_with": made_with}))
         bar.update(len(chosen))
     bar.close()
-    return States(files, sd.schedule.timesteps(steps))
+    return States(files)
 
 
 def is_shard(file: Path, made_with: str) -> bool:
@@ -150,12 +157,16 @@ def is_shard(file: Path, made_with: str) -> bool:
 
 
 class States:
-    """Shards of trajectories, memory-mapped. ``len`` counts trajectories; ``timesteps`` are the S steps of each."""
+    """Shards of trajectories, memory-mapped. ``len`` counts trajectories.
 
-    def __init__(self, files: list[Path], timesteps: list[int]):
+    ``examples`` [E, 2] int64 names every state there is, as a trajectory and a step of it.
+    """
+
+    def __init__(self, files: list[Path]):
         self.shards = [load_file(file) for file in files]
-        self.timesteps = torch.tensor(timesteps)
         self.where = [(s, row) for s, shard in enumerate(self.shards) for row in range(len(shard["prompt"]))]
+        steps = [range(len(self.shards[s]["t"])) for s, _ in self.where]
+        self.examples = torch.tensor([(i, step) for i, taken in enumerate(steps) for step in taken])
 
     def __len__(self) -> int:
         return len(self.where)
@@ -173,7 +184,7 @@ class States:
         rows = list(zip(self._rows(trajectories), steps.tolist()))
         z_t = torch.stack([self.shards[s]["z_t"][row, step] for (s, row), step in rows])
         target = torch.stack([self.shards[s]["target"][row, step] for (s, row), step in rows])
-        return z_t.float(), target.float(), self.timesteps[steps]
+        return z_t.float(), target.float(), torch.stack([self.shards[s]["t"][step] for (s, _), step in rows])
 
     def _rows(self, trajectories: Tensor) -> list[tuple[int, int]]:
         return [self.where[i] for i in trajectories.tolist()]

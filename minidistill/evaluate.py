@@ -51,7 +51,7 @@ def noise_error_share(
     for first in range(0, len(prompts), batch):
         cond = sd.encode_prompt(list(prompts[first : first + batch]))
         z_T = sd.starting_noise(range(seed + first, seed + first + len(cond)))
-        z_t, eps_hat, _ = teacher_trajectory(sd, cond, uncond.expand_as(cond), guidance, z_T, steps)
+        z_t, eps_hat, _ = teacher_trajectory(sd, cond, uncond.expand_as(cond), guidance, z_T, timesteps)
         for i, t in enumerate(timesteps):
             t = torch.full((len(cond),), t, device=z_T.device)
             eps_student = sd.denoiser(cond, lora_enabled=True)(z_t[:, i], t)
