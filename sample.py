@@ -60,7 +60,9 @@ class Settings:
         action="append",
         metavar="FILE[:SCALE]",
     )
-    guidance: float = setting(None, "guidance scale (default: 3, or with --compare the LoRA's own)", "how", type=float)
+    guidance: float = setting(
+        None, "guidance scale (default: 2.5, or with --compare the LoRA's own)", "how", type=float
+    )
     steps: int = setting(25, "DDIM steps", "how", type=count)
     batch: int = setting(8, "pictures drawn at once", "how", type=count)
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute", "how")
@@ -80,7 +82,7 @@ def main() -> None:
             "--guidance and --negative-prompt are the teacher's; a LoRA has learned its own: leave them out."
         )
     learned = student.metadata if student else {}
-    guidance = args.guidance if args.guidance is not None else float(learned.get("guidance", 3.0))
+    guidance = args.guidance if args.guidance is not None else float(learned.get("guidance", 2.5))
     negative_prompt = args.negative_prompt or learned.get("negative_prompt", "")
     if student and (guidance, negative_prompt) != (float(learned["guidance"]), learned.get("negative_prompt", "")):
         raise ValueError(

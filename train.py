@@ -56,7 +56,7 @@ class Settings:
         None, "text file, one prompt a line (default: the model's own, or ours)", "model", type=Path
     )
     out: Path = setting(None, "folder of this run (default: runs/<name of the model>)", "model", type=Path)
-    guidance: float = setting(3.0, "the teacher's guidance scale, which the student learns", "teacher", type=positive)
+    guidance: float = setting(2.5, "the teacher's guidance scale, which the student learns", "teacher", type=positive)
     negative_prompt: str = setting("", "what guidance leads away from, which the student learns too", "teacher")
     teacher_lora: ScaledFile = setting(
         None,
@@ -69,7 +69,7 @@ class Settings:
     stride: int = setting(
         3, "take only every so-many-th of these steps to learn from: more pictures in the time", "teacher", type=count
     )
-    trajectories: int = setting(128, "how many pictures the teacher draws to learn from", "teacher", type=count)
+    trajectories: int = setting(480, "how many pictures the teacher draws to learn from", "teacher", type=count)
     method: str = setting(
         "trajectories",
         "learn from the teacher's stored trajectories, or from its pictures noised afresh, teacher in the loop",
@@ -78,7 +78,7 @@ class Settings:
     )
     rank: int = setting(16, "rank of the LoRA", "student", type=count)
     alpha: float = setting(None, "the LoRA is scaled by alpha / rank (default: the rank)", "student", type=positive)
-    steps: int = setting(300, "updates of the LoRA", "student", type=count)
+    steps: int = setting(400, "updates of the LoRA", "student", type=count)
     batch: int = setting(16, "examples an update; pictures drawn at once", "student", type=count)
     lr: float = setting(None, "peak learning rate (default: 0.128 / the UNet's first width)", "student", type=positive)
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time", "student")

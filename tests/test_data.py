@@ -74,6 +74,18 @@ def test_states_lead_from_one_to_the_next(sd: StableDiffusion, tmp_path: Path):
         assert error(ddim_step(sd.schedule, eps_hat, z_t, t, t - stride), following) < 2e-3  # stored in half precision
 
 
+def test_strides_start_at_the_first_step_and_between_them_take_every_step(sd: StableDiffusion, tmp_path: Path):
+    states, timesteps = made(sd, tmp_path, steps=8, batch=2, stride=3), sd.schedule.timesteps(8)
+    taken = [shard["t"].tolist() for shard in states.shards]
+    assert taken == [[timesteps[i] for i in steps] for steps in ((0, 3, 6), (0, 1, 4, 7), (0, 2, 5))]
+    assert len(states.examples) == 2 * 3 + 2 * 4 + 1 * 3
+    trajectory, step = torch.tensor([2, 3]), torch.tensor([2, 2])
+    z_t, eps_hat, t = states.states(trajectory, step)
+    assert t.tolist() == [timesteps[4]] * 2
+    following = states.states(trajectory, step + 1)[0]
+    assert error(ddim_step(sd.schedule, eps_hat, z_t, timesteps[4], timesteps[7]), following) < 2e-3
+
+
 def test_targets_are_the_guided_prediction(sd: StableDiffusion, tmp_path: Path):
     states = made(sd, tmp_path)
     trajectories, steps = torch.tensor([4, 0, 3]), torch.tensor([2, 1, 0])
@@ -102,7 +114,7 @@ def test_negative_prompt_guides_away(sd: StableDiffusion, tmp_path: Path):
 def test_ends_alone(sd: StableDiffusion, tmp_path: Path):
     whole, ends = made(sd, tmp_path / "a"), made(sd, tmp_path / "b", keep_states=False)
     assert torch.equal(ends.ends(torch.arange(5)), whole.ends(torch.arange(5)))
-    assert set(ends.shards[0]) == {"z_0", "prompt"}
+    assert set(ends.shards[0]) == {"z_0", "prompt", "t"}
 
 
 def test_trajectories_are_of_float32(sd: StableDiffusion, tmp_path: Path):
@@ -181,9 +193,9 @@ def test_other_settings_are_refused(changes: dict, sd: StableDiffusion, tmp_path
     assert contents(tmp_path) == before
 
 
-def test_another_models_trajectories_are_refused(sd: StableDiffusion, tmp_path: Path):
+def test_trajectories_of_other_weights_are_refused(sd: StableDiffusion, tmp_path: Path):
     made(sd, tmp_path)
-    sd.folder = Path("another")
+    sd.unet.conv_out.weight[0, 0, 0, 0] += 1e-6
     with pytest.raises(ValueError, match="other settings"):
         made(sd, tmp_path)
 

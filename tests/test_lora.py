@@ -66,13 +66,13 @@ def test_only_the_pairs_are_trainable():
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[nn.Module, str, Tensor, bool]:
-    """The UNet after 20 updates of its LoRA; W's checksum and output before; whether W ever had a gradient."""
+    """The UNet after 100 updates of its LoRA; W's checksum and output before; whether W ever had a gradient."""
     unet = tiny_unet()
     before, output = checksum(unet), unet(*unet_inputs()).detach()
     model = inject_lora(unet, rank=2)
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-2)
     touched = False
-    for step in range(20):
+    for step in range(100):
         with torch.no_grad():
             target = model(*unet_inputs())
         loss = (model(*unet_inputs(), lora_enabled=True) - 2 * target).square().mean()

@@ -147,6 +147,16 @@ def test_noise_depends_on_the_seed_alone(sd: StableDiffusion):
     assert torch.equal(sd.starting_noise([6]), first[1:])
 
 
+def test_fresh_noise_belongs_to_a_picture(sd: StableDiffusion):
+    """With eta the i-th picture is that of its own seed, whatever else is in its batch."""
+    together = sd.sample([APPLE, APPLE, APPLE], steps=3, eta=1.0, seed=4)
+    for i, picture in enumerate(together):
+        alone = sd.sample([APPLE], steps=3, eta=1.0, seed=4 + i)[0]
+        assert np.abs(np.asarray(picture, dtype=int) - np.asarray(alone, dtype=int)).max() <= 1
+    plain = sd.sample([APPLE], steps=3, seed=4)[0]
+    assert np.abs(np.asarray(together[0], dtype=int) - np.asarray(plain, dtype=int)).max() > 1
+
+
 def test_sampling_leaves_the_global_generator_alone(sd: StableDiffusion):
     torch.manual_seed(0)
     before = torch.get_rng_state()

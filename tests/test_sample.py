@@ -109,7 +109,7 @@ def test_batch_does_not_change_the_pictures(sample, calls: list[int], tmp_path: 
 
 def test_compare_draws_both_beside_each_other(sample, calls: list[int], lora: Path, tmp_path: Path):
     assert sample(APPLE, ROCKET, "--compare", "--lora", lora).code == 0
-    assert len(calls) == 6 + 3
+    assert len(calls) == 2 + 6 + 3  # one step off the clock, the teacher's, the student's
     (file,) = (tmp_path / "out").iterdir()
     assert Image.open(file).size[0] > 2 * 100
 
@@ -130,7 +130,14 @@ def test_compare_teaches_with_the_loras_own_guidance(sample, lora: Path, monkeyp
 
     monkeypatch.setattr(StableDiffusion, "sample", recorded)
     sample(APPLE, "--compare", "--lora", lora)
-    assert (seen[0]["guidance"], seen[0]["negative_prompt"]) == (4.0, "a cat")
+    assert [options["lora_enabled"] for options in seen[1:]] == [False, True]  # after one step off the clock
+    assert (seen[1]["guidance"], seen[1]["negative_prompt"]) == (4.0, "a cat")
+
+
+@pytest.mark.parametrize("flags", [("--guidance", "9"), ("--negative-prompt", "a dog")])
+def test_compare_refuses_a_teacher_the_lora_did_not_have(sample, lora: Path, flags: tuple[str, str], tmp_path: Path):
+    result = sample(APPLE, "--compare", "--lora", lora, *flags)
+    assert result.code != 0 and "has learned guidance 4" in result.err and not (tmp_path / "out").exists()
 
 
 # Styles: LoRAs that have learned no guidance
@@ -171,7 +178,7 @@ def test_student_and_style(sample, calls: list[int], lora: Path, style: Path, ti
 def test_compare_styles_both(sample, calls: list[int], lora: Path, style: Path, tmp_path: Path):
     for name, flags in [("plain", []), ("styled", ["--lora", style])]:
         assert sample(APPLE, "--compare", "--lora", lora, *flags, "--out", tmp_path / f"{name}.png").code == 0
-    assert len(calls) == 2 * (6 + 3)
+    assert len(calls) == 2 * (2 + 6 + 3)
     plain, styled = (np.asarray(Image.open(tmp_path / f"{name}.png"), dtype=int) for name in ("plain", "styled"))
     rows = np.abs(plain - styled)[52:, 128:].max((1, 2))  # below the prompt, right of what it cost
     assert rows[:128].max() > 0 and rows[134:].max() > 0

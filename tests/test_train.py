@@ -79,7 +79,7 @@ def test_a_run_leaves_lora_pictures_and_report(full):
 def test_the_lora_is_of_this_run(full, tiny_model: Path):
     out, _ = full
     file = read_lora(out / "lora.safetensors")
-    wanted = dict(base=tiny_model.name, guidance="5", rank="2", alpha="2", method="trajectories", negative_prompt="")
+    wanted = dict(base=tiny_model.name, guidance="2.5", rank="2", alpha="2", method="trajectories", negative_prompt="")
     assert file.metadata.items() >= wanted.items()
     unet = load_lora(load(tiny_model).unet, out / "lora.safetensors")
     assert all(p.isfinite().all() for p in lora_parameters(unet))
@@ -149,7 +149,7 @@ def test_a_styled_teacher_is_what_the_student_learns_from(
     sd = load(tiny_model)
     merge_file(sd.unet, read_lora(style, 0.5))
     captions, _ = data.prompt_split(tiny_model, prompts_file)
-    data.generate(sd, captions, tmp_path / "expected", count=8, steps=3, guidance=5.0, batch=4)
+    data.generate(sd, captions, tmp_path / "expected", count=8, steps=3, guidance=2.5, batch=4, stride=3)
     expected = {file.name: load_file(file) for file in (tmp_path / "expected").iterdir()}
     for name, tensors in expected.items():
         found = load_file(tmp_path / "run/states" / name)
@@ -405,7 +405,7 @@ def test_help_shows_every_setting(command):
     text = command("train.py", "--help").out
     wanted = "model prompts rank guidance negative-prompt steps sample-steps batch trajectories seed device dtype out"
     assert all(f"--{name} " in text for name in [*wanted.split(), "resume", "no-report"])
-    assert "default: 5.0" in text
+    assert "default: 2.5" in text
 
 
 def test_global_defaults_are_untouched(command, flags: Flags, tmp_path: Path):

@@ -45,7 +45,7 @@ class Settings:
     model: Path = setting(Path("weights/pocket-emoji"), "the embedded model, with its compositions.json", "what")
     lora: Path = setting(None, "a distilled LoRA: its student is judged too, in one pass", "what", type=Path)
     check: bool = setting(False, "judge the judges instead: rendered pictures, plain and degraded", "what")
-    guidance: float = setting(None, "guidance scale (default: the LoRA's own, else 5)", "how", type=float)
+    guidance: float = setting(None, "guidance scale (default: the LoRA's own, else 2.5)", "how", type=float)
     steps: int = setting(25, "DDIM steps", "how")
     seeds: int = setting(4, "pictures of each held-out composition", "how")
     limit: int = setting(None, "judge only this many compositions, evenly chosen", "how", type=int)
@@ -250,7 +250,7 @@ def held_out(path: Path, limit: int | None = None) -> list[Composition]:
 def drawings(sd: StableDiffusion, args: Settings, prompts: list[str]) -> dict[str, Tensor]:
     """The prompts drawn by teacher, conditional model and, with a LoRA, student: uint8 [N, 3, H, W] each."""
     learned = read_lora(args.lora).metadata if args.lora else {}
-    guidance = args.guidance if args.guidance is not None else float(learned.get("guidance", 5))
+    guidance = args.guidance if args.guidance is not None else float(learned.get("guidance", 2.5))
     options = dict(steps=args.steps, guidance=guidance, batch=args.batch, progress=True)
     options |= dict(negative_prompt=learned.get("negative_prompt", ""))
     drawn = {f"teacher, guidance {guidance:g}": draw(sd, "teacher", prompts, **options)}
