@@ -60,9 +60,7 @@ class Settings:
         action="append",
         metavar="FILE[:SCALE]",
     )
-    guidance: float = setting(
-        None, "guidance scale (default: 2.5, or with --compare the LoRA's own)", "how", type=float
-    )
+    guidance: float = setting(None, "guidance scale (default: 2.5; with --compare the LoRA's own)", "how", type=float)
     steps: int = setting(25, "DDIM steps", "how", type=count)
     batch: int = setting(8, "pictures drawn at once", "how", type=count)
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute", "how")
