@@ -4,6 +4,7 @@
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,19 +15,13 @@ from minidistill.lora import LoRAModel
 
 @torch.no_grad()
 def teacher(unet: LoRAModel, z_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
-    """eps_hat = eps_u + s (eps_c - eps_u), by two calls with the LoRA switched off. [B, 4, h, w] -> [B, 4, h, w].
-
-    The UNet computes in the dtype of the embeddings; latents and guidance stay in that of z_t, which may be wider.
-    """
-    return guided_noise(
-        lambda z_t, t, context: unet(z_t.to(cond.dtype), t, context, lora_enabled=False).to(z_t.dtype),
-        *(z_t, t, cond, uncond, guidance),
-    )
+    """eps_hat = eps_u + s (eps_c - eps_u), by two calls with the LoRA switched off. [B, 4, h, w] -> [B, 4, h, w]."""
+    return guided_noise(partial(unet, lora_enabled=False), z_t, t, cond, uncond, guidance)
 
 
 def student(unet: LoRAModel, z_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-    """One call with the LoRA switched on. [B, 4, h, w] -> [B, 4, h, w], in the dtypes that the teacher has."""
-    return unet(z_t.to(cond.dtype), t, cond, lora_enabled=True).to(z_t.dtype)
+    """One call with the LoRA switched on. [B, 4, h, w] -> [B, 4, h, w]."""
+    return unet(z_t, t, cond, lora_enabled=True)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:

@@ -80,14 +80,11 @@ class StableDiffusion:
         The teacher, two calls of the UNet, if there is an ``uncond`` and ``guidance`` is not 1; else one call, which
         with ``lora_enabled`` is the student.
         """
-        flag = {"lora_enabled": True} if lora_enabled else {}  # a plain UNet takes none
-
-        def unet(z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            return self.unet(z_t.to(self.dtype), t, context, **flag).to(z_t.dtype)
-
-        if lora_enabled or uncond is None or guidance == 1:
-            return lambda z_t, t: unet(z_t, t, cond)
-        return lambda z_t, t: guided_noise(unet, z_t, t, cond, uncond, guidance)
+        if lora_enabled:  # a plain UNet takes no such flag
+            return lambda z_t, t: self.unet(z_t, t, cond, lora_enabled=True)
+        if uncond is None or guidance == 1:
+            return lambda z_t, t: self.unet(z_t, t, cond)
+        return lambda z_t, t: guided_noise(self.unet, z_t, t, cond, uncond, guidance)
 
     @torch.no_grad()
     def sample(

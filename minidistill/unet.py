@@ -203,9 +203,13 @@ class UNet(nn.Module):
         return self.run_block(level.attentions[i], x, context) if level.attends else x
 
     def forward(self, z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """[B, 4, H, W] noisy latents, [B] int64 time steps, [B, L, D] prompt embeddings -> [B, 4, H, W] eps or v."""
-        emb = self.time_embedding(timestep_embedding(t, self.config.widths[0]).to(z_t.dtype))  # [B, 4 * widths[0]]
-        x = self.conv_in(z_t)
+        """[B, 4, H, W] noisy latents, [B] int64 time steps, [B, L, D] prompt embeddings -> [B, 4, H, W] eps or v.
+
+        Computes in the weights' dtype, which is the embeddings' too, and returns in that of z_t, which may be wider.
+        """
+        dtype = self.conv_in.weight.dtype
+        emb = self.time_embedding(timestep_embedding(t, self.config.widths[0]).to(dtype))  # [B, 4 * widths[0]]
+        x = self.conv_in(z_t.to(dtype))
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
@@ -227,4 +231,4 @@ class UNet(nn.Module):
             if hasattr(level, "upsamplers"):
                 # [B, C, 2H, 2W], or one less where an odd side was halved on the way down
                 x = level.upsamplers[0](x, skips[-1].shape[2:])
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x))).to(z_t.dtype)

@@ -98,3 +98,15 @@ def test_student_is_one_call_switched_on(unet, inputs):
     prediction = student(model, z_t, t, cond)
     assert settings == [True]
     assert prediction.requires_grad and torch.equal(prediction, model(z_t, t, cond, lora_enabled=True))
+
+
+@pytest.mark.parametrize("wide, narrow", [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
+def test_latents_may_be_wider_than_the_weights(wide: torch.dtype, narrow: torch.dtype):
+    """The network computes in its own dtype; what is done with its predictions stays in that of the latents."""
+    model = tiny_student(dtype=narrow)
+    z_t, t, cond = unet_inputs(dtype=wide)
+    cond, uncond = cond.to(narrow), torch.zeros_like(cond, dtype=narrow)
+    expected = model(z_t.to(narrow), t, cond, lora_enabled=True)
+    assert expected.dtype == narrow and torch.equal(student(model, z_t, t, cond), expected.to(wide))
+    eps_cond, eps_uncond = (model(z_t.to(narrow), t, context).to(wide) for context in (cond, uncond))
+    assert torch.equal(teacher(model, z_t, t, cond, uncond, 3.0), eps_uncond + 3.0 * (eps_cond - eps_uncond))
