@@ -12,7 +12,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from minidistill import CheckpointError, load, merge_lora
@@ -20,38 +19,18 @@ from minidistill.evaluate import comparison_grid, draw
 from minidistill.files import written_whole
 from minidistill.lora_files import inject_file, merge_file, student_and_styles
 from minidistill.lora_formats import read_lora
-from minidistill.settings import ScaledFile, count, parse, setting
+from minidistill.settings import ModelSettings, ScaledFile, count, parse, setting
 
 SHIPPED_LORA = "guidance-lora.safetensors"  # beside the model that ships
 
 
 @dataclass
-class Settings:
+class Settings(ModelSettings):
     prompt: list[str] = setting(..., "what to draw: a picture for each", "what", nargs="+")
     negative_prompt: str = setting("", "what guidance leads away from", "what")
     seed: int = setting(0, "of the first picture's noise; the next has the next", "what")
     out: Path = setting(Path("samples"), "folder for the pictures, or one .png file", "what")
     compare: bool = setting(False, "teacher beside student, same seeds, with what each cost", "what")
-    model: Path = setting(
-        Path("weights/pocket-emoji"),
-        "Stable Diffusion: a folder in the official layout, a single file, or a hub id",
-        "model",
-    )
-    ema: bool = setting(False, "take the UNet's averaged copy, which some single files hold", "model")
-    variant: str = setting(None, 'which weights of a folder or hub id, for example "fp16"', "model", type=str)
-    prediction: str = setting(
-        None,
-        "what the UNet predicts (default: as the model says; of an SD 2.x single file v)",
-        "model",
-        type=str,
-        choices=("eps", "v"),
-    )
-    tokenizer: Path = setting(
-        None,
-        "folder with vocab.json and merges.txt (default: the model's own; of a single file the hub's)",
-        "model",
-        type=Path,
-    )
     lora: list[ScaledFile] = setting(
         None,
         "a distilled LoRA (--compare: default is the one beside the model), a style, or each with a --lora of its own",
@@ -63,8 +42,6 @@ class Settings:
     guidance: float = setting(None, "guidance scale (default: 2.5; with --compare the LoRA's own)", "how", type=float)
     steps: int = setting(25, "DDIM steps", "how", type=count)
     batch: int = setting(8, "pictures drawn at once", "how", type=count)
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute", "how")
-    dtype: str = setting("float32", "of the weights", "how", choices=("float32", "bfloat16", "float16"))
 
 
 def main() -> None:
@@ -88,15 +65,7 @@ def main() -> None:
             f'"{learned.get("negative_prompt", "")}": beside it the teacher can have no other.'
         )
 
-    sd = load(
-        args.model,
-        dtype=getattr(torch, args.dtype),
-        device=args.device,
-        prediction=args.prediction,
-        tokenizer=args.tokenizer,
-        ema=args.ema,
-        variant=args.variant,
-    )
+    sd = load(args.model, **args.load_options())
     options = dict(steps=args.steps, guidance=guidance, negative_prompt=negative_prompt)
     options |= dict(seed=args.seed, batch=args.batch, progress=True)
     for style in styles:

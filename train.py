@@ -24,34 +24,15 @@ from minidistill.lora_formats import read_lora
 from minidistill.report import write_report
 from minidistill.run import checkpoint_files, resume, save_checkpoint, stop_signals
 from minidistill.schedule import add_noise
-from minidistill.settings import ScaledFile, count, parse, positive, setting
+from minidistill.settings import ModelSettings, ScaledFile, count, parse, positive, setting
 
 EVALUATED = 24  # held-out prompts in the report
 SHOWN = 8  # and in the pictures drawn on the way
 
 
 @dataclass
-class Settings:
-    model: Path = setting(
-        Path("weights/pocket-emoji"),
-        "Stable Diffusion: a folder in the official layout, a single file, or a hub id",
-        "model",
-    )
-    ema: bool = setting(False, "take the UNet's averaged copy, which some single files hold", "model")
-    variant: str = setting(None, 'which weights of a folder or hub id, for example "fp16"', "model", type=str)
-    prediction: str = setting(
-        None,
-        "what the UNet predicts (default: as the model says; of an SD 2.x single file v)",
-        "model",
-        type=str,
-        choices=("eps", "v"),
-    )
-    tokenizer: Path = setting(
-        None,
-        "folder with vocab.json and merges.txt (default: the model's own; of a single file the hub's)",
-        "model",
-        type=Path,
-    )
+class Settings(ModelSettings):
+    dtype: str = setting("float32", "of the frozen weights", "model", choices=("float32", "bfloat16"))
     prompts: Path = setting(
         None, "text file, one prompt a line (default: the model's own, or ours)", "model", type=Path
     )
@@ -83,8 +64,6 @@ class Settings:
     lr: float = setting(None, "peak learning rate (default: 0.128 / the UNet's first width)", "student", type=positive)
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time", "student")
     seed: int = setting(0, "of everything random", "run")
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute", "run")
-    dtype: str = setting("float32", "of the frozen weights", "run", choices=("float32", "bfloat16"))
     save_every: int = setting(100, "updates from a checkpoint and its pictures to the next", "run", type=count)
     resume: bool = setting(False, "go on from the last checkpoint in --out, if there is one", "run")
     no_report: bool = setting(False, "only the LoRA: no evaluation, no pictures", "run")
@@ -100,15 +79,7 @@ def main() -> None:
         raise ValueError("--guidance 1 is no guidance, which takes one pass as it is: there is nothing to distil.")
 
     # One network: the teacher, and beside some of its layers the low-rank pairs that make it the student.
-    sd = load(
-        args.model,
-        dtype=getattr(torch, args.dtype),
-        device=args.device,
-        prediction=args.prediction,
-        tokenizer=args.tokenizer,
-        ema=args.ema,
-        variant=args.variant,
-    )
+    sd = load(args.model, **args.load_options())
     style = ""
     if args.teacher_lora:  # into W itself, which is the student's too
         file, scale = args.teacher_lora

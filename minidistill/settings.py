@@ -2,9 +2,11 @@
 
 import argparse
 import math
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+
+import torch
 
 T = TypeVar("T")
 
@@ -12,6 +14,39 @@ T = TypeVar("T")
 def setting(default: Any, help: str, group: str = "options", **how: Any) -> Any:
     """A dataclass field that is a flag. ``how`` goes to argparse (``type``, ``choices``, ``nargs``, ``metavar``)."""
     return field(default=default, metadata={"help": help, "group": group, **how})
+
+
+@dataclass
+class ModelSettings:
+    """Which Stable Diffusion, and how it is loaded: what the scripts' settings begin with."""
+
+    model: Path = setting(
+        Path("weights/pocket-emoji"),
+        "Stable Diffusion: a folder in the official layout, a single file, or a hub id",
+        "model",
+    )
+    ema: bool = setting(False, "take the UNet's averaged copy, which some single files hold", "model")
+    variant: str = setting(None, 'which weights of a folder or hub id, for example "fp16"', "model", type=str)
+    prediction: str = setting(
+        None,
+        "what the UNet predicts (default: as the model says; of an SD 2.x single file v)",
+        "model",
+        type=str,
+        choices=("eps", "v"),
+    )
+    tokenizer: Path = setting(
+        None,
+        "folder with vocab.json and merges.txt (default: the model's own; of a single file the hub's)",
+        "model",
+        type=Path,
+    )
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute", "model")
+    dtype: str = setting("float32", "of the weights", "model", choices=("float32", "bfloat16", "float16"))
+
+    def load_options(self) -> dict[str, Any]:
+        """All but ``model``, as ``minidistill.load`` takes it."""
+        same = ("device", "prediction", "tokenizer", "ema", "variant")
+        return {name: getattr(self, name) for name in same} | {"dtype": getattr(torch, self.dtype)}
 
 
 def count(text: str) -> int:
@@ -58,7 +93,8 @@ def parse(settings: type[T], description: str, argv: list[str] | None = None) ->
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     groups: dict[str, Any] = {}
-    for f in fields(settings):
+    # Inherited fields come before a script's own; what it is asked to do comes before these.
+    for f in sorted(fields(settings), key=lambda f: f.default is not ...):
         how = dict(f.metadata)
         name = how.pop("group")
         group = groups.setdefault(name, parser.add_argument_group(name))
