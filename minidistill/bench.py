@@ -8,7 +8,6 @@ The contestants take turns (A, B, A, B, ...) and medians are compared, after our
 agree. Without diffusers and peft, ours stands alone. How fast a checkpoint loads is measured by bench_load.
 """
 
-import json
 import platform
 import shlex
 import subprocess
@@ -32,8 +31,8 @@ from tqdm import tqdm
 
 from minidistill.config import POCKET_UNET, POCKET_VAE, SD15_UNET, SD15_VAE, ScheduleConfig, UNetConfig, VAEConfig
 from minidistill.distill import student, teacher
-from minidistill.files import written_whole
 from minidistill.guidance import guided_noise
+from minidistill.layout import write_json
 from minidistill.lora import LoRAModel, inject_lora, lora_layers, merge_lora
 from minidistill.schedule import Schedule, ddim_sample
 from minidistill.settings import parse, setting
@@ -422,8 +421,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{markdown(name, report['sizes'][name])}", flush=True)
     versions = ", ".join(map(" ".join, report["versions"].items()))
     print(f"{report['device']}, {report['threads']} threads, {args.dtype}, rank {args.rank}; {versions}")
-    with written_whole(args.out) as beside:
-        beside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(args.out, report)
     print(f"Wrote {args.out}")
 
 

@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from minidistill.bench import device_name, resident
 from minidistill.checkpoint import read_checkpoint
 from minidistill.config import SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
-from minidistill.files import written_whole
+from minidistill.layout import write_json
 from minidistill.settings import count, parse, setting
 from minidistill.single_file import to_single_file
 from minidistill.unet import UNet
@@ -138,8 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     device = device_name(torch.device("cpu"))
     print(f"\nMedians of {args.repeats} turns, {torch.get_num_threads()} threads, {device}, torch {torch.__version__}.")
     report = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}
-    with written_whole(args.out) as beside:
-        beside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(args.out, report)
     print(f"Wrote {args.out}")
 
 

@@ -1,6 +1,5 @@
 """Stage 1: a small CLIP. Its text encoder, frozen, conditions the UNet; both halves together score pictures later."""
 
-import json
 import math
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from minidistill.files import written_whole
+from minidistill.layout import write_json
 from minidistill.pocket.compositions import Composition
 from minidistill.pocket.tokenizer import CONTEXT
 
@@ -166,7 +166,7 @@ def save_clip(model: CLIPModel, folder: str | Path) -> None:
         "image_mean": [MEAN] * 3,
         "image_std": [STD] * 3,
     }
-    (clip / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    write_json(clip / "preprocessor_config.json", preprocessor)
 
     # save_pretrained would leave out the prefix that the published checkpoints have.
     text_encoder.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from minidistill import CheckpointError, load, load_lora, merge_lora
 from minidistill.evaluate import draw, to_tensor
 from minidistill.files import written_whole
+from minidistill.layout import write_json
 from minidistill.lora_formats import read_lora
 from minidistill.pipeline import StableDiffusion
 from minidistill.pocket.compositions import COLOURS, EMOJI, Composition, all_compositions
@@ -280,8 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out:
         command = shlex.join(["python", "-m", "minidistill.pocket.judge", *(sys.argv[1:] if argv is None else argv)])
         numbers = dict(command=command, compositions=len(compositions), seeds=args.seeds, steps=args.steps, rows=rows)
-        with written_whole(args.out) as beside:
-            beside.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out, numbers)
 
 
 if __name__ == "__main__":
