@@ -34,6 +34,7 @@ from minidistill.distill import student, teacher
 from minidistill.guidance import guided_noise
 from minidistill.layout import write_json
 from minidistill.lora import LoRAModel, inject_lora, lora_layers, merge_lora
+from minidistill.peers import peer_guided_picture, peer_lora, peer_unet
 from minidistill.schedule import Schedule, ddim_sample
 from minidistill.settings import parse, setting
 from minidistill.unet import UNet
@@ -125,13 +126,9 @@ class Setup:
         return unet
 
     def peer_unet(self) -> nn.Module:
-        from minidistill.peers import peer_unet
-
         return peer_unet(self.size.unet, self.peer_weights)
 
     def peer_lora_unet(self) -> nn.Module:
-        from minidistill.peers import peer_lora
-
         with torch.device("meta"):
             names = list(lora_layers(inject_lora(UNet(self.size.unet), self.rank)))
         unet = self.peer_unet()
@@ -180,8 +177,6 @@ def decode(setup: Setup, who: str) -> Contestant:
 def picture(setup: Setup, who: str, how: str) -> Contestant:
     """The first ``timed_steps`` of a picture: the latents after each."""
     if who == "peer":
-        from minidistill.peers import peer_guided_picture
-
         size = setup.size
         return peer_guided_picture(
             setup.peer_unet(), setup.latents(1), setup.contexts(1), GUIDANCE, size.steps, setup.timed_steps

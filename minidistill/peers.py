@@ -1,10 +1,11 @@
-"""The peers' side of the benchmark: diffusers' UNet and pipeline step, peft's LoRA. Only imported where installed."""
+"""The peers' side of the benchmark: diffusers' UNet and pipeline step, peft's LoRA.
+
+Each function imports the package it uses: this file can then be imported where neither is installed.
+"""
 
 from collections.abc import Callable, Sequence
 
-import diffusers
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from minidistill.config import ScheduleConfig, UNetConfig
@@ -13,6 +14,8 @@ from minidistill.layout import published_schedule, published_unet
 
 def peer_unet(config: UNetConfig, weights: dict[str, Tensor]) -> nn.Module:
     """diffusers' network of the same configuration, its parameters being ``weights`` themselves."""
+    import diffusers
+
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(published_unet(config))
     unet.load_state_dict(weights, assign=True)
@@ -21,6 +24,8 @@ def peer_unet(config: UNetConfig, weights: dict[str, Tensor]) -> nn.Module:
 
 def peer_lora(unet: nn.Module, rank: int, layers: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """Have peft add a LoRA to ``layers``; returns its pairs by layer name."""
+    from peft import LoraConfig
+
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers)))
     found = {name: unet.get_submodule(name) for name in layers}
     return {n: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for n, layer in found.items()}
@@ -30,6 +35,8 @@ def peer_guided_picture(
     unet: nn.Module, z_T: Tensor, contexts: tuple[Tensor, Tensor], guidance: float, steps: int, timed_steps: int
 ) -> Callable[[], tuple[Tensor, ...]]:
     """As diffusers' pipeline does it: both passes in one call, on a batch of two. Returns the latents of each step."""
+    import diffusers
+
     context = torch.cat(contexts)
     scheduler = diffusers.DDIMScheduler.from_config(published_schedule(ScheduleConfig()))
 

@@ -1,6 +1,8 @@
 """Who may know whom: the rules of the design, read off the import statements."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -115,14 +117,17 @@ def test_no_branch_on_pocket(file: Path):
 
 
 def test_peers_are_for_comparison_only():
-    """Only tests/parity and peers.py know them; the benchmark imports that where it measures, nobody else does."""
+    """Only tests/parity and the functions of peers.py know them, and only the benchmark knows those."""
     for file in [*SCRIPTS, *PACKAGE, *(ROOT / "tests").glob("*.py")]:
         if file.name != "peers.py":
             assert not {name.split(".")[0] for name in imports(file)} & PEERS, file
     knowing = [name for name in MODULES if "minidistill.peers" in imports(MODULES[name])]
     assert knowing == ["minidistill.bench"]
-    top = [n for n in ast.parse(MODULES["minidistill.bench"].read_text()).body if isinstance(n, ast.ImportFrom)]
-    assert "minidistill.peers" not in [node.module for node in top]
+
+
+def test_the_benchmark_imports_without_the_peers():
+    missing = f"import sys; sys.modules.update(dict.fromkeys({sorted(PEERS)}))"  # importing one is an error
+    subprocess.run([sys.executable, "-c", f"{missing}; import minidistill.bench"], cwd=ROOT, check=True)
 
 
 def test_the_public_surface():
