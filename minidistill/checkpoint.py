@@ -10,9 +10,8 @@ from transformers import CLIPTextModel
 
 from minidistill.config import ScheduleConfig
 from minidistill.files import CheckpointError
-from minidistill.folder import STEMS, match_text_names, read_text_config, read_weights, rename_old_attention
-from minidistill.hub import fetch_model, is_hub_id
-from minidistill.layout import read_schedule_config, read_unet_config, read_vae_config
+from minidistill.folder import match_text_names, read_model_folder
+from minidistill.hub import find_model
 from minidistill.single_file import read_single_file
 from minidistill.stored import StoredTensor
 from minidistill.text import fill_positions
@@ -52,41 +51,20 @@ def read_checkpoint(
     Raises:
         CheckpointError: names the file, what is wrong with it and what to do.
     """
-    if not Path(path).exists():
-        if not is_hub_id(str(path)):
-            raise CheckpointError(f"There is no {path}: name a Stable Diffusion folder, a single file or a hub id.")
-        path = fetch_model(str(path), variant)
-    path = Path(path)
-    flag = "--ema" if ema and path.is_dir() else "--variant" if variant and path.is_file() else None
-    if flag:
-        raise CheckpointError(f"{path} is a {'folder' if path.is_dir() else 'single file'}: leave {flag} out.")
+    path = find_model(path, variant, ema)
     return read_folder(path, dtype, prediction, variant) if path.is_dir() else read_file(path, dtype, prediction, ema)
 
 
 def read_folder(
     folder: Path, dtype: torch.dtype, prediction: str | None = None, variant: str | None = None
 ) -> Checkpoint:
-    """Load ``unet/``, ``vae/``, ``text_encoder/`` and ``scheduler/`` of a folder in the official layout."""
-    missing = [part for part in (*STEMS, "scheduler") if not (folder / part).is_dir()]
-    if missing:
-        raise CheckpointError(
-            f"{folder} is not a complete Stable Diffusion folder: it has no {', '.join(missing)}. "
-            "It should hold unet, vae, text_encoder, tokenizer and scheduler, as published."
-        )
-    unet_config = read_unet_config(folder / "unet/config.json")
-    vae_config = read_vae_config(folder / "vae/config.json")
-    text_config = read_text_config(folder / "text_encoder/config.json")
-    schedule = read_schedule_config(folder / "scheduler/scheduler_config.json", prediction)
-
-    unet_weights, unet_file = read_weights(folder / "unet", STEMS["unet"], variant)
-    vae_weights, vae_file = read_weights(folder / "vae", STEMS["vae"], variant)
-    text_weights, text_file = read_weights(folder / "text_encoder", STEMS["text_encoder"], variant)
-    unet = build(lambda: UNet(unet_config), unet_weights, unet_file, dtype)
-    vae = build(lambda: VAE(vae_config), rename_old_attention(vae_weights), vae_file, dtype)
-    text_weights = match_text_names(text_weights)
-    text_encoder = build(lambda: CLIPTextModel(text_config), text_weights, text_file, dtype)
+    """Load a folder in the official layout."""
+    found = read_model_folder(folder, prediction, variant)
+    unet = build(lambda: UNet(found.unet_config), *found.unet, dtype)
+    vae = build(lambda: VAE(found.vae_config), *found.vae, dtype)
+    text_encoder = build(lambda: CLIPTextModel(found.text_config), *found.text, dtype)
     fill_positions(text_encoder)
-    return Checkpoint(unet, vae, text_encoder, schedule, folder, folder / "tokenizer")
+    return Checkpoint(unet, vae, text_encoder, found.schedule, folder, folder / "tokenizer")
 
 
 def read_file(path: Path, dtype: torch.dtype, prediction: str | None = None, ema: bool = False) -> Checkpoint:

@@ -1,18 +1,60 @@
-"""The folder layout's weights: which files hold them, and the names that older ones use."""
+"""A whole Stable Diffusion in the folder layout: which files hold the weights, and the names that older ones use."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from minidistill.config import ScheduleConfig, UNetConfig, VAEConfig
 from minidistill.files import CheckpointError, blamed
-from minidistill.layout import read_json
+from minidistill.layout import read_json, read_schedule_config, read_unet_config, read_vae_config
 from minidistill.stored import StoredTensor
 from minidistill.tensor_files import read_tensors
 
 # Each network's folder, and how its files of weights begin.
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+class Weights(NamedTuple):
+    """One network's tensors, and the file (or the index of several) that holds them."""
+
+    tensors: dict[str, StoredTensor]
+    file: Path
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    unet_config: UNetConfig
+    vae_config: VAEConfig
+    text_config: CLIPTextConfig
+    schedule: ScheduleConfig
+    unet: Weights
+    vae: Weights
+    text: Weights
+
+
+def read_model_folder(folder: Path, prediction: str | None = None, variant: str | None = None) -> ModelFolder:
+    """Describe ``unet/``, ``vae/``, ``text_encoder/`` and ``scheduler/``, with all tensors under our names.
+
+    ``prediction`` and ``variant`` are those of :func:`minidistill.checkpoint.read_checkpoint`. Raises CheckpointError.
+    """
+    missing = [part for part in (*STEMS, "scheduler") if not (folder / part).is_dir()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} is not a complete Stable Diffusion folder: it has no {', '.join(missing)}. "
+            "It should hold unet, vae, text_encoder, tokenizer and scheduler, as published."
+        )
+    unet_config = read_unet_config(folder / "unet/config.json")
+    vae_config = read_vae_config(folder / "vae/config.json")
+    text_config = read_text_config(folder / "text_encoder/config.json")
+    schedule = read_schedule_config(folder / "scheduler/scheduler_config.json", prediction)
+    unet, vae, text = (read_weights(folder / part, stem, variant) for part, stem in STEMS.items())
+    vae = Weights(rename_old_attention(vae.tensors), vae.file)
+    text = Weights(match_text_names(text.tensors), text.file)
+    return ModelFolder(unet_config, vae_config, text_config, schedule, unet, vae, text)
 
 
 def candidates(stem: str, variant: str | None) -> Iterator[str]:
@@ -29,8 +71,8 @@ def find_weights(folder: Path, stem: str, variant: str | None) -> Path | None:
     return next((folder / name for name in candidates(stem, variant) if (folder / name).exists()), None)
 
 
-def read_weights(folder: Path, stem: str, variant: str | None = None) -> tuple[dict[str, StoredTensor], Path]:
-    """The tensors of one network's folder, and the file (or index) that was read. Raises CheckpointError.
+def read_weights(folder: Path, stem: str, variant: str | None = None) -> Weights:
+    """One network's folder, with the names it has there. Raises CheckpointError.
 
     Of a ``variant`` ("fp16") only those; without one, fp16 is the last resort.
     """
@@ -40,7 +82,7 @@ def read_weights(folder: Path, stem: str, variant: str | None = None) -> tuple[d
             f"{folder} holds no {next(candidates(stem, variant))} (nor .bin, nor shards with an index): "
             + ("fetch it, or leave --variant out." if variant else "fetch the model's weights.")
         )
-    return read_shards(file) if file.suffix == ".json" else read_tensors(file)[0], file
+    return Weights(read_shards(file) if file.suffix == ".json" else read_tensors(file)[0], file)
 
 
 def read_shards(index: Path) -> dict[str, StoredTensor]:

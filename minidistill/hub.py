@@ -1,4 +1,4 @@
-"""What comes from the Hugging Face hub: a model's folder, and the tokenizer that a single file lacks."""
+"""Where a model lies: here, or on the Hugging Face hub, which has the tokenizer that a single file lacks too."""
 
 import re
 import sys
@@ -14,8 +14,20 @@ TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_token
 SETTINGS = ["model_index.json", "scheduler/*.json", *(f"{part}/config.json" for part in STEMS)]
 
 
-def is_hub_id(path: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None
+def find_model(path: str | Path, variant: str | None = None, ema: bool = False) -> Path:
+    """The folder or single file that ``path`` names, fetched if it is a hub id. Raises CheckpointError.
+
+    ``variant`` is for folders and ``ema`` for single files: what a model does not have is refused.
+    """
+    if not Path(path).exists():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            raise CheckpointError(f"There is no {path}: name a Stable Diffusion folder, a single file or a hub id.")
+        path = fetch_model(str(path), variant)
+    path = Path(path)
+    flag = "--ema" if ema and path.is_dir() else "--variant" if variant and path.is_file() else None
+    if flag:
+        raise CheckpointError(f"{path} is a {'folder' if path.is_dir() else 'single file'}: leave {flag} out.")
+    return path
 
 
 def fetch_model(repo: str, variant: str | None = None) -> Path:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from minidistill.files import CheckpointError, folder_written_whole
-from minidistill.folder import STEMS, match_text_names, read_text_config, read_weights, rename_old_attention
-from minidistill.hub import fetch_model, is_hub_id
-from minidistill.layout import MODEL_INDEX, read_json, read_unet_config, read_vae_config, write_json
+from minidistill.files import folder_written_whole
+from minidistill.folder import STEMS, read_model_folder, read_weights
+from minidistill.hub import find_model
+from minidistill.layout import MODEL_INDEX, read_json, write_json
 from minidistill.lora_files import check_fit
 from minidistill.lora_formats import LoRAFile
 from minidistill.single_file import EMA, read_single_file, to_single_file
@@ -32,15 +32,10 @@ def write_checkpoint(
     which weights, as in ``load``. Raises CheckpointError for a source that is damaged or another model than the LoRAs
     are for; ValueError for an ``out`` that cannot be written.
     """
-    if not source.exists() and is_hub_id(str(source)):
-        source = fetch_model(str(source), variant)
-    if not source.exists():
-        raise CheckpointError(f"There is no {source}: name a Stable Diffusion folder, a single file or a hub id.")
+    source = find_model(source, variant, ema)
     to_file = out.suffix == ".safetensors"
     if source.is_file() and not to_file:
         raise ValueError(f"{source} is a single file, without the tokenizer of a folder: --out FILE.safetensors.")
-    if ema and source.is_dir():
-        raise ValueError(f"{source} is a folder: leave --ema out.")
     if source.is_file():
         write_file_of_file(source, files, out, metadata, ema)
     elif to_file:
@@ -95,10 +90,7 @@ def write_file_of_folder(
     source: Path, files: list[LoRAFile], out: Path, metadata: Mapping[str, str], variant: str | None
 ) -> None:
     """A single file of a folder: UNet, VAE and text encoder under the names of such files."""
-    unet_config = read_unet_config(source / "unet/config.json")
-    vae_config = read_vae_config(source / "vae/config.json")
-    text_config = read_text_config(source / "text_encoder/config.json")
-    unet, vae, text = (read_weights(source / part, stem, variant)[0] for part, stem in STEMS.items())
-    vae, text = loaded(rename_old_attention(vae)), loaded(match_text_names(text))
-    tensors = to_single_file(merged(unet, files), unet_config, vae, vae_config, text, text_config)
+    found = read_model_folder(source, variant=variant)
+    unet, vae, text = merged(found.unet.tensors, files), loaded(found.vae.tensors), loaded(found.text.tensors)
+    tensors = to_single_file(unet, found.unet_config, vae, found.vae_config, text, found.text_config)
     write_tensors(out, tensors, metadata)

@@ -271,6 +271,14 @@ def test_what_no_single_file_can_say(student_of_it: Path, ordinary: Path, tmp_pa
 # What it says when it cannot
 
 
+def test_a_folder_without_a_part_makes_no_single_file(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    shutil.rmtree(shutil.copytree(ordinary, tmp_path / "model") / "scheduler")
+    flags = ["--to", "checkpoint", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "x.safetensors")]
+    with pytest.raises(CheckpointError, match="not a complete.*scheduler"):
+        export.main([str(student_of_it), *flags])
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 def test_another_model_is_refused_and_nothing_written(run: Path, tmp_path: Path):
     unet = inject_lora(tiny_unet(config=replace(TINY_UNET, context_width=48)), rank=2)
     save_lora(unet, run / "lora.safetensors", dict(base="other"))
