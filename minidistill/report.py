@@ -12,8 +12,6 @@ from minidistill.files import written_whole
 from minidistill.lora import lora_parameters, merge_lora, unmerge_lora
 from minidistill.pipeline import StableDiffusion
 
-SHOWN = 8  # prompts in the grid
-
 
 def write_report(
     sd: StableDiffusion,
@@ -43,7 +41,7 @@ def write_report(
     memory = f"One set of weights: W {(weights - lora) / 1e6:.1f} MB, and the LoRA {lora / 1e6:.1f} MB beside it."
 
     with written_whole(out / "teacher_vs_student.png") as beside:
-        comparison_grid(rows, prompts, SHOWN).save(beside, "png")
+        comparison_grid(rows, prompts).save(beside, "png")
     with written_whole(out / "loss.png") as beside:
         plot_loss(losses, beside)
     with written_whole(out / "report.md") as beside:

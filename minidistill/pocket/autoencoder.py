@@ -9,15 +9,11 @@ from tqdm import tqdm
 
 from minidistill.config import VAEConfig
 from minidistill.distill import learning_rate
+from minidistill.pocket.pictures import to_pixels
 from minidistill.pocket.stage import Average, resume, save_state
 from minidistill.vae import VAE
 
 KL_WEIGHT = 1e-5  # keeps the latents near the origin; the pictures must come first
-
-
-def to_pixels(pictures: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] -> float in [-1, 1], channels last."""
-    return (pictures.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def train_vae(

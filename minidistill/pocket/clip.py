@@ -10,9 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from minidistill.distill import learning_rate
 from minidistill.files import written_whole
 from minidistill.layout import write_json
 from minidistill.pocket.compositions import Composition
+from minidistill.pocket.pictures import to_pixels
 from minidistill.pocket.tokenizer import CONTEXT
 
 CLIP_CONFIG = CLIPConfig(
@@ -41,13 +43,7 @@ CLIP_CONFIG = CLIPConfig(
         hidden_act="quick_gelu",
     ),
 )
-MEAN, STD = 0.5, 0.5  # pictures enter in [-1, 1]
 MAX_LOGIT_SCALE = math.log(100)  # as in CLIP
-
-
-def to_pixels(pictures: Tensor) -> Tensor:
-    """uint8 [B, 3, 64, 64] -> what CLIP sees, float in [-1, 1]."""
-    return (pictures.float() / 255 - MEAN) / STD
 
 
 def tokenize(captions: list[str], tokenizer: CLIPTokenizer) -> Tensor:
@@ -82,21 +78,19 @@ def train_clip(
     others = [p for p in model.parameters() if p.ndim < 2]  # biases, gains and the temperature do not decay
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * i / steps))
-    )
     target = torch.arange(batch)
     progress = tqdm(range(steps), desc="clip", unit="step")
-    for _ in progress:
+    for step in progress:
         chosen = trained[torch.randperm(len(trained))[:batch]]
         shown = torch.stack([pictures_of[i][torch.randint(len(pictures_of[i]), ())] for i in chosen.tolist()])
         logits = model(input_ids=ids[chosen], pixel_values=to_pixels(pictures[shown])).logits_per_image  # [B, B]
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr, warmup)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        scheduler.step()
         model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
         progress.set_postfix(loss=f"{loss.item():.3f}")
     return model.eval()
@@ -163,8 +157,8 @@ def save_clip(model: CLIPModel, folder: str | Path) -> None:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [MEAN] * 3,
-        "image_std": [STD] * 3,
+        "image_mean": [0.5] * 3,  # to [-1, 1], as in training
+        "image_std": [0.5] * 3,
     }
     write_json(clip / "preprocessor_config.json", preprocessor)
 

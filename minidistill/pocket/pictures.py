@@ -75,3 +75,8 @@ def render(
     for n, i in enumerate(tqdm(index.tolist(), desc="pictures", unit="picture")):
         pictures[n] = torch.from_numpy(np.array(draw(compositions[i], rng, size, font))).permute(2, 0, 1)
     return pictures, index
+
+
+def to_pixels(pictures: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] -> what CLIP and VAE take: float in [-1, 1], channels last."""
+    return (pictures.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
