@@ -146,6 +146,16 @@ class Level(nn.Module):
         self.attends = depth > 0
 
 
+class MidBlock(nn.Module):
+    """The lowest resolution once more: a transformer between two residual blocks."""
+
+    def __init__(self, width: int, heads: int, config: UNetConfig):
+        super().__init__()
+        time_width = 4 * config.widths[0]
+        self.resnets = nn.ModuleList(ResnetBlock(width, width, config.groups, 1e-5, time_width) for _ in range(2))
+        self.attentions = nn.ModuleList([SpatialTransformer(width, heads, config.mid_depth, config)])
+
+
 class UNet(nn.Module):
     """Predicts the noise (or v) in noisy latents, given the time step and the prompt.
 
@@ -174,10 +184,7 @@ class UNet(nn.Module):
                 skips.append(width)
             self.down_blocks.append(level)
 
-        self.mid_block = Level([widths[-1]] * 2, widths[-1], config.heads[-1], 0, config)
-        self.mid_block.attentions = nn.ModuleList(
-            [SpatialTransformer(widths[-1], config.heads[-1], config.mid_depth, config)]
-        )
+        self.mid_block = MidBlock(widths[-1], config.heads[-1], config)
 
         self.up_blocks = nn.ModuleList()
         below = widths[-1]
