@@ -38,7 +38,8 @@ class StableDiffusion:
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
         """Read when a prompt is first encoded."""
-        return text.read_tokenizer(self.tokenizer_folder or fetch_tokenizer(), self.pad_token)
+        context = self.text_encoder.config.max_position_embeddings
+        return text.read_tokenizer(self.tokenizer_folder or fetch_tokenizer(), context, self.pad_token)
 
     @property
     def device(self) -> torch.device:

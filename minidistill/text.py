@@ -17,13 +17,19 @@ def fill_positions(encoder: nn.Module) -> None:
             module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
 
 
-def read_tokenizer(folder: Path, pad_token: str | None = None) -> CLIPTokenizer:
-    """Raises CheckpointError for a folder without a tokenizer. ``pad_token``: in place of the folder's own."""
+def read_tokenizer(folder: Path, context: int, pad_token: str | None = None) -> CLIPTokenizer:
+    """Raises CheckpointError for a folder without a tokenizer.
+
+    Args:
+        context: the tokens that the text encoder reads at most, which vocab.json and merges.txt alone do not say.
+        pad_token: in place of the folder's own.
+    """
     # transformers 5 writes everything into one tokenizer.json.
     if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise CheckpointError(f"{folder} holds no tokenizer (vocab.json, merges.txt): fetch it, or name another.")
     with blamed(folder):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     if pad_token:
         tokenizer.pad_token = pad_token
     return tokenizer

@@ -140,6 +140,15 @@ def test_another_tokenizer(tiny_model: Path, tmp_path: Path):
     assert torch.equal(found, load(tiny_model).encode_prompt([APPLE]))
 
 
+def test_a_tokenizer_of_bare_vocabulary_pads_to_the_encoders_context(sd: StableDiffusion, tmp_path: Path):
+    for name in ("vocab.json", "merges.txt"):  # neither says how many tokens a prompt has
+        shutil.copy(sd.tokenizer_folder / name, tmp_path)
+    bare = load(sd.folder, tokenizer=tmp_path)
+    assert torch.equal(bare.encode_prompt([APPLE, ""]), sd.encode_prompt([APPLE, ""]))
+    with pytest.warns(UserWarning, match="16 tokens"):
+        bare.encode_prompt([" ".join(["apple"] * 15)])
+
+
 def test_noise_depends_on_the_seed_alone(sd: StableDiffusion):
     torch.manual_seed(1)
     first = sd.starting_noise([5, 6])
