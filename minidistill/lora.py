@@ -83,6 +83,17 @@ class LoRALayer(nn.Module):
 
         return super()._apply(apply, recurse)
 
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """A merged W says so in the state dict, lest the pair count twice where that is loaded."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[prefix + "merged"] = torch.tensor(True)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        if prefix + "weight" in state_dict:
+            self.merged = bool(state_dict.pop(prefix + "merged", False))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class LoRALinear(LoRALayer, nn.Linear):
     """``base`` with a low-rank pair: lora_down [rank, in], lora_up [out, rank]. [..., in] -> [..., out]."""
@@ -210,7 +221,7 @@ def merge_lora(model: nn.Module) -> None:
     """W <- W + scale lora_up lora_down, in place: the student at the price of the plain network.
 
     While merged, the switch has nothing left to add, and the teacher is not there until ``unmerge_lora``.
-    Merging twice is merging once.
+    Merging twice is merging once. The state dict of a merged model says that it is, by a ``merged`` for each layer.
     """
     _add_to_weights(model, +1)
 

@@ -386,6 +386,20 @@ def test_state_dict_round_trip():
         assert torch.equal(other(*unet_inputs(), lora_enabled=setting), expected)
 
 
+@pytest.mark.parametrize("saved_merged", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "3x3"])
+def test_a_state_dict_counts_the_pairs_once(kind: str, saved_merged: bool):
+    """Whether W has them in it already is part of the state, whatever the model it is loaded into was."""
+    model, x, _ = one_layer(kind)
+    teacher, student = model(x), model(x, lora_enabled=True)
+    other, _, _ = one_layer(kind)
+    merge_lora(model if saved_merged else other)
+    other.load_state_dict(model.state_dict())
+    assert error(other(x, lora_enabled=True), student) < 1e-12
+    unmerge_lora(other)
+    assert error(other(x), teacher) < 1e-12
+
+
 def test_state_dict_is_that_of_the_network_and_the_pairs():
     names = list(tiny_unet().state_dict())
     assert [name for name in tiny_student().state_dict() if "lora_" not in name] == names
