@@ -93,7 +93,7 @@ def parse(settings: type[T], description: str, argv: list[str] | None = None) ->
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     groups: dict[str, Any] = {}
-    # Inherited fields come before a script's own; what it is asked to do comes before these.
+    # Positional ones first, and with them their group: fields that are inherited would stand before it.
     for f in sorted(fields(settings), key=lambda f: f.default is not ...):
         how = dict(f.metadata)
         name = how.pop("group")
