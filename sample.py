@@ -19,7 +19,7 @@ from minidistill.evaluate import comparison_grid, draw
 from minidistill.files import written_whole
 from minidistill.lora_files import inject_file, merge_file, student_and_styles
 from minidistill.lora_formats import read_lora
-from minidistill.settings import ModelSettings, ScaledFile, count, parse, setting
+from minidistill.settings import ModelSettings, ScaledFile, count, parse, positive, setting, share
 
 SHIPPED_LORA = "guidance-lora.safetensors"  # beside the model that ships
 
@@ -39,7 +39,13 @@ class Settings(ModelSettings):
         action="append",
         metavar="FILE[:SCALE]",
     )
+    lora_scale: float = setting(
+        1.0, "strength of the student's LoRA: a dial for its guidance, about 1 + SCALE (s - 1)", "model", type=positive
+    )
     guidance: float = setting(None, "guidance scale (default: 2.5; with --compare the LoRA's own)", "how", type=float)
+    selective: float = setting(
+        0.0, "the teacher does without guidance on this share of the steps, the last ones", "how", type=share
+    )
     steps: int = setting(25, "DDIM steps", "how", type=count)
     batch: int = setting(8, "pictures drawn at once", "how", type=count)
 
@@ -52,21 +58,28 @@ def main() -> None:
     student, styles = student_and_styles([read_lora(*file) for file in args.lora or []])
     if args.compare and student is None:
         student = read_lora(args.model / SHIPPED_LORA)
-    if student and not args.compare and (args.guidance is not None or args.negative_prompt):
+    if student is None and args.lora_scale != 1:
+        raise ValueError("--lora-scale is the strength of a student: give its --lora.")
+    if student and not args.compare and (args.guidance is not None or args.negative_prompt or args.selective):
         raise ValueError(
-            "--guidance and --negative-prompt are the teacher's; a LoRA has learned its own: leave them out."
+            "--guidance, --negative-prompt and --selective are the teacher's; a LoRA has learned its own: "
+            "leave them out."
         )
-    learned = student.metadata if student else {}
-    guidance = args.guidance if args.guidance is not None else float(learned.get("guidance", 2.5))
-    negative_prompt = args.negative_prompt or learned.get("negative_prompt", "")
-    if student and (guidance, negative_prompt) != (float(learned["guidance"]), learned.get("negative_prompt", "")):
+    learned, learned_negative = 2.5, ""
+    if student:
+        student = student.scaled(args.lora_scale)
+        learned = 1 + args.lora_scale * (float(student.metadata["guidance"]) - 1)  # w ~ 1 + lambda (s - 1)
+        learned_negative = student.metadata.get("negative_prompt", "")
+    guidance = args.guidance if args.guidance is not None else learned
+    negative_prompt = args.negative_prompt or learned_negative
+    if student and (guidance, negative_prompt) != (learned, learned_negative):
         raise ValueError(
-            f"{student.path} has learned guidance {learned['guidance']} with the negative prompt "
-            f'"{learned.get("negative_prompt", "")}": beside it the teacher can have no other.'
+            f"{student.path} has learned guidance {learned:g} with the negative prompt "
+            f'"{learned_negative}": beside it the teacher can have no other.'
         )
 
     sd = load(args.model, **args.load_options())
-    options = dict(steps=args.steps, guidance=guidance, negative_prompt=negative_prompt)
+    options = dict(steps=args.steps, guidance=guidance, negative_prompt=negative_prompt, selective=args.selective)
     options |= dict(seed=args.seed, batch=args.batch, progress=True)
     for style in styles:
         merge_file(sd.unet, style)

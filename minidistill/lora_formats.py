@@ -13,7 +13,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,6 +59,10 @@ class LoRAFile:
     def is_student(self) -> bool:
         """Whether it has learned guidance, and says so. Any other changes W, for teacher and student alike: a style."""
         return "guidance" in self.metadata
+
+    def scaled(self, scale: float) -> "LoRAFile":
+        """As much more or less of it: every alpha ``scale`` times what it was."""
+        return replace(self, layers={name: p._replace(alpha=scale * p.alpha) for name, p in self.layers.items()})
 
 
 # Out
@@ -145,8 +149,8 @@ def read_lora(path: str | Path, scale: float = 1.0) -> LoRAFile:
             }
         if wrong := [name for name, alpha in alphas.items() if not math.isfinite(alpha)]:
             raise CheckpointError(f"{path} has no finite alpha for {', '.join(wrong)}: make or fetch it again.")
-        layers = {name: Pair(parts[name]["down"], parts[name]["up"], scale * alphas[name]) for name in sorted(parts)}
-        return LoRAFile(path, layers, metadata)
+        layers = {name: Pair(parts[name]["down"], parts[name]["up"], alphas[name]) for name in sorted(parts)}
+        return LoRAFile(path, layers, metadata).scaled(scale)
 
 
 def sort_out(path: Path, stored: Mapping[str, StoredTensor]) -> tuple[dict[str, dict[str, Tensor]], int]:

@@ -74,18 +74,29 @@ class StableDiffusion:
         return torch.stack(noise).to(self.device, torch.promote_types(self.dtype, torch.float32))
 
     def denoiser(
-        self, cond: Tensor, uncond: Tensor | None = None, guidance: float = 1.0, lora_enabled: bool = False
+        self,
+        cond: Tensor,
+        uncond: Tensor | None = None,
+        guidance: float = 1.0,
+        lora_enabled: bool = False,
+        guided_until: int = 0,
     ) -> Denoiser:
         """``(z_t, t) -> eps`` for prompts embedded as ``cond`` [B, L, D].
 
         The teacher, two calls of the UNet, if there is an ``uncond`` and ``guidance`` is not 1; else one call, which
-        with ``lora_enabled`` is the student.
+        with ``lora_enabled`` is the student. At time steps below ``guided_until`` the teacher does without guidance.
         """
         if lora_enabled:  # a plain UNet takes no such flag
             return lambda z_t, t: self.unet(z_t, t, cond, lora_enabled=True)
         if uncond is None or guidance == 1:
             return lambda z_t, t: self.unet(z_t, t, cond)
-        return lambda z_t, t: guided_noise(self.unet, z_t, t, cond, uncond, guidance)
+
+        def teacher(z_t: Tensor, t: Tensor) -> Tensor:
+            if guided_until and t[0] < guided_until:
+                return self.unet(z_t, t, cond)
+            return guided_noise(self.unet, z_t, t, cond, uncond, guidance)
+
+        return teacher
 
     @torch.no_grad()
     def sample(
@@ -96,6 +107,7 @@ class StableDiffusion:
         seed: int = 0,
         lora_enabled: bool = False,
         negative_prompt: str = "",
+        selective: float = 0.0,
         height: int | None = None,
         width: int | None = None,
         batch: int = 8,
@@ -110,6 +122,8 @@ class StableDiffusion:
             guidance: the scale s; 1 is none. Without effect on the student, which has learned its own.
             lora_enabled: draw with the student, in one call a step.
             negative_prompt: what guidance leads away from.
+            selective: this share of the steps, the last ones, goes without guidance, in one call each ("Selective
+                Guidance", arXiv 2305.09847): there it changes little.
             height, width: in pixels; the size the model was trained on unless given.
             batch: pictures drawn at once.
             eta: 0 is deterministic DDIM; more adds fresh noise in each step, 1 as much as DDPM.
@@ -117,11 +131,15 @@ class StableDiffusion:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         noise = self.starting_noise(range(seed, seed + len(prompts)), height, width)
         uncond = self.encode_prompt([negative_prompt])
+        if not 0 <= selective <= 1:
+            raise ValueError(f"selective is a share of the steps, from 0 to 1, not {selective:g}.")
+        timesteps = self.schedule.timesteps(steps)
+        guided_until = [self.schedule.train_steps, *timesteps][steps - round(selective * steps)]
         pictures = []
         bar = tqdm(total=-(-len(prompts) // batch) * steps, desc="sampling", unit="step", disable=not progress)
         for first in range(0, len(prompts), batch):
             cond = self.encode_prompt(prompts[first : first + batch])
-            model = self.denoiser(cond, uncond.expand(len(cond), -1, -1), guidance, lora_enabled)
+            model = self.denoiser(cond, uncond.expand(len(cond), -1, -1), guidance, lora_enabled, guided_until)
             z_T = noise[first : first + batch]
             seeds = range(seed + first, seed + first + len(z_T))
             generators = [torch.Generator().manual_seed(FRESH_NOISE + own) for own in seeds]

@@ -65,6 +65,14 @@ def positive(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """An argparse type: a part of a whole, from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"it has to be from 0 to 1, not {text}")
+    return value
+
+
 class ScaledFile(NamedTuple):
     """FILE[:SCALE] on a command line: a file, and how much of it counts."""
 

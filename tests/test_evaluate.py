@@ -1,17 +1,23 @@
 """evaluate.py: the measures have the values they must have where those are known."""
 
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import ROOT, error
+from safetensors.torch import load_file
+from tiny import ROOT, error, fill_up
 from torch import Tensor, nn
 
-from minidistill import StableDiffusion, inject_lora
-from minidistill.evaluate import ClipScore, comparison_grid, draw, noise_error_share, psnr
+from minidistill import StableDiffusion, inject_lora, load, load_lora, save_lora
+from minidistill.evaluate import ClipScore, comparison_grid, draw, interval, noise_error_share, psnr
+from minidistill.evaluate.__main__ import main
+from minidistill.evaluate.metrics import frechet_distance, ssim
+from minidistill.tensor_files import write_tensors
 
 PROMPTS = ["a red apple", "a green pear", "a rocket on a purple background"]
 GUIDANCE = 4.0
@@ -37,8 +43,8 @@ def test_noise_error_share(learned: float, expected: float, sd: StableDiffusion)
     sd.unet = Imitation(learned, sd.encode_prompt([""]))
     share = noise_error_share(sd, PROMPTS, steps=4, guidance=GUIDANCE, batch=2)
     assert abs(share.pooled - expected) < 1e-5
-    assert share.errors.shape == share.gaps.shape == (4,)
-    assert ((share.errors / share.gaps - expected).abs() < 1e-4).all()
+    assert share.errors.shape == share.gaps.shape == (len(PROMPTS), 4)
+    assert ((share.errors / share.gaps - expected).abs() < 1e-4).all() and share.per_step.shape == (4,)
 
 
 def test_noise_error_share_of_a_negative_prompt(sd: StableDiffusion):
@@ -76,6 +82,41 @@ def test_psnr_sees_every_pixel_and_channel():
     assert math.isclose(psnr([Image.fromarray(picture)], [flat(0)])[0], expected, abs_tol=1e-3)
 
 
+def test_ssim():
+    """1 for the same picture; of two flat ones only the means differ ("SSIM", eq. 6)."""
+    c1 = (0.01 * 255) ** 2
+    dark, light = (flat(level).resize((8, 8)) for level in (100, 110))  # its window is 7 wide
+    found = ssim([dark, light], [dark, dark])
+    assert math.isclose(found[0], 1, abs_tol=1e-6)
+    assert math.isclose(found[1], (2 * 100 * 110 + c1) / (100**2 + 110**2 + c1), abs_tol=1e-4)
+
+
+def test_frechet_distance():
+    """Of Gaussians whose covariances commute: |m1 - m2|^2 + |s1 - s2|^2."""
+    torch.manual_seed(0)
+    x = torch.randn(20_000, 3, dtype=torch.float64)
+    x = (x - x.mean(0)) @ torch.linalg.cholesky(torch.linalg.inv(x.T.cov()))  # exactly standard
+    turned = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    s1, s2, shift = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 0.5, 3.0]), torch.tensor([0.0, 1.0, -2.0])
+    expected = shift.square().sum() + (s1 - s2).square().sum()
+    assert math.isclose(frechet_distance(x * s1 @ turned, (x * s2 + shift) @ turned), expected, rel_tol=1e-9)
+    assert abs(frechet_distance(x, x)) < 1e-9
+
+
+def test_interval_resamples_prompts():
+    assert interval(torch.ones(10, 4)) == (1, 1, 1)
+    values = torch.tensor([[1.0] * 4, [0.0] * 4]).repeat(50, 1)  # all pictures of a prompt agree
+    value, low, high = interval(values)
+    assert value == 0.5 and abs(high - low - 2 * 1.96 * 0.05) < 0.03  # as 100 independent values, not 400
+
+
+def test_interval_of_a_ratio_pools():
+    """Sums over sums: prompts whose gap is large count more."""
+    errors, gaps = torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [3.0, 3.0]])
+    value, low, high = interval(errors, gaps)
+    assert value == 0.25 and low == 0 and high == 1
+
+
 @pytest.mark.parametrize("method, calls", [("teacher", 6), ("no guidance", 3), ("student", 3)])
 def test_drawn_says_what_a_picture_cost(method: str, calls: int, sd: StableDiffusion):
     sd.unet = inject_lora(sd.unet, rank=2)
@@ -84,6 +125,27 @@ def test_drawn_says_what_a_picture_cost(method: str, calls: int, sd: StableDiffu
     drawn = draw(sd, method, PROMPTS[:2], steps=3, guidance=GUIDANCE)
     assert drawn.unet_calls == len(counted) == calls
     assert drawn.method == method and len(drawn.images) == 2 and drawn.seconds > 0
+
+
+@pytest.mark.parametrize("selective, calls", [(0.0, 10), (0.2, 9), (0.5, 8), (1.0, 5)])
+def test_selective_guidance_drops_the_last_steps(selective: float, calls: int, sd: StableDiffusion):
+    contexts = []
+    uncond = sd.encode_prompt([""])
+    sd.unet.register_forward_pre_hook(lambda _, args: contexts.append(torch.equal(args[2], uncond)))
+    drawn = draw(sd, "teacher", PROMPTS[:1], steps=5, guidance=GUIDANCE, selective=selective)
+    assert drawn.unet_calls == len(contexts) == calls
+    guided = calls - 5  # cond and uncond in turn, then cond alone
+    assert contexts == [False, True] * guided + [False] * (5 - guided)
+
+
+def test_selective_guidance_of_all_steps_is_none(sd: StableDiffusion):
+    nothing, none = (
+        draw(sd, method, PROMPTS, steps=3, guidance=GUIDANCE, selective=part)
+        for method, part in (("teacher", 1.0), ("no guidance", 0.0))
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(nothing.images, none.images))
+    with pytest.raises(ValueError, match="selective"):
+        sd.sample(PROMPTS, steps=3, selective=1.5)
 
 
 def test_methods_start_from_the_same_noise(sd: StableDiffusion):
@@ -127,3 +189,77 @@ def test_clip_score_is_transformers_logit(sd: StableDiffusion):
 def test_a_missing_clip_is_an_error(sd: StableDiffusion, tmp_path: Path):
     with pytest.raises(OSError):
         ClipScore(tmp_path / "nowhere", sd.tokenizer)
+
+
+@pytest.fixture
+def run(sd: StableDiffusion, tmp_path: Path) -> Path:
+    """A run's folder: all that is asked of it is its LoRA."""
+    save_lora(fill_up(inject_lora(sd.unet, rank=2)), tmp_path / "a run/lora.safetensors", LEARNED)
+    return tmp_path / "a run"
+
+
+LEARNED = dict(base="tiny", guidance="4", negative_prompt="", method="trajectories")
+
+
+@pytest.fixture
+def evaluate(tiny_model: Path, prompts_file: Path, tmp_path: Path) -> Callable[..., Path]:
+    """``evaluate(run, "--flag", ...)`` on four prompts, in two steps."""
+    prompts = tmp_path / "four.txt"
+    prompts.write_text("\n".join(prompts_file.read_text().splitlines()[:4]))
+    same = ["--model", tiny_model, "--prompts", prompts, "--steps", 2, "--pictures", 7, "--out", tmp_path / "out"]
+
+    def evaluate(*args: object) -> Path:
+        main([str(arg) for arg in (*args, *same)])
+        return tmp_path / "out"
+
+    return evaluate
+
+
+def test_the_command_measures_every_method(run: Path, evaluate: Callable[..., Path], tiny_model: Path):
+    out = evaluate(run, "--selective", 0.5)
+    found = json.loads((out / "results.json").read_text())
+    rows = {row["method"]: row for row in found["rows"]}
+    assert [(name, row["unet_calls"]) for name, row in rows.items()] == [
+        ("teacher", 4),
+        ("no guidance", 2),
+        ("guided but for the last 50%", 3),
+        ("a run", 2),
+    ]
+    assert (found["prompts"], found["each"]) == (4, 2)  # seven pictures asked for
+    sd = load(tiny_model)
+    sd.unet = load_lora(sd.unet, run / "lora.safetensors")
+    prompts = (out.parent / "four.txt").read_text().splitlines()
+    for name, noised in (("noise error share", False), ("on noised latents", True)):
+        share = noise_error_share(sd, prompts, steps=2, guidance=4.0, noised=noised)
+        assert math.isclose(rows["a run"][name]["value"], share.pooled, rel_tol=1e-4)
+        assert rows["a run"][name]["low"] <= share.pooled <= rows["a run"][name]["high"]
+    twice = [prompt for prompt in prompts for _ in range(2)]
+    teacher, student = (draw(sd, method, twice, steps=2, guidance=4.0).images for method in ("teacher", "student"))
+    assert math.isclose(rows["a run"]["PSNR"]["value"], psnr(student, teacher).mean(), rel_tol=1e-2)  # merged there
+    table = (out / "table.md").read_text()
+    assert "a run" in table and found["command"] in table
+    assert Image.open(out / "pictures.png").size[0] > 4 * 128 and Image.open(out / "error_by_step.png").size[0] > 0
+
+
+def test_what_is_drawn_is_kept(run: Path, evaluate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    results = [(evaluate(run) / "results.json").read_text()]
+    with monkeypatch.context() as patched:
+        patched.setattr(StableDiffusion, "sample", lambda *_, **__: pytest.fail("drawn again"))
+        results.append((evaluate(run) / "results.json").read_text())
+    assert results[0] == results[1]
+    other = {name: 2 * tensor for name, tensor in load_file(run / "lora.safetensors").items()}
+    write_tensors(run / "lora.safetensors", other, LEARNED | dict(rank="2", alpha="2"))
+    results.append((evaluate(run) / "results.json").read_text())
+    before, after = (json.loads(text)["rows"] for text in results[1:])
+    assert before[:2] == after[:2] and before[2]["PSNR"] != after[2]["PSNR"]
+
+
+def test_students_of_several_teachers_are_refused(run: Path, evaluate: Callable[..., Path]):
+    with pytest.raises(ValueError, match="one teacher"):
+        evaluate(run, "--guidance", 3)
+    other = load_file(run / "lora.safetensors")
+    write_tensors(run / "other.safetensors", other, LEARNED | dict(guidance="3", rank="2", alpha="2"))
+    with pytest.raises(ValueError, match="one teacher"):
+        evaluate(run, run / "other.safetensors")
+    with pytest.raises(ValueError, match='called "a run"'):
+        evaluate(run, run)

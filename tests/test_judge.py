@@ -104,13 +104,6 @@ def test_classifier_learns(font, monkeypatch):
     assert (right == expected).float().mean() > 0.6
 
 
-def test_interval_resamples_compositions():
-    assert judge.interval(torch.ones(10, 4)) == (1, 1, 1)
-    values = torch.tensor([[1.0] * 4, [0.0] * 4]).repeat(50, 1)  # all seeds of a composition agree
-    mean, low, high = judge.interval(values)
-    assert mean == 0.5 and abs(high - low - 2 * 1.96 * 0.05) < 0.03  # as 100 independent values, not 400
-
-
 def test_mean_distance_is_within_compositions():
     pictures = flat([(0, 0, 0), (51, 51, 51), (255, 255, 255), (255, 255, 255)], side=8)
     assert judge.mean_distance(pictures, each=2) == pytest.approx(0.1)
@@ -144,7 +137,7 @@ class Painter:
     def __init__(self):
         self.calls = []
 
-    def sample(self, prompts, steps, guidance, seed, lora_enabled, negative_prompt, batch, progress):
+    def sample(self, prompts, steps, guidance, seed, lora_enabled, negative_prompt, selective, batch, progress):
         self.calls.append((len(prompts), steps, guidance, lora_enabled, negative_prompt))
         known = {c.caption: c.rgb for c in all_compositions()}
         red = guidance == 1 and not lora_enabled
@@ -177,13 +170,13 @@ def test_main_draws_judges_and_writes(tmp_path, monkeypatch, capsys):
     numbers = json.loads(out.read_text())
     rows = {r["method"]: r for r in numbers["rows"]}
     assert list(rows) == ["teacher, guidance 4", "no guidance", "student, one pass", "rendered"]
-    assert rows["teacher, guidance 4"]["background"]["mean"] == rows["student, one pass"]["background"]["mean"] == 1
+    assert rows["teacher, guidance 4"]["background"]["value"] == rows["student, one pass"]["background"]["value"] == 1
     red = sum(c.colour == "red" for c in held_out) / len(held_out)
-    assert rows["no guidance"]["background"]["mean"] == pytest.approx(red)
-    assert rows["rendered"]["identity by template"]["mean"] == pytest.approx(
+    assert rows["no guidance"]["background"]["value"] == pytest.approx(red)
+    assert rows["rendered"]["identity by template"]["value"] == pytest.approx(
         sum(c.emoji == EMOJI[0] for c in held_out) / len(held_out)
     )
-    assert rows["rendered"]["all right"]["mean"] == 0 and len(rows["rendered"]["wrong"]) == len(held_out)
+    assert rows["rendered"]["all right"]["value"] == 0 and len(rows["rendered"]["wrong"]) == len(held_out)
     assert rows["rendered"]["distance over seeds"] == 0
     assert "--seeds 2" in numbers["command"]
     assert "| student, one pass | " in capsys.readouterr().out

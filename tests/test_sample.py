@@ -140,6 +140,42 @@ def test_compare_refuses_a_teacher_the_lora_did_not_have(sample, lora: Path, fla
     assert result.code != 0 and "has learned guidance 4" in result.err and not (tmp_path / "out").exists()
 
 
+def test_the_loras_strength_is_a_dial(sample, calls: list[int], lora: Path, tmp_path: Path):
+    sample(APPLE, "--lora", lora, "--lora-scale", 0.5, "--out", tmp_path / "flag.png")
+    sample(APPLE, "--lora", f"{lora}:0.5", "--out", tmp_path / "colon.png")
+    sample(APPLE, "--lora", lora, "--out", tmp_path / "whole.png")
+    assert calls == [1] * 9
+    flag, colon, whole = ((tmp_path / f"{name}.png").read_bytes() for name in ("flag", "colon", "whole"))
+    assert flag == colon != whole
+
+
+def test_compare_sets_the_teacher_to_where_the_dial_is(sample, lora: Path, monkeypatch):
+    seen, original = [], StableDiffusion.sample
+    monkeypatch.setattr(
+        StableDiffusion, "sample", lambda sd, prompts, **how: seen.append(how) or original(sd, prompts, **how)
+    )
+    assert sample(APPLE, "--compare", "--lora", lora, "--lora-scale", 0.5).code == 0
+    assert seen[1]["guidance"] == 1 + 0.5 * (4 - 1)
+
+
+def test_selective_guidance_costs_less(sample, calls: list[int], tmp_path: Path):
+    assert sample(APPLE, "--selective", 0.34).code == 0
+    assert calls == [1] * 5  # of three steps the last without the unconditional pass
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["--lora-scale", "2"], "give its --lora"),
+        (["--selective", "1.5"], "from 0 to 1"),
+        (["--selective", "0.5", "--lora", "{lora}"], "the teacher's"),
+    ],
+)
+def test_what_belongs_to_the_other_is_refused(sample, lora: Path, flags: list[str], complaint: str, tmp_path: Path):
+    result = sample(APPLE, *(flag.format(lora=lora) for flag in flags))
+    assert result.code != 0 and complaint in result.err and not (tmp_path / "out").exists()
+
+
 # Styles: LoRAs that have learned no guidance
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidistill import CheckpointError, load, load_lora, merge_lora
-from minidistill.evaluate import draw, to_tensor
+from minidistill.evaluate import draw, interval, pixels
 from minidistill.files import written_whole
 from minidistill.layout import write_json
 from minidistill.lora_formats import read_lora
@@ -191,12 +191,18 @@ def judge(
     return {measure: r.view(-1, each).float() for measure, r in zip(MEASURES, right)}
 
 
-def interval(values: Tensor, resamples: int = 10_000) -> tuple[float, float, float]:
-    """Mean of [C, S] and its 95% bootstrap interval, resampled by composition (rows)."""
-    means = values.mean(1)
-    chosen = torch.randint(len(means), (resamples, len(means)), generator=torch.Generator().manual_seed(0))
-    low, high = means[chosen].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return means.mean().item(), low, high
+def measures(pictures: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+    """uint8 [N, 3, H, W] -> MEASURES of each, [N]. With ``rendered``, what minidistill.evaluate asks of a judge."""
+    known = {c.caption: c for c in all_compositions()}
+    right = judge(pictures, [known[caption] for caption in captions], load_classifier(Settings.work))
+    return {measure: values.flatten() for measure, values in right.items()}
+
+
+def rendered(captions: Sequence[str], side: int) -> list[Image.Image]:
+    """What the captions' pictures should look like: each drawn anew, ``side`` pixels wide."""
+    known = {c.caption: c for c in all_compositions()}
+    pictures, _ = render([known[caption] for caption in captions], 1, JUDGING_SEED, side)
+    return [Image.fromarray(picture) for picture in pictures.permute(0, 2, 3, 1).numpy()]
 
 
 def mean_distance(pictures: Tensor, each: int) -> float:
@@ -209,7 +215,7 @@ def mean_distance(pictures: Tensor, each: int) -> float:
 def row(method: str, right: dict[str, Tensor], pictures: Tensor, compositions: Sequence[Composition]) -> dict:
     """The numbers of one method, as they go to JSON; ``wrong`` counts the pictures that any judge refused."""
     each = right[MEASURES[0]].shape[1]
-    numbers = {m: dict(zip(("mean", "low", "high"), interval(values))) for m, values in right.items()}
+    numbers = {m: interval(values)._asdict() for m, values in right.items()}
     missed = (each - right["all right"].sum(1)).int().tolist()
     wrong = {c.caption: n for c, n in zip(compositions, missed) if n}
     return {"method": method, **numbers, "distance over seeds": mean_distance(pictures, each), "wrong": wrong}
@@ -219,7 +225,7 @@ def table(rows: Sequence[dict]) -> str:
     """Rows as Markdown: percentages with their intervals."""
     lines = ["| | " + " | ".join(MEASURES) + " | distance over seeds |", "|---" * (len(MEASURES) + 2) + "|"]
     for r in rows:
-        cells = ["{mean:.1%} ({low:.1%} to {high:.1%})".format(**r[m]) for m in MEASURES]
+        cells = ["{value:.1%} ({low:.1%} to {high:.1%})".format(**r[m]) for m in MEASURES]
         lines.append(f"| {r['method']} | {' | '.join(cells)} | {r['distance over seeds']:.3f} |")
     return "\n".join(lines)
 
@@ -260,7 +266,7 @@ def drawings(sd: StableDiffusion, args: Settings, prompts: list[str]) -> dict[st
         sd.unet = load_lora(sd.unet, args.lora)
         merge_lora(sd.unet)
         drawn["student, one pass"] = draw(sd, "student", prompts, **options)
-    return {method: (255 * to_tensor(d.images)).round().to(torch.uint8) for method, d in drawn.items()}
+    return {method: pixels(d.images) for method, d in drawn.items()}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,6 @@
+"""How good is the student: its distance to the teacher, its agreement with the prompt, and pictures side by side."""
+
+from minidistill.evaluate.drawing import Drawn, comparison_grid, draw
+from minidistill.evaluate.metrics import ClipScore, interval, noise_error_share, pixels, psnr
+
+__all__ = ["ClipScore", "Drawn", "comparison_grid", "draw", "interval", "noise_error_share", "pixels", "psnr"]

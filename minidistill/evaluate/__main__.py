@@ -1,0 +1,289 @@
+"""Teacher, its cheaper variants and students, measured on the same prompts and from the same noise.
+
+  python -m minidistill.evaluate runs/NAME [runs/OTHER ...] --prompts held-out
+  python -m minidistill.evaluate runs/pocket-emoji --judge minidistill.pocket.judge
+
+Writes a table (Markdown and JSON), pictures side by side and the noise error by time step. What is drawn is kept, so an
+interrupted evaluation goes on where it stopped.
+"""
+
+import hashlib
+import importlib
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from minidistill.data import fingerprint, prompt_split
+from minidistill.evaluate.drawing import Drawn, comparison_grid, draw
+from minidistill.evaluate.metrics import (
+    ClipScore,
+    ErrorShare,
+    Interval,
+    frechet_distance,
+    interval,
+    noise_error_share,
+    pixels,
+    psnr,
+    resampled,
+    ssim,
+)
+from minidistill.files import CheckpointError, written_whole
+from minidistill.layout import write_json
+from minidistill.lora import merge_lora
+from minidistill.lora_files import inject_file
+from minidistill.lora_formats import LoRAFile, read_lora
+from minidistill.pipeline import StableDiffusion, load
+from minidistill.prompts import read_prompts
+from minidistill.settings import ModelSettings, count, parse, setting, share
+
+Row = dict[str, Interval]  # what was measured of one method
+
+
+@dataclass
+class Settings(ModelSettings):
+    runs: list[Path] = setting(..., "students: folders of runs, or LoRA files", "what", nargs="*", type=Path)
+    prompts: str = setting("held-out", 'a text file, one prompt a line, or "held-out"', "what")
+    pictures: int = setting(1000, "pictures of each method, as many of each prompt", "what", type=count)
+    guidance: float = setting(None, "the teacher's scale (default: what was learned, else 2.5)", "what", type=float)
+    selective: list[float] = setting(
+        None,
+        "also the teacher without guidance on this share of the steps, the last ones",
+        "what",
+        nargs="+",
+        type=share,
+    )
+    clip: str = setting(None, "a CLIP, as folder or hub id (default: the model's own, if any)", "how", type=str)
+    judge: str = setting(None, "a module with measures for this model's pictures", "how", type=str)
+    steps: int = setting(25, "DDIM steps", "how", type=count)
+    batch: int = setting(32, "pictures drawn at once", "how", type=count)
+    out: Path = setting(Path("runs/evaluation"), "folder for the results", "how")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(Settings, __doc__, argv)
+    files = read_students(args.runs)
+    guidance, negative_prompt = one_teacher(files, args.guidance)
+    prompts = prompt_split(args.model)[1] if args.prompts == "held-out" else read_prompts(args.prompts)
+    each = -(-args.pictures // len(prompts))
+    shown = [prompt for prompt in prompts for _ in range(each)]
+    judge = importlib.import_module(args.judge) if args.judge else None
+    options = dict(steps=args.steps, guidance=guidance, negative_prompt=negative_prompt, batch=args.batch)
+    print(f"{len(prompts)} prompts, {each} pictures of each, guidance {guidance:g}, {args.steps} DDIM steps")
+
+    sd = load(args.model, **args.load_options())
+    stamp = dict(options, weights=fingerprint(sd.unet), dtype=args.dtype, prompts=digest("\n".join(shown).encode()))
+
+    def pictures(sd: StableDiffusion, method: str, label: str, **how: object) -> Drawn:
+        def make() -> dict[str, Tensor]:
+            drawn = draw(sd, method, shown, selective=how.get("selective", 0.0), progress=True, **options)
+            cost = dict(unet_calls=torch.tensor(drawn.unet_calls), seconds=torch.tensor(drawn.seconds))
+            return dict(pictures=pixels(drawn.images), **cost)
+
+        found = kept(args.out / "kept" / f"{label} pictures.safetensors", dict(stamp, method=method, **how), make)
+        images = [Image.fromarray(picture) for picture in found["pictures"].permute(0, 2, 3, 1).numpy()]
+        return Drawn(label, images, found["unet_calls"].item(), found["seconds"].item())
+
+    def error_share(sd: StableDiffusion, label: str, lora: str, noised: bool) -> ErrorShare:
+        def make() -> dict[str, Tensor]:
+            found = noise_error_share(sd, prompts, noised=noised, progress=True, **options)
+            return dict(errors=found.errors, gaps=found.gaps)
+
+        where = f"{label} error on {'noised latents' if noised else 'trajectories'}.safetensors"
+        return ErrorShare(**kept(args.out / "kept" / where, dict(stamp, lora=lora), make))
+
+    drawn = [pictures(sd, "teacher", "teacher"), pictures(sd, "no guidance", "no guidance")]
+    for part in args.selective or []:
+        drawn.append(pictures(sd, "teacher", f"guided but for the last {part:.0%}", selective=part))
+    shares: dict[str, dict[str, ErrorShare]] = {}
+    for label, file in files.items():
+        sd = load(args.model, **args.load_options())
+        sd.unet = inject_file(sd.unet, file)
+        lora = digest(file.path.read_bytes())
+        shares[label] = {
+            "noise error share": error_share(sd, label, lora, noised=False),
+            "on noised latents": error_share(sd, label, lora, noised=True),
+        }
+        merge_lora(sd.unet)
+        drawn.append(pictures(sd, "student", label, lora=lora))
+
+    clip = read_clip(sd, args.clip)
+    truth = judge.rendered(shown, drawn[0].images[0].width) if judge and clip else None
+    rows = {}
+    for one in drawn:
+        print(f"measuring: {one.method}", flush=True)
+        errors = {name: interval(s.errors, s.gaps) for name, s in shares.get(one.method, {}).items()}
+        rows[one.method] = errors | measure(one, drawn[0], shown, each, clip, judge, truth)
+
+    command = shlex.join(["python", "-m", "minidistill.evaluate", *(sys.argv[1:] if argv is None else argv)])
+    results = [
+        dict(method=one.method, unet_calls=one.unet_calls, seconds=one.seconds)
+        | {name: found._asdict() for name, found in rows[one.method].items()}
+        for one in drawn
+    ]
+    write_json(args.out / "results.json", dict(command=command, prompts=len(prompts), each=each, rows=results))
+    text = markdown(drawn, rows)
+    with written_whole(args.out / "table.md") as beside:
+        beside.write_text(f"{text}\n\n`{command}`\n", encoding="utf-8")
+    with written_whole(args.out / "pictures.png") as beside:
+        first = [Drawn(one.method, one.images[::each], one.unet_calls, one.seconds) for one in drawn]
+        comparison_grid(first, prompts).save(beside, "png")
+    if shares:
+        with written_whole(args.out / "error_by_step.png") as beside:
+            plot_shares({label: s["noise error share"] for label, s in shares.items()}, sd, args.steps, beside)
+    print(f"\n{text}\n\nPictures, plot and JSON: {args.out}")
+
+
+def read_students(runs: Sequence[Path]) -> dict[str, LoRAFile]:
+    """The LoRA of each run or file, by a name for the table."""
+    files = {}
+    for path in runs:
+        file = read_lora(path / "lora.safetensors" if path.is_dir() else path)
+        if not file.is_student:
+            raise ValueError(f"{file.path} does not say which guidance it has learned: it is no student.")
+        label = path.name if path.is_dir() else path.stem
+        if label in files or label in ("teacher", "no guidance"):
+            raise ValueError(f'{path} would be called "{label}" in the table, as another method is: rename it.')
+        files[label] = file
+    return files
+
+
+def one_teacher(files: Mapping[str, LoRAFile], guidance: float | None) -> tuple[float, str]:
+    """The guidance scale and negative prompt that all students learned from. Raises ValueError if they differ."""
+    found = {(float(f.metadata["guidance"]), f.metadata.get("negative_prompt", "")) for f in files.values()}
+    if guidance is not None and not files:
+        found = {(guidance, "")}
+    if len(found) > 1 or any(guidance not in (None, scale) for scale, _ in found):
+        learned = "; ".join(f"{label}: {f.metadata['guidance']}" for label, f in files.items())
+        raise ValueError(f"There is one teacher to compare with, and these learned from several ({learned}).")
+    return next(iter(found), (2.5, ""))
+
+
+def read_clip(sd: StableDiffusion, name: str | None) -> ClipScore | None:
+    """The CLIP asked for with its own tokenizer, or the one that a model folder brings along."""
+    if name:
+        return ClipScore(name, CLIPTokenizer.from_pretrained(name))
+    return ClipScore(sd.folder / "clip", sd.tokenizer) if (sd.folder / "clip").is_dir() else None
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def kept(file: Path, made_with: Mapping[str, object], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors in ``file``, if they are there and were made with the same settings; else made now, and kept."""
+    stamp = json.dumps(made_with)
+    try:
+        with safe_open(file, "pt") as found:
+            if (found.metadata() or {}).get("made_with") == stamp:
+                return {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 (it is no dict)
+    except (FileNotFoundError, SafetensorError):
+        pass
+    tensors = {name: tensor.contiguous() for name, tensor in make().items()}
+    with written_whole(file) as beside:
+        beside.write_bytes(save(tensors, {"made_with": stamp}))
+    return tensors
+
+
+def measure(
+    drawn: Drawn,
+    teacher: Drawn,
+    prompts: Sequence[str],
+    each: int,
+    clip: ClipScore | None,
+    judge: ModuleType | None,
+    truth: Sequence[Image.Image] | None,
+) -> Row:
+    """One method's pictures, ``each`` of a prompt in turn: beside the teacher's, the prompts and the truth."""
+    by_picture = {}
+    if drawn is not teacher:
+        by_picture["PSNR"] = psnr(drawn.images, teacher.images)
+        if find_spec("skimage"):  # a development extra
+            by_picture["SSIM"] = ssim(drawn.images, teacher.images)
+    if clip:
+        features, references = clip.embed_pictures(drawn.images), clip.embed_pictures(teacher.images)
+        by_picture["CLIP score"] = 100 * (features * clip.embed_prompts(prompts)).sum(-1)
+        by_picture["CLIP similarity"] = 100 * (features * references).sum(-1)
+    if judge:
+        by_picture |= judge.measures(pixels(drawn.images), prompts)
+    row = {name: interval(values.view(-1, each)) for name, values in by_picture.items()}
+    if clip:
+        row["Fréchet to teacher"] = frechet_interval(features, references, each)
+    if truth:
+        row["Fréchet to rendered"] = frechet_interval(features, clip.embed_pictures(truth), each)
+    return row
+
+
+def frechet_interval(features: Tensor, references: Tensor, each: int, resamples: int = 100) -> Interval:
+    """The distance of features [P * each, D] to the references, and its interval, resampled by prompt.
+
+    A resample lacks some prompts, which moves every distance up: it is the width around their mean that counts.
+    """
+    value = frechet_distance(features, references)
+    by_prompt = features.view(-1, each, features.shape[-1])
+    again = [frechet_distance(by_prompt[i].flatten(0, 1), references) for i in resampled(len(by_prompt), resamples)]
+    low, high = torch.tensor(again).quantile(torch.tensor([0.025, 0.975])).tolist()
+    middle = sum(again) / len(again)
+    return Interval(value, value + low - middle, value + high - middle)
+
+
+FORMATS = {"noise error share": "{:.3f}", "on noised latents": "{:.3f}", "PSNR": "{:.1f} dB", "SSIM": "{:.3f}"}
+FORMATS |= {"CLIP score": "{:.1f}", "CLIP similarity": "{:.1f}"}
+FORMATS |= {"Fréchet to teacher": "{:.4f}", "Fréchet to rendered": "{:.4f}"}  # any other measure is a percentage
+
+
+def markdown(drawn: Sequence[Drawn], rows: Mapping[str, Row]) -> str:
+    """A line a method; each value with its 95% interval."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [["", "UNet calls", *names], ["---", "---:", *["---:"] * len(names)]]
+    for one in drawn:
+        cells = [one.method, str(one.unet_calls)]
+        for name in names:
+            found = rows[one.method].get(name)
+            value, low, high = map(FORMATS.get(name, "{:.1%}").format, found) if found else ("", "", "")
+            cells.append(f"{value} ({low} to {high})" if found else "")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plot_shares(shares: Mapping[str, ErrorShare], sd: StableDiffusion, steps: int, path: Path) -> None:
+    """The noise error share at each time step, one line a student; the guidance gap behind, in grey."""
+    timesteps = sd.schedule.timesteps(steps)
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    for label, found in shares.items():
+        axes.plot(timesteps, found.per_step, label=f"{label} ({found.pooled:.2f} pooled)")
+    gaps = next(iter(shares.values())).gaps.sum(0)
+    behind = axes.twinx()
+    behind.fill_between(timesteps, gaps / gaps.sum(), color="0.9", zorder=0)
+    behind.set(ylim=(0, None), ylabel="part of the squared guidance gap")
+    axes.set_zorder(behind.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    axes.set(xlabel="time step t", ylabel="noise error share", ylim=(0, None))
+    axes.invert_xaxis()  # from noise to picture
+    axes.legend()
+    figure.savefig(path, format="png", dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CheckpointError, ValueError, OSError) as error:
+        sys.exit(f"minidistill.evaluate: {error}")
+    except KeyboardInterrupt:
+        sys.exit("minidistill.evaluate: stopped. The same command goes on from what is drawn.")

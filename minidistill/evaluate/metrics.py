@@ -1,0 +1,165 @@
+"""How near the student is to its teacher, and pictures to other pictures and to their prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from minidistill.data import teacher_trajectory
+from minidistill.pipeline import FRESH_NOISE, StableDiffusion
+from minidistill.schedule import add_noise, fresh_noise
+
+EVALUATION_SEED = 1_000_000  # the noise of evaluation lies apart from that of training
+
+
+@dataclass
+class ErrorShare:
+    """Squared errors and squared guidance gaps: [N, S] each, one value a picture and step of its trajectory."""
+
+    errors: Tensor
+    gaps: Tensor
+
+    @property
+    def pooled(self) -> float:
+        return (self.errors.sum() / self.gaps.sum()).item()
+
+    @property
+    def per_step(self) -> Tensor:
+        return self.errors.sum(0) / self.gaps.sum(0)
+
+
+@torch.no_grad()
+def noise_error_share(
+    sd: StableDiffusion,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    guidance: float,
+    negative_prompt: str = "",
+    noised: bool = False,
+    seed: int = EVALUATION_SEED,
+    batch: int = 16,
+    progress: bool = False,
+) -> ErrorShare:
+    """What share of the guidance the student misses, on the teacher's own guided trajectories for ``prompts``.
+
+    sum |eps_student - eps_hat|^2 / sum |eps_hat - eps_cond|^2 over all steps: 0 is the teacher, 1 is no guidance.
+    With ``noised``, at the same time steps on the trajectories' ends z_0, each noised afresh.
+    """
+    timesteps = sd.schedule.timesteps(steps)
+    errors, gaps = [], []  # of each batch, [B, S]
+    uncond = sd.encode_prompt([negative_prompt])
+    batches = range(0, len(prompts), batch)
+    for first in tqdm(batches, desc="noise error", unit="batch", disable=not progress):
+        cond = sd.encode_prompt(list(prompts[first : first + batch]))
+        seeds = range(seed + first, seed + first + len(cond))
+        z_T = sd.starting_noise(seeds)
+        states, targets, z_0 = teacher_trajectory(sd, cond, uncond.expand_as(cond), guidance, z_T, timesteps)
+        teacher, student = sd.denoiser(cond, uncond.expand_as(cond), guidance), sd.denoiser(cond, lora_enabled=True)
+        generators = [torch.Generator().manual_seed(FRESH_NOISE + own) for own in seeds]
+        missed, gap = [], []  # of each step, [B]
+        for i, step in enumerate(timesteps):
+            t = torch.full((len(cond),), step, device=z_T.device)
+            z_t, eps_hat = states[:, i], targets[:, i]
+            if noised:
+                z_t = add_noise(sd.schedule, z_0, fresh_noise(z_0, generators), t)
+                eps_hat = teacher(z_t, t)
+            missed.append((student(z_t, t) - eps_hat).double().square().sum((1, 2, 3)).cpu())
+            gap.append((eps_hat - sd.denoiser(cond)(z_t, t)).double().square().sum((1, 2, 3)).cpu())
+        errors.append(torch.stack(missed, 1))
+        gaps.append(torch.stack(gap, 1))
+    return ErrorShare(torch.cat(errors), torch.cat(gaps))
+
+
+class Interval(NamedTuple):
+    """A mean and the 95% interval it lies in."""
+
+    value: float
+    low: float
+    high: float
+
+
+def resampled(prompts: int, resamples: int) -> Tensor:
+    """Which prompts each resample of a bootstrap takes, [resamples, prompts] int64.
+
+    Prompts, not pictures: those of one prompt are alike.
+    """
+    return torch.randint(prompts, (resamples, prompts), generator=torch.Generator().manual_seed(0))
+
+
+def interval(values: Tensor, per: Tensor | None = None, resamples: int = 10_000) -> Interval:
+    """sum ``values`` / sum ``per`` (1 each unless given), both [P, ...], with P the prompts that are resampled."""
+    per = torch.ones_like(values) if per is None else per
+    values, per = values.double().flatten(1).sum(1), per.double().flatten(1).sum(1)
+    chosen = resampled(len(values), resamples)
+    means = values[chosen].sum(1) / per[chosen].sum(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return Interval((values.sum() / per.sum()).item(), low, high)
+
+
+def pixels(images: Sequence[Image.Image]) -> Tensor:
+    """PIL images of one size -> uint8 [N, 3, H, W]."""
+    return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)
+
+
+def psnr(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
+    """Peak signal-to-noise ratio of each picture to its reference in dB, [N]: -10 log10 of the mean squared error."""
+    error = (pixels(images) / 255 - pixels(references) / 255).square().mean((1, 2, 3))
+    return -10 * torch.log10(error.clamp_min(1e-10))
+
+
+def ssim(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
+    """Structural similarity of each picture to its reference, [N], by scikit-image (a development extra)."""
+    from skimage.metrics import structural_similarity
+
+    pairs = zip(map(np.asarray, images), map(np.asarray, references))
+    return torch.tensor([structural_similarity(a, b, channel_axis=2) for a, b in pairs])
+
+
+def frechet_distance(features: Tensor, references: Tensor) -> float:
+    """Between two sets of features, [N, D] and [M, D], taken for Gaussian ("FID", arXiv 1706.08500, eq. 6).
+
+    |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)): the square root's trace is the sum of the eigenvalues' roots,
+    which are real and not negative.
+    """
+    means = [x.double().mean(0) for x in (features, references)]
+    covariances = [x.double().T.cov() for x in (features, references)]
+    roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp_min(0).sqrt()
+    apart = (means[0] - means[1]).square().sum()
+    return (apart + covariances[0].trace() + covariances[1].trace() - 2 * roots.sum()).item()
+
+
+class ClipScore:
+    """Agreement of pictures and prompts by a CLIP of transformers ("CLIPScore", arXiv 2104.08718, without the 2.5).
+
+    ``folder``, or a hub id, is the model; its tokenizer is the one given.
+    """
+
+    def __init__(self, folder: str | Path, tokenizer: CLIPTokenizer):
+        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+        self.preprocess = CLIPImageProcessorPil.from_pretrained(folder)
+        self.tokenizer = tokenizer
+
+    @torch.no_grad()
+    def embed_pictures(self, images: Sequence[Image.Image]) -> Tensor:
+        """PIL images -> unit vectors [N, D]."""
+        features = self.model.get_image_features(**self.preprocess(list(images), return_tensors="pt"))
+        return F.normalize(features.pooler_output, dim=-1)
+
+    @torch.no_grad()
+    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> unit vectors [N, D]."""
+        ids = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+        return F.normalize(self.model.get_text_features(**ids).pooler_output, dim=-1)
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """100 times the cosine between each picture and its prompt, [N]."""
+        return 100 * (self.embed_pictures(images) * self.embed_prompts(prompts)).sum(-1)
