@@ -13,7 +13,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -127,26 +127,16 @@ def main(argv: list[str] | None = None) -> None:
     rows = {}
     for one in drawn:
         print(f"measuring: {one.method}", flush=True)
-        errors = {name: interval(s.errors, s.gaps) for name, s in shares.get(one.method, {}).items()}
+        errors = {name: interval(found.errors, found.gaps) for name, found in shares.get(one.method, {}).items()}
         rows[one.method] = errors | measure(one, drawn[0], shown, each, clip, judge, truth)
 
     command = shlex.join(["python", "-m", "minidistill.evaluate", *(sys.argv[1:] if argv is None else argv)])
-    results = [
-        dict(method=one.method, unet_calls=one.unet_calls, seconds=one.seconds)
-        | {name: found._asdict() for name, found in rows[one.method].items()}
-        for one in drawn
-    ]
-    write_json(args.out / "results.json", dict(command=command, prompts=len(prompts), each=each, rows=results))
-    text = markdown(drawn, rows)
-    with written_whole(args.out / "table.md") as beside:
-        beside.write_text(f"{text}\n\n`{command}`\n", encoding="utf-8")
-    with written_whole(args.out / "pictures.png") as beside:
-        first = [Drawn(one.method, one.images[::each], one.unet_calls, one.seconds) for one in drawn]
-        comparison_grid(first, prompts).save(beside, "png")
+    write_results(args.out, drawn, rows, prompts, each, command)
     if shares:
+        curves = {label: found["noise error share"] for label, found in shares.items()}
         with written_whole(args.out / "error_by_step.png") as beside:
-            plot_shares({label: s["noise error share"] for label, s in shares.items()}, sd, args.steps, beside)
-    print(f"\n{text}\n\nPictures, plot and JSON: {args.out}")
+            plot_shares(curves, sd.schedule.timesteps(args.steps), beside)
+    print(f"\n{markdown(drawn, rows)}\n\nPictures, plot and JSON: {args.out}")
 
 
 def read_students(runs: Sequence[Path]) -> dict[str, LoRAFile]:
@@ -242,6 +232,19 @@ def frechet_interval(features: Tensor, references: Tensor, each: int, resamples:
     return Interval(value, value + low - middle, value + high - middle)
 
 
+def write_results(
+    out: Path, drawn: Sequence[Drawn], rows: Mapping[str, Row], prompts: Sequence[str], each: int, command: str
+) -> None:
+    """results.json, table.md, and pictures.png: a row a method, the first picture of some of the prompts."""
+    cost = {one.method: dict(method=one.method, unet_calls=one.unet_calls, seconds=one.seconds) for one in drawn}
+    found = [cost[method] | {name: x._asdict() for name, x in row.items()} for method, row in rows.items()]
+    write_json(out / "results.json", dict(command=command, prompts=len(prompts), each=each, rows=found))
+    with written_whole(out / "table.md") as beside:
+        beside.write_text(f"{markdown(drawn, rows)}\n\n`{command}`\n", encoding="utf-8")
+    with written_whole(out / "pictures.png") as beside:
+        comparison_grid([replace(one, images=one.images[::each]) for one in drawn], prompts).save(beside, "png")
+
+
 FORMATS = {"noise error share": "{:.3f}", "on noised latents": "{:.3f}", "PSNR": "{:.1f} dB", "SSIM": "{:.3f}"}
 FORMATS |= {"CLIP score": "{:.1f}", "CLIP similarity": "{:.1f}"}
 FORMATS |= {"Fréchet to teacher": "{:.4f}", "Fréchet to rendered": "{:.4f}"}  # any other measure is a percentage
@@ -261,9 +264,8 @@ def markdown(drawn: Sequence[Drawn], rows: Mapping[str, Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plot_shares(shares: Mapping[str, ErrorShare], sd: StableDiffusion, steps: int, path: Path) -> None:
+def plot_shares(shares: Mapping[str, ErrorShare], timesteps: Sequence[int], path: Path) -> None:
     """The noise error share at each time step, one line a student; the guidance gap behind, in grey."""
-    timesteps = sd.schedule.timesteps(steps)
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
     for label, found in shares.items():
         axes.plot(timesteps, found.per_step, label=f"{label} ({found.pooled:.2f} pooled)")
