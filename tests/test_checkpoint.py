@@ -202,6 +202,7 @@ def test_an_index_names_no_file_elsewhere(name: str, folder: Path) -> None:
         ("text_encoder", dict(hidden_act="unheard of")),
         ("text_encoder", dict(hidden_size="wide")),
         ("text_encoder", dict(model_type="t5")),
+        ("text_encoder", dict(layer_norm_eps=float("nan"))),
     ],
     ids=str,
 )
@@ -210,6 +211,20 @@ def test_impossible_configurations(file: str, changes: dict, folder: Path) -> No
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(CheckpointError, match=file):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(attn_implementation="someone/kernel@main"), dict(return_dict=False), dict(output_hidden_states="yes")],
+    ids=str,
+)
+def test_what_a_text_encoder_does_not_have(changes: dict, folder: Path, sd: StableDiffusion) -> None:
+    """Transformers obeys some of it: fetches and runs that kernel, returns a tuple."""
+    config = folder / "text_encoder/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    found = load(folder)
+    assert found.text_encoder.config._attn_implementation == "sdpa"
+    assert torch.equal(found.encode_prompt(["an apple"]), sd.encode_prompt(["an apple"]))
 
 
 @pytest.mark.parametrize(
