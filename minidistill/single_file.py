@@ -24,6 +24,7 @@ from minidistill.tensor_files import read_tensors
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 EMA = "model_ema."
+MODELSPEC = {"eps": "epsilon", "v": "v"}  # what the UNet predicts, as a header's modelspec.prediction_type says it
 Tensors = Mapping[str, StoredTensor]
 
 
@@ -118,7 +119,7 @@ def read_single_file(path: Path, prediction: str | None = None, ema: bool = Fals
     """
     tensors, metadata = read_tensors(path)
     version = recognise(tensors, path)
-    stated = {"v": "v", "epsilon": "eps"}.get(metadata.get("modelspec.prediction_type"))
+    stated = {"epsilon": "eps", "v": "v", "v_prediction": "v"}.get(metadata.get("modelspec.prediction_type"))
     if version.prediction == "v" and not (prediction or stated):
         warnings.warn(
             f"{path} does not say what it predicts: taken for v, as SD 2.0 and 2.1 at 768 pixels do. "
