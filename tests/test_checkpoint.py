@@ -227,6 +227,13 @@ def test_what_a_text_encoder_does_not_have(changes: dict, folder: Path, sd: Stab
     assert torch.equal(found.encode_prompt(["an apple"]), sd.encode_prompt(["an apple"]))
 
 
+@pytest.mark.parametrize("length", [-5, "x", 30_000_000])
+def test_a_prompt_is_as_long_as_the_encoder_reads(length: object, folder: Path) -> None:
+    config = folder / "tokenizer/tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": length}))
+    assert load(folder).encode_prompt(["an apple"]).shape == (1, 16, 32)
+
+
 @pytest.mark.parametrize(
     "changes, kind", [(dict(in_channels=9), "inpainting"), ({"addition_embed_type": "text_time"}, "SDXL")]
 )
