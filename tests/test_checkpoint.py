@@ -117,6 +117,52 @@ def test_a_cut_and_an_uncut_openclip(tmp_path: Path) -> None:
     assert equal(written_again(sd), tensors)
 
 
+def test_23_blocks_are_a_cut_openclip(tmp_path: Path) -> None:
+    """As SD 2.x is published in folders; some of the files that are made of them keep the projection."""
+    tensors, text = tiny_tensors(version=2), "cond_stage_model.model."
+    first = text + "transformer.resblocks.0."
+    others = {
+        n.replace("blocks.0", f"blocks.{i}"): t + i
+        for n, t in tensors.items()
+        if n.startswith(first)
+        for i in range(23)
+    }
+    extra = others | {text + "text_projection": torch.zeros(64, 64)}
+    sd = load(write(tmp_path / "cut.safetensors", tensors | extra), prediction="eps")
+    assert sd.text_encoder.config.num_hidden_layers == 23
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_else_comes_with_a_model(version: int, tmp_path: Path) -> None:
+    """CLIP's other half, a mask, and a stray tensor of a LoRA."""
+    tensors, text = tiny_tensors(version), f"cond_stage_model.{('transformer', 'model')[version - 1]}."
+    extra = {
+        1: ["vision_model.encoder.layers.5.x", "visual_projection.weight"],
+        2: ["attn_mask", "visual.transformer.resblocks.5.x"],
+    }[version]
+    extra = {text + name: torch.zeros(1) for name in extra} | {"lora_te_x.alpha": torch.zeros(1)}
+    sd = load(write(tmp_path / "model.safetensors", tensors | extra), prediction="eps")
+    assert equal(written_again(sd), tensors)
+
+
+def test_neither_version(tmp_path: Path) -> None:
+    one, two = (
+        [{n: t for n, t in tiny_tensors(v).items() if n.startswith("cond_stage") == text} for text in (False, True)]
+        for v in (1, 2)
+    )
+    for mixed in (one[0] | two[1], two[0] | one[1], one[0] | one[1] | two[1]):
+        with pytest.raises(CheckpointError, match="model.safetensors is neither"):
+            load(write(tmp_path / "model.safetensors", mixed), prediction="eps")
+
+
+def test_fused_rows_that_do_not_divide(tmp_path: Path) -> None:
+    tensors = tiny_tensors(version=2)
+    name = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
+    tensors[name] = torch.cat([tensors[name], torch.zeros(2, 64)])
+    with pytest.raises(CheckpointError, match="194 rows"):
+        load(write(tmp_path / "model.safetensors", tensors), prediction="eps")
+
+
 @pytest.mark.parametrize("version, padding", [(1, 1235), (2, 0)])
 def test_padding_is_the_versions(version: int, padding: int, tmp_path: Path) -> None:
     file = write(tmp_path / "model.safetensors", tiny_tensors(version))
@@ -253,6 +299,7 @@ def test_other_folders_are_named(changes: dict, kind: str, folder: Path) -> None
         ({"conditioner.embedders.0.transformer.x": torch.zeros(1)}, "SDXL"),
         ({UNET + "input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, "inpainting"),
         ({UNET + "label_emb.0.0.weight": torch.zeros(1)}, "unCLIP"),
+        ({"conditioner.embedders.0.model.x": torch.zeros(1)}, "SD 2.x in a newer layout"),
         ({"control_model.time_embed.0.weight": torch.zeros(1)}, "ControlNet"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
