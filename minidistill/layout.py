@@ -103,16 +103,18 @@ MOST = {"layers": 16, "depth": 32, "mid_depth": 32}  # of these, a large number 
 LEAST = {"depth": 0, "steps_offset": 0}
 
 
+def plausible(value: object, like: object, least: int = 1, most: int = 2**16) -> bool:
+    """Whether a value is of the kind that ``like`` is, whole numbers (of a tuple each) from ``least`` to ``most``."""
+    if isinstance(like, tuple):
+        several = isinstance(value, tuple) and 0 < len(value) <= 8
+        return several and all(plausible(v, like[0], least, most) for v in value)
+    if isinstance(like, float):
+        return type(value) in (int, float) and math.isfinite(value) and value > 0
+    return type(value) is type(like) and (type(like) is not int or least <= value <= most)
+
+
 def checked(config: Config, file: Path) -> Config:
     """The configuration, if its values are of the right kind and of a size that a network can have."""
-
-    def plausible(value: object, like: object, least: int, most: int) -> bool:
-        if isinstance(like, tuple):
-            several = isinstance(value, tuple) and 0 < len(value) <= 8
-            return several and all(plausible(v, like[0], least, most) for v in value)
-        if isinstance(like, float):
-            return type(value) in (int, float) and math.isfinite(value) and value > 0
-        return type(value) is type(like) and (type(like) is not int or least <= value <= most)
 
     for field in fields(config):
         value = getattr(config, field.name)

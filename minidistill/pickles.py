@@ -40,8 +40,8 @@ STORAGE_DTYPES = {
 class Global:
     """A class or function that the program names. It is never looked up."""
 
-    module: Any
-    name: Any
+    module: str
+    name: str
 
 
 class StandIn:
@@ -143,6 +143,8 @@ def read_legacy(opened: BinaryIO, limit: int, machine: "Machine") -> tuple[Any, 
         raise ValueError("a pickle, but not one of PyTorch")
     places, start = {}, programs.tell()
     for key in keys:
+        if type(key) is not str:
+            raise ValueError("a storage's name is no text")
         size = machine.storages[key].numel * machine.storages[key].dtype.itemsize
         places[key] = start + 8, size
         start += 8 + size
@@ -164,7 +166,8 @@ CALLS = {"NEWOBJ": 2, "NEWOBJ_EX": 3}  # how much each takes off the stack
 class Machine:
     """Runs programs one after another; ``storages`` are those they mentioned.
 
-    Sets become lists, so that nothing but dict keys is ever hashed, and those are plain.
+    Sets become lists, so that nothing but dict keys is ever hashed, and those are plain: text, numbers and what is
+    made of text. A deep tuple would exhaust the interpreter's own stack.
     """
 
     def __init__(self, steps: int):
@@ -232,6 +235,8 @@ class Machine:
             stack.append(Global(*arg.split(" ", 1)))
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
+            if type(module) is not str or type(attribute) is not str:
+                raise ValueError("a function's name is no text")
             stack.append(Global(module, attribute))
         elif name == "REDUCE":
             arguments, function = stack.pop(), stack.pop()

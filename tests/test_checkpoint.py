@@ -117,6 +117,52 @@ def test_a_cut_and_an_uncut_openclip(tmp_path: Path) -> None:
     assert equal(written_again(sd), tensors)
 
 
+def test_23_blocks_are_a_cut_openclip(tmp_path: Path) -> None:
+    """As SD 2.x is published in folders; some of the files that are made of them keep the projection."""
+    tensors, text = tiny_tensors(version=2), "cond_stage_model.model."
+    first = text + "transformer.resblocks.0."
+    others = {
+        n.replace("blocks.0", f"blocks.{i}"): t + i
+        for n, t in tensors.items()
+        if n.startswith(first)
+        for i in range(23)
+    }
+    extra = others | {text + "text_projection": torch.zeros(64, 64)}
+    sd = load(write(tmp_path / "cut.safetensors", tensors | extra), prediction="eps")
+    assert sd.text_encoder.config.num_hidden_layers == 23
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_else_comes_with_a_model(version: int, tmp_path: Path) -> None:
+    """CLIP's other half, a mask, and a stray tensor of a LoRA."""
+    tensors, text = tiny_tensors(version), f"cond_stage_model.{('transformer', 'model')[version - 1]}."
+    extra = {
+        1: ["vision_model.encoder.layers.5.x", "visual_projection.weight"],
+        2: ["attn_mask", "visual.transformer.resblocks.5.x"],
+    }[version]
+    extra = {text + name: torch.zeros(1) for name in extra} | {"lora_te_x.alpha": torch.zeros(1)}
+    sd = load(write(tmp_path / "model.safetensors", tensors | extra), prediction="eps")
+    assert equal(written_again(sd), tensors)
+
+
+def test_neither_version(tmp_path: Path) -> None:
+    one, two = (
+        [{n: t for n, t in tiny_tensors(v).items() if n.startswith("cond_stage") == text} for text in (False, True)]
+        for v in (1, 2)
+    )
+    for mixed in (one[0] | two[1], two[0] | one[1], one[0] | one[1] | two[1]):
+        with pytest.raises(CheckpointError, match="model.safetensors is neither"):
+            load(write(tmp_path / "model.safetensors", mixed), prediction="eps")
+
+
+def test_fused_rows_that_do_not_divide(tmp_path: Path) -> None:
+    tensors = tiny_tensors(version=2)
+    name = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
+    tensors[name] = torch.cat([tensors[name], torch.zeros(2, 64)])
+    with pytest.raises(CheckpointError, match="194 rows"):
+        load(write(tmp_path / "model.safetensors", tensors), prediction="eps")
+
+
 @pytest.mark.parametrize("version, padding", [(1, 1235), (2, 0)])
 def test_padding_is_the_versions(version: int, padding: int, tmp_path: Path) -> None:
     file = write(tmp_path / "model.safetensors", tiny_tensors(version))
@@ -202,6 +248,7 @@ def test_an_index_names_no_file_elsewhere(name: str, folder: Path) -> None:
         ("text_encoder", dict(hidden_act="unheard of")),
         ("text_encoder", dict(hidden_size="wide")),
         ("text_encoder", dict(model_type="t5")),
+        ("text_encoder", dict(layer_norm_eps=float("nan"))),
     ],
     ids=str,
 )
@@ -210,6 +257,27 @@ def test_impossible_configurations(file: str, changes: dict, folder: Path) -> No
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(CheckpointError, match=file):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(attn_implementation="someone/kernel@main"), dict(return_dict=False), dict(output_hidden_states="yes")],
+    ids=str,
+)
+def test_what_a_text_encoder_does_not_have(changes: dict, folder: Path, sd: StableDiffusion) -> None:
+    """Transformers obeys some of it: fetches and runs that kernel, returns a tuple."""
+    config = folder / "text_encoder/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    found = load(folder)
+    assert found.text_encoder.config._attn_implementation == "sdpa"
+    assert torch.equal(found.encode_prompt(["an apple"]), sd.encode_prompt(["an apple"]))
+
+
+@pytest.mark.parametrize("length", [-5, "x", 30_000_000])
+def test_a_prompt_is_as_long_as_the_encoder_reads(length: object, folder: Path) -> None:
+    config = folder / "tokenizer/tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": length}))
+    assert load(folder).encode_prompt(["an apple"]).shape == (1, 16, 32)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +299,7 @@ def test_other_folders_are_named(changes: dict, kind: str, folder: Path) -> None
         ({"conditioner.embedders.0.transformer.x": torch.zeros(1)}, "SDXL"),
         ({UNET + "input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, "inpainting"),
         ({UNET + "label_emb.0.0.weight": torch.zeros(1)}, "unCLIP"),
+        ({"conditioner.embedders.0.model.x": torch.zeros(1)}, "SD 2.x in a newer layout"),
         ({"control_model.time_embed.0.weight": torch.zeros(1)}, "ControlNet"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

@@ -142,6 +142,16 @@ def test_the_rest_of_the_folder_is_copied(run: Path, tiny_model: Path):
     assert metadata(run / "out" / UNET).items() >= METADATA.items()
 
 
+def test_the_index_names_only_what_is_there(run: Path, tiny_model: Path):
+    """Of a hub's model the safety checker is not fetched, and diffusers opens no folder without a part it names."""
+    named = {name: ["diffusers", "Something"] for name in ("unet", "vae", "safety_checker", "feature_extractor")}
+    shutil.copytree(tiny_model, run / "model")
+    write_json(run / "model/model_index.json", named | {"requires_safety_checker": True})
+    export.main([str(run), "--to", "checkpoint", "--model", str(run / "model")])
+    absent = {name: [None, None] for name in ("safety_checker", "feature_extractor")}
+    assert read_json(run / "lora-checkpoint/model_index.json") == named | absent | {"requires_safety_checker": False}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_dtype_is_kept(dtype: torch.dtype, run: Path):
     model = write_tiny(run / "model")
@@ -212,6 +222,19 @@ def test_a_single_file_of_a_folder(student_of_it: Path, ordinary: Path, tmp_path
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert load_file(tmp_path / "file.safetensors")["model.diffusion_model.out.2.weight"].dtype == torch.float16
     assert metadata(tmp_path / "file.safetensors").items() >= METADATA.items()
+
+
+@pytest.mark.parametrize("published, ours", [("epsilon", "eps"), ("v_prediction", "v")])
+def test_a_single_file_says_what_it_predicts(
+    published: str, ours: str, student_of_it: Path, ordinary: Path, tmp_path: Path
+):
+    """A folder's scheduler does; of a file it would be guessed, from the version."""
+    model, out = shutil.copytree(ordinary, tmp_path / "model"), tmp_path / "x.safetensors"
+    config = model / "scheduler/scheduler_config.json"
+    write_json(config, read_json(config) | {"prediction_type": published})
+    export.main([str(student_of_it), "--to", "checkpoint", "--model", str(model), "--out", str(out)])
+    assert load(model).schedule.prediction == load(out).schedule.prediction == ours
+    assert metadata(out)["modelspec.prediction_type"] == {"eps": "epsilon", "v": "v"}[ours]
 
 
 def test_a_single_file_of_a_single_file(student_of_it: Path, ordinary: Path, tmp_path: Path):
