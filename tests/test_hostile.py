@@ -180,6 +180,17 @@ def test_a_compressed_archive(tmp_path: Path) -> None:
         load(tmp_path / "model.ckpt")
 
 
+def test_what_no_checkpoint_of_ours_holds(tmp_path: Path) -> None:
+    file = tmp_path / "model.ckpt"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("notes/readme.txt", "not a model")
+    with pytest.raises(CheckpointError, match="not one of PyTorch"):
+        load(file)
+    torch.save({"a": torch.zeros(10).to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(CheckpointError, match="UntypedStorage is not read"):
+        load(file)
+
+
 # Damage
 
 
@@ -278,6 +289,20 @@ def test_truncated_anywhere(name: str, healthy: dict[str, Path], tmp_path: Path)
     contents = healthy[name].read_bytes()
     for size in [*range(0, 300, 7), *range(300, len(contents), len(contents) // 60), len(contents) - 1]:
         (tmp_path / name).write_bytes(contents[:size])
+        with pytest.raises(CheckpointError, match=name):
+            load(tmp_path / name)
+
+
+def test_moved_storages(healthy: dict[str, Path], tmp_path: Path) -> None:
+    """Values that are not where the file's own numbers say: none loads as something else."""
+    contents = healthy["legacy.ckpt"].read_bytes()
+    (tmp_path / "legacy.ckpt").write_bytes(contents[: len(contents) // 3] + bytes(64) + contents[len(contents) // 3 :])
+    contents = bytearray(healthy["zip.ckpt"].read_bytes())
+    with zipfile.ZipFile(healthy["zip.ckpt"]) as archive:
+        entry = archive.infolist()[9]
+    contents[entry.header_offset + 28] ^= 64  # the length of the padding
+    (tmp_path / "zip.ckpt").write_bytes(contents)
+    for name in ("legacy.ckpt", "zip.ckpt"):
         with pytest.raises(CheckpointError, match=name):
             load(tmp_path / name)
 
