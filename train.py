@@ -7,6 +7,7 @@ Teacher and student are one network: the student is what it becomes with the LoR
 """
 
 import sys
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,12 +16,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minidistill import CheckpointError, data, inject_lora, load, save_lora
-from minidistill.distill import learning_rate, student, teacher
+from minidistill.distill import FullStudent, learning_rate, student, teacher
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.files import written_whole
-from minidistill.lora import lora_parameters
 from minidistill.lora_files import merge_file
 from minidistill.lora_formats import read_lora
+from minidistill.merged import replaced_by, write_checkpoint
 from minidistill.report import write_report
 from minidistill.run import checkpoint_files, resume, save_checkpoint, stop_signals
 from minidistill.schedule import add_noise
@@ -53,15 +54,21 @@ class Settings(ModelSettings):
     trajectories: int = setting(480, "how many pictures the teacher draws to learn from", "teacher", type=count)
     method: str = setting(
         "trajectories",
-        "learn from the teacher's stored trajectories, or from its pictures noised afresh, teacher in the loop",
+        "a LoRA learns from the teacher's trajectories, or from its pictures noised afresh, teacher in the loop; "
+        "or a full copy of the UNet learns from the trajectories",
         "student",
-        choices=("trajectories", "noised"),
+        choices=("trajectories", "noised", "full"),
     )
     rank: int = setting(16, "rank of the LoRA", "student", type=count)
     alpha: float = setting(None, "the LoRA is scaled by alpha / rank (default: the rank)", "student", type=positive)
     steps: int = setting(400, "updates of the LoRA", "student", type=count)
     batch: int = setting(16, "examples an update; pictures drawn at once", "student", type=count)
-    lr: float = setting(None, "peak learning rate (default: 0.128 / the UNet's first width)", "student", type=positive)
+    lr: float = setting(
+        None,
+        "peak learning rate (default: 0.128 / the UNet's first width; of a full copy 0.02)",
+        "student",
+        type=positive,
+    )
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time", "student")
     seed: int = setting(0, "of everything random", "run")
     save_every: int = setting(100, "updates from a checkpoint and its pictures to the next", "run", type=count)
@@ -73,7 +80,8 @@ def main() -> None:
     args = parse(Settings, __doc__)
     name = args.model.resolve().name
     out = args.out or Path("runs") / name
-    if (checkpoint_files(out) or (out / "lora.safetensors").exists()) and not args.resume:
+    results = [out / "lora.safetensors", out / "student", out / "student.safetensors"]
+    if any(path.exists() for path in [*checkpoint_files(out), *results]) and not args.resume:
         raise ValueError(f"{out} holds a run already: add --resume to go on with it, or name another --out.")
     if args.guidance == 1:
         raise ValueError("--guidance 1 is no guidance, which takes one pass as it is: there is nothing to distil.")
@@ -88,21 +96,26 @@ def main() -> None:
     captions, held_out = data.prompt_split(args.model, args.prompts)
     shown = data.spread(held_out, SHOWN)
     torch.manual_seed(args.seed)
-    sd.unet = unet = inject_lora(sd.unet, args.rank, args.alpha)
-    unet.base.checkpoint_blocks = args.recompute
-    trainable = lora_parameters(unet)
+    if full := args.method == "full":  # plain distillation: two networks, for comparison
+        unet = FullStudent(sd.unet, deepcopy(sd.unet).float().requires_grad_())
+        unet.student.checkpoint_blocks = args.recompute
+    else:
+        unet = inject_lora(sd.unet, args.rank, args.alpha)
+        unet.base.checkpoint_blocks = args.recompute
+    sd.unet = unet
+    trainable = [p for p in unet.parameters() if p.requires_grad]
     frozen = sum(p.numel() for p in unet.parameters() if not p.requires_grad)
     sd.schedule.timesteps(args.sample_steps)  # a number of steps that DDIM cannot take is refused before any work
     uncond = sd.encode_prompt([args.negative_prompt])  # [1, L, D]
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{name}: {frozen:,} frozen parameters, and {sum(p.numel() for p in trainable):,} of the LoRA to train.")
+    print(f"{name}: {frozen:,} frozen parameters, and {sum(p.numel() for p in trainable):,} to train.")
 
     # Adam's steps are of one size whatever the width; what they add up to over a layer's inputs is not.
-    peak = args.lr or 0.128 / sd.unet_config.widths[0]
+    peak = args.lr or (0.02 if full else 0.128) / sd.unet_config.widths[0]
     optimizer = torch.optim.AdamW(trainable, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     apart = ("out", "resume", "no_report", "save_every", "device", "recompute")  # what changes nothing of the result
     fixed = {flag: str(value) for flag, value in asdict(args).items() if flag not in apart}
-    losses = resume(out, unet, optimizer, fixed)  # none, in a new run
+    losses = resume(out, trainable, optimizer, fixed)  # none, in a new run
 
     # The teacher draws its own pictures; the student learns from them, and from the way to them.
     states = data.generate(
@@ -116,28 +129,30 @@ def main() -> None:
         seed=args.seed,
         batch=args.batch,
         stride=args.stride,
-        keep_states=args.method == "trajectories",
+        keep_states=args.method != "noised",
     )
     drawn = states.prompts(torch.arange(len(states))).split(64)
     embeddings = torch.cat([sd.encode_prompt([captions[i] for i in some]) for some in drawn])  # [trajectories, L, D]
 
-    examples = len(states.examples) if args.method == "trajectories" else len(states)
+    examples = len(states) if args.method == "noised" else len(states.examples)
     order = data.batches(examples, args.batch, args.seed, start=len(losses))
     progress = tqdm(initial=len(losses), total=args.steps, desc="distilling", unit="step")
     with stop_signals() as stop:
         for step in range(len(losses), args.steps):
             chosen = next(order)
-            if args.method == "trajectories":  # every state comes with the prediction the teacher made there
-                trajectory, taken = states.examples[chosen].T
-                z_t, eps_hat, t = (x.to(sd.device) for x in states.states(trajectory, taken))
-                cond = embeddings[trajectory]
-            else:  # noise the teacher's picture, and ask the teacher: two calls of the frozen UNet
+            if (
+                args.method == "noised"
+            ):  # noise the teacher's picture, and ask the teacher: two calls of the frozen UNet
                 dice = torch.Generator().manual_seed(args.seed + step)
                 t = torch.randint(sd.schedule.train_steps, chosen.shape, generator=dice)
                 z_0 = states.ends(chosen)
                 z_t = add_noise(sd.schedule, z_0, torch.randn(z_0.shape, generator=dice), t).to(sd.device)
                 t, cond = t.to(sd.device), embeddings[chosen]
                 eps_hat = teacher(unet, z_t, t, cond, uncond.expand_as(cond), args.guidance)
+            else:  # every state comes with the prediction the teacher made there
+                trajectory, taken = states.examples[chosen].T
+                z_t, eps_hat, t = (x.to(sd.device) for x in states.states(trajectory, taken))
+                cond = embeddings[trajectory]
             eps = student(unet, z_t, t, cond)  # one call of the same UNet
 
             # Unweighted over t: on trajectories this is the very noise error that is asked of the student.
@@ -158,7 +173,7 @@ def main() -> None:
             progress.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.5f}", refresh=False)
             progress.update()
             if stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                save_checkpoint(out, unet, optimizer, losses, fixed)
+                save_checkpoint(out, trainable, optimizer, losses, fixed)
                 if not args.no_report and not stop:
                     row = draw(sd, "student", shown, steps=args.sample_steps, guidance=args.guidance, batch=args.batch)
                     with written_whole(out / f"pictures/step-{step + 1:06d}.png") as beside:
@@ -170,8 +185,14 @@ def main() -> None:
 
     metadata = dict(base=name, guidance=f"{args.guidance:g}", negative_prompt=args.negative_prompt, method=args.method)
     metadata |= dict(prediction=sd.schedule.prediction) | ({"teacher_lora": style} if style else {})
-    save_lora(unet, out / "lora.safetensors", metadata)
-    print(f"Wrote {out / 'lora.safetensors'}")
+    if full:
+        result = out / ("student.safetensors" if args.model.is_file() else "student")
+        change = replaced_by(unet.student)
+        write_checkpoint(args.model, change, result, metadata, variant=args.variant, ema=args.ema)
+    else:
+        result = out / "lora.safetensors"
+        save_lora(unet, result, metadata)
+    print(f"Wrote {result}")
     if not args.no_report:
         options = dict(guidance=args.guidance, negative_prompt=args.negative_prompt)
         options |= dict(steps=args.sample_steps, batch=args.batch)

@@ -7,19 +7,36 @@ import math
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidistill.guidance import guided_noise
 from minidistill.lora import LoRAModel
 
 
+class FullStudent(nn.Module):
+    """Plain distillation: beside the frozen teacher ``base`` a second UNet learns, in all its weights.
+
+    Called as a :class:`~minidistill.lora.LoRAModel` is: the flag says which of the two.
+    """
+
+    def __init__(self, base: nn.Module, student: nn.Module):
+        super().__init__()
+        self.base, self.student = base, student
+
+    def forward(self, z_t: Tensor, t: Tensor, context: Tensor, lora_enabled: bool = False) -> Tensor:
+        unet = self.student if lora_enabled else self.base
+        return unet(z_t, t, context.to(next(unet.parameters()).dtype))
+
+
 @torch.no_grad()
-def teacher(unet: LoRAModel, z_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
+def teacher(
+    unet: LoRAModel | FullStudent, z_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, guidance: float
+) -> Tensor:
     """eps_hat = eps_u + s (eps_c - eps_u), by two calls with the LoRA switched off. [B, 4, h, w] -> [B, 4, h, w]."""
     return guided_noise(partial(unet, lora_enabled=False), z_t, t, cond, uncond, guidance)
 
 
-def student(unet: LoRAModel, z_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+def student(unet: LoRAModel | FullStudent, z_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
     """One call with the LoRA switched on. [B, 4, h, w] -> [B, 4, h, w]."""
     return unet(z_t, t, cond, lora_enabled=True)
 

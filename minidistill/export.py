@@ -16,7 +16,7 @@ from torch import Tensor
 from minidistill.files import CheckpointError
 from minidistill.lora_files import student_and_styles
 from minidistill.lora_formats import LoRAFile, kohya_tensors, peft_tensors, read_lora
-from minidistill.merged import write_checkpoint
+from minidistill.merged import with_loras, write_checkpoint
 from minidistill.settings import ScaledFile, parse, setting
 from minidistill.tensor_files import write_tensors
 
@@ -55,9 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.to == "checkpoint":
         student, styles = student_and_styles(files)
         metadata = plain_metadata(student) if student else {}
-        write_checkpoint(
-            args.model, [*styles, *([student] if student else [])], out, metadata, variant=args.variant, ema=args.ema
-        )
+        change = with_loras([*styles, *([student] if student else [])])
+        write_checkpoint(args.model, change, out, metadata, variant=args.variant, ema=args.ema)
     elif len(files) > 1:
         raise ValueError(f"--to {args.to} is of one LoRA: give them one by one, or --to checkpoint to merge them.")
     elif args.to == "peft":

@@ -1,10 +1,10 @@
-"""A checkpoint with LoRAs merged into its UNet, W <- W + (alpha / rank) lora_up lora_down: a model like any other."""
+"""A checkpoint with another UNet in it, such as W + (alpha / rank) lora_up lora_down: a model like any other."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidistill.files import folder_written_whole
 from minidistill.folder import STEMS, read_model_folder, read_weights
@@ -16,54 +16,63 @@ from minidistill.single_file import EMA, MODELSPEC, read_single_file, to_single_
 from minidistill.stored import StoredTensor
 from minidistill.tensor_files import read_tensors, write_tensors
 
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # of the UNet's tensors, by their names in a folder
+
 
 def write_checkpoint(
     source: Path,
-    files: list[LoRAFile],
+    change: Change,
     out: Path,
     metadata: Mapping[str, str],
     *,
     variant: str | None = None,
     ema: bool = False,
 ) -> None:
-    """Merge ``files`` into the model ``source`` and write it as ``out``, a folder or a single .safetensors.
+    """Write the model ``source`` with a changed UNet as ``out``, a folder or a single .safetensors.
 
-    Every tensor keeps its dtype; ``metadata`` goes into the header of the merged weights. ``variant`` and ``ema`` say
-    which weights, as in ``load``. Raises CheckpointError for a source that is damaged or another model than the LoRAs
-    are for; ValueError for an ``out`` that cannot be written.
+    ``change`` is :func:`with_loras` or :func:`replaced_by`; ``metadata`` goes into the header of the UNet's weights.
+    ``variant`` and ``ema`` say which weights, as in ``load``. Raises CheckpointError for a source that is damaged or
+    another model than the LoRAs are for; ValueError for an ``out`` that cannot be written.
     """
     source = find_model(source, variant, ema)
     to_file = out.suffix == ".safetensors"
     if source.is_file() and not to_file:
         raise ValueError(f"{source} is a single file, without the tokenizer of a folder: --out FILE.safetensors.")
     if source.is_file():
-        write_file_of_file(source, files, out, metadata, ema)
+        write_file_of_file(source, change, out, metadata, ema)
     elif to_file:
-        write_file_of_folder(source, files, out, metadata, variant)
+        write_file_of_folder(source, change, out, metadata, variant)
     else:
-        write_folder(source, files, out, metadata, variant)
+        write_folder(source, change, out, metadata, variant)
 
 
-def merged(stored: Mapping[str, StoredTensor], files: list[LoRAFile]) -> dict[str, Tensor]:
-    """The UNet's tensors, in the dtypes they are stored in, with the LoRAs added one after another."""
-    tensors = loaded(stored)
-    for file in files:
-        check_fit(file, tensors)
-        for name, pair in file.layers.items():
-            tensors[f"{name}.weight"] = pair.added_to(tensors[f"{name}.weight"])
-    return tensors
+def with_loras(files: Sequence[LoRAFile]) -> Change:
+    """Every LoRA added to W, one after another, in the dtypes that W is stored in."""
+
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for file in files:
+            check_fit(file, tensors)
+            for name, pair in file.layers.items():
+                tensors[f"{name}.weight"] = pair.added_to(tensors[f"{name}.weight"])
+        return tensors
+
+    return change
+
+
+def replaced_by(unet: nn.Module) -> Change:
+    """The weights of ``unet`` instead, in the dtypes of those they replace."""
+    weights = unet.state_dict()
+    return lambda tensors: {name: weights[name].to("cpu", tensor.dtype) for name, tensor in tensors.items()}
 
 
 def loaded(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     return {name: tensor.load(tensor.dtype) for name, tensor in stored.items()}
 
 
-def write_folder(
-    source: Path, files: list[LoRAFile], out: Path, metadata: Mapping[str, str], variant: str | None
-) -> None:
+def write_folder(source: Path, change: Change, out: Path, metadata: Mapping[str, str], variant: str | None) -> None:
     """A folder of a folder: all but the UNet's weights is copied as it is."""
     stored, weights = read_weights(source / "unet", STEMS["unet"], variant)
-    tensors = merged(stored, files)
+    tensors = change(loaded(stored))
     index = read_json(source / "model_index.json") if (source / "model_index.json").exists() else MODEL_INDEX
     with folder_written_whole(out) as beside:
         # Only the parts of the pipeline: beside them people keep other weights, which would not be merged.
@@ -87,21 +96,21 @@ def without_absent_parts(index: dict, folder: Path) -> dict:
     return index | ({"requires_safety_checker": False} if lacks("safety_checker") else {})
 
 
-def write_file_of_file(source: Path, files: list[LoRAFile], out: Path, metadata: Mapping[str, str], ema: bool) -> None:
+def write_file_of_file(source: Path, change: Change, out: Path, metadata: Mapping[str, str], ema: bool) -> None:
     """A single file of a single file: all but the UNet's weights is in it as it was; of those, the one merged copy."""
     unet = read_single_file(source, ema=ema).unet
     stored, header = read_tensors(source)
     tensors = loaded({name: tensor for name, tensor in stored.items() if not name.startswith(EMA)})
-    tensors |= {unet.called(name): tensor for name, tensor in merged(unet.tensors, files).items()}
+    tensors |= {unet.called(name): tensor for name, tensor in change(loaded(unet.tensors)).items()}
     write_tensors(out, tensors, {**header, **metadata})
 
 
 def write_file_of_folder(
-    source: Path, files: list[LoRAFile], out: Path, metadata: Mapping[str, str], variant: str | None
+    source: Path, change: Change, out: Path, metadata: Mapping[str, str], variant: str | None
 ) -> None:
     """A single file of a folder: UNet, VAE and text encoder under the names of such files."""
     found = read_model_folder(source, variant=variant)
-    unet, vae, text = merged(found.unet.tensors, files), loaded(found.vae.tensors), loaded(found.text.tensors)
+    unet, vae, text = change(loaded(found.unet.tensors)), loaded(found.vae.tensors), loaded(found.text.tensors)
     tensors = to_single_file(unet, found.unet_config, vae, found.vae_config, text, found.text_config)
     predicts = {"modelspec.prediction_type": MODELSPEC[found.schedule.prediction]}  # which no tensor shows
     write_tensors(out, tensors, {**metadata, **predicts})

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 
 from minidistill.evaluate import ClipScore, Drawn, comparison_grid, draw, noise_error_share, psnr
 from minidistill.files import written_whole
-from minidistill.lora import lora_parameters, merge_lora, unmerge_lora
+from minidistill.lora import merge_lora, unmerge_lora
 from minidistill.pipeline import StableDiffusion
 
 
@@ -36,9 +36,11 @@ def write_report(
 
     shares = dict(zip(("teacher", "no guidance", "student"), (0.0, 1.0, share)))
     table = markdown_table(sd, rows, shares, prompts)
-    weights = sum(p.numel() * p.element_size() for p in sd.unet.parameters())
-    lora = sum(p.numel() * p.element_size() for p in lora_parameters(sd.unet))
-    memory = f"One set of weights: W {(weights - lora) / 1e6:.1f} MB, and the LoRA {lora / 1e6:.1f} MB beside it."
+    frozen, trained = (
+        sum(p.numel() * p.element_size() for p in sd.unet.parameters() if p.requires_grad == learns) / 1e6
+        for learns in (False, True)
+    )
+    memory = f"Weights: W {frozen:.1f} MB, and {trained:.1f} MB beside it that learned."
 
     with written_whole(out / "teacher_vs_student.png") as beside:
         comparison_grid(rows, prompts).save(beside, "png")

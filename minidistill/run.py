@@ -5,7 +5,7 @@ import json
 import pickle
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from minidistill.files import written_whole
-from minidistill.lora import lora_parameters
 
 KEPT = 2  # checkpoints; the older one is for when the newer turns out damaged
 
@@ -36,11 +35,15 @@ def checkpoint_files(out: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    out: Path, unet: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float], settings: dict[str, str]
+    out: Path,
+    trained: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    losses: list[float],
+    settings: dict[str, str],
 ) -> None:
     """Save after ``len(losses)`` updates, and the losses so far as ``metrics.jsonl``."""
     state = {
-        "lora": [p.detach() for p in lora_parameters(unet)],
+        "trained": [p.detach() for p in trained],
         "optimizer": optimizer.state_dict(),
         "losses": losses,
         "settings": settings,
@@ -56,8 +59,10 @@ def save_checkpoint(
         beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def resume(out: Path, unet: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, str]) -> list[float]:
-    """Go on from the newest whole checkpoint: fills LoRA and optimizer, returns the losses so far, one an update.
+def resume(
+    out: Path, trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, settings: dict[str, str]
+) -> list[float]:
+    """Go on from the newest whole checkpoint: fills parameters and optimizer, returns the losses so far, one an update.
 
     Where there is none, nothing is filled and there are no losses. Raises ValueError that names the flags which differ
     from those the checkpoint was made with.
@@ -75,7 +80,7 @@ def resume(out: Path, unet: nn.Module, optimizer: torch.optim.Optimizer, setting
         if flags:
             raise ValueError(f"{file} was made with {', '.join(flags)}: give the same, or another --out.")
         with torch.no_grad():
-            for p, saved in zip(lora_parameters(unet), state["lora"], strict=True):
+            for p, saved in zip(trained, state["trained"], strict=True):
                 p.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
         return state["losses"]

@@ -17,6 +17,7 @@ from minidistill import StableDiffusion, inject_lora, load, load_lora, save_lora
 from minidistill.evaluate import ClipScore, comparison_grid, draw, interval, noise_error_share, psnr
 from minidistill.evaluate.__main__ import main
 from minidistill.evaluate.metrics import frechet_distance, ssim
+from minidistill.merged import replaced_by, write_checkpoint
 from minidistill.tensor_files import write_tensors
 
 PROMPTS = ["a red apple", "a green pear", "a rocket on a purple background"]
@@ -252,6 +253,16 @@ def test_what_is_drawn_is_kept(run: Path, evaluate: Callable[..., Path], monkeyp
     results.append((evaluate(run) / "results.json").read_text())
     before, after = (json.loads(text)["rows"] for text in results[1:])
     assert before[:2] == after[:2] and before[2]["PSNR"] != after[2]["PSNR"]
+
+
+def test_a_full_student_is_measured_too(
+    sd: StableDiffusion, tiny_model: Path, evaluate: Callable[..., Path], tmp_path: Path
+):
+    """One that has learned nothing: all of the guidance is missing, whatever its pictures."""
+    write_checkpoint(tiny_model, replaced_by(sd.unet), tmp_path / "a run/student", LEARNED | dict(method="full"))
+    rows = json.loads((evaluate(tmp_path / "a run") / "results.json").read_text())["rows"]
+    assert rows[2]["noise error share"]["value"] == pytest.approx(1, rel=1e-5)
+    assert rows[2]["PSNR"] == rows[1]["PSNR"]
 
 
 def test_students_of_several_teachers_are_refused(run: Path, evaluate: Callable[..., Path]):

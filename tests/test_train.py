@@ -24,6 +24,7 @@ from minidistill import data, inject_lora, load, load_lora, save_lora
 from minidistill.lora import lora_parameters
 from minidistill.lora_files import merge_file
 from minidistill.lora_formats import read_lora
+from minidistill.tensor_files import read_tensors
 
 UPDATES = 6
 Flags = Callable[..., list[str]]
@@ -112,6 +113,22 @@ def test_no_report(command, flags: Flags, tmp_path: Path):
     result = command("train.py", *flags(tmp_path / "run"), "--no-report")
     assert result.code == 0
     assert not list((tmp_path / "run").rglob("*.png")) and not list((tmp_path / "run").rglob("*.md"))
+
+
+def test_plain_distillation_leaves_a_model_of_its_own(command, flags: Flags, tiny_model: Path, tmp_path: Path):
+    """Every weight has learned, nothing of the teacher has changed, and one pass of the result is the student."""
+    out = tmp_path / "run"
+    result = command("train.py", *flags(out, method="full"))
+    assert result.code == 0, result.err
+    assert not (out / "lora.safetensors").exists() and "student" in (out / "report.md").read_text()
+    teacher, student = load(tiny_model), load(out / "student")
+    pairs = zip(teacher.unet.parameters(), student.unet.parameters(), strict=True)
+    assert all(not torch.equal(before, after) for before, after in pairs)
+    assert all(torch.equal(a, b) for a, b in zip(teacher.vae.parameters(), student.vae.parameters(), strict=True))
+    header = read_tensors(out / "student/unet/diffusion_pytorch_model.safetensors")[1]
+    assert (header["method"], header["guidance"]) == ("full", "2.5")
+    again = command("train.py", *flags(out, method="full"))
+    assert "holds a run already" in again.complaint
 
 
 def test_learning_lowers_the_loss(command, flags: Flags, tmp_path: Path):

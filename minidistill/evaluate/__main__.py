@@ -14,9 +14,11 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import matplotlib
 
@@ -26,10 +28,12 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from minidistill.checkpoint import read_checkpoint
 from minidistill.data import fingerprint, prompt_split
+from minidistill.distill import FullStudent
 from minidistill.evaluate.drawing import Drawn, comparison_grid, draw
 from minidistill.evaluate.metrics import (
     ClipScore,
@@ -47,10 +51,12 @@ from minidistill.files import CheckpointError, written_whole
 from minidistill.layout import write_json
 from minidistill.lora import merge_lora
 from minidistill.lora_files import inject_file
-from minidistill.lora_formats import LoRAFile, read_lora
+from minidistill.lora_formats import read_lora
 from minidistill.pipeline import StableDiffusion, load
 from minidistill.prompts import read_prompts
 from minidistill.settings import ModelSettings, count, parse, setting, share
+from minidistill.tensor_files import read_tensors
+from minidistill.unet import UNet
 
 Row = dict[str, Interval]  # what was measured of one method
 
@@ -77,8 +83,8 @@ class Settings(ModelSettings):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Settings, __doc__, argv)
-    files = read_students(args.runs)
-    guidance, negative_prompt = one_teacher(files, args.guidance)
+    students = read_students(args.runs)
+    guidance, negative_prompt = one_teacher(students, args.guidance)
     prompts = prompt_split(args.model)[1] if args.prompts == "held-out" else read_prompts(args.prompts)
     each = -(-args.pictures // len(prompts))
     shown = [prompt for prompt in prompts for _ in range(each)]
@@ -99,28 +105,28 @@ def main(argv: list[str] | None = None) -> None:
         images = [Image.fromarray(picture) for picture in found["pictures"].permute(0, 2, 3, 1).numpy()]
         return Drawn(label, images, found["unet_calls"].item(), found["seconds"].item())
 
-    def error_share(sd: StableDiffusion, label: str, lora: str, noised: bool) -> ErrorShare:
+    def error_share(sd: StableDiffusion, label: str, learned: str, noised: bool) -> ErrorShare:
         def make() -> dict[str, Tensor]:
             found = noise_error_share(sd, prompts, noised=noised, progress=True, **options)
             return dict(errors=found.errors, gaps=found.gaps)
 
         where = f"{label} error on {'noised latents' if noised else 'trajectories'}.safetensors"
-        return ErrorShare(**kept(args.out / "kept" / where, dict(stamp, lora=lora), make))
+        return ErrorShare(**kept(args.out / "kept" / where, dict(stamp, learned=learned), make))
 
     drawn = [pictures(sd, "teacher", "teacher"), pictures(sd, "no guidance", "no guidance")]
     for part in args.selective or []:
         drawn.append(pictures(sd, "teacher", f"guided but for the last {part:.0%}", selective=part))
     shares: dict[str, dict[str, ErrorShare]] = {}
-    for label, file in files.items():
+    for label, student in students.items():
         sd = load(args.model, **args.load_options())
-        sd.unet = inject_file(sd.unet, file)
-        lora = digest(file.path.read_bytes())
+        sd.unet = student.beside(sd.unet).to(sd.device)
+        learned = digest(student.file.read_bytes())
         shares[label] = {
-            "noise error share": error_share(sd, label, lora, noised=False),
-            "on noised latents": error_share(sd, label, lora, noised=True),
+            "noise error share": error_share(sd, label, learned, noised=False),
+            "on noised latents": error_share(sd, label, learned, noised=True),
         }
         merge_lora(sd.unet)
-        drawn.append(pictures(sd, "student", label, lora=lora))
+        drawn.append(pictures(sd, "student", label, learned=learned))
 
     clip = read_clip(sd, args.clip)
     truth = judge.rendered(shown, drawn[0].images[0].width) if judge and clip else None
@@ -139,27 +145,45 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{markdown(drawn, rows)}\n\nPictures, plot and JSON: {args.out}")
 
 
-def read_students(runs: Sequence[Path]) -> dict[str, LoRAFile]:
-    """The LoRA of each run or file, by a name for the table."""
-    files = {}
-    for path in runs:
-        file = read_lora(path / "lora.safetensors" if path.is_dir() else path)
-        if not file.is_student:
-            raise ValueError(f"{file.path} does not say which guidance it has learned: it is no student.")
+class Student(NamedTuple):
+    """What is compared with the teacher: a LoRA, or a UNet of its own."""
+
+    file: Path
+    metadata: dict[str, str]
+    beside: Callable[[UNet], nn.Module]  # the teacher's UNet -> that with the student, called with the flag
+
+
+def read_student(path: Path) -> Student:
+    """Of a run's folder its LoRA, or the checkpoint that ``--method full`` left there; or a LoRA file."""
+    for found in (path / "student", path / "student.safetensors"):
+        if found.exists():
+            weights = next((found / "unet").glob("*.safetensors")) if found.is_dir() else found
+            beside = partial(FullStudent, student=read_checkpoint(found).unet)
+            return Student(weights, read_tensors(weights)[1], beside)
+    file = read_lora(path / "lora.safetensors" if path.is_dir() else path)
+    if not file.is_student:
+        raise ValueError(f"{file.path} does not say which guidance it has learned: it is no student.")
+    return Student(file.path, file.metadata, partial(inject_file, file=file))
+
+
+def read_students(paths: Sequence[Path]) -> dict[str, Student]:
+    """Each by a name for the table."""
+    students = {}
+    for path in paths:
         label = path.name if path.is_dir() else path.stem
-        if label in files or label in ("teacher", "no guidance"):
+        if label in students or label in ("teacher", "no guidance"):
             raise ValueError(f'{path} would be called "{label}" in the table, as another method is: rename it.')
-        files[label] = file
-    return files
+        students[label] = read_student(path)
+    return students
 
 
-def one_teacher(files: Mapping[str, LoRAFile], guidance: float | None) -> tuple[float, str]:
+def one_teacher(students: Mapping[str, Student], guidance: float | None) -> tuple[float, str]:
     """The guidance scale and negative prompt that all students learned from. Raises ValueError if they differ."""
-    found = {(float(f.metadata["guidance"]), f.metadata.get("negative_prompt", "")) for f in files.values()}
-    if guidance is not None and not files:
+    found = {(float(s.metadata["guidance"]), s.metadata.get("negative_prompt", "")) for s in students.values()}
+    if guidance is not None and not students:
         found = {(guidance, "")}
     if len(found) > 1 or any(guidance not in (None, scale) for scale, _ in found):
-        learned = "; ".join(f"{label}: {f.metadata['guidance']}" for label, f in files.items())
+        learned = "; ".join(f"{label}: {s.metadata['guidance']}" for label, s in students.items())
         raise ValueError(f"There is one teacher to compare with, and these learned from several ({learned}).")
     return next(iter(found), (2.5, ""))
 
