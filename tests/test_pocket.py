@@ -1,19 +1,13 @@
-"""The embedded model as it ships, its size, captions, tokenizer and CLIP; and how its UNet learns."""
+"""The embedded model as it ships: its size, its captions, its tokenizer, its CLIP."""
 
 import json
 from pathlib import Path
 
 import torch
-from tiny import error, randn, tiny_unet
-from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from minidistill import load
-from minidistill.config import ScheduleConfig
 from minidistill.pocket.compositions import COLOURS, all_compositions
-from minidistill.pocket.denoiser import min_snr_weight, paired_loss, train_unet
-from minidistill.schedule import Schedule, add_noise
-from minidistill.unet import UNet
 
 FOLDER = Path(__file__).parents[1] / "weights/pocket-emoji"
 
@@ -57,36 +51,3 @@ def test_the_text_encoder_is_the_clips() -> None:
     with torch.no_grad():
         want, got = clip.text_model(ids).last_hidden_state, encoder(ids).last_hidden_state
     assert torch.equal(want, got)
-
-
-@torch.no_grad()
-def gap(unet: UNet, z_0: Tensor, cond: Tensor, empty: Tensor) -> float:
-    """The mean squared difference that captions make where there is little noise."""
-    z_t, t = z_0 + 0.1 * randn(*z_0.shape, seed=5), torch.full((len(z_0),), 20)
-    return (unet(z_t, t, cond) - unet(z_t, t, empty.expand_as(cond))).square().mean().item()
-
-
-def test_a_paired_round_teaches_the_unconditional_half(tmp_path: Path) -> None:
-    latents, contexts, empty = randn(8, 4, 8, 8), randn(8, 5, 32, seed=1), randn(5, 32, seed=2)
-    data = latents, torch.arange(8), contexts, empty
-    gaps = [gap(tiny_unet(), latents, contexts, empty)]
-    for paired in (False, True):
-        unet = train_unet(tiny_unet(), *data, tmp_path / f"{paired}.pt", 80, 1e-2, seed=0, paired=paired, batch=16)
-        gaps.append(gap(unet, latents, contexts, empty))
-    before, unpaired, with_pairs = gaps
-    assert with_pairs < 0.5 * before and with_pairs < 0.5 * unpaired
-
-
-def test_the_conditional_half_does_not_learn_from_the_other() -> None:
-    """A loss in which only what the captions lead to can be wrong: no gradient asks them for less."""
-    unet, z_0, cond, empty = tiny_unet(), randn(4, 4, 8, 8), randn(4, 5, 32, seed=1), randn(5, 32, seed=2)
-    schedule = Schedule.from_config(ScheduleConfig())
-    cond.requires_grad_()
-    torch.manual_seed(0)
-    paired_loss(unet, schedule, z_0, cond, empty).backward()
-    found, cond.grad = cond.grad, None
-    torch.manual_seed(0)
-    t, noise = torch.randint(1000, (4,)), torch.randn_like(z_0)
-    eps = unet(add_noise(schedule, z_0, noise, t), t, cond)
-    (min_snr_weight(schedule, t) * (eps - noise).square()).mean().backward()
-    assert error(found, cond.grad) < 1e-4

@@ -83,9 +83,8 @@ def main() -> None:
         data = encode_all(vae, trained), index[~held_out], contexts[:-1], contexts[-1]
         torch.manual_seed(0)
         unet = UNet(POCKET_UNET)
-        for number, (steps, lr, paired) in enumerate(ROUNDS, start=1):
-            state = args.work / f"unet-state-{number}.pt"
-            unet = train_unet(unet, *data, state, steps, lr, seed=number, paired=paired)
+        for number, (steps, lr) in enumerate(ROUNDS, start=1):
+            unet = train_unet(unet, *data, args.work / f"unet-state-{number}.pt", steps, lr, seed=number)
         write_part(args.out / "unet", published_unet(POCKET_UNET), unet.state_dict())
     write_json(args.out / "model_index.json", MODEL_INDEX)
 
