@@ -89,7 +89,7 @@ def without_absent_parts(index: dict, folder: Path) -> dict:
 
 def write_file_of_file(source: Path, files: list[LoRAFile], out: Path, metadata: Mapping[str, str], ema: bool) -> None:
     """A single file of a single file: all but the UNet's weights is in it as it was; of those, the one merged copy."""
-    unet = read_single_file(source, ema=ema).unet
+    unet = read_single_file(source, prediction="eps", ema=ema).unet  # its tensors: either prediction has the same
     stored, header = read_tensors(source)
     tensors = loaded({name: tensor for name, tensor in stored.items() if not name.startswith(EMA)})
     tensors |= {unet.called(name): tensor for name, tensor in merged(unet.tensors, files).items()}
