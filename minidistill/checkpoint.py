@@ -18,8 +18,6 @@ from minidistill.text import fill_positions
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 
-MOST_LISTED = 20  # tensors that do not fit; of another model it may be thousands
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -93,7 +91,7 @@ def build(
         called: what the file calls a tensor, given our name.
 
     Raises:
-        CheckpointError: lists missing, unexpected and misshapen tensors, twenty at most.
+        CheckpointError: lists every missing, unexpected and misshapen tensor.
     """
     try:
         with torch.device("meta"):
@@ -120,9 +118,8 @@ def check(
         elif not dtype.is_floating_point:
             problems.append(f"of the wrong kind: {called(name)} holds {str(dtype).removeprefix('torch.')}")
     if problems:
-        left = [f"... and {len(problems) - MOST_LISTED} more"] if len(problems) > MOST_LISTED else []
         raise CheckpointError(
             f"{file} does not fit its configuration ({len(problems)} tensors):\n  "
-            + "\n  ".join(problems[:MOST_LISTED] + left)
+            + "\n  ".join(problems)
             + "\nIt is damaged, or a model of another kind; fetch it again, or use one of SD 1.x or 2.x."
         )

@@ -27,14 +27,12 @@ JSON_LIMIT = 2**20  # bytes; parsed, they may take thirty times as much, and tho
 
 
 def read_json(file: Path) -> dict:
+    if file.exists() and file.stat().st_size > JSON_LIMIT:
+        raise CheckpointError(f"{file} is far too long for what it should say: fetch it again.")
     try:
-        if file.stat().st_size > JSON_LIMIT:
-            raise CheckpointError(f"{file} is far too long for what it should say: fetch it again.")
         contents = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing: fetch the whole model folder.") from None
-    except CheckpointError:
-        raise
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not readable JSON ({error}): fetch it again.") from error
     if not isinstance(contents, dict):

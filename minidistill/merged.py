@@ -72,8 +72,8 @@ def write_folder(
                 shutil.copytree(part, beside / part.name)
         (beside / "unet").mkdir()
         shutil.copy(source / "unet/config.json", beside / "unet/config.json")
-        name = weights.name if weights.suffix == ".safetensors" else f"{STEMS['unet']}.safetensors"
-        write_tensors(beside / "unet" / name, tensors, metadata)
+        infix = ".fp16" if ".fp16." in weights.name else f".{variant}" if variant else ""  # others' files have it too
+        write_tensors(beside / "unet" / f"{STEMS['unet']}{infix}.safetensors", tensors, metadata)
         write_json(beside / "model_index.json", without_absent_parts(index, beside))
 
 
