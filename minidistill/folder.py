@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from minidistill.config import ScheduleConfig, UNetConfig, VAEConfig
 from minidistill.files import CheckpointError, blamed
-from minidistill.layout import read_json, read_schedule_config, read_unet_config, read_vae_config
+from minidistill.layout import plausible, read_json, read_schedule_config, read_unet_config, read_vae_config
 from minidistill.stored import StoredTensor
 from minidistill.tensor_files import read_tensors
 
@@ -41,6 +41,12 @@ def read_model_folder(folder: Path, prediction: str | None = None, variant: str 
 
     ``prediction`` and ``variant`` are those of :func:`minidistill.checkpoint.read_checkpoint`. Raises CheckpointError.
     """
+    index = folder / "model_index.json"
+    named = read_json(index) if index.exists() else {"unet": None}
+    if "unet" not in named:
+        raise CheckpointError(
+            f"{folder} is a {named.get('_class_name')}, without a UNet: SD 1.x and 2.x are read here."
+        )
     missing = [part for part in (*STEMS, "scheduler") if not (folder / part).is_dir()]
     if missing:
         raise CheckpointError(
@@ -97,15 +103,32 @@ def read_shards(index: Path) -> dict[str, StoredTensor]:
         return {tensor: shards[name][tensor] for tensor, name in places.items()}
 
 
+# What there is to say of a CLIP text encoder, and how large it may be. (Transformers would take anything else that a
+# file says too, up to the name of code to fetch and run.)
+TEXT_SIZES = {
+    "vocab_size": 2**16,
+    "hidden_size": 2**16,
+    "intermediate_size": 2**16,
+    "projection_dim": 2**16,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 2**16,
+    "max_position_embeddings": 2**16,
+}
+TEXT_OTHERS = ("hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
 def read_text_config(file: Path) -> CLIPTextConfig:
     found = read_json(file)
     with blamed(file):
-        config = CLIPTextConfig.from_dict(found)
-        sizes = (config.vocab_size, config.hidden_size, config.intermediate_size, config.max_position_embeddings)
-        # Beyond these it is no CLIP, and would be modules without end.
-        if config.model_type != "clip_text_model" or not 1 <= config.num_hidden_layers <= 64 or min(sizes) < 1:
+        if found.get("model_type", "clip_text_model") != "clip_text_model":
             raise CheckpointError(f"{file} does not describe the CLIP text encoder of SD 1.x or 2.x.")
-        return config
+        known = {name: found[name] for name in (*TEXT_SIZES, *TEXT_OTHERS) if found.get(name) is not None}
+        usual = CLIPTextConfig()
+        for name, value in known.items():
+            least = 1 if name in TEXT_SIZES else 0
+            if not plausible(value, getattr(usual, name), least, TEXT_SIZES.get(name, 2**16)):
+                raise CheckpointError(f"{file} is damaged: {value!r} cannot be its {name}. Fetch it again.")
+        return CLIPTextConfig(**known, attn_implementation="sdpa")
 
 
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

@@ -12,7 +12,7 @@ from minidistill.hub import find_model
 from minidistill.layout import MODEL_INDEX, read_json, write_json
 from minidistill.lora_files import check_fit
 from minidistill.lora_formats import LoRAFile
-from minidistill.single_file import EMA, read_single_file, to_single_file
+from minidistill.single_file import EMA, MODELSPEC, read_single_file, to_single_file
 from minidistill.stored import StoredTensor
 from minidistill.tensor_files import read_tensors, write_tensors
 
@@ -72,14 +72,24 @@ def write_folder(
                 shutil.copytree(part, beside / part.name)
         (beside / "unet").mkdir()
         shutil.copy(source / "unet/config.json", beside / "unet/config.json")
-        name = weights.name if weights.suffix == ".safetensors" else f"{STEMS['unet']}.safetensors"
-        write_tensors(beside / "unet" / name, tensors, metadata)
-        write_json(beside / "model_index.json", index)
+        infix = ".fp16" if ".fp16." in weights.name else f".{variant}" if variant else ""  # others' files have it too
+        write_tensors(beside / "unet" / f"{STEMS['unet']}{infix}.safetensors", tensors, metadata)
+        write_json(beside / "model_index.json", without_absent_parts(index, beside))
+
+
+def without_absent_parts(index: dict, folder: Path) -> dict:
+    """A pipeline's index less the parts that ``folder`` lacks: of a hub's model, only what is needed was fetched."""
+
+    def lacks(name: str) -> bool:
+        return isinstance(index.get(name), list) and not (folder / name).is_dir()
+
+    index = {name: [None, None] if lacks(name) else entry for name, entry in index.items()}
+    return index | ({"requires_safety_checker": False} if lacks("safety_checker") else {})
 
 
 def write_file_of_file(source: Path, files: list[LoRAFile], out: Path, metadata: Mapping[str, str], ema: bool) -> None:
     """A single file of a single file: all but the UNet's weights is in it as it was; of those, the one merged copy."""
-    unet = read_single_file(source, ema=ema).unet
+    unet = read_single_file(source, prediction="eps", ema=ema).unet  # its tensors: either prediction has the same
     stored, header = read_tensors(source)
     tensors = loaded({name: tensor for name, tensor in stored.items() if not name.startswith(EMA)})
     tensors |= {unet.called(name): tensor for name, tensor in merged(unet.tensors, files).items()}
@@ -93,4 +103,5 @@ def write_file_of_folder(
     found = read_model_folder(source, variant=variant)
     unet, vae, text = merged(found.unet.tensors, files), loaded(found.vae.tensors), loaded(found.text.tensors)
     tensors = to_single_file(unet, found.unet_config, vae, found.vae_config, text, found.text_config)
-    write_tensors(out, tensors, metadata)
+    predicts = {"modelspec.prediction_type": MODELSPEC[found.schedule.prediction]}  # which no tensor shows
+    write_tensors(out, tensors, {**metadata, **predicts})

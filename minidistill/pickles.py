@@ -40,8 +40,8 @@ STORAGE_DTYPES = {
 class Global:
     """A class or function that the program names. It is never looked up."""
 
-    module: Any
-    name: Any
+    module: str
+    name: str
 
 
 class StandIn:
@@ -75,7 +75,7 @@ def read_pickle(file: MappedFile) -> dict[str, StoredTensor]:
         zipped = opened.read(2) == b"PK"
         opened.seek(0)
         read = read_zip if zipped else read_legacy
-        root, places = read(opened, min(file.size, PROGRAM_LIMIT), Machine(STEP_LIMIT + file.size // 64))
+        root, places = read(opened, min(file.size, PROGRAM_LIMIT), Machine(STEP_LIMIT + file.size // 128))
     if isinstance(root, dict) and isinstance(root.get("state_dict"), dict):
         root = root["state_dict"]
     items = root.items() if isinstance(root, dict) else ()
@@ -106,17 +106,25 @@ def read_zip(opened: BinaryIO, limit: int, machine: "Machine") -> tuple[Any, dic
     """What the program builds, and (first byte, size) of each storage, in the format of PyTorch 1.6 and later."""
     if directory_size(opened) > limit // 16 + 2**20:  # zipfile makes objects of it, ten times as large
         raise ValueError("it lists far too many parts")
-    entries = {entry.filename: entry for entry in zipfile.ZipFile(opened).infolist()}
-    program = next(name for name in entries if name.endswith("/data.pkl"))
+    archive = zipfile.ZipFile(opened)
+    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    program = next((entry.filename for entry in entries if entry.filename.endswith("/data.pkl")), None)
+    if program is None:
+        raise ValueError("a zip archive, but not one of PyTorch")
     folder = program.removesuffix("data.pkl") + "data/"
     places = {}
-    for name, entry in entries.items():
+    for entry, stop in zip(entries, [*(entry.header_offset for entry in entries[1:]), archive.start_dir]):
+        name = entry.filename
         if entry.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{name} is compressed, which PyTorch never does")
         # The local header, of 30 bytes, ends with the lengths of a name and of padding that follow it.
-        opened.seek(entry.header_offset + 26)
-        lengths = opened.read(4)
-        start = entry.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+        opened.seek(entry.header_offset)
+        header = opened.read(30)
+        length, padding = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:], "little")
+        start = entry.header_offset + 30 + length + padding
+        held = opened.read(length).decode("utf-8" if entry.flag_bits & 0x800 else "cp437")
+        if header[:4] != b"PK\3\4" or held != entry.orig_filename or start + entry.file_size > stop:
+            raise ValueError(f"{name[:100]} is not where its list of parts says")
         places[name.removeprefix(folder)] = start, entry.file_size
     start, size = places[program]
     opened.seek(start)
@@ -143,7 +151,13 @@ def read_legacy(opened: BinaryIO, limit: int, machine: "Machine") -> tuple[Any, 
         raise ValueError("a pickle, but not one of PyTorch")
     places, start = {}, programs.tell()
     for key in keys:
-        size = machine.storages[key].numel * machine.storages[key].dtype.itemsize
+        if type(key) is not str:
+            raise ValueError("a storage's name is no text")
+        storage = machine.storages[key]
+        opened.seek(start)
+        if int.from_bytes(opened.read(8), "little") != storage.numel:
+            raise ValueError("its storages do not follow one another")
+        size = storage.numel * storage.dtype.itemsize
         places[key] = start + 8, size
         start += 8 + size
     return root, places
@@ -164,7 +178,8 @@ CALLS = {"NEWOBJ": 2, "NEWOBJ_EX": 3}  # how much each takes off the stack
 class Machine:
     """Runs programs one after another; ``storages`` are those they mentioned.
 
-    Sets become lists, so that nothing but dict keys is ever hashed, and those are plain.
+    Sets become lists, so that nothing but dict keys is ever hashed, and those are plain: text, numbers and what is
+    made of text. A deep tuple would exhaust the interpreter's own stack.
     """
 
     def __init__(self, steps: int):
@@ -232,6 +247,8 @@ class Machine:
             stack.append(Global(*arg.split(" ", 1)))
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
+            if type(module) is not str or type(attribute) is not str:
+                raise ValueError("a function's name is no text")
             stack.append(Global(module, attribute))
         elif name == "REDUCE":
             arguments, function = stack.pop(), stack.pop()
@@ -255,6 +272,8 @@ class Machine:
         view = description[5:6]  # in the older format, of another storage; long out of use
         if type(key) is not str or not is_shape((numel,)) or view not in ((), (None,)):
             raise ValueError("a storage is not described as PyTorch does")
+        if kind.name not in STORAGE_DTYPES:
+            raise ValueError(f"{kind.name[:50]} is not read: of number formats only {', '.join(STORAGE_DTYPES)}")
         storage = self.storages[key] = Storage(key, STORAGE_DTYPES[kind.name], numel)
         return storage
 

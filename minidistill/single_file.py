@@ -24,6 +24,7 @@ from minidistill.tensor_files import read_tensors
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 EMA = "model_ema."
+MODELSPEC = {"eps": "epsilon", "v": "v"}  # what the UNet predicts, as a header's modelspec.prediction_type says it
 Tensors = Mapping[str, StoredTensor]
 
 
@@ -35,6 +36,7 @@ class Version:
     text: str  # how the text encoder's names begin
     text_names: Callable[[int], Table]
     activation: str
+    linear_projection: bool  # of the UNet's attention, where the others have 1x1 convolutions
     head_width: int | None  # of the UNet; None: 8 heads everywhere
     prediction: str  # unless somebody says otherwise
     pad_token: str
@@ -46,6 +48,7 @@ VERSIONS = (
         text="cond_stage_model.transformer.",
         text_names=clip_names,
         activation="quick_gelu",
+        linear_projection=False,
         head_width=None,
         prediction="eps",
         pad_token="<|endoftext|>",
@@ -55,6 +58,7 @@ VERSIONS = (
         text="cond_stage_model.model.",
         text_names=openclip_names,
         activation="gelu",
+        linear_projection=True,
         head_width=64,
         prediction="v",
         pad_token="!",
@@ -64,12 +68,16 @@ TEXT_HEAD_WIDTH = 64
 
 # What else comes as one file, by a part of a name in it.
 OTHERS = {
-    "conditioner.embedders.": "SDXL",
+    "conditioner.embedders.0.transformer.": "SDXL",
+    "conditioner.embedders.1.": "SDXL",
+    "conditioner.embedders.": "the SDXL refiner, or SD 2.x in a newer layout",
     "joint_blocks.": "Stable Diffusion 3",
     "double_blocks.": "Flux",
     "control_model.": "a ControlNet",
     "depth_model.": "a depth-to-image model",
     "label_emb.": "an unCLIP or upscaling model",
+}
+PIECES = {  # of files without a UNet in the names above
     "lora_": "a LoRA, which goes on top of a model",
     "down_blocks.": "one network out of a folder: name the whole folder",
 }
@@ -79,6 +87,8 @@ INPUTS = {9: "an inpainting model", 8: "InstructPix2Pix", 7: "an upscaling model
 NOT_NEEDED = re.compile(
     r"cond_stage_model\..*position_ids"
     r"|cond_stage_model\.((model|transformer)\.)?(text_projection|logit_scale)(\.weight)?"
+    r"|cond_stage_model\.model\.(attn_mask|visual\..*)"
+    r"|cond_stage_model\.transformer\.(vision_model|visual_projection)\..*"
     r"|first_stage_model\.(loss|model_ema)\..*"
 )
 
@@ -118,7 +128,7 @@ def read_single_file(path: Path, prediction: str | None = None, ema: bool = Fals
     """
     tensors, metadata = read_tensors(path)
     version = recognise(tensors, path)
-    stated = {"v": "v", "epsilon": "eps"}.get(metadata.get("modelspec.prediction_type"))
+    stated = {"epsilon": "eps", "v": "v", "v_prediction": "v"}.get(metadata.get("modelspec.prediction_type"))
     if version.prediction == "v" and not (prediction or stated):
         warnings.warn(
             f"{path} does not say what it predicts: taken for v, as SD 2.0 and 2.1 at 768 pixels do. "
@@ -145,15 +155,22 @@ def recognise(tensors: Tensors, path: Path) -> Version:
     """Raises CheckpointError for what is neither 1.x nor 2.x."""
     first = tensors.get(f"{UNET}input_blocks.0.0.weight")
     inputs = INPUTS.get(first.shape[1]) if first and len(first.shape) == 4 else None
-    other = next((kind for marker, kind in OTHERS.items() if any(marker in name for name in tensors)), inputs)
+    markers = OTHERS if any(name.startswith(UNET) for name in tensors) else OTHERS | PIECES
+    other = next((kind for marker, kind in markers.items() if any(marker in name for name in tensors)), inputs)
     if other:
         raise CheckpointError(f"{path} is {other}; what is read here is Stable Diffusion 1.x and 2.x, text to image.")
-    for version in VERSIONS:
-        if any(name.startswith(version.text) for name in tensors):
-            return version
-    raise CheckpointError(
-        f"{path} is not a whole Stable Diffusion 1.x or 2.x (UNet, VAE and text encoder): name one that is."
-    )
+    found = [version for version in VERSIONS if any(name.startswith(version.text) for name in tensors)]
+    if not found:
+        raise CheckpointError(
+            f"{path} is not a whole Stable Diffusion 1.x or 2.x (UNet, VAE and text encoder): name one that is."
+        )
+    version, projection = found[0], tensors.get(f"{UNET}middle_block.1.proj_in.weight")
+    if len(found) > 1 or (projection and (len(projection.shape) == 2) != version.linear_projection):
+        raise CheckpointError(
+            f"{path} is neither Stable Diffusion 1.x nor 2.x but has parts of both (text encoder of "
+            f"{' and '.join(version.name for version in found)}; the UNet's projections): fetch another file."
+        )
+    return version
 
 
 def part(tensors: Tensors, prefix: str, names: Table) -> Part:
@@ -177,13 +194,14 @@ def averaged(tensors: Tensors, path: Path) -> dict[str, StoredTensor]:
 
 def read_text(tensors: Tensors, version: Version) -> Part:
     """The text encoder: OpenCLIP's without the last block, and its queries, keys and values apart."""
-    numbered = (re.match(rf"{version.text}.*?(?:layers|resblocks)\.(\d+)\.", name) for name in tensors)
+    needed = (name for name in tensors if not NOT_NEEDED.fullmatch(name))
+    numbered = (re.match(rf"{version.text}.*?(?:layers|resblocks)\.(\d+)\.", name) for name in needed)
     blocks = len({match[1] for match in numbered if match})
     text = part(tensors, version.text, version.text_names(blocks))
     if version.text_names is not openclip_names:
         return text
-    if blocks == 24 or f"{version.text}text_projection" in tensors:
-        # A whole OpenCLIP, not one cut already: SD 2.x takes what goes into the last block.
+    if blocks == 24 or (blocks != 23 and f"{version.text}text_projection" in tensors):
+        # A whole OpenCLIP, not one cut already, to 23: SD 2.x takes what goes into the last block.
         own = {name: t for name, t in text.tensors.items() if not name.startswith(f"encoder.layers.{blocks - 1}.")}
         text = replace(text, tensors=own)
     for name in [name for name in text.tensors if FUSED[-1] in name]:  # where the table's inverse puts all three
@@ -265,9 +283,13 @@ def to_single_file(
     SD 2.x comes out with the text encoder cut as SD uses it. Raises ValueError for a model that could not be read
     again, because it differs from SD 1.x and 2.x in what no shape tells.
     """
-    version = next((version for version in VERSIONS if version.activation == text_config.hidden_act), None)
+    kind = text_config.hidden_act, unet_config.linear_projection
+    version = next((v for v in VERSIONS if (v.activation, v.linear_projection) == kind), None)
     if version is None:
-        raise ValueError(f"No single file's text encoder has the activation {text_config.hidden_act}: write a folder.")
+        raise ValueError(
+            f"No single file's text encoder has the activation {kind[0]} beside "
+            f"{'linear' if kind[1] else 'convolutional'} projections in the UNet. Write a folder."
+        )
     names = unet_names(unet_config)
     tensors = {UNET + translate(name, names): tensor for name, tensor in unet.items()}
     names = vae_names(vae_config)

@@ -52,8 +52,10 @@ class StoredTensor:
         )
 
     def part(self, i: int, parts: int) -> "StoredTensor":
-        """The ``i``-th of ``parts`` equal blocks of rows."""
-        rows = self.shape[0] // parts
+        """The ``i``-th of ``parts`` equal blocks of rows. Raises ValueError where they are not equal."""
+        rows, left = divmod(self.shape[0], parts)
+        if left:
+            raise ValueError(f"{self.shape[0]} rows are no {parts} equal blocks")
         start = self.start + i * rows * self.stride[0] * self.dtype.itemsize
         return replace(self, start=start, shape=(rows, *self.shape[1:]))
 

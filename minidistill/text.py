@@ -21,7 +21,7 @@ def read_tokenizer(folder: Path, context: int, pad_token: str | None = None) -> 
     """Raises CheckpointError for a folder without a tokenizer.
 
     Args:
-        context: the tokens that the text encoder reads at most, which vocab.json and merges.txt alone do not say.
+        context: the tokens that the text encoder reads, whatever length the folder states, if any.
         pad_token: in place of the folder's own.
     """
     # transformers 5 writes everything into one tokenizer.json.
@@ -29,7 +29,7 @@ def read_tokenizer(folder: Path, context: int, pad_token: str | None = None) -> 
         raise CheckpointError(f"{folder} holds no tokenizer (vocab.json, merges.txt): fetch it, or name another.")
     with blamed(folder):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, context)
+    tokenizer.model_max_length = context
     if pad_token:
         tokenizer.pad_token = pad_token
     return tokenizer

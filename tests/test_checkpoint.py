@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minidistill import CheckpointError, StableDiffusion, load
 from minidistill.checkpoint import read_checkpoint
+from minidistill.layout import read_schedule_config
 from minidistill.single_file import UNET, to_single_file
 from minidistill.tensor_files import read_tensors
 
@@ -117,6 +118,52 @@ def test_a_cut_and_an_uncut_openclip(tmp_path: Path) -> None:
     assert equal(written_again(sd), tensors)
 
 
+def test_23_blocks_are_a_cut_openclip(tmp_path: Path) -> None:
+    """As SD 2.x is published in folders; some of the files that are made of them keep the projection."""
+    tensors, text = tiny_tensors(version=2), "cond_stage_model.model."
+    first = text + "transformer.resblocks.0."
+    others = {
+        n.replace("blocks.0", f"blocks.{i}"): t + i
+        for n, t in tensors.items()
+        if n.startswith(first)
+        for i in range(23)
+    }
+    extra = others | {text + "text_projection": torch.zeros(64, 64)}
+    sd = load(write(tmp_path / "cut.safetensors", tensors | extra), prediction="eps")
+    assert sd.text_encoder.config.num_hidden_layers == 23
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_else_comes_with_a_model(version: int, tmp_path: Path) -> None:
+    """CLIP's other half, a mask, and a stray tensor of a LoRA."""
+    tensors, text = tiny_tensors(version), f"cond_stage_model.{('transformer', 'model')[version - 1]}."
+    extra = {
+        1: ["vision_model.encoder.layers.5.x", "visual_projection.weight"],
+        2: ["attn_mask", "visual.transformer.resblocks.5.x"],
+    }[version]
+    extra = {text + name: torch.zeros(1) for name in extra} | {"lora_te_x.alpha": torch.zeros(1)}
+    sd = load(write(tmp_path / "model.safetensors", tensors | extra), prediction="eps")
+    assert equal(written_again(sd), tensors)
+
+
+def test_neither_version(tmp_path: Path) -> None:
+    one, two = (
+        [{n: t for n, t in tiny_tensors(v).items() if n.startswith("cond_stage") == text} for text in (False, True)]
+        for v in (1, 2)
+    )
+    for mixed in (one[0] | two[1], two[0] | one[1], one[0] | one[1] | two[1]):
+        with pytest.raises(CheckpointError, match="model.safetensors is neither"):
+            load(write(tmp_path / "model.safetensors", mixed), prediction="eps")
+
+
+def test_fused_rows_that_do_not_divide(tmp_path: Path) -> None:
+    tensors = tiny_tensors(version=2)
+    name = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
+    tensors[name] = torch.cat([tensors[name], torch.zeros(2, 64)])
+    with pytest.raises(CheckpointError, match="194 rows"):
+        load(write(tmp_path / "model.safetensors", tensors), prediction="eps")
+
+
 @pytest.mark.parametrize("version, padding", [(1, 1235), (2, 0)])
 def test_padding_is_the_versions(version: int, padding: int, tmp_path: Path) -> None:
     file = write(tmp_path / "model.safetensors", tiny_tensors(version))
@@ -197,11 +244,17 @@ def test_an_index_names_no_file_elsewhere(name: str, folder: Path) -> None:
         ("unet", dict(attention_head_dim=7)),
         ("unet", dict(norm_num_groups=0)),
         ("unet", dict(down_block_types=5)),
+        ("unet", dict(center_input_sample=True)),
+        ("unet", dict(time_embedding_act_fn="silu")),
+        ("unet", dict(mid_block_only_cross_attention=True)),
+        ("unet", dict(only_cross_attention=[False, True])),
+        ("unet", dict(sample_size=[8, 16])),
         ("vae", dict(scaling_factor=float("nan"))),
         ("text_encoder", dict(num_hidden_layers=10**9)),
         ("text_encoder", dict(hidden_act="unheard of")),
         ("text_encoder", dict(hidden_size="wide")),
         ("text_encoder", dict(model_type="t5")),
+        ("text_encoder", dict(layer_norm_eps=float("nan"))),
     ],
     ids=str,
 )
@@ -210,6 +263,84 @@ def test_impossible_configurations(file: str, changes: dict, folder: Path) -> No
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(CheckpointError, match=file):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(attn_implementation="someone/kernel@main"), dict(return_dict=False), dict(output_hidden_states="yes")],
+    ids=str,
+)
+def test_what_a_text_encoder_does_not_have(changes: dict, folder: Path, sd: StableDiffusion) -> None:
+    """Transformers obeys some of it: fetches and runs that kernel, returns a tuple."""
+    config = folder / "text_encoder/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    found = load(folder)
+    assert found.text_encoder.config._attn_implementation == "sdpa"
+    assert torch.equal(found.encode_prompt(["an apple"]), sd.encode_prompt(["an apple"]))
+
+
+@pytest.mark.parametrize("changes", [dict(sample_size=[8, 8]), dict(only_cross_attention=[False, False])], ids=str)
+def test_the_same_said_otherwise(changes: dict, folder: Path, sd: StableDiffusion) -> None:
+    config = folder / "unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    assert load(folder).unet.config == sd.unet.config
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": None}))
+    assert load(folder).unet.config.sample_size == 64
+
+
+def test_a_configuration_of_any_length(folder: Path) -> None:
+    (folder / "unet/config.json").write_text('{"a": [' + "[]," * 500_000 + "1]}")
+    with pytest.raises(CheckpointError, match="unet/config.json is far too long"):
+        load(folder)
+
+
+def test_a_folder_of_another_kind_is_named(folder: Path) -> None:
+    """SD 3 and Flux have no UNet, and say so in their index."""
+    shutil.rmtree(folder / "unet")
+    index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="StableDiffusion3Pipeline"):
+        load(folder)
+
+
+def test_all_that_does_not_fit_is_listed(folder: Path) -> None:
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    wanted, strange = load_file(file), {f"x.{i}": torch.zeros(1) for i in range(200)}
+    save_file(strange, file)
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    assert all(name in str(caught.value) for name in [*wanted, *strange])
+
+
+@pytest.mark.parametrize(
+    "config, alpha_to_one, beta_end",
+    [
+        (dict(_class_name="PNDMScheduler", skip_prk_steps=True), False, 0.02),
+        (dict(_class_name="DDIMScheduler", steps_offset=0, beta_end=0.012), True, 0.012),
+        (dict(_class_name="DDIMScheduler", set_alpha_to_one=False), False, 0.02),
+    ],
+)
+def test_what_a_sampler_leaves_out(config: dict, alpha_to_one: bool, beta_end: float, folder: Path) -> None:
+    """As its class has it; but the offset is always Stable Diffusion's."""
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(config))
+    found = read_schedule_config(file, None)
+    assert (found.set_alpha_to_one, found.beta_end, found.steps_offset) == (alpha_to_one, beta_end, 1)
+
+
+@pytest.mark.parametrize("changes", [dict(timestep_spacing="trailing"), dict(beta_end=5), dict(beta_start=1)], ids=str)
+def test_other_schedules(changes: dict, folder: Path) -> None:
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "DDIMScheduler"} | changes))
+    with pytest.raises(CheckpointError, match="scheduler_config.json"):
+        load(folder)
+
+
+@pytest.mark.parametrize("length", [-5, "x", 30_000_000])
+def test_a_prompt_is_as_long_as_the_encoder_reads(length: object, folder: Path) -> None:
+    config = folder / "tokenizer/tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": length}))
+    assert load(folder).encode_prompt(["an apple"]).shape == (1, 16, 32)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +362,7 @@ def test_other_folders_are_named(changes: dict, kind: str, folder: Path) -> None
         ({"conditioner.embedders.0.transformer.x": torch.zeros(1)}, "SDXL"),
         ({UNET + "input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, "inpainting"),
         ({UNET + "label_emb.0.0.weight": torch.zeros(1)}, "unCLIP"),
+        ({"conditioner.embedders.0.model.x": torch.zeros(1)}, "SD 2.x in a newer layout"),
         ({"control_model.time_embed.0.weight": torch.zeros(1)}, "ControlNet"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
@@ -391,6 +523,45 @@ def test_the_tokenizer_of_a_single_file_is_the_hubs(cache: Path, single: Path, c
     assert len([line for line in capsys.readouterr().err.splitlines() if "tokenizer" in line]) == 1
 
 
+def served(folder: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``folder`` as if it were the hub's; what is fetched of it goes to ``snapshot``."""
+
+    def download(repo: str, allow_patterns: list[str]) -> Path:
+        for file in (file for file in folder.rglob("*") if file.is_file()):
+            name = str(file.relative_to(folder))
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, snapshot / name)
+        return snapshot
+
+    monkeypatch.setattr("minidistill.hub.snapshot_download", download)
+    return snapshot
+
+
+def test_another_model_is_refused_before_its_weights(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    config = folder / "unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"addition_embed_type": "text_time"}))
+    snapshot = served(folder, tmp_path / "snapshot", monkeypatch)
+    with pytest.raises(CheckpointError, match="SDXL"):
+        read_checkpoint("someone/large")
+    assert not list(snapshot.rglob("*.safetensors"))
+
+
+def test_fp16_as_the_last_resort(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    served(folder, tmp_path / "snapshot", monkeypatch)
+    read_checkpoint("someone/tiny")
+
+
+def test_interrupted_shards_are_fetched_again(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    as_shards(folder)
+    snapshot = served(folder, tmp_path / "snapshot", monkeypatch)
+    read_checkpoint("someone/tiny")
+    next(snapshot.rglob("*-of-*")).unlink()
+    read_checkpoint("someone/tiny")
+
+
 @pytest.mark.parametrize("published", ["everything", "bin", "fp16"])
 def test_only_what_is_needed_is_fetched(
     published: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -405,17 +576,7 @@ def test_only_what_is_needed_is_fetched(
     for extra in ("safety_checker/model.safetensors", "v1-5-pruned.ckpt", "README.md"):
         (folder / extra).parent.mkdir(exist_ok=True)
         (folder / extra).write_text("not needed")
-    snapshot = tmp_path / "snapshot"
-
-    def download(repo: str, allow_patterns: list[str]) -> Path:
-        for file in (file for file in folder.rglob("*") if file.is_file()):
-            name = str(file.relative_to(folder))
-            if any(fnmatch(name, pattern) for pattern in allow_patterns):
-                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, snapshot / name)
-        return snapshot
-
-    monkeypatch.setattr("minidistill.hub.snapshot_download", download)
+    snapshot = served(folder, tmp_path / "snapshot", monkeypatch)
     read_checkpoint("someone/tiny", variant="fp16" if published == "fp16" else None)
     weights = [file for file in snapshot.rglob("*") if file.is_file() and file.suffix not in (".json", ".txt")]
     assert len(weights) == 3 and all("".join(file.suffixes) == suffix for file in weights)

@@ -142,6 +142,16 @@ def test_the_rest_of_the_folder_is_copied(run: Path, tiny_model: Path):
     assert metadata(run / "out" / UNET).items() >= METADATA.items()
 
 
+def test_the_index_names_only_what_is_there(run: Path, tiny_model: Path):
+    """Of a hub's model the safety checker is not fetched, and diffusers opens no folder without a part it names."""
+    named = {name: ["diffusers", "Something"] for name in ("unet", "vae", "safety_checker", "feature_extractor")}
+    shutil.copytree(tiny_model, run / "model")
+    write_json(run / "model/model_index.json", named | {"requires_safety_checker": True})
+    export.main([str(run), "--to", "checkpoint", "--model", str(run / "model")])
+    absent = {name: [None, None] for name in ("safety_checker", "feature_extractor")}
+    assert read_json(run / "lora-checkpoint/model_index.json") == named | absent | {"requires_safety_checker": False}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_dtype_is_kept(dtype: torch.dtype, run: Path):
     model = write_tiny(run / "model")
@@ -214,6 +224,19 @@ def test_a_single_file_of_a_folder(student_of_it: Path, ordinary: Path, tmp_path
     assert metadata(tmp_path / "file.safetensors").items() >= METADATA.items()
 
 
+@pytest.mark.parametrize("published, ours", [("epsilon", "eps"), ("v_prediction", "v")])
+def test_a_single_file_says_what_it_predicts(
+    published: str, ours: str, student_of_it: Path, ordinary: Path, tmp_path: Path
+):
+    """A folder's scheduler does; of a file it would be guessed, from the version."""
+    model, out = shutil.copytree(ordinary, tmp_path / "model"), tmp_path / "x.safetensors"
+    config = model / "scheduler/scheduler_config.json"
+    write_json(config, read_json(config) | {"prediction_type": published})
+    export.main([str(student_of_it), "--to", "checkpoint", "--model", str(model), "--out", str(out)])
+    assert load(model).schedule.prediction == load(out).schedule.prediction == ours
+    assert metadata(out)["modelspec.prediction_type"] == {"eps": "epsilon", "v": "v"}[ours]
+
+
 def test_a_single_file_of_a_single_file(student_of_it: Path, ordinary: Path, tmp_path: Path):
     """Everything but the UNet is in it as it was; averaged copies, which nothing was merged into, are not."""
     plain, found, expected = (tmp_path / f"{name}.safetensors" for name in ("plain", "found", "expected"))
@@ -266,6 +289,22 @@ def test_what_no_single_file_can_say(student_of_it: Path, ordinary: Path, tmp_pa
     with pytest.raises(ValueError, match="Write a folder"):
         export.main([str(student_of_it), *flags])
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_variant_stays_one(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    """What is read with --variant fp16 is read so again, though .bin comes out as .safetensors."""
+    model = Path(shutil.copytree(ordinary, tmp_path / "model"))
+    for weights in list(model.glob("*/*.safetensors")):
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+    torch.save(
+        load_file(model / "unet/diffusion_pytorch_model.fp16.safetensors"),
+        model / UNET.replace("safetensors", "fp16.bin"),
+    )
+    (model / "unet/diffusion_pytorch_model.fp16.safetensors").unlink()
+    flags = ["--to", "checkpoint", "--model", str(model), "--variant", "fp16", "--out", str(tmp_path / "out")]
+    export.main([str(student_of_it), *flags])
+    assert (tmp_path / "out/unet/diffusion_pytorch_model.fp16.safetensors").exists()
+    load(tmp_path / "out", variant="fp16")
 
 
 # What it says when it cannot

@@ -42,18 +42,23 @@ TOUCH = f"open({MARK!r}, 'w')"
 
 
 def zipped(program: bytes, file: Path) -> Path:
-    """A .ckpt of a program of one's own."""
+    """A .ckpt of a program of one's own; large, where that lets the program be longer."""
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", program)
-        archive.writestr("archive/data/0", bytes(64))
+        archive.writestr("archive/data/0", bytes(room(program)))
     return file
 
 
-def legacy(program: bytes, file: Path) -> Path:
+def legacy(program: bytes, file: Path, keys: bytes = pickle.dumps(["0"], protocol=2)) -> Path:
     before = [pickle.dumps(x, protocol=2) for x in (LEGACY_MAGIC, 1001, {"little_endian": True})]
-    after = pickle.dumps(["0"], protocol=2) + struct.pack("<q", 16) + bytes(64)
+    after = keys + struct.pack("<q", 16) + bytes(room(program))
     file.write_bytes(b"".join(before) + program + after)
     return file
+
+
+def room(program: bytes) -> int:
+    """Bytes of the one storage."""
+    return 2**24 if len(program) > 150_000 else 64
 
 
 def tensor(key: str = "0", numel: str = "K\x10", offset: str = "K\x00", shape: str = "K\x10", stride: str = "K\x01"):
@@ -61,6 +66,16 @@ def tensor(key: str = "0", numel: str = "K\x10", offset: str = "K\x00", shape: s
     storage = f"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x00{key}X\x03\x00\x00\x00cpu{numel}tQ"
     rebuilt = f"ctorch._utils\n_rebuild_tensor_v2\n({storage}{offset}({shape}t({stride}t\x89}}tR"
     return f"\x80\x02}}X\x01\x00\x00\x00a{rebuilt}s.".encode("latin-1")
+
+
+def text(contents: str) -> bytes:
+    """A string on the stack."""
+    return b"X" + struct.pack("<i", len(contents)) + contents.encode()
+
+
+def deep(n: int) -> bytes:
+    """A tuple of a tuple of a tuple ..."""
+    return b")" + b"\x85" * n
 
 
 LARGE = "\x8a\x06" + "\x00" * 5 + "\x01"  # 2**40
@@ -89,8 +104,10 @@ HOSTILE = {
     "no numbers": tensor(shape="X\x01\x00\x00\x00a"),
     "no such storage": tensor(key="7"),
     "deep lists": b"]" * 90_000 + b"a" * 89_999 + b".",
-    "deep tuples": b")" + b"\x85" * 90_000 + b".",
-    "deep key": b"}" + b")" + b"\x85" * 90_000 + b"K\x01s.",
+    "deep tuples": deep(90_000) + b".",
+    "deep key": b"}" + deep(90_000) + b"K\x01s.",
+    "deep name": b"}" + text("a") + deep(180_000) + b"\x93K\x01s.",
+    "deep kind": b"(" + text("storage") + text("a") + deep(2000) + b"\x93" + text("0") + text("cpu") + b"K\x10tQ.",
     "many objects": b"]" * 1_000_000 + b".",
     "itself": b"]q\x00h\x00a.",
     "its own state dict": b"}q\x00X\x0a\x00\x00\x00state_dicth\x00s.",
@@ -116,6 +133,11 @@ def test_hostile_pickles(form, program: bytes, tmp_path: Path, monkeypatch: pyte
     tracemalloc.stop()
     assert peak < 2 * file.stat().st_size + 2**24
     assert not (tmp_path / MARK).exists()
+
+
+def test_a_hostile_list_of_storages(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="model.ckpt"):
+        load(legacy(tensor(), tmp_path / "model.ckpt", keys=b"](" + deep(2000) + b"e."))
 
 
 def test_they_would_do_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +178,17 @@ def test_a_compressed_archive(tmp_path: Path) -> None:
         archive.writestr("archive/data.pkl", bytes(2**24))
     with pytest.raises(CheckpointError, match="compressed"):
         load(tmp_path / "model.ckpt")
+
+
+def test_what_no_checkpoint_of_ours_holds(tmp_path: Path) -> None:
+    file = tmp_path / "model.ckpt"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("notes/readme.txt", "not a model")
+    with pytest.raises(CheckpointError, match="not one of PyTorch"):
+        load(file)
+    torch.save({"a": torch.zeros(10).to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(CheckpointError, match="UntypedStorage is not read"):
+        load(file)
 
 
 # Damage
@@ -256,6 +289,20 @@ def test_truncated_anywhere(name: str, healthy: dict[str, Path], tmp_path: Path)
     contents = healthy[name].read_bytes()
     for size in [*range(0, 300, 7), *range(300, len(contents), len(contents) // 60), len(contents) - 1]:
         (tmp_path / name).write_bytes(contents[:size])
+        with pytest.raises(CheckpointError, match=name):
+            load(tmp_path / name)
+
+
+def test_moved_storages(healthy: dict[str, Path], tmp_path: Path) -> None:
+    """Values that are not where the file's own numbers say: none loads as something else."""
+    contents = healthy["legacy.ckpt"].read_bytes()
+    (tmp_path / "legacy.ckpt").write_bytes(contents[: len(contents) // 3] + bytes(64) + contents[len(contents) // 3 :])
+    contents = bytearray(healthy["zip.ckpt"].read_bytes())
+    with zipfile.ZipFile(healthy["zip.ckpt"]) as archive:
+        entry = archive.infolist()[9]
+    contents[entry.header_offset + 28] ^= 64  # the length of the padding
+    (tmp_path / "zip.ckpt").write_bytes(contents)
+    for name in ("legacy.ckpt", "zip.ckpt"):
         with pytest.raises(CheckpointError, match=name):
             load(tmp_path / name)
 
