@@ -41,6 +41,12 @@ def read_model_folder(folder: Path, prediction: str | None = None, variant: str 
 
     ``prediction`` and ``variant`` are those of :func:`minidistill.checkpoint.read_checkpoint`. Raises CheckpointError.
     """
+    index = folder / "model_index.json"
+    named = read_json(index) if index.exists() else {"unet": None}
+    if "unet" not in named:
+        raise CheckpointError(
+            f"{folder} is a {named.get('_class_name')}, without a UNet: SD 1.x and 2.x are read here."
+        )
     missing = [part for part in (*STEMS, "scheduler") if not (folder / part).is_dir()]
     if missing:
         raise CheckpointError(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from minidistill.files import CheckpointError
+from minidistill.files import CheckpointError, blamed
 from minidistill.folder import STEMS, candidates, find_weights
+from minidistill.layout import read_json, read_unet_config
 
 CLIP = "openai/clip-vit-large-patch14"  # OpenCLIP, in SD 2.x, has the same vocabulary
 TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"]
@@ -33,17 +34,32 @@ def find_model(path: str | Path, variant: str | None = None, ema: bool = False) 
 def fetch_model(repo: str, variant: str | None = None) -> Path:
     """The folder of a model, with those of its files that are needed: from the cache, or fetched.
 
-    Safetensors first; the older .bin files only of a network that comes in no other format.
+    Safetensors first; the older .bin files only of a network that comes in no other format, and fp16 as the last
+    resort. Raises CheckpointError for a model of another kind before any weights are fetched.
     """
     folder = fetch(repo, [*SETTINGS, *(f"tokenizer/{name}" for name in TOKENIZER)])
-    for suffix in ("safetensors", "bin"):
-        for part, stem in STEMS.items():
-            if find_weights(folder / part, stem, variant):
-                continue
-            names = [name for name in candidates(stem, variant) if f".{suffix}" in name]
-            shards = [f"{name.removesuffix(f'.{suffix}')}-*-of-*.{suffix}" for name in names if name.endswith(suffix)]
-            folder = fetch(repo, [f"{part}/{name}" for name in names + shards])
+    read_unet_config(folder / "unet/config.json")
+    resorts = [variant] if variant else [None, "fp16"]
+    for wanted in resorts:
+        for suffix in ("safetensors", "bin"):
+            for part, stem in STEMS.items():
+                if has_weights(folder / part, stem, variant) or has_weights(folder / part, stem, wanted):
+                    continue
+                names = [name for name in candidates(stem, wanted) if f".{suffix}" in name]
+                shards = [
+                    f"{name.removesuffix(f'.{suffix}')}-*-of-*.{suffix}" for name in names if name.endswith(suffix)
+                ]
+                folder = fetch(repo, [f"{part}/{name}" for name in names + shards])
     return folder
+
+
+def has_weights(folder: Path, stem: str, variant: str | None) -> bool:
+    """Whether a network's weights are there; if in shards, all that the index names: fetching may have been cut off."""
+    file = find_weights(folder, stem, variant)
+    if file is None or file.suffix != ".json":
+        return file is not None
+    with blamed(file):
+        return all((folder / name).exists() for name in set(read_json(file)["weight_map"].values()))
 
 
 def fetch_tokenizer() -> Path:

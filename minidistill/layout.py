@@ -23,7 +23,12 @@ MODEL_INDEX = {
 }
 
 
+JSON_LIMIT = 2**20  # bytes; parsed, they may take thirty times as much, and those of models are far smaller
+
+
 def read_json(file: Path) -> dict:
+    if file.exists() and file.stat().st_size > JSON_LIMIT:
+        raise CheckpointError(f"{file} is far too long for what it should say: fetch it again.")
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -45,6 +50,7 @@ UNET_FIXED = {
     "act_fn": "silu",
     "addition_embed_type": None,
     "attention_type": "default",
+    "center_input_sample": False,
     "class_embed_type": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
@@ -56,15 +62,20 @@ UNET_FIXED = {
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "in_channels": 4,
+    "mid_block_only_cross_attention": False,
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "norm_eps": 1e-5,
     "num_class_embeds": None,
     "only_cross_attention": False,
     "out_channels": 4,
+    "resnet_out_scale_factor": 1,
+    "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default",
     "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
     "time_embedding_type": "positional",
+    "timestep_post_act": None,
 }
 VAE_FIXED = {
     "act_fn": "silu",
@@ -89,9 +100,18 @@ OTHERS = {
 }
 
 
+def is_fixed(given: object, value: object) -> bool:
+    """Whether a file says ``value``: once, of every level, or null for no."""
+    if isinstance(given, list):
+        return all(one == value for one in given)
+    return given == value or (given is None and value is False)
+
+
 def refuse_others(found: dict, fixed: dict, file: Path) -> None:
     others = [
-        f"{name} is {found[name]!r}, not {value!r}" for name, value in fixed.items() if found.get(name, value) != value
+        f"{name} is {str(found[name])[:100]}, not {value!r}"
+        for name, value in fixed.items()
+        if not is_fixed(found.get(name, value), value)
     ]
     if others:
         kind = next((kind for kind, sign in OTHERS.items() if sign.items() <= found.items()), "another model")
@@ -99,7 +119,7 @@ def refuse_others(found: dict, fixed: dict, file: Path) -> None:
 
 
 Config = TypeVar("Config", UNetConfig, VAEConfig, ScheduleConfig)
-MOST = {"layers": 16, "depth": 32, "mid_depth": 32}  # of these, a large number would be modules without end
+MOST = {"layers": 4, "depth": 10, "mid_depth": 10}  # of these, a large number would be modules without end
 LEAST = {"depth": 0, "steps_offset": 0}
 
 
@@ -142,6 +162,9 @@ def read_unet_config(file: Path) -> UNetConfig:
         up_blocks = found.get("up_block_types", mirrored(blocks))
         if not set(blocks) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or up_blocks != mirrored(blocks):
             raise CheckpointError(f"{file} asks for blocks that SD 1.x and 2.x have not: {blocks}, {up_blocks}.")
+        side = found.get("sample_size")
+        if isinstance(side, list) and side == side[:1] * 2:
+            side = side[0]
         depth = per_level(found.get("transformer_layers_per_block", 1), len(widths))
         config = UNetConfig(
             widths=widths,
@@ -154,7 +177,7 @@ def read_unet_config(file: Path) -> UNetConfig:
             linear_projection=found.get("use_linear_projection", False),
             upcast_attention=found.get("upcast_attention", False),
             groups=found.get("norm_num_groups", 32),
-            sample_size=found.get("sample_size", 64),
+            sample_size=64 if side is None else side,
         )
         return checked(config, file)
 
@@ -214,28 +237,33 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # published name: ours
 
 
 def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
-    """Betas, parameterisation, offset; whichever sampler the file names. What it leaves out is as SD was trained."""
+    """Betas and parameterisation, whichever sampler the file names. What it leaves out has that sampler's default."""
     found = read_json(file)
     with blamed(file):
         refuse_others(found, SCHEDULE_FIXED, file)
+        kind = found.get("_class_name")
+        if kind in ("DDIMScheduler", "PNDMScheduler"):  # others have spacings of their own, and are DDIM here
+            refuse_others(found, {"timestep_spacing": "leading"}, file)
         published = found.get("prediction_type", "epsilon")
         if published not in list(PREDICTIONS):  # a list, for this may be anything
             raise CheckpointError(f'{file}: prediction_type is "{published}"; known are {", ".join(PREDICTIONS)}.')
-        sd = ScheduleConfig()
         config = ScheduleConfig(
-            train_steps=found.get("num_train_timesteps", sd.train_steps),
-            beta_start=found.get("beta_start", sd.beta_start),
-            beta_end=found.get("beta_end", sd.beta_end),
-            beta_schedule=found.get("beta_schedule", sd.beta_schedule),
+            train_steps=found.get("num_train_timesteps", 1000),
+            beta_start=found.get("beta_start", 0.0001),
+            beta_end=found.get("beta_end", 0.02),
+            beta_schedule=found.get("beta_schedule", "linear"),
             prediction=prediction or PREDICTIONS[published],
-            steps_offset=found.get("steps_offset", sd.steps_offset),
-            set_alpha_to_one=found.get("set_alpha_to_one", sd.set_alpha_to_one),
+            steps_offset=1,  # in a Stable Diffusion the official pipeline puts this in place of any other
+            set_alpha_to_one=found.get("set_alpha_to_one", kind == "DDIMScheduler"),
         )
         if config.beta_schedule not in ("scaled_linear", "linear"):
             raise CheckpointError(
                 f'{file}: beta_schedule is "{config.beta_schedule}"; known are scaled_linear, linear.'
             )
-        return checked(config, file)
+        config = checked(config, file)
+        if max(config.beta_start, config.beta_end) >= 1:
+            raise CheckpointError(f"{file} is damaged: its betas are to lie between 0 and 1. Fetch it again.")
+        return config
 
 
 def published_schedule(config: ScheduleConfig) -> dict:

@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,7 +156,7 @@ def read_lora(path: str | Path, scale: float = 1.0) -> LoRAFile:
 
 def sort_out(path: Path, stored: Mapping[str, StoredTensor]) -> tuple[dict[str, dict[str, Tensor]], int]:
     """The UNet's tensors by layer and part, and how many others are the text encoder's."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, StoredTensor]] = {}
     of_text_encoder, others = [], []
     for key, tensor in stored.items():
         ending = next((ending for ending in PARTS if key.endswith(ending)), None)
@@ -163,9 +164,8 @@ def sort_out(path: Path, stored: Mapping[str, StoredTensor]) -> tuple[dict[str, 
             of_text_encoder.append(key)
         elif ending is None:
             others.append(key)
-        else:  # in float32 at least: products of narrower ones would lose digits
-            wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-            parts.setdefault(layer_name(key.removesuffix(ending)), {})[PARTS[ending]] = tensor.load(wide)
+        else:
+            parts.setdefault(layer_name(key.removesuffix(ending)), {})[PARTS[ending]] = tensor
     if not parts:
         raise CheckpointError(
             f"{path} is not a LoRA for a UNet in our own, peft's or kohya's format (it holds "
@@ -179,17 +179,24 @@ def sort_out(path: Path, stored: Mapping[str, StoredTensor]) -> tuple[dict[str, 
     if wrong := [name for name, found in parts.items() if not is_pair(found)]:
         raise CheckpointError(
             f"{path} has layers whose lora_down and lora_up are missing or do not fit each other: {', '.join(wrong)}. "
-            "The file is damaged: make or fetch it again."
+            "Or they are not floats of 16 bits or more. The file is damaged: make or fetch it again."
         )
-    return parts, len(of_text_encoder)
+    return {name: {part: wide(t) for part, t in found.items()} for name, found in parts.items()}, len(of_text_encoder)
 
 
-def is_pair(found: Mapping[str, Tensor]) -> bool:
-    """[rank, in] with [out, rank], or [rank, in, k, k] with [out, rank, 1, 1]."""
+def wide(tensor: StoredTensor) -> Tensor:
+    """In float32 at least: products of narrower ones would lose digits."""
+    return tensor.load(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+
+
+def is_pair(found: Mapping[str, StoredTensor]) -> bool:
+    """[rank, in] with [out, rank], or [rank, in, k, k] with [out, rank, 1, 1], of floats; and one alpha."""
     if not {"down", "up"} <= set(found):
         return False
-    down, up = found["down"], found["up"]
-    return down.ndim in (2, 4) and min(down.shape) > 0 and up.shape[1:] == (len(down), *[1] * (down.ndim - 2))
+    down, up = found["down"].shape, found["up"].shape
+    fits = len(down) in (2, 4) and min(down) > 0 and up[1:] == (down[0], *[1] * (len(down) - 2))
+    numbers = all(found[part].dtype.is_floating_point and found[part].dtype.itemsize > 1 for part in ("down", "up"))
+    return fits and numbers and ("alpha" not in found or prod(found["alpha"].shape) == 1)
 
 
 def our_alphas(path: Path, parts: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> dict[str, float]:
@@ -205,12 +212,11 @@ def peft_alphas(path: Path, parts: Mapping[str, Mapping[str, Tensor]], config: d
     config = {key.removeprefix("unet."): value for key, value in config.items()}
     ranks = {name: len(found["down"]) for name, found in parts.items()}
     alphas = {name: float(config.get("lora_alpha", rank)) for name, rank in ranks.items()}
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+    for pattern, alpha in reversed((config.get("alpha_pattern") or {}).items()):  # of several, peft takes the first
         ending = pattern.removeprefix("^")
-        names = [name for name in ranks if f".{name}".endswith(f".{ending}")]
-        if not names:
-            raise CheckpointError(f"{path} gives an alpha for {pattern}, which is none of its layers: save it again.")
-        alphas |= dict.fromkeys(names, float(alpha))
+        if not re.fullmatch(r"[\w.]+", ending):
+            raise CheckpointError(f"{path} gives an alpha for {pattern}: only plain names are read. Save it again.")
+        alphas |= {name: float(alpha) for name in ranks if f".{name}".endswith(f".{ending}")}
     if config.get("use_rslora"):  # scaled by alpha / sqrt(rank)
         alphas = {name: alpha * ranks[name] ** 0.5 for name, alpha in alphas.items()}
     return alphas

@@ -81,8 +81,8 @@ def write_folder(source: Path, change: Change, out: Path, metadata: Mapping[str,
                 shutil.copytree(part, beside / part.name)
         (beside / "unet").mkdir()
         shutil.copy(source / "unet/config.json", beside / "unet/config.json")
-        name = weights.name if weights.suffix == ".safetensors" else f"{STEMS['unet']}.safetensors"
-        write_tensors(beside / "unet" / name, tensors, metadata)
+        infix = ".fp16" if ".fp16." in weights.name else f".{variant}" if variant else ""  # others' files have it too
+        write_tensors(beside / "unet" / f"{STEMS['unet']}{infix}.safetensors", tensors, metadata)
         write_json(beside / "model_index.json", without_absent_parts(index, beside))
 
 
@@ -98,7 +98,7 @@ def without_absent_parts(index: dict, folder: Path) -> dict:
 
 def write_file_of_file(source: Path, change: Change, out: Path, metadata: Mapping[str, str], ema: bool) -> None:
     """A single file of a single file: all but the UNet's weights is in it as it was; of those, the one merged copy."""
-    unet = read_single_file(source, ema=ema).unet
+    unet = read_single_file(source, prediction="eps", ema=ema).unet  # its tensors: either prediction has the same
     stored, header = read_tensors(source)
     tensors = loaded({name: tensor for name, tensor in stored.items() if not name.startswith(EMA)})
     tensors |= {unet.called(name): tensor for name, tensor in change(loaded(unet.tensors)).items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minidistill import CheckpointError, StableDiffusion, load
 from minidistill.checkpoint import read_checkpoint
+from minidistill.layout import read_schedule_config
 from minidistill.single_file import UNET, to_single_file
 from minidistill.tensor_files import read_tensors
 
@@ -243,6 +244,11 @@ def test_an_index_names_no_file_elsewhere(name: str, folder: Path) -> None:
         ("unet", dict(attention_head_dim=7)),
         ("unet", dict(norm_num_groups=0)),
         ("unet", dict(down_block_types=5)),
+        ("unet", dict(center_input_sample=True)),
+        ("unet", dict(time_embedding_act_fn="silu")),
+        ("unet", dict(mid_block_only_cross_attention=True)),
+        ("unet", dict(only_cross_attention=[False, True])),
+        ("unet", dict(sample_size=[8, 16])),
         ("vae", dict(scaling_factor=float("nan"))),
         ("text_encoder", dict(num_hidden_layers=10**9)),
         ("text_encoder", dict(hidden_act="unheard of")),
@@ -271,6 +277,63 @@ def test_what_a_text_encoder_does_not_have(changes: dict, folder: Path, sd: Stab
     found = load(folder)
     assert found.text_encoder.config._attn_implementation == "sdpa"
     assert torch.equal(found.encode_prompt(["an apple"]), sd.encode_prompt(["an apple"]))
+
+
+@pytest.mark.parametrize("changes", [dict(sample_size=[8, 8]), dict(only_cross_attention=[False, False])], ids=str)
+def test_the_same_said_otherwise(changes: dict, folder: Path, sd: StableDiffusion) -> None:
+    config = folder / "unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    assert load(folder).unet.config == sd.unet.config
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": None}))
+    assert load(folder).unet.config.sample_size == 64
+
+
+def test_a_configuration_of_any_length(folder: Path) -> None:
+    (folder / "unet/config.json").write_text('{"a": [' + "[]," * 500_000 + "1]}")
+    with pytest.raises(CheckpointError, match="unet/config.json is far too long"):
+        load(folder)
+
+
+def test_a_folder_of_another_kind_is_named(folder: Path) -> None:
+    """SD 3 and Flux have no UNet, and say so in their index."""
+    shutil.rmtree(folder / "unet")
+    index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="StableDiffusion3Pipeline"):
+        load(folder)
+
+
+def test_all_that_does_not_fit_is_listed(folder: Path) -> None:
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    wanted, strange = load_file(file), {f"x.{i}": torch.zeros(1) for i in range(200)}
+    save_file(strange, file)
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    assert all(name in str(caught.value) for name in [*wanted, *strange])
+
+
+@pytest.mark.parametrize(
+    "config, alpha_to_one, beta_end",
+    [
+        (dict(_class_name="PNDMScheduler", skip_prk_steps=True), False, 0.02),
+        (dict(_class_name="DDIMScheduler", steps_offset=0, beta_end=0.012), True, 0.012),
+        (dict(_class_name="DDIMScheduler", set_alpha_to_one=False), False, 0.02),
+    ],
+)
+def test_what_a_sampler_leaves_out(config: dict, alpha_to_one: bool, beta_end: float, folder: Path) -> None:
+    """As its class has it; but the offset is always Stable Diffusion's."""
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(config))
+    found = read_schedule_config(file, None)
+    assert (found.set_alpha_to_one, found.beta_end, found.steps_offset) == (alpha_to_one, beta_end, 1)
+
+
+@pytest.mark.parametrize("changes", [dict(timestep_spacing="trailing"), dict(beta_end=5), dict(beta_start=1)], ids=str)
+def test_other_schedules(changes: dict, folder: Path) -> None:
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "DDIMScheduler"} | changes))
+    with pytest.raises(CheckpointError, match="scheduler_config.json"):
+        load(folder)
 
 
 @pytest.mark.parametrize("length", [-5, "x", 30_000_000])
@@ -460,6 +523,45 @@ def test_the_tokenizer_of_a_single_file_is_the_hubs(cache: Path, single: Path, c
     assert len([line for line in capsys.readouterr().err.splitlines() if "tokenizer" in line]) == 1
 
 
+def served(folder: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``folder`` as if it were the hub's; what is fetched of it goes to ``snapshot``."""
+
+    def download(repo: str, allow_patterns: list[str]) -> Path:
+        for file in (file for file in folder.rglob("*") if file.is_file()):
+            name = str(file.relative_to(folder))
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, snapshot / name)
+        return snapshot
+
+    monkeypatch.setattr("minidistill.hub.snapshot_download", download)
+    return snapshot
+
+
+def test_another_model_is_refused_before_its_weights(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    config = folder / "unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"addition_embed_type": "text_time"}))
+    snapshot = served(folder, tmp_path / "snapshot", monkeypatch)
+    with pytest.raises(CheckpointError, match="SDXL"):
+        read_checkpoint("someone/large")
+    assert not list(snapshot.rglob("*.safetensors"))
+
+
+def test_fp16_as_the_last_resort(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    served(folder, tmp_path / "snapshot", monkeypatch)
+    read_checkpoint("someone/tiny")
+
+
+def test_interrupted_shards_are_fetched_again(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    as_shards(folder)
+    snapshot = served(folder, tmp_path / "snapshot", monkeypatch)
+    read_checkpoint("someone/tiny")
+    next(snapshot.rglob("*-of-*")).unlink()
+    read_checkpoint("someone/tiny")
+
+
 @pytest.mark.parametrize("published", ["everything", "bin", "fp16"])
 def test_only_what_is_needed_is_fetched(
     published: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -474,17 +576,7 @@ def test_only_what_is_needed_is_fetched(
     for extra in ("safety_checker/model.safetensors", "v1-5-pruned.ckpt", "README.md"):
         (folder / extra).parent.mkdir(exist_ok=True)
         (folder / extra).write_text("not needed")
-    snapshot = tmp_path / "snapshot"
-
-    def download(repo: str, allow_patterns: list[str]) -> Path:
-        for file in (file for file in folder.rglob("*") if file.is_file()):
-            name = str(file.relative_to(folder))
-            if any(fnmatch(name, pattern) for pattern in allow_patterns):
-                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, snapshot / name)
-        return snapshot
-
-    monkeypatch.setattr("minidistill.hub.snapshot_download", download)
+    snapshot = served(folder, tmp_path / "snapshot", monkeypatch)
     read_checkpoint("someone/tiny", variant="fp16" if published == "fp16" else None)
     weights = [file for file in snapshot.rglob("*") if file.is_file() and file.suffix not in (".json", ".txt")]
     assert len(weights) == 3 and all("".join(file.suffixes) == suffix for file in weights)

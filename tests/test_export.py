@@ -291,6 +291,22 @@ def test_what_no_single_file_can_say(student_of_it: Path, ordinary: Path, tmp_pa
     assert not (tmp_path / "x.safetensors").exists()
 
 
+def test_a_variant_stays_one(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    """What is read with --variant fp16 is read so again, though .bin comes out as .safetensors."""
+    model = Path(shutil.copytree(ordinary, tmp_path / "model"))
+    for weights in list(model.glob("*/*.safetensors")):
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+    torch.save(
+        load_file(model / "unet/diffusion_pytorch_model.fp16.safetensors"),
+        model / UNET.replace("safetensors", "fp16.bin"),
+    )
+    (model / "unet/diffusion_pytorch_model.fp16.safetensors").unlink()
+    flags = ["--to", "checkpoint", "--model", str(model), "--variant", "fp16", "--out", str(tmp_path / "out")]
+    export.main([str(student_of_it), *flags])
+    assert (tmp_path / "out/unet/diffusion_pytorch_model.fp16.safetensors").exists()
+    load(tmp_path / "out", variant="fp16")
+
+
 # What it says when it cannot
 
 

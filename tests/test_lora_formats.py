@@ -123,6 +123,8 @@ def test_ranks_and_alphas_that_differ(tmp_path: Path):
         ({"lora_alpha": 6}, 6),
         ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"to_q": 3}}, 3),
         ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"^" + LAYER: 3}}, 3),
+        ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"to_q": 3, LAYER: 4}}, 3),  # the first that fits
+        ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"to_v": 3}}, 6),
         ({"unet.lora_alpha": 6, "unet.use_rslora": True}, 12),
         ({"text_encoder.lora_alpha": 6}, 4),
     ],
@@ -228,3 +230,11 @@ def test_equal_contents_equal_bytes(tmp_path: Path):
     assert torch.equal(load_file(tmp_path / "one")["a"], tensors["a"])
     (tmp_path / "any file").touch()
     assert (tmp_path / "one").stat().st_mode == (tmp_path / "any file").stat().st_mode
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_what_are_not_floats(dtype: torch.dtype, tmp_path: Path):
+    names = [f"mid_block.attentions.0.proj_in.{part}" for part in ("lora_A.weight", "lora_B.weight")]
+    save_file(dict(zip(names, (torch.zeros(1, 8).to(dtype), torch.zeros(8, 1).to(dtype)))), tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="not floats"):
+        read_lora(tmp_path / "x.safetensors")
