@@ -312,26 +312,35 @@ def resident(field: str) -> int:
     return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
 
 
-def peak_memory(setup: Setup, row: str, who: str) -> int:
-    """Peak bytes of one contestant in a fresh process, weights included, Python and its packages not."""
-    cuda = setup.device.type == "cuda"
-    for package in PEERS if who == "peer" else ():
-        import_module(package)
-    before = 0 if cuda else resident("VmRSS")
-    run = ROWS[row].make(setup, who)
+def peak_bytes(make: Callable[[], Callable[[], object]], device: torch.device) -> int:
+    """Peak bytes of making something and running it twice, beyond what this process holds before."""
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
+    run = make()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     run(), run()  # the second update has AdamW's state beside it
-    return torch.cuda.max_memory_allocated() if cuda else resident("VmHWM") - before
+    return (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
+
+
+def peak_memory(setup: Setup, row: str, who: str) -> int:
+    """Peak bytes of one contestant in a fresh process, weights included, Python and its packages not."""
+    for package in PEERS if who == "peer" else ():
+        import_module(package)
+    return peak_bytes(lambda: ROWS[row].make(setup, who), setup.device)
+
+
+def printed_elsewhere(module: str, flags: list[str]) -> int:
+    """The number that ``python -m module`` prints, in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", module, *flags], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{module} {shlex.join(flags)} could not be measured:\n{done.stderr}")
+    return int(done.stdout)
 
 
 def peak_memory_elsewhere(args: Settings, size: str, row: str, who: str) -> int:
     flags = ["--row", f"{row}/{who}", "--size", size, "--device", args.device, "--dtype", args.dtype]
-    command = [sys.executable, "-m", "minidistill.bench", *flags, "--rank", str(args.rank)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"The memory of {row}/{who} could not be measured:\n{done.stderr}")
-    return int(done.stdout)
+    return printed_elsewhere("minidistill.bench", [*flags, "--rank", str(args.rank)])
 
 
 def markdown(size: str, result: dict) -> str:
