@@ -159,7 +159,6 @@ def main() -> None:
             loss = F.mse_loss(eps, eps_hat)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, peak, warmup=max(args.steps // 10, 1))
-            optimizer.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             if not (loss + norm).isfinite():
@@ -168,6 +167,7 @@ def main() -> None:
                     f"lower --lr (it is {peak:g}) or --guidance, in a new --out."
                 )
             optimizer.step()
+            optimizer.zero_grad()  # here, so that no gradient outlives its update
 
             losses.append(loss.item())
             progress.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.5f}", refresh=False)

@@ -8,6 +8,7 @@ The contestants take turns (A, B, A, B, ...) and medians are compared, after our
 agree. Without diffusers and peft, ours stands alone. How fast a checkpoint loads is measured by bench_load.
 """
 
+import os
 import platform
 import shlex
 import subprocess
@@ -217,10 +218,10 @@ def distil(setup: Setup, who: str, teacher_in_loop: bool) -> Contestant:
         eps_hat = ask_teacher() if teacher_in_loop else stored
         eps = student(unet, z_t, t, cond) if who == "ours" else peer_call(unet, z_t, t, cond)
         loss = F.mse_loss(eps.float(), eps_hat.float())
-        optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
+        optimizer.zero_grad()
         return loss.detach(), norm
 
     return step
@@ -330,9 +331,10 @@ def peak_memory(setup: Setup, row: str, who: str) -> int:
     return peak_bytes(lambda: ROWS[row].make(setup, who), setup.device)
 
 
-def printed_elsewhere(module: str, flags: list[str]) -> int:
+def printed_elsewhere(module: str, flags: list[str], **environment: str) -> int:
     """The number that ``python -m module`` prints, in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", module, *flags], capture_output=True, text=True)
+    command = [sys.executable, "-m", module, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
         raise ValueError(f"{module} {shlex.join(flags)} could not be measured:\n{done.stderr}")
     return int(done.stdout)

@@ -43,6 +43,9 @@ SIZES |= {"pocket": bench.SIZES["pocket"]}
 SMALLEST_UNET = UNetConfig(widths=(8, 16), layers=1, depth=(1, 0), heads=(1, 1), groups=8, sample_size=4)
 SMALLEST = replace(bench.SIZES["pocket"], unet=SMALLEST_UNET, batch=1)
 LARGEST_MEASURED = 16e9  # bytes
+# Left to itself, glibc keeps most of what is freed, and a process holds more than its tensors. With fixed thresholds
+# it hands freed blocks of more than 64 kB back at once.
+HAND_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 NOTES = """Saved is what a forward pass leaves for its backward pass; "to full" is beside the peak of full fine-tuning.
 In bfloat16, frozen weights and activations are bfloat16, and the LoRA, its gradients and AdamW's state float32. Where
 all weights are trained, they, their gradients and AdamW's state are bfloat16 too: plain PyTorch, no float32 copy.
@@ -237,7 +240,7 @@ def attention(keep: bool) -> AbstractContextManager:
 
 def measured_elsewhere(args: Settings, size: str, case: str) -> int:
     flags = ["--row", case, "--size", size, "--device", args.device, "--rank", str(args.rank)]
-    return printed_elsewhere("minidistill.memory", flags + ["--keep-attention"] * args.keep_attention)
+    return printed_elsewhere("minidistill.memory", flags + ["--keep-attention"] * args.keep_attention, **HAND_BACK)
 
 
 def markdown(size: str, rows: dict[str, dict]) -> str:
