@@ -68,7 +68,7 @@ def main() -> None:
     learned, learned_negative = 2.5, ""
     if student:
         student = student.scaled(args.lora_scale)
-        learned = 1 + args.lora_scale * (float(student.metadata["guidance"]) - 1)  # w ~ 1 + lambda (s - 1)
+        learned = student.guidance
         learned_negative = student.metadata.get("negative_prompt", "")
     guidance = args.guidance if args.guidance is not None else learned
     negative_prompt = args.negative_prompt or learned_negative

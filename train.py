@@ -140,16 +140,16 @@ def main() -> None:
     with stop_signals() as stop:
         for step in range(len(losses), args.steps):
             chosen = next(order)
-            if (
-                args.method == "noised"
-            ):  # noise the teacher's picture, and ask the teacher: two calls of the frozen UNet
+            # Noise the teacher's picture, and ask the teacher: two calls of the frozen UNet.
+            if args.method == "noised":
                 dice = torch.Generator().manual_seed(args.seed + step)
                 t = torch.randint(sd.schedule.train_steps, chosen.shape, generator=dice)
                 z_0 = states.ends(chosen)
                 z_t = add_noise(sd.schedule, z_0, torch.randn(z_0.shape, generator=dice), t).to(sd.device)
                 t, cond = t.to(sd.device), embeddings[chosen]
                 eps_hat = teacher(unet, z_t, t, cond, uncond.expand_as(cond), args.guidance)
-            else:  # every state comes with the prediction the teacher made there
+            # Every state of a trajectory comes with the prediction that the teacher made there.
+            else:
                 trajectory, taken = states.examples[chosen].T
                 z_t, eps_hat, t = (x.to(sd.device) for x in states.states(trajectory, taken))
                 cond = embeddings[trajectory]
@@ -187,8 +187,9 @@ def main() -> None:
     metadata |= dict(prediction=sd.schedule.prediction) | ({"teacher_lora": style} if style else {})
     if full:
         result = out / ("student.safetensors" if args.model.is_file() else "student")
-        change = replaced_by(unet.student)
-        write_checkpoint(args.model, change, result, metadata, variant=args.variant, ema=args.ema)
+        if not result.exists():  # it does, where a run is resumed that was stopped in its report
+            change = replaced_by(unet.student)
+            write_checkpoint(args.model, change, result, metadata, variant=args.variant, ema=args.ema)
     else:
         result = out / "lora.safetensors"
         save_lora(unet, result, metadata)

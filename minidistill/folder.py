@@ -41,12 +41,7 @@ def read_model_folder(folder: Path, prediction: str | None = None, variant: str 
 
     ``prediction`` and ``variant`` are those of :func:`minidistill.checkpoint.read_checkpoint`. Raises CheckpointError.
     """
-    index = folder / "model_index.json"
-    named = read_json(index) if index.exists() else {"unet": None}
-    if "unet" not in named:
-        raise CheckpointError(
-            f"{folder} is a {named.get('_class_name')}, without a UNet: SD 1.x and 2.x are read here."
-        )
+    refuse_other_pipelines(folder)
     missing = [part for part in (*STEMS, "scheduler") if not (folder / part).is_dir()]
     if missing:
         raise CheckpointError(
@@ -61,6 +56,14 @@ def read_model_folder(folder: Path, prediction: str | None = None, variant: str 
     vae = Weights(rename_old_attention(vae.tensors), vae.file)
     text = Weights(match_text_names(text.tensors), text.file)
     return ModelFolder(unet_config, vae_config, text_config, schedule, unet, vae, text)
+
+
+def refuse_other_pipelines(folder: Path) -> None:
+    """Raises CheckpointError that names a pipeline without a UNet, such as those of SD 3 and Flux."""
+    index = folder / "model_index.json"
+    if index.exists() and "unet" not in (found := read_json(index)):
+        kind = str(found.get("_class_name"))[:100]
+        raise CheckpointError(f"{folder} is a {kind}, without a UNet: SD 1.x and 2.x are read here.")
 
 
 def candidates(stem: str, variant: str | None) -> Iterator[str]:

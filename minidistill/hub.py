@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from minidistill.files import CheckpointError, blamed
-from minidistill.folder import STEMS, candidates, find_weights
+from minidistill.folder import STEMS, candidates, find_weights, refuse_other_pipelines
 from minidistill.layout import read_json, read_unet_config
 
 CLIP = "openai/clip-vit-large-patch14"  # OpenCLIP, in SD 2.x, has the same vocabulary
@@ -38,6 +38,7 @@ def fetch_model(repo: str, variant: str | None = None) -> Path:
     resort. Raises CheckpointError for a model of another kind before any weights are fetched.
     """
     folder = fetch(repo, [*SETTINGS, *(f"tokenizer/{name}" for name in TOKENIZER)])
+    refuse_other_pipelines(folder)
     read_unet_config(folder / "unet/config.json")
     resorts = [variant] if variant else [None, "fp16"]
     for wanted in resorts:

@@ -55,6 +55,7 @@ class LoRAFile:
     path: Path
     layers: dict[str, Pair]
     metadata: dict[str, str]
+    scale: float = 1.0  # how much more or less of it than the file holds
 
     @property
     def is_student(self) -> bool:
@@ -63,7 +64,14 @@ class LoRAFile:
 
     def scaled(self, scale: float) -> "LoRAFile":
         """As much more or less of it: every alpha ``scale`` times what it was."""
-        return replace(self, layers={name: p._replace(alpha=scale * p.alpha) for name, p in self.layers.items()})
+        layers = {name: pair._replace(alpha=scale * pair.alpha) for name, pair in self.layers.items()}
+        return replace(self, layers=layers, scale=scale * self.scale)
+
+    @property
+    def guidance(self) -> float:
+        """The scale that a student stands for: w ~ 1 + lambda (s - 1), at lambda times the LoRA that learned s."""
+        with blamed(self.path):
+            return 1 + self.scale * (float(self.metadata["guidance"]) - 1)
 
 
 # Out

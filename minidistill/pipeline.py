@@ -133,8 +133,8 @@ class StableDiffusion:
         uncond = self.encode_prompt([negative_prompt])
         if not 0 <= selective <= 1:
             raise ValueError(f"selective is a share of the steps, from 0 to 1, not {selective:g}.")
-        timesteps = self.schedule.timesteps(steps)
-        guided_until = [self.schedule.train_steps, *timesteps][steps - round(selective * steps)]
+        dropped, timesteps = round(selective * steps), self.schedule.timesteps(steps)
+        guided_until = [self.schedule.train_steps, *timesteps][steps - dropped] if dropped else 0
         pictures = []
         bar = tqdm(total=-(-len(prompts) // batch) * steps, desc="sampling", unit="step", disable=not progress)
         for first in range(0, len(prompts), batch):

@@ -206,7 +206,7 @@ LEARNED = dict(base="tiny", guidance="4", negative_prompt="", method="trajectori
 def evaluate(tiny_model: Path, prompts_file: Path, tmp_path: Path) -> Callable[..., Path]:
     """``evaluate(run, "--flag", ...)`` on four prompts, in two steps."""
     prompts = tmp_path / "four.txt"
-    prompts.write_text("\n".join(prompts_file.read_text().splitlines()[:4]))
+    prompts.write_text("\n".join(f"{line}, a photo" for line in prompts_file.read_text().splitlines()[:4]))
     same = ["--model", tiny_model, "--prompts", prompts, "--steps", 2, "--pictures", 7, "--out", tmp_path / "out"]
 
     def evaluate(*args: object) -> Path:
@@ -263,6 +263,33 @@ def test_a_full_student_is_measured_too(
     rows = json.loads((evaluate(tmp_path / "a run") / "results.json").read_text())["rows"]
     assert rows[2]["noise error share"]["value"] == pytest.approx(1, rel=1e-5)
     assert rows[2]["PSNR"] == rows[1]["PSNR"]
+
+
+def test_the_dial_is_compared_with_the_guidance_it_stands_for(
+    run: Path, evaluate: Callable[..., Path], tiny_model: Path
+):
+    out = evaluate(f"{run}:0.5")
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert rows[2]["method"] == "a run x 0.5"
+    sd = load(tiny_model)
+    sd.unet = load_lora(sd.unet, run / "lora.safetensors", scale=0.5)
+    share = noise_error_share(sd, (out.parent / "four.txt").read_text().splitlines(), steps=2, guidance=1 + 0.5 * 3)
+    assert math.isclose(rows[2]["noise error share"]["value"], share.pooled, rel_tol=1e-4)
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(
+    run: Path, evaluate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(StableDiffusion, "sample", lambda *_, **__: pytest.fail("drawn"))
+    with pytest.raises(ValueError, match="--judge nonsense"):
+        evaluate(run, "--judge", "nonsense")
+    with pytest.raises(ValueError, match="embedded model's captions"):
+        evaluate(run, "--judge", "minidistill.pocket.judge")
+    same = load_file(run / "lora.safetensors")
+    header = LEARNED | dict(rank="2", alpha="2", teacher_lora="ink.safetensors:1")
+    write_tensors(run / "styled.safetensors", same, header)
+    with pytest.raises(ValueError, match="ink.safetensors"):
+        evaluate(run / "styled.safetensors")
 
 
 def test_students_of_several_teachers_are_refused(run: Path, evaluate: Callable[..., Path]):

@@ -155,7 +155,8 @@ def test_compare_sets_the_teacher_to_where_the_dial_is(sample, lora: Path, monke
         StableDiffusion, "sample", lambda sd, prompts, **how: seen.append(how) or original(sd, prompts, **how)
     )
     assert sample(APPLE, "--compare", "--lora", lora, "--lora-scale", 0.5).code == 0
-    assert seen[1]["guidance"] == 1 + 0.5 * (4 - 1)
+    assert sample(APPLE, "--compare", "--lora", f"{lora}:0.5").code == 0
+    assert seen[1]["guidance"] == seen[4]["guidance"] == 1 + 0.5 * (4 - 1)
 
 
 def test_selective_guidance_costs_less(sample, calls: list[int], tmp_path: Path):

@@ -129,6 +129,7 @@ def test_plain_distillation_leaves_a_model_of_its_own(command, flags: Flags, tin
     assert (header["method"], header["guidance"]) == ("full", "2.5")
     again = command("train.py", *flags(out, method="full"))
     assert "holds a run already" in again.complaint
+    assert command("train.py", *flags(out, method="full"), "--resume").code == 0  # as after a stop in the report
 
 
 def test_learning_lowers_the_loss(command, flags: Flags, tmp_path: Path):

@@ -3,8 +3,9 @@
   python -m minidistill.evaluate runs/NAME [runs/OTHER ...] --prompts held-out
   python -m minidistill.evaluate runs/pocket-emoji --judge minidistill.pocket.judge
 
-Writes a table (Markdown and JSON), pictures side by side and the noise error by time step. What is drawn is kept, so an
-interrupted evaluation goes on where it stopped.
+Writes a table (Markdown and JSON), pictures side by side and the noise error by time step. The pictures of each method
+are kept, so that an interrupted evaluation goes on with the method it stopped in. A LoRA as FILE:SCALE, the dial, is
+compared with a teacher of guidance 1 + SCALE (s - 1).
 """
 
 import hashlib
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from minidistill.checkpoint import read_checkpoint
-from minidistill.data import fingerprint, prompt_split
+from minidistill.data import fingerprint, prompt_split, spread
 from minidistill.distill import FullStudent
 from minidistill.evaluate.drawing import Drawn, comparison_grid, draw
 from minidistill.evaluate.metrics import (
@@ -48,13 +49,14 @@ from minidistill.evaluate.metrics import (
     ssim,
 )
 from minidistill.files import CheckpointError, written_whole
+from minidistill.folder import STEMS, read_weights
 from minidistill.layout import write_json
 from minidistill.lora import merge_lora
 from minidistill.lora_files import inject_file
 from minidistill.lora_formats import read_lora
-from minidistill.pipeline import StableDiffusion, load
+from minidistill.pipeline import StableDiffusion, load, place
 from minidistill.prompts import read_prompts
-from minidistill.settings import ModelSettings, count, parse, setting, share
+from minidistill.settings import ModelSettings, ScaledFile, count, parse, setting, share
 from minidistill.tensor_files import read_tensors
 from minidistill.unet import UNet
 
@@ -63,7 +65,14 @@ Row = dict[str, Interval]  # what was measured of one method
 
 @dataclass
 class Settings(ModelSettings):
-    runs: list[Path] = setting(..., "students: folders of runs, or LoRA files", "what", nargs="*", type=Path)
+    runs: list[ScaledFile] = setting(
+        ...,
+        "students: folders of runs, or LoRA files",
+        "what",
+        nargs="*",
+        type=ScaledFile.parse,
+        metavar="RUN_OR_LORA[:SCALE]",
+    )
     prompts: str = setting("held-out", 'a text file, one prompt a line, or "held-out"', "what")
     pictures: int = setting(1000, "pictures of each method, as many of each prompt", "what", type=count)
     guidance: float = setting(None, "the teacher's scale (default: what was learned, else 2.5)", "what", type=float)
@@ -83,17 +92,24 @@ class Settings(ModelSettings):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Settings, __doc__, argv)
-    students = read_students(args.runs)
+    students = read_students(args)
     guidance, negative_prompt = one_teacher(students, args.guidance)
     prompts = prompt_split(args.model)[1] if args.prompts == "held-out" else read_prompts(args.prompts)
+    prompts = spread(prompts, args.pictures)
     each = -(-args.pictures // len(prompts))
     shown = [prompt for prompt in prompts for _ in range(each)]
-    judge = importlib.import_module(args.judge) if args.judge else None
     options = dict(steps=args.steps, guidance=guidance, negative_prompt=negative_prompt, batch=args.batch)
     print(f"{len(prompts)} prompts, {each} pictures of each, guidance {guidance:g}, {args.steps} DDIM steps")
 
     sd = load(args.model, **args.load_options())
-    stamp = dict(options, weights=fingerprint(sd.unet), dtype=args.dtype, prompts=digest("\n".join(shown).encode()))
+    clip, judge = read_clip(sd, args.clip), read_judge(args.judge)
+    truth = judge.rendered(shown, sd.unet_config.sample_size * sd.vae.config.factor) if judge else None
+    stamp = options | {
+        "networks": [fingerprint(part) for part in (sd.unet, sd.vae, sd.text_encoder)],
+        "prediction": sd.schedule.prediction,
+        "tokenizer": str(sd.tokenizer_folder),
+        "where": f"{args.device} {args.dtype}",
+    }
 
     def pictures(sd: StableDiffusion, method: str, label: str, **how: object) -> Drawn:
         def make() -> dict[str, Tensor]:
@@ -101,7 +117,8 @@ def main(argv: list[str] | None = None) -> None:
             cost = dict(unet_calls=torch.tensor(drawn.unet_calls), seconds=torch.tensor(drawn.seconds))
             return dict(pictures=pixels(drawn.images), **cost)
 
-        found = kept(args.out / "kept" / f"{label} pictures.safetensors", dict(stamp, method=method, **how), make)
+        made_with = dict(stamp, prompts=digest("\n".join(shown).encode()), method=method, **how)
+        found = kept(args.out / "kept" / f"{label} pictures.safetensors", made_with, make)
         images = [Image.fromarray(picture) for picture in found["pictures"].permute(0, 2, 3, 1).numpy()]
         return Drawn(label, images, found["unet_calls"].item(), found["seconds"].item())
 
@@ -111,16 +128,17 @@ def main(argv: list[str] | None = None) -> None:
             return dict(errors=found.errors, gaps=found.gaps)
 
         where = f"{label} error on {'noised latents' if noised else 'trajectories'}.safetensors"
-        return ErrorShare(**kept(args.out / "kept" / where, dict(stamp, learned=learned), make))
+        made_with = dict(stamp, prompts=digest("\n".join(prompts).encode()), learned=learned)
+        return ErrorShare(**kept(args.out / "kept" / where, made_with, make))
 
     drawn = [pictures(sd, "teacher", "teacher"), pictures(sd, "no guidance", "no guidance")]
-    for part in args.selective or []:
-        drawn.append(pictures(sd, "teacher", f"guided but for the last {part:.0%}", selective=part))
+    for part in dict.fromkeys(args.selective or []):
+        drawn.append(pictures(sd, "teacher", f"guided but for the last {100 * part:g}%", selective=part))
     shares: dict[str, dict[str, ErrorShare]] = {}
     for label, student in students.items():
         sd = load(args.model, **args.load_options())
-        sd.unet = student.beside(sd.unet).to(sd.device)
-        learned = digest(student.file.read_bytes())
+        sd.unet = student.beside(sd.unet)
+        learned = f"{digest(student.file.read_bytes())} {label}"
         shares[label] = {
             "noise error share": error_share(sd, label, learned, noised=False),
             "on noised latents": error_share(sd, label, learned, noised=True),
@@ -128,8 +146,6 @@ def main(argv: list[str] | None = None) -> None:
         merge_lora(sd.unet)
         drawn.append(pictures(sd, "student", label, learned=learned))
 
-    clip = read_clip(sd, args.clip)
-    truth = judge.rendered(shown, drawn[0].images[0].width) if judge and clip else None
     rows = {}
     for one in drawn:
         print(f"measuring: {one.method}", flush=True)
@@ -149,43 +165,67 @@ class Student(NamedTuple):
     """What is compared with the teacher: a LoRA, or a UNet of its own."""
 
     file: Path
-    metadata: dict[str, str]
+    guidance: float
+    negative_prompt: str
     beside: Callable[[UNet], nn.Module]  # the teacher's UNet -> that with the student, called with the flag
 
 
-def read_student(path: Path) -> Student:
+def read_student(path: Path, scale: float, args: Settings) -> Student:
     """Of a run's folder its LoRA, or the checkpoint that ``--method full`` left there; or a LoRA file."""
-    for found in (path / "student", path / "student.safetensors"):
-        if found.exists():
-            weights = next((found / "unet").glob("*.safetensors")) if found.is_dir() else found
-            beside = partial(FullStudent, student=read_checkpoint(found).unet)
-            return Student(weights, read_tensors(weights)[1], beside)
-    file = read_lora(path / "lora.safetensors" if path.is_dir() else path)
-    if not file.is_student:
-        raise ValueError(f"{file.path} does not say which guidance it has learned: it is no student.")
-    return Student(file.path, file.metadata, partial(inject_file, file=file))
+    full = next((found for found in (path / "student", path / "student.safetensors") if found.exists()), None)
+    if full is None:
+        file = read_lora(path / "lora.safetensors" if path.is_dir() else path, scale)
+        weights, header, beside = file.path, file.metadata, partial(inject_file, file=file)
+    elif scale == 1:
+        weights = read_weights(full / "unet", STEMS["unet"], args.variant).file if full.is_dir() else full
+        header, beside = read_tensors(weights)[1], partial(beside_full, full, args)
+    else:
+        raise ValueError(f"{full} is a whole model: only a LoRA has a strength.")
+    if "guidance" not in header:
+        raise ValueError(f"{weights} does not say which guidance it has learned: it is no student.")
+    if style := header.get("teacher_lora"):
+        raise ValueError(
+            f"{weights} was distilled from a teacher with the LoRA {style}. Merge that one into the model first "
+            "(python -m minidistill.export --to checkpoint), and name the result with --model."
+        )
+    guidance = float(header["guidance"]) if full else file.guidance
+    return Student(weights, guidance, header.get("negative_prompt", ""), beside)
 
 
-def read_students(paths: Sequence[Path]) -> dict[str, Student]:
+def beside_full(path: Path, args: Settings, base: UNet) -> FullStudent:
+    options = args.load_options()
+    found = read_checkpoint(path, options["dtype"], variant=args.variant if path.is_dir() else None)
+    return FullStudent(base, place(found.unet, args.device))
+
+
+def read_students(args: Settings) -> dict[str, Student]:
     """Each by a name for the table."""
     students = {}
-    for path in paths:
-        label = path.name if path.is_dir() else path.stem
+    for path, scale in args.runs:
+        label = (path.name if path.is_dir() else path.stem) + (f" x {scale:g}" if scale != 1 else "")
         if label in students or label in ("teacher", "no guidance"):
             raise ValueError(f'{path} would be called "{label}" in the table, as another method is: rename it.')
-        students[label] = read_student(path)
+        students[label] = read_student(path, scale, args)
     return students
 
 
 def one_teacher(students: Mapping[str, Student], guidance: float | None) -> tuple[float, str]:
     """The guidance scale and negative prompt that all students learned from. Raises ValueError if they differ."""
-    found = {(float(s.metadata["guidance"]), s.metadata.get("negative_prompt", "")) for s in students.values()}
+    found = {(s.guidance, s.negative_prompt) for s in students.values()}
     if guidance is not None and not students:
         found = {(guidance, "")}
     if len(found) > 1 or any(guidance not in (None, scale) for scale, _ in found):
-        learned = "; ".join(f"{label}: {s.metadata['guidance']}" for label, s in students.items())
-        raise ValueError(f"There is one teacher to compare with, and these learned from several ({learned}).")
+        learned = [f'{label}: {s.guidance:g}, away from "{s.negative_prompt}"' for label, s in students.items()]
+        raise ValueError(f"There is one teacher to compare with, and these learned from others: {'; '.join(learned)}.")
     return next(iter(found), (2.5, ""))
+
+
+def read_judge(name: str | None) -> ModuleType | None:
+    """A module with ``measures(pictures, prompts)`` and ``rendered(prompts, side)``."""
+    try:
+        return importlib.import_module(name) if name else None
+    except ImportError as error:
+        raise ValueError(f"--judge {name}: {error}") from error
 
 
 def read_clip(sd: StableDiffusion, name: str | None) -> ClipScore | None:
@@ -230,30 +270,32 @@ def measure(
         if find_spec("skimage"):  # a development extra
             by_picture["SSIM"] = ssim(drawn.images, teacher.images)
     if clip:
-        features, references = clip.embed_pictures(drawn.images), clip.embed_pictures(teacher.images)
+        features = clip.embed_pictures(drawn.images)
         by_picture["CLIP score"] = 100 * (features * clip.embed_prompts(prompts)).sum(-1)
-        by_picture["CLIP similarity"] = 100 * (features * references).sum(-1)
+    if clip and drawn is not teacher:
+        of_teacher = clip.embed_pictures(teacher.images)
+        by_picture["CLIP similarity"] = 100 * (features * of_teacher).sum(-1)
     if judge:
         by_picture |= judge.measures(pixels(drawn.images), prompts)
     row = {name: interval(values.view(-1, each)) for name, values in by_picture.items()}
-    if clip:
-        row["Fréchet to teacher"] = frechet_interval(features, references, each)
-    if truth:
+    if clip and drawn is not teacher:
+        row["Fréchet to teacher"] = frechet_interval(features, of_teacher, each)
+    if clip and truth:
         row["Fréchet to rendered"] = frechet_interval(features, clip.embed_pictures(truth), each)
     return row
 
 
-def frechet_interval(features: Tensor, references: Tensor, each: int, resamples: int = 100) -> Interval:
-    """The distance of features [P * each, D] to the references, and its interval, resampled by prompt.
+def frechet_interval(features: Tensor, references: Tensor, each: int, resamples: int = 200) -> Interval:
+    """The distance between two sets of features [P * each, D], of the same prompts in turn, which are resampled.
 
     A resample lacks some prompts, which moves every distance up: it is the width around their mean that counts.
     """
     value = frechet_distance(features, references)
-    by_prompt = features.view(-1, each, features.shape[-1])
-    again = [frechet_distance(by_prompt[i].flatten(0, 1), references) for i in resampled(len(by_prompt), resamples)]
+    ours, theirs = (x.view(-1, each, x.shape[-1]) for x in (features, references))
+    again = [frechet_distance(ours[i].flatten(0, 1), theirs[i].flatten(0, 1)) for i in resampled(len(ours), resamples)]
     low, high = torch.tensor(again).quantile(torch.tensor([0.025, 0.975])).tolist()
     middle = sum(again) / len(again)
-    return Interval(value, value + low - middle, value + high - middle)
+    return Interval(value, max(0.0, value + low - middle), value + high - middle)
 
 
 def write_results(

@@ -112,7 +112,8 @@ def pixels(images: Sequence[Image.Image]) -> Tensor:
 
 def psnr(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
     """Peak signal-to-noise ratio of each picture to its reference in dB, [N]: -10 log10 of the mean squared error."""
-    error = (pixels(images) / 255 - pixels(references) / 255).square().mean((1, 2, 3))
+    pairs = zip(images, references, strict=True)
+    error = torch.cat([(pixels([a]) / 255 - pixels([b]) / 255).square().mean((1, 2, 3)) for a, b in pairs])
     return -10 * torch.log10(error.clamp_min(1e-10))
 
 
@@ -151,8 +152,11 @@ class ClipScore:
     @torch.no_grad()
     def embed_pictures(self, images: Sequence[Image.Image]) -> Tensor:
         """PIL images -> unit vectors [N, D]."""
-        features = self.model.get_image_features(**self.preprocess(list(images), return_tensors="pt"))
-        return F.normalize(features.pooler_output, dim=-1)
+        found = []
+        for first in range(0, len(images), 64):
+            inputs = self.preprocess(list(images[first : first + 64]), return_tensors="pt")
+            found.append(self.model.get_image_features(**inputs).pooler_output)
+        return F.normalize(torch.cat(found), dim=-1)
 
     @torch.no_grad()
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:

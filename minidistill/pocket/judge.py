@@ -191,17 +191,23 @@ def judge(
     return {measure: r.view(-1, each).float() for measure, r in zip(MEASURES, right)}
 
 
+def compositions_of(captions: Sequence[str]) -> list[Composition]:
+    """Raises ValueError for a caption that no emoji here shows."""
+    known = {c.caption: c for c in all_compositions()}
+    if strange := [caption for caption in captions if caption not in known]:
+        raise ValueError(f"This judge knows the embedded model's captions only, not: {', '.join(strange[:5])}.")
+    return [known[caption] for caption in captions]
+
+
 def measures(pictures: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
     """uint8 [N, 3, H, W] -> MEASURES of each, [N]. With ``rendered``, what minidistill.evaluate asks of a judge."""
-    known = {c.caption: c for c in all_compositions()}
-    right = judge(pictures, [known[caption] for caption in captions], load_classifier(Settings.work))
+    right = judge(pictures, compositions_of(captions), load_classifier(Settings.work))
     return {measure: values.flatten() for measure, values in right.items()}
 
 
 def rendered(captions: Sequence[str], side: int) -> list[Image.Image]:
     """What the captions' pictures should look like: each drawn anew, ``side`` pixels wide."""
-    known = {c.caption: c for c in all_compositions()}
-    pictures, _ = render([known[caption] for caption in captions], 1, JUDGING_SEED, side)
+    pictures, _ = render(compositions_of(captions), 1, JUDGING_SEED, side)
     return [Image.fromarray(picture) for picture in pictures.permute(0, 2, 3, 1).numpy()]
 
 
@@ -246,12 +252,10 @@ def degraded(pictures: Tensor) -> dict[str, Tensor]:
 
 def held_out(path: Path, limit: int | None = None) -> list[Composition]:
     """The held-out compositions that a model's compositions.json lists, or ``limit`` of them, evenly chosen."""
-    known = {c.caption: c for c in all_compositions()}
     captions = [entry["caption"] for entry in json.loads(path.read_text(encoding="utf-8")) if entry["held_out"]]
-    if strange := [caption for caption in captions if caption not in known]:
-        raise ValueError(f"{path} lists what no emoji here shows: {', '.join(strange[:5])}.")
+    known = compositions_of(captions)
     chosen = np.linspace(0, len(captions) - 1, min(limit or len(captions), len(captions))).round().astype(int)
-    return [known[captions[i]] for i in chosen]
+    return [known[i] for i in chosen]
 
 
 def drawings(sd: StableDiffusion, args: Settings, prompts: list[str]) -> dict[str, Tensor]:
