@@ -21,7 +21,8 @@ def find_model(path: str | Path, variant: str | None = None, ema: bool = False) 
     ``variant`` is for folders and ``ema`` for single files: what a model does not have is refused.
     """
     if not Path(path).exists():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        # In a folder that is here it is a misspelt path; nobody meant to look for that online.
+        if Path(path).parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             raise CheckpointError(f"There is no {path}: name a Stable Diffusion folder, a single file or a hub id.")
         path = fetch_model(str(path), variant)
     path = Path(path)

@@ -177,6 +177,15 @@ def test_what_a_single_file_cannot_say(tiny_model: Path) -> None:
         written_again(load(tiny_model))
 
 
+def test_a_misspelt_path_is_not_looked_up_online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two words and a slash are a hub id, unless the first names a folder that is here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minidistill.hub.snapshot_download", lambda *_, **__: pytest.fail("looked up online"))
+    (tmp_path / "models").mkdir()
+    with pytest.raises(CheckpointError, match="There is no models/mine"):
+        load("models/mine")
+
+
 # Folders
 
 
