@@ -8,18 +8,17 @@ and student draw in it.
 """
 
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from minidistill import CheckpointError, load, merge_lora
+from minidistill import load, merge_lora
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.files import written_whole
 from minidistill.lora_files import inject_file, merge_file, student_and_styles
 from minidistill.lora_formats import read_lora
-from minidistill.settings import ModelSettings, ScaledFile, count, parse, positive, setting, share
+from minidistill.settings import ModelSettings, ScaledFile, count, one_sentence, parse, positive, setting, share
 
 SHIPPED_LORA = "guidance-lora.safetensors"  # beside the model that ships
 
@@ -108,9 +107,5 @@ def save(picture: Image.Image, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence("sample.py", "stopped."):
         main()
-    except (CheckpointError, ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("sample.py: stopped.")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minidistill import CheckpointError, data, inject_lora, load, save_lora
+from minidistill import data, inject_lora, load, save_lora
 from minidistill.distill import FullStudent, learning_rate, student, teacher
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.files import written_whole
@@ -25,7 +25,7 @@ from minidistill.merged import replaced_by, write_checkpoint
 from minidistill.report import write_report
 from minidistill.run import checkpoint_files, resume, save_checkpoint, stop_signals
 from minidistill.schedule import add_noise
-from minidistill.settings import ModelSettings, ScaledFile, count, parse, positive, setting
+from minidistill.settings import ModelSettings, ScaledFile, count, one_sentence, parse, positive, setting
 
 EVALUATED = 24  # held-out prompts in the report
 SHOWN = 8  # and in the pictures drawn on the way
@@ -201,9 +201,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence("train.py", "stopped. The same command with --resume goes on."):
         main()
-    except (CheckpointError, ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("train.py: stopped. The same command with --resume goes on.")

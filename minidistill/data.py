@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidistill.files import written_whole
+from minidistill.files import digest, written_whole
 from minidistill.pipeline import StableDiffusion
 from minidistill.prompts import prompts, read_prompts
 from minidistill.schedule import ddim_step
@@ -65,12 +65,12 @@ def teacher_trajectory(
     return torch.stack(states, 1), torch.stack(targets, 1), z_t
 
 
-def fingerprint(unet: nn.Module) -> str:
+def fingerprint(network: nn.Module) -> str:
     """A hash of the frozen weights, down to the last bit: other weights, other trajectories."""
-    digest = hashlib.sha256()
-    for weight in (p for p in unet.parameters() if not p.requires_grad):
-        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    found = hashlib.sha256()
+    for weight in (p for p in network.parameters() if not p.requires_grad):
+        found.update(weight.cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
 
 
 def generate(
@@ -100,7 +100,7 @@ def generate(
     settings = dict(
         weights=fingerprint(sd.unet),
         prediction=sd.schedule.prediction,
-        captions=hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16],
+        captions=digest("\n".join(captions).encode()),
         count=count,
         steps=steps,
         guidance=guidance,

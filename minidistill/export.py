@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minidistill.files import CheckpointError
 from minidistill.lora_files import student_and_styles
-from minidistill.lora_formats import LoRAFile, kohya_tensors, peft_tensors, read_lora
+from minidistill.lora_formats import LoRAFile, kohya_tensors, peft_tensors, read_run
 from minidistill.merged import with_loras, write_checkpoint
 from minidistill.settings import ScaledFile, parse, setting
 from minidistill.tensor_files import write_tensors
@@ -48,7 +48,7 @@ class Settings:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Settings, __doc__, argv)
-    files = [read_lora(path / "lora.safetensors" if path.is_dir() else path, scale) for path, scale in args.lora]
+    files = [read_run(path, scale) for path, scale in args.lora]
     first = files[0].path
     suffix = "" if args.to == "checkpoint" and not args.model.is_file() else ".safetensors"
     out = args.out or first.with_name(f"{first.stem}-{args.to}{suffix}")

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and the error of those that cannot be used."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -51,3 +52,8 @@ def folder_written_whole(folder: str | Path) -> Iterator[Path]:
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def digest(data: bytes) -> str:
+    """To tell contents apart by."""
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -162,6 +162,11 @@ def read_lora(path: str | Path, scale: float = 1.0) -> LoRAFile:
         return LoRAFile(path, layers, metadata).scaled(scale)
 
 
+def read_run(path: Path, scale: float = 1.0) -> LoRAFile:
+    """``read_lora`` of what a run left in its folder; or of a file."""
+    return read_lora(path / "lora.safetensors" if path.is_dir() else path, scale)
+
+
 def sort_out(path: Path, stored: Mapping[str, StoredTensor]) -> tuple[dict[str, dict[str, Tensor]], int]:
     """The UNet's tensors by layer and part, and how many others are the text encoder's."""
     parts: dict[str, dict[str, StoredTensor]] = {}

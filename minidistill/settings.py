@@ -1,7 +1,10 @@
-"""Command lines from dataclasses: each field is a flag, with its default and help in one place."""
+"""Command lines from dataclasses, each field a flag with its default and help in one place; and how scripts end."""
 
 import argparse
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -116,3 +119,14 @@ def parse(settings: type[T], description: str, argv: list[str] | None = None) ->
             how["help"] += " (default: %(default)s)"
         group.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how)
     return settings(**vars(parser.parse_args(argv)))
+
+
+@contextmanager
+def one_sentence(script: str, stopped: str) -> Iterator[None]:
+    """Run a script: what was wrong with its input, or that it was ``stopped``, is one sentence and no traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:  # a CheckpointError is a ValueError
+        sys.exit(f"{script}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{script}: {stopped}")

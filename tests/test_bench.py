@@ -7,22 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINY_SIZE as TINY
 
 from minidistill import bench
-from minidistill.config import UNetConfig, VAEConfig
 from minidistill.guidance import guided_noise
 from minidistill.lora import lora_layers
 from minidistill.unet import UNet
 
-TINY = bench.Size(
-    UNetConfig(widths=(16, 32), layers=1, depth=(1, 0), heads=(2, 2), context_width=12, groups=8, sample_size=8),
-    VAEConfig(widths=(8, 8), layers=1, groups=4),
-    tokens=5,
-    steps=3,
-    batch=2,
-    cpu_steps=3,
-    cpu_repeats=2,
-)
 needs_peers = pytest.mark.skipif(not all(map(find_spec, bench.PEERS)), reason="diffusers or peft is not installed")
 
 

@@ -7,24 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import TINY_SIZE as TINY
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minidistill import bench, memory
-from minidistill.config import UNetConfig, VAEConfig
 from minidistill.lora import inject_lora
 from minidistill.memory import CASES, Case, Live, ledger
 from minidistill.unet import UNet
 
-TINY = bench.Size(
-    UNetConfig(widths=(16, 32), layers=1, depth=(1, 0), heads=(2, 2), context_width=12, groups=8, sample_size=8),
-    VAEConfig(widths=(8, 8), layers=1, groups=4),
-    tokens=5,
-    steps=3,
-    batch=2,
-    cpu_steps=3,
-    cpu_repeats=2,
-)
 RANK = 4
 CPU = torch.device("cpu")
 

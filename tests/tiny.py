@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from minidistill.bench import Size
 from minidistill.config import UNetConfig, VAEConfig
 from minidistill.lora import LoRAModel, inject_lora, lora_layers
 from minidistill.single_file import to_single_file
@@ -20,6 +21,15 @@ ROOT = Path(__file__).parents[1]
 TINY_UNET = UNetConfig(
     widths=(32, 64), layers=1, depth=(1, 0), heads=(2, 2), context_width=32, groups=8, sample_size=8
 )  # fmt: skip
+TINY_SIZE = Size(  # of the benchmark and the memory ledger
+    UNetConfig(widths=(16, 32), layers=1, depth=(1, 0), heads=(2, 2), context_width=12, groups=8, sample_size=8),
+    VAEConfig(widths=(8, 8), layers=1, groups=4),
+    tokens=5,
+    steps=3,
+    batch=2,
+    cpu_steps=3,
+    cpu_repeats=2,
+)
 TINY_VAE = VAEConfig(widths=(8, 16), layers=1, groups=4)
 
 

@@ -8,7 +8,6 @@ are kept, so that an interrupted evaluation goes on with the method it stopped i
 compared with a teacher of guidance 1 + SCALE (s - 1).
 """
 
-import hashlib
 import importlib
 import json
 import shlex
@@ -48,15 +47,15 @@ from minidistill.evaluate.metrics import (
     resampled,
     ssim,
 )
-from minidistill.files import CheckpointError, written_whole
+from minidistill.files import digest, written_whole
 from minidistill.folder import STEMS, read_weights
 from minidistill.layout import write_json
 from minidistill.lora import merge_lora
 from minidistill.lora_files import inject_file
-from minidistill.lora_formats import read_lora
+from minidistill.lora_formats import read_run
 from minidistill.pipeline import StableDiffusion, load, place
 from minidistill.prompts import read_prompts
-from minidistill.settings import ModelSettings, ScaledFile, count, parse, setting, share
+from minidistill.settings import ModelSettings, ScaledFile, count, one_sentence, parse, setting, share
 from minidistill.tensor_files import read_tensors
 from minidistill.unet import UNet
 
@@ -146,11 +145,16 @@ def main(argv: list[str] | None = None) -> None:
         merge_lora(sd.unet)
         drawn.append(pictures(sd, "student", label, learned=learned))
 
+    references = {}  # what pictures are compared with as sets: features [N, D]
+    if clip:
+        references["teacher"] = clip.embed_pictures(drawn[0].images)
+    if clip and truth:
+        references["rendered"] = clip.embed_pictures(truth)
     rows = {}
     for one in drawn:
         print(f"measuring: {one.method}", flush=True)
         errors = {name: interval(found.errors, found.gaps) for name, found in shares.get(one.method, {}).items()}
-        rows[one.method] = errors | measure(one, drawn[0], shown, each, clip, judge, truth)
+        rows[one.method] = errors | measure(one, drawn[0], shown, each, clip, judge, references)
 
     command = shlex.join(["python", "-m", "minidistill.evaluate", *(sys.argv[1:] if argv is None else argv)])
     write_results(args.out, drawn, rows, prompts, each, command)
@@ -174,7 +178,7 @@ def read_student(path: Path, scale: float, args: Settings) -> Student:
     """Of a run's folder its LoRA, or the checkpoint that ``--method full`` left there; or a LoRA file."""
     full = next((found for found in (path / "student", path / "student.safetensors") if found.exists()), None)
     if full is None:
-        file = read_lora(path / "lora.safetensors" if path.is_dir() else path, scale)
+        file = read_run(path, scale)
         weights, header, beside = file.path, file.metadata, partial(inject_file, file=file)
     elif scale == 1:
         weights = read_weights(full / "unet", STEMS["unet"], args.variant).file if full.is_dir() else full
@@ -235,10 +239,6 @@ def read_clip(sd: StableDiffusion, name: str | None) -> ClipScore | None:
     return ClipScore(sd.folder / "clip", sd.tokenizer) if (sd.folder / "clip").is_dir() else None
 
 
-def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
 def kept(file: Path, made_with: Mapping[str, object], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors in ``file``, if they are there and were made with the same settings; else made now, and kept."""
     stamp = json.dumps(made_with)
@@ -261,9 +261,9 @@ def measure(
     each: int,
     clip: ClipScore | None,
     judge: ModuleType | None,
-    truth: Sequence[Image.Image] | None,
+    references: Mapping[str, Tensor],
 ) -> Row:
-    """One method's pictures, ``each`` of a prompt in turn: beside the teacher's, the prompts and the truth."""
+    """One method's pictures, ``each`` of a prompt in turn: beside the teacher's, the prompts and the ``references``."""
     by_picture = {}
     if drawn is not teacher:
         by_picture["PSNR"] = psnr(drawn.images, teacher.images)
@@ -273,15 +273,13 @@ def measure(
         features = clip.embed_pictures(drawn.images)
         by_picture["CLIP score"] = 100 * (features * clip.embed_prompts(prompts)).sum(-1)
     if clip and drawn is not teacher:
-        of_teacher = clip.embed_pictures(teacher.images)
-        by_picture["CLIP similarity"] = 100 * (features * of_teacher).sum(-1)
+        by_picture["CLIP similarity"] = 100 * (features * references["teacher"]).sum(-1)
     if judge:
         by_picture |= judge.measures(pixels(drawn.images), prompts)
     row = {name: interval(values.view(-1, each)) for name, values in by_picture.items()}
-    if clip and drawn is not teacher:
-        row["Fréchet to teacher"] = frechet_interval(features, of_teacher, each)
-    if clip and truth:
-        row["Fréchet to rendered"] = frechet_interval(features, clip.embed_pictures(truth), each)
+    for name, others in references.items():
+        if not (name == "teacher" and drawn is teacher):
+            row[f"Fréchet to {name}"] = frechet_interval(features, others, each)
     return row
 
 
@@ -349,9 +347,5 @@ def plot_shares(shares: Mapping[str, ErrorShare], timesteps: Sequence[int], path
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence("minidistill.evaluate", "stopped. The same command goes on from what is drawn."):
         main()
-    except (CheckpointError, ValueError, OSError) as error:
-        sys.exit(f"minidistill.evaluate: {error}")
-    except KeyboardInterrupt:
-        sys.exit("minidistill.evaluate: stopped. The same command goes on from what is drawn.")
