@@ -19,6 +19,7 @@ from minidistill import data, inject_lora, load, save_lora
 from minidistill.distill import FullStudent, learning_rate, student, teacher
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.files import written_whole
+from minidistill.lora import DEFAULT_TARGETS
 from minidistill.lora_files import merge_file
 from minidistill.lora_formats import read_lora
 from minidistill.merged import replaced_by, write_checkpoint
@@ -60,6 +61,14 @@ class Settings(ModelSettings):
         choices=("trajectories", "noised", "full"),
     )
     rank: int = setting(16, "rank of the LoRA", "student", type=count)
+    targets: list[str] = setting(
+        None,
+        "which layers get a LoRA, by patterns of their names; attention's alone: '*.attn?.to_*' "
+        "(default: every linear layer and convolution of attention and residual blocks)",
+        "student",
+        type=str,
+        nargs="+",
+    )
     alpha: float = setting(None, "the LoRA is scaled by alpha / rank (default: the rank)", "student", type=positive)
     steps: int = setting(400, "updates of the LoRA", "student", type=count)
     batch: int = setting(16, "examples an update; pictures drawn at once", "student", type=count)
@@ -71,6 +80,9 @@ class Settings(ModelSettings):
     )
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time", "student")
     seed: int = setting(0, "of everything random", "run")
+    states: Path = setting(
+        None, "folder of the trajectories, which several runs may share (default: in --out)", "run", type=Path
+    )
     save_every: int = setting(100, "updates from a checkpoint and its pictures to the next", "run", type=count)
     resume: bool = setting(False, "go on from the last checkpoint in --out, if there is one", "run")
     no_report: bool = setting(False, "only the LoRA: no evaluation, no pictures", "run")
@@ -100,7 +112,7 @@ def main() -> None:
         unet = FullStudent(sd.unet, deepcopy(sd.unet).float().requires_grad_())
         unet.student.checkpoint_blocks = args.recompute
     else:
-        unet = inject_lora(sd.unet, args.rank, args.alpha)
+        unet = inject_lora(sd.unet, args.rank, args.alpha, args.targets or DEFAULT_TARGETS)
         unet.base.checkpoint_blocks = args.recompute
     sd.unet = unet
     trainable = [p for p in unet.parameters() if p.requires_grad]
@@ -113,7 +125,15 @@ def main() -> None:
     # Adam's steps are of one size whatever the width; what they add up to over a layer's inputs is not.
     peak = args.lr or (0.02 if full else 0.128) / sd.unet_config.widths[0]
     optimizer = torch.optim.AdamW(trainable, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
-    apart = ("out", "resume", "no_report", "save_every", "device", "recompute")  # what changes nothing of the result
+    apart = (
+        "out",
+        "states",
+        "resume",
+        "no_report",
+        "save_every",
+        "device",
+        "recompute",
+    )  # what changes nothing of the result
     fixed = {flag: str(value) for flag, value in asdict(args).items() if flag not in apart}
     losses = resume(out, trainable, optimizer, fixed)  # none, in a new run
 
@@ -121,7 +141,7 @@ def main() -> None:
     states = data.generate(
         sd,
         captions,
-        out / "states",
+        args.states or out / "states",
         count=args.trajectories,
         steps=args.sample_steps,
         guidance=args.guidance,

@@ -16,51 +16,25 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from minidistill.config import POCKET_UNET, POCKET_VAE, SD15_UNET, SD15_VAE, ScheduleConfig, UNetConfig, VAEConfig
-from minidistill.distill import student, teacher
-from minidistill.guidance import guided_noise
+from minidistill.contestants import GUIDANCE, PEERS, PICTURES, ROWS, SIZES, Contestant, Setup, contestants
 from minidistill.layout import write_json
-from minidistill.lora import LoRAModel, inject_lora, lora_layers, merge_lora
-from minidistill.peers import peer_guided_picture, peer_lora, peer_unet
-from minidistill.schedule import Schedule, ddim_sample
-from minidistill.settings import parse, setting
-from minidistill.unet import UNet
-from minidistill.vae import VAE
+from minidistill.settings import made_by, one_sentence, parse, setting
 
-GUIDANCE = 7.5
 # How far apart the outputs of right implementations may lie, relative to the largest value.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 
 
-@dataclass(frozen=True)
-class Size:
-    unet: UNetConfig
-    vae: VAEConfig
-    tokens: int  # of a prompt
-    steps: int  # DDIM steps of a picture
-    batch: int  # of a distillation step; pictures are drawn one by one
-    cpu_steps: int  # how many of a picture's steps are timed on a CPU
-    cpu_repeats: int
-
-
-SIZES = {
-    "pocket": Size(POCKET_UNET, POCKET_VAE, tokens=16, steps=25, batch=16, cpu_steps=25, cpu_repeats=9),
-    "sd15": Size(SD15_UNET, SD15_VAE, tokens=77, steps=50, batch=1, cpu_steps=1, cpu_repeats=2),
-}
+SELECTIVE = (0.2, 0.5)  # shares of the steps, the last ones, that selective guidance leaves without
 
 
 @dataclass
@@ -71,186 +45,9 @@ class Settings:
     rank: int = setting(16, "of the LoRA")
     repeats: int = setting(None, "turns of each contestant (default: 10; on a CPU pocket 9, sd15 2)", type=int)
     memory: bool = setting(False, "measure peak memory too, each contestant in a process of its own")
+    compile: bool = setting(False, "time the UNet's forward pass under torch.compile too")
     out: Path = setting(Path("results/bench.json"), "where the measurements go as JSON")
     row: str = setting(None, "only print one contestant's peak bytes (unet/ours, unet/peer, ...): what --memory runs")
-
-
-@dataclass
-class Setup:
-    """Weights and inputs of one size, from seeds: ours, the peers' and another process's are the same numbers."""
-
-    size: Size
-    device: torch.device
-    dtype: torch.dtype
-    rank: int
-    timed_steps: int
-
-    def randn(self, *shape: int, seed: int) -> Tensor:
-        generator = torch.Generator(self.device).manual_seed(seed)
-        return torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
-
-    def latents(self, batch: int, seed: int = 1) -> Tensor:
-        side = self.size.unet.sample_size
-        return self.randn(batch, self.size.unet.in_channels, side, side, seed=seed)
-
-    def contexts(self, batch: int) -> tuple[Tensor, Tensor]:
-        """In place of the embeddings of prompts and of the empty prompt, each [B, L, D]."""
-        shape = (batch, self.size.tokens, self.size.unet.context_width)
-        return self.randn(*shape, seed=2), self.randn(*shape, seed=3)
-
-    def random_weights(self, make: Callable[[], nn.Module], layout: torch.memory_format) -> dict[str, Tensor]:
-        """Matrices that keep the variance; norms near 1 and biases near 0, but not there."""
-        with torch.device("meta"):
-            shapes = {name: x.shape for name, x in make().state_dict().items()}
-        weights = {}
-        for seed, (name, shape) in enumerate(shapes.items()):
-            x = self.randn(*shape, seed=seed).mul_(shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.1)
-            x.add_(1 if len(shape) == 1 and name.endswith("weight") else 0)
-            weights[name] = x.contiguous(memory_format=layout) if len(shape) == 4 else x
-        return weights
-
-    @cached_property
-    def weights(self) -> dict[str, Tensor]:
-        return self.random_weights(lambda: UNet(self.size.unet), torch.channels_last)  # as load() converts them
-
-    @cached_property
-    def peer_weights(self) -> dict[str, Tensor]:
-        return self.random_weights(lambda: UNet(self.size.unet), torch.contiguous_format)  # as from_pretrained() does
-
-    def unet(self) -> UNet:
-        return filled(lambda: UNet(self.size.unet), self.weights)
-
-    def lora_unet(self, zero: bool = False) -> LoRAModel:
-        unet = inject_lora(self.unet(), self.rank)  # lora_up is zero
-        if not zero:
-            fill_pairs({name: (layer.lora_down, layer.lora_up) for name, layer in lora_layers(unet).items()})
-        return unet
-
-    def peer_unet(self) -> nn.Module:
-        return peer_unet(self.size.unet, self.peer_weights)
-
-    def peer_lora_unet(self) -> nn.Module:
-        with torch.device("meta"):
-            names = list(lora_layers(inject_lora(UNet(self.size.unet), self.rank)))
-        unet = self.peer_unet()
-        fill_pairs(peer_lora(unet, self.rank, names))
-        return unet
-
-
-def filled(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
-    """A frozen module of these very tensors, not of copies."""
-    with torch.device("meta"):
-        module = make()
-    module.load_state_dict(weights, assign=True)
-    return module.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def fill_pairs(pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """The same random LoRA for all models whose layers have the same names."""
-    generator = torch.Generator(next(iter(pairs.values()))[0].device).manual_seed(4)
-    for _, (down, up) in sorted(pairs.items()):
-        down.normal_(std=down[0].numel() ** -0.5, generator=generator)
-        up.normal_(std=0.1, generator=generator)
-
-
-# The contestants. Each function below returns one: a function to be timed, whose results can be compared.
-Contestant = Callable[[], tuple[Tensor, ...]]
-
-
-def peer_call(unet: nn.Module, z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-    return unet(z_t, t, context, return_dict=False)[0]
-
-
-def forward(setup: Setup, who: str) -> Contestant:
-    model = setup.unet() if who == "ours" else partial(peer_call, setup.peer_unet())
-    inputs = setup.latents(1), torch.tensor([621], device=setup.device), setup.contexts(1)[0]
-    return torch.no_grad()(lambda: (model(*inputs),))
-
-
-def decode(setup: Setup, who: str) -> Contestant:
-    weights = setup.random_weights(lambda: VAE(setup.size.vae), torch.channels_last)
-    vae = filled(lambda: VAE(setup.size.vae), weights)
-    z = setup.latents(1)
-    return torch.no_grad()(lambda: (vae.decode(z),))
-
-
-def picture(setup: Setup, who: str, how: str) -> Contestant:
-    """The first ``timed_steps`` of a picture: the latents after each."""
-    if who == "peer":
-        size = setup.size
-        return peer_guided_picture(
-            setup.peer_unet(), setup.latents(1), setup.contexts(1), GUIDANCE, size.steps, setup.timed_steps
-        )
-    cond, uncond = setup.contexts(1)
-    unet = setup.unet() if how == "guided" else setup.lora_unet(zero=how == "merged")
-    if how == "merged":
-        merge_lora(unet)  # of zeros: the shared weights keep every bit, and the time is that of any merged LoRA
-
-    def model(z_t: Tensor, t: Tensor) -> Tensor:
-        if how == "guided":
-            return guided_noise(unet, z_t, t, cond, uncond, GUIDANCE)
-        return unet(z_t, t, cond, lora_enabled=True)
-
-    schedule, z_T = Schedule.from_config(ScheduleConfig()), setup.latents(1)
-    return lambda: tuple(islice(ddim_sample(model, schedule, z_T, setup.size.steps), setup.timed_steps))
-
-
-def distil(setup: Setup, who: str, teacher_in_loop: bool) -> Contestant:
-    """One update as in train.py, towards a stored prediction of the teacher's or one made in the step."""
-    batch = setup.size.batch
-    z_t, stored, (cond, uncond) = setup.latents(batch), setup.latents(batch, seed=5), setup.contexts(batch)
-    t = torch.linspace(999, 1, batch, device=setup.device).long()
-    unet = setup.lora_unet() if who == "ours" else setup.peer_lora_unet()
-    trainable = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0)
-
-    def ask_teacher() -> Tensor:
-        if who == "ours":
-            return teacher(unet, z_t, t, cond, uncond, GUIDANCE)
-        unet.disable_adapters()
-        with torch.no_grad():
-            eps_hat = guided_noise(partial(peer_call, unet), z_t, t, cond, uncond, GUIDANCE)
-        unet.enable_adapters()
-        return eps_hat
-
-    def step() -> tuple[Tensor, Tensor]:
-        eps_hat = ask_teacher() if teacher_in_loop else stored
-        eps = student(unet, z_t, t, cond) if who == "ours" else peer_call(unet, z_t, t, cond)
-        loss = F.mse_loss(eps.float(), eps_hat.float())
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach(), norm
-
-    return step
-
-
-class Row(NamedTuple):
-    label: str
-    calls: int  # of the UNet; of a picture, a step
-    make: Callable[[Setup, str], Contestant]
-
-
-ROWS = {
-    "unet": Row("UNet forward", 1, forward),
-    "decode": Row("VAE decoder", 0, decode),
-    "guided": Row("guided picture", 2, partial(picture, how="guided")),
-    "merged": Row("one-pass picture, LoRA merged", 1, partial(picture, how="merged")),
-    "unmerged": Row("one-pass picture, LoRA beside", 1, partial(picture, how="unmerged")),
-    "trajectories": Row("distillation step, trajectories", 1, partial(distil, teacher_in_loop=False)),
-    "noised": Row("distillation step, teacher in the loop", 3, partial(distil, teacher_in_loop=True)),
-}
-PICTURES = ("guided", "merged", "unmerged")
-WITH_PEER = ("unet", "guided", "trajectories", "noised")
-PEERS = ("diffusers", "peft")
-
-
-def contestants() -> list[tuple[str, str]]:
-    """(row, "ours") and, where there is one and its packages are installed, (row, "peer")."""
-    rows_with_peer = WITH_PEER if all(map(find_spec, PEERS)) else ()
-    return [(row, who) for row in ROWS for who in ("ours", "peer") if who == "ours" or row in rows_with_peer]
 
 
 def check_agreement(outputs: dict[tuple[str, str], tuple[Tensor, ...]], tolerance: float) -> dict[str, float]:
@@ -274,9 +71,9 @@ def timed(run: Contestant, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(setup: Setup, repeats: int) -> dict[str, dict]:
+def measure(setup: Setup, repeats: int, compiled: bool = False) -> dict[str, dict]:
     """Row -> seconds of ours and of the peer, their ratio, and how well the two agree."""
-    runs = {(row, who): ROWS[row].make(setup, who) for row, who in contestants()}
+    runs = {(row, who): ROWS[row].make(setup, who) for row, who in contestants(compiled)}
     tf32 = setup.device.type == "cuda" and setup.dtype == torch.float32  # its convolutions are as precise as float16
     outputs = {key: run() for key, run in tqdm(runs.items(), "warming up and comparing")}
     differences = check_agreement(outputs, TOLERANCE[torch.float16 if tf32 else setup.dtype])
@@ -293,7 +90,8 @@ def measure(setup: Setup, repeats: int) -> dict[str, dict]:
             seconds[row, who] *= setup.size.steps / setup.timed_steps
             seconds[row, who] += seconds["decode", "ours"]
     rows = {}
-    for name, (label, calls, _) in ROWS.items():
+    for name in dict.fromkeys(row for row, _ in runs):
+        label, calls, _ = ROWS[name]
         ours, peer = seconds[name, "ours"], seconds.get((name, "peer"))
         rows[name] = {
             "label": label,
@@ -304,6 +102,17 @@ def measure(setup: Setup, repeats: int) -> dict[str, dict]:
             "to_guided": ours / seconds["guided", "ours"] if name in PICTURES else None,
             "difference": differences.get(name),
             "turns_s": {who: turns for (row, who), turns in times.items() if row == name},
+        }
+    # Selective guidance is some steps of the guided picture and some of a one-pass picture's: no turns of its own.
+    for part in SELECTIVE:
+        seconds_of_it = (1 - part) * rows["guided"]["ours_s"] + part * rows["merged"]["ours_s"]
+        rows[f"selective_{part:g}"] = {
+            "label": f"guided picture, the last {part:.0%} of steps without",
+            "calls": 2 * setup.size.steps - round(part * setup.size.steps),
+            "ours_s": seconds_of_it,
+            "peer_s": None,
+            "to_guided": seconds_of_it / rows["guided"]["ours_s"],
+            "difference": None,
         }
     return rows
 
@@ -401,13 +210,12 @@ def main(argv: list[str] | None = None) -> None:
     sizes = args.size or list(SIZES)
     if args.row:
         key = tuple(args.row.split("/"))
-        if key not in contestants() or len(sizes) > 1:
+        if key not in contestants(compiled=True) or len(sizes) > 1:
             raise ValueError(f"--row takes one --size and one of {', '.join(map('/'.join, contestants()))}.")
         print(peak_memory(Setup(SIZES[sizes[0]], device, dtype, args.rank, timed_steps=1), *key))
         return
 
-    report = {
-        "command": shlex.join(["python", "-m", "minidistill.bench", *argv]),
+    report = made_by("minidistill.bench", argv) | {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "dtype": args.dtype,
@@ -419,8 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in sizes:
         size = SIZES[name]
         repeats, steps = args.repeats or (10 if cuda else size.cpu_repeats), size.steps if cuda else size.cpu_steps
-        rows = measure(Setup(size, device, dtype, args.rank, steps), repeats)
-        for row, who in tqdm(contestants(), "peak memory") if args.memory else ():
+        rows = measure(Setup(size, device, dtype, args.rank, steps), repeats, args.compile)
+        for row, who in tqdm(contestants(args.compile), "peak memory") if args.memory else ():
             rows[row][f"{who}_bytes"] = peak_memory_elsewhere(args, name, row, who)
         counts = {"steps": size.steps, "timed_steps": steps, "batch": size.batch, "repeats": repeats}
         report["sizes"][name] = counts | {"rows": rows}
@@ -432,7 +240,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence("minidistill.bench", "stopped."):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"bench: {error}")

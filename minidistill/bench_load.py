@@ -27,7 +27,7 @@ from minidistill.bench import device_name, resident
 from minidistill.checkpoint import read_checkpoint
 from minidistill.config import SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
 from minidistill.layout import write_json
-from minidistill.settings import count, parse, setting
+from minidistill.settings import count, made_by, one_sentence, parse, setting
 from minidistill.single_file import to_single_file
 from minidistill.unet import UNet
 from minidistill.vae import VAE
@@ -129,6 +129,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     args = parse(Settings, __doc__, argv)
     if args.turn:
         print(json.dumps(take_turn(Path(args.turn[0]), args.turn[1], getattr(torch, args.dtype))))
@@ -137,13 +138,12 @@ def main(argv: list[str] | None = None) -> None:
     print(markdown(rows))
     device = device_name(torch.device("cpu"))
     print(f"\nMedians of {args.repeats} turns, {torch.get_num_threads()} threads, {device}, torch {torch.__version__}.")
-    report = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}
+    report = made_by("minidistill.bench_load", argv) | {"device": device, "threads": torch.get_num_threads()}
+    report |= {"torch": torch.__version__, "rows": rows}
     write_json(args.out, report)
     print(f"Wrote {args.out}")
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence("minidistill.bench_load", "stopped."):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"bench_load: {error}")

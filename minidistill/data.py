@@ -90,7 +90,8 @@ def generate(
     """Have the teacher draw ``count`` trajectories of ``steps`` DDIM steps, in shards of ``batch`` under ``folder``.
 
     Captions are taken in a shuffled order, again and again. Shards that are there already are kept, so an interrupted
-    run goes on where it stopped. Without ``keep_states`` only the ends z_0 are stored.
+    run goes on where it stopped, and one that asks for more adds to them. Without ``keep_states`` only the ends z_0 are
+    stored.
 
     The states of one trajectory are much alike. With a ``stride`` n the teacher takes the first step, then only every
     n-th, at offsets that shift from shard to shard: n times the pictures for the time, and among them every t.
@@ -101,7 +102,6 @@ def generate(
         weights=fingerprint(sd.unet),
         prediction=sd.schedule.prediction,
         captions=digest("\n".join(captions).encode()),
-        count=count,
         steps=steps,
         guidance=guidance,
         negative_prompt=negative_prompt,
@@ -123,7 +123,7 @@ def generate(
         file = folder / f"trajectories-{first:06d}.safetensors"
         chosen = order[first : first + batch]
         files.append(file)
-        if not is_shard(file, made_with):
+        if not is_shard(file, made_with, len(chosen)):
             cond = sd.encode_prompt([captions[i] for i in chosen])
             z_T = sd.starting_noise(range(seed + first, seed + first + len(chosen)))
             offset = first // batch % stride
@@ -140,20 +140,21 @@ def generate(
     return States(files)
 
 
-def is_shard(file: Path, made_with: str) -> bool:
-    """Whether the file is a whole shard; raises ValueError if it was made with other settings."""
+def is_shard(file: Path, made_with: str, size: int) -> bool:
+    """Whether the file is a whole shard of ``size``; raises ValueError if it was made with other settings."""
     if not file.exists():
         return False
     try:
         with safe_open(file, "pt") as shard:
             found = (shard.metadata() or {}).get("made_with")
+            whole = shard.get_slice("prompt").get_shape() == [size]
     except (SafetensorError, OSError):
         return False  # damaged: make it again
     if found != made_with:
         raise ValueError(
             f"{file} was generated with other settings ({found}): delete {file.parent}, or give --out another folder."
         )
-    return True
+    return whole
 
 
 class States:

@@ -8,7 +8,6 @@ operation that makes it to its end: to the byte, for any size, on any machine. W
 as a convolution's workspace, it does not see; the measured peak does.
 """
 
-import shlex
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -28,20 +27,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from minidistill import bench
-from minidistill.bench import GUIDANCE, Setup, Size, device_name, filled, peak_bytes, printed_elsewhere
+from minidistill import contestants
+from minidistill.bench import device_name, peak_bytes, printed_elsewhere
 from minidistill.config import SD21_BASE_UNET, UNetConfig
+from minidistill.contestants import GUIDANCE, Setup, Size, filled
 from minidistill.distill import student, teacher
 from minidistill.guidance import guided_noise
 from minidistill.layout import write_json
-from minidistill.settings import count, parse, setting
+from minidistill.settings import count, made_by, one_sentence, parse, setting
 from minidistill.unet import UNet
 
-SIZES = {"sd15": bench.SIZES["sd15"], "sd21": replace(bench.SIZES["sd15"], unet=SD21_BASE_UNET)}
-SIZES |= {"pocket": bench.SIZES["pocket"]}
+SIZES = {"sd15": contestants.SIZES["sd15"], "sd21": replace(contestants.SIZES["sd15"], unet=SD21_BASE_UNET)}
+SIZES |= {"pocket": contestants.SIZES["pocket"]}
 # Run before anything is measured, for what libraries set up once: as small as can be, with every kind of layer.
 SMALLEST_UNET = UNetConfig(widths=(8, 16), layers=1, depth=(1, 0), heads=(1, 1), groups=8, sample_size=4)
-SMALLEST = replace(bench.SIZES["pocket"], unet=SMALLEST_UNET, batch=1)
+SMALLEST = replace(contestants.SIZES["pocket"], unet=SMALLEST_UNET, batch=1)
 LARGEST_MEASURED = 16e9  # bytes
 # Left to itself, glibc keeps most of what is freed, and a process holds more than its tensors. With fixed thresholds
 # it hands freed blocks of more than 64 kB back at once.
@@ -270,8 +270,7 @@ def main(argv: list[str] | None = None) -> None:
             print(measured(CASES[args.row], SIZES[sizes[0]], device, args.rank))
         return
 
-    report = {
-        "command": shlex.join(["python", "-m", "minidistill.memory", *argv]),
+    report = made_by("minidistill.memory", argv) | {
         "device": device_name(device) if args.measure else device.type,
         "torch": torch.__version__,
         "rank": args.rank,
@@ -294,7 +293,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence("minidistill.memory", "stopped."):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"memory: {error}")

@@ -1,9 +1,12 @@
-"""Command lines from dataclasses, each field a flag with its default and help in one place; and how scripts end."""
+"""What the scripts share: flags from a dataclass, each with its default and help in one place; and how they end."""
 
 import argparse
 import math
+import shlex
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -119,6 +122,17 @@ def parse(settings: type[T], description: str, argv: list[str] | None = None) ->
             how["help"] += " (default: %(default)s)"
         group.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how)
     return settings(**vars(parser.parse_args(argv)))
+
+
+def made_by(module: str, argv: Sequence[str]) -> dict[str, str]:
+    """What every file of results says of itself: the command, and the commit of the code; "+" if that was changed."""
+    command = shlex.join(["python", "-m", module, *argv])
+    here = Path(__file__).parent
+    if not shutil.which("git"):
+        return dict(command=command, commit="unknown")
+    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True)
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "."], cwd=here, capture_output=True).returncode
+    return dict(command=command, commit=head.stdout.strip() + "+" * bool(changed) if head.stdout else "unknown")
 
 
 @contextmanager

@@ -8,22 +8,29 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import TINY_SIZE as TINY
+from tiny import error
 
-from minidistill import bench
+from minidistill import bench, contestants
+from minidistill.config import POCKET_UNET
+from minidistill.contestants import PEERS, PICTURES, ROWS, WITH_PEER, Setup
 from minidistill.guidance import guided_noise
 from minidistill.lora import lora_layers
 from minidistill.unet import UNet
 
-needs_peers = pytest.mark.skipif(not all(map(find_spec, bench.PEERS)), reason="diffusers or peft is not installed")
+needs_peers = pytest.mark.skipif(not all(map(find_spec, PEERS)), reason="diffusers or peft is not installed")
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bench.SIZES, "pocket", TINY)
+    monkeypatch.setitem(contestants.SIZES, "pocket", TINY)
 
 
-def setup(dtype: torch.dtype = torch.float64, timed_steps: int = 3) -> bench.Setup:
-    return bench.Setup(TINY, torch.device("cpu"), dtype, rank=4, timed_steps=timed_steps)
+def setup(dtype: torch.dtype = torch.float64, timed_steps: int = 3) -> Setup:
+    return Setup(TINY, torch.device("cpu"), dtype, rank=4, timed_steps=timed_steps)
+
+
+SELECTIVE = [f"selective_{part:g}" for part in bench.SELECTIVE]
+MEASURED = [row for row in ROWS if row != "unet_compiled"]  # which is asked for
 
 
 def run(out: Path, *flags: str) -> dict:
@@ -35,26 +42,27 @@ def test_every_row_in_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(bench, "peak_memory_elsewhere", lambda args, size, row, who: 5_000_000)
     report = run(tmp_path / "new/bench.json", "--memory")
     result = report["sizes"]["pocket"]
-    assert list(result["rows"]) == list(bench.ROWS)
-    for name, row in result["rows"].items():
-        peer = name in bench.WITH_PEER and all(map(find_spec, bench.PEERS))
+    assert list(result["rows"]) == MEASURED + SELECTIVE
+    for name in MEASURED:
+        row = result["rows"][name]
+        peer = name in WITH_PEER and all(map(find_spec, PEERS))
         assert row["ours_s"] > 0 and row["ours_bytes"] == 5_000_000
         assert (row["peer_s"] is not None) == (row["difference"] is not None) == ("peer_bytes" in row) == peer
-    assert result["rows"]["guided"]["calls"] == 6 and result["rows"]["merged"]["calls"] == 3
+    assert [result["rows"][name]["calls"] for name in ("guided", "batched", "merged", SELECTIVE[1])] == [6, 3, 3, 4]
     assert report["command"].endswith("--memory") and report["versions"]["torch"] == torch.__version__
 
     printed = capsys.readouterr().out
     assert bench.markdown("pocket", result) in printed  # the JSON holds all that the table shows
-    assert printed.count("\n| ") == len(bench.ROWS) + 2
+    assert printed.count("\n| ") == len(result["rows"]) + 2
     assert not list(tmp_path.glob("**/*.tmp"))
 
 
 def test_without_peers_their_columns_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(bench, "find_spec", lambda package: None if package in bench.PEERS else find_spec(package))
-    for package in bench.PEERS:
+    monkeypatch.setattr(contestants, "find_spec", lambda package: None if package in PEERS else find_spec(package))
+    for package in PEERS:
         monkeypatch.setitem(sys.modules, package, None)  # importing it is an error
     rows = run(tmp_path / "bench.json")["sizes"]["pocket"]["rows"]
-    assert list(rows) == list(bench.ROWS) and not any(row["peer_s"] for row in rows.values())
+    assert list(rows) == MEASURED + SELECTIVE and not any(row["peer_s"] for row in rows.values())
     printed = capsys.readouterr().out
     assert "| pocket | UNet calls | ours | of guided |\n" in printed
     assert "No peer beside ours" in printed
@@ -63,35 +71,37 @@ def test_without_peers_their_columns_are_left_out(tmp_path: Path, monkeypatch: p
 @needs_peers
 def test_ours_and_the_peers_agree() -> None:
     case = setup()
-    outputs = {(row, who): bench.ROWS[row].make(case, who)() for row, who in bench.contestants()}
+    outputs = {(row, who): ROWS[row].make(case, who)() for row, who in contestants.contestants()}
     differences = bench.check_agreement(outputs, tolerance=1e-6)  # the losses are computed in float32
-    assert max(differences["unet"], differences["guided"]) <= 1e-9
-    assert tuple(differences) == bench.WITH_PEER
+    assert max(differences["unet"], differences["unet_alike"], differences["guided"]) <= 1e-9
+    assert set(differences) == set(WITH_PEER) - {"unet_compiled"}
+    for two_calls, one_call in zip(outputs["guided", "ours"], outputs["batched", "ours"]):
+        assert error(one_call, two_calls) <= 1e-9
     assert len(outputs["guided", "peer"]) == TINY.steps
 
 
-def other_weights(case: bench.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def other_weights(case: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     case.peer_weights["conv_in.weight"].mul_(1.01)
 
 
-def other_guidance(case: bench.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "guided_noise", lambda *args: guided_noise(*args[:-1], 1.01 * args[-1]))
+def other_guidance(case: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contestants, "guided_noise", lambda *args: guided_noise(*args[:-1], 1.01 * args[-1]))
 
 
-def other_lora_scale(case: bench.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def other_lora_scale(case: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     def half_a_student(unet, *args):
         for layer in lora_layers(unet).values():
             layer.scale = 0.5
         return unet(*args, lora_enabled=True)
 
-    monkeypatch.setattr(bench, "student", half_a_student)
+    monkeypatch.setattr(contestants, "student", half_a_student)
 
 
-def teacher_with_lora(case: bench.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def teacher_with_lora(case: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     def teacher(unet, *args):
         return guided_noise(lambda *inputs: unet(*inputs, lora_enabled=True).detach(), *args)
 
-    monkeypatch.setattr(bench, "teacher", teacher)
+    monkeypatch.setattr(contestants, "teacher", teacher)
 
 
 @needs_peers
@@ -121,15 +131,32 @@ def test_no_agreement_on_nan() -> None:
 def test_a_picture_is_its_steps_and_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "timed", lambda run, device: 2.0)
     rows = bench.measure(setup(torch.float32, timed_steps=1), repeats=3)
-    assert all(rows[name]["ours_s"] == (2 * TINY.steps + 2 if name in bench.PICTURES else 2) for name in rows)
+    pictures = {*PICTURES, *SELECTIVE}
+    assert all(rows[name]["ours_s"] == (2 * TINY.steps + 2 if name in pictures else 2) for name in rows)
     assert rows["merged"]["to_guided"] == 1 and rows["unet"]["turns_s"]["ours"] == [2.0] * 3
+
+
+def test_selective_guidance_costs_what_its_steps_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With steps of 2 s and 1 s and a decoder of 0.5 s."""
+    turns = {name: 1.0 for name in MEASURED} | {"decode": 0.5, "guided": 2.0}
+    names = iter([name for name, _ in contestants.contestants()])
+    monkeypatch.setattr(bench, "timed", lambda run, device: turns[next(names)])
+    rows = bench.measure(setup(torch.float32, timed_steps=1), repeats=1)
+    assert rows["selective_0.5"]["ours_s"] == pytest.approx(0.5 * 2 * TINY.steps + 0.5 * TINY.steps + 0.5)
+    assert rows["selective_0.2"]["to_guided"] == pytest.approx((1.8 * TINY.steps + 0.5) / (2 * TINY.steps + 0.5))
+
+
+@pytest.mark.slow
+def test_compiled_rows_agree(tmp_path: Path) -> None:
+    rows = run(tmp_path / "bench.json", "--compile")["sizes"]["pocket"]["rows"]
+    assert rows["unet_compiled"]["ours_s"] > 0
 
 
 def test_weights_are_shared_and_survive_the_merged_row() -> None:
     case = setup(torch.float32)
     before = {name: x.clone() for name, x in case.weights.items()}
     assert all(p.data_ptr() == case.weights[name].data_ptr() for name, p in case.unet().named_parameters())
-    bench.ROWS["merged"].make(case, "ours")()
+    ROWS["merged"].make(case, "ours")()
     assert all(torch.equal(x, before[name]) for name, x in case.weights.items())
 
 
@@ -138,7 +165,7 @@ def test_memory_of_a_fresh_process() -> None:
     args = bench.Settings(size=["pocket"], device="cpu", rank=2)
     peak = bench.peak_memory_elsewhere(args, "pocket", "unet", "ours")  # of the real pocket size
     with torch.device("meta"):
-        weights = 4 * sum(p.numel() for p in UNet(bench.POCKET_UNET).parameters())
+        weights = 4 * sum(p.numel() for p in UNet(POCKET_UNET).parameters())
     assert weights < peak < 10 * weights
 
 

@@ -174,7 +174,6 @@ def test_interrupted_generation_leaves_whole_shards_only(sd: StableDiffusion, ca
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(count=6),
         dict(steps=4),
         dict(guidance=5.0),
         dict(negative_prompt="a cat"),
@@ -191,6 +190,15 @@ def test_other_settings_are_refused(changes: dict, sd: StableDiffusion, tmp_path
     with pytest.raises(ValueError, match="other settings"):
         made(sd, tmp_path, **changes)
     assert contents(tmp_path) == before
+
+
+def test_more_are_added_to_what_is_there(sd: StableDiffusion, tmp_path: Path, calls: list[int]):
+    for count in (2, 5, 6):  # 5: its last shard is not full
+        calls.clear()
+        made(sd, tmp_path / "grown", count=count)
+    assert len(calls) == 3 * 2  # the last shard alone
+    made(sd, tmp_path / "at once", count=6)
+    assert contents(tmp_path / "grown") == contents(tmp_path / "at once")
 
 
 def test_trajectories_of_other_weights_are_refused(sd: StableDiffusion, tmp_path: Path):

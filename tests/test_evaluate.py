@@ -14,7 +14,7 @@ from tiny import ROOT, error, fill_up
 from torch import Tensor, nn
 
 from minidistill import StableDiffusion, inject_lora, load, load_lora, save_lora
-from minidistill.evaluate import ClipScore, comparison_grid, draw, interval, noise_error_share, psnr
+from minidistill.evaluate import ClipScore, comparison_grid, draw, interval, metrics, noise_error_share, psnr
 from minidistill.evaluate.__main__ import main
 from minidistill.evaluate.metrics import frechet_distance, ssim
 from minidistill.merged import replaced_by, write_checkpoint
@@ -46,6 +46,7 @@ def test_noise_error_share(learned: float, expected: float, sd: StableDiffusion)
     assert abs(share.pooled - expected) < 1e-5
     assert share.errors.shape == share.gaps.shape == (len(PROMPTS), 4)
     assert ((share.errors / share.gaps - expected).abs() < 1e-4).all() and share.per_step.shape == (4,)
+    assert ((share.along / share.gaps - learned).abs() < 1e-4).all()
 
 
 def test_noise_error_share_of_a_negative_prompt(sd: StableDiffusion):
@@ -207,7 +208,8 @@ def evaluate(tiny_model: Path, prompts_file: Path, tmp_path: Path) -> Callable[.
     """``evaluate(run, "--flag", ...)`` on four prompts, in two steps."""
     prompts = tmp_path / "four.txt"
     prompts.write_text("\n".join(f"{line}, a photo" for line in prompts_file.read_text().splitlines()[:4]))
-    same = ["--model", tiny_model, "--prompts", prompts, "--steps", 2, "--pictures", 7, "--out", tmp_path / "out"]
+    same = ["--model", tiny_model, "--prompts", prompts, "--steps", 2, "--pictures", 7]
+    same += ["--out", tmp_path / "out", "--work", tmp_path / "work"]
 
     def evaluate(*args: object) -> Path:
         main([str(arg) for arg in (*args, *same)])
@@ -290,6 +292,19 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(
     write_tensors(run / "styled.safetensors", same, header)
     with pytest.raises(ValueError, match="ink.safetensors"):
         evaluate(run / "styled.safetensors")
+
+
+def test_the_teacher_is_asked_once_for_all_students(
+    run: Path, evaluate: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    batches = []
+    found = metrics.teacher_states
+    monkeypatch.setattr(metrics, "teacher_states", lambda *args, **how: batches.append(how) or found(*args, **how))
+    other = {name: 2 * tensor for name, tensor in load_file(run / "lora.safetensors").items()}
+    write_tensors(tmp_path / "other.safetensors", other, LEARNED | dict(rank="2", alpha="2"))
+    rows = json.loads((evaluate(run, tmp_path / "other.safetensors") / "results.json").read_text())["rows"]
+    assert [how["noised"] for how in batches] == [False, True]  # four prompts are one batch
+    assert rows[2]["noise error share"] != rows[3]["noise error share"]
 
 
 def test_students_of_several_teachers_are_refused(run: Path, evaluate: Callable[..., Path]):

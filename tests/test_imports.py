@@ -122,7 +122,7 @@ def test_peers_are_for_comparison_only():
         if file.name != "peers.py":
             assert not {name.split(".")[0] for name in imports(file)} & PEERS, file
     knowing = [name for name in MODULES if "minidistill.peers" in imports(MODULES[name])]
-    assert knowing == ["minidistill.bench"]
+    assert knowing == ["minidistill.contestants"]
 
 
 def test_the_benchmark_imports_without_the_peers():

@@ -11,7 +11,8 @@ from tiny import TINY_SIZE as TINY
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minidistill import bench, memory
+from minidistill import memory
+from minidistill.contestants import Size
 from minidistill.lora import inject_lora
 from minidistill.memory import CASES, Case, Live, ledger
 from minidistill.unet import UNet
@@ -106,7 +107,7 @@ def test_attention_matrices_are_kept_on_demand() -> None:
     assert kept - fused >= 3 * 4 * TINY.batch * heads * tokens**2  # at the finer level: once down, twice up
 
 
-def saved_bytes(case: Case, size: bench.Size) -> int:
+def saved_bytes(case: Case, size: Size) -> int:
     """By autograd's own hooks, on real tensors: what it keeps that is no parameter and no input."""
     what = memory.program(case, size, CPU, 16, foreach=False)
     known = {p.untyped_storage().data_ptr() for p in what.weights}

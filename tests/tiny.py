@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from minidistill.bench import Size
 from minidistill.config import UNetConfig, VAEConfig
+from minidistill.contestants import Size
 from minidistill.lora import LoRAModel, inject_lora, lora_layers
 from minidistill.single_file import to_single_file
 from minidistill.unet import UNet

@@ -2,6 +2,7 @@
 
   python -m minidistill.evaluate runs/NAME [runs/OTHER ...] --prompts held-out
   python -m minidistill.evaluate runs/pocket-emoji --judge minidistill.pocket.judge
+  python -m minidistill.evaluate --all
 
 Writes a table (Markdown and JSON), pictures side by side and the noise error by time step. The pictures of each method
 are kept, so that an interrupted evaluation goes on with the method it stopped in. A LoRA as FILE:SCALE, the dial, is
@@ -10,31 +11,23 @@ compared with a teacher of guidance 1 + SCALE (s - 1).
 
 import importlib
 import json
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTokenizer
 
-from minidistill.checkpoint import read_checkpoint
 from minidistill.data import fingerprint, prompt_split, spread
-from minidistill.distill import FullStudent
-from minidistill.evaluate.drawing import Drawn, comparison_grid, draw
+from minidistill.evaluate import everything
+from minidistill.evaluate.drawing import Drawn, draw
 from minidistill.evaluate.metrics import (
     ClipScore,
     ErrorShare,
@@ -47,19 +40,13 @@ from minidistill.evaluate.metrics import (
     resampled,
     ssim,
 )
+from minidistill.evaluate.results import Row, markdown, plot_shares, write_results
+from minidistill.evaluate.students import one_teacher, read_students
 from minidistill.files import digest, written_whole
-from minidistill.folder import STEMS, read_weights
-from minidistill.layout import write_json
 from minidistill.lora import merge_lora
-from minidistill.lora_files import inject_file
-from minidistill.lora_formats import read_run
-from minidistill.pipeline import StableDiffusion, load, place
+from minidistill.pipeline import StableDiffusion, load
 from minidistill.prompts import read_prompts
-from minidistill.settings import ModelSettings, ScaledFile, count, one_sentence, parse, setting, share
-from minidistill.tensor_files import read_tensors
-from minidistill.unet import UNet
-
-Row = dict[str, Interval]  # what was measured of one method
+from minidistill.settings import ModelSettings, ScaledFile, count, made_by, one_sentence, parse, setting, share
 
 
 @dataclass
@@ -87,11 +74,20 @@ class Settings(ModelSettings):
     steps: int = setting(25, "DDIM steps", "how", type=count)
     batch: int = setting(32, "pictures drawn at once", "how", type=count)
     out: Path = setting(Path("runs/evaluation"), "folder for the results", "how")
+    work: Path = setting(Path("runs/evaluation"), "folder in which what is drawn is kept, under kept/", "how")
+    all: bool = setting(
+        False, "make everything in results/ again, with the settings it has; takes no other flag", "how"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     args = parse(Settings, __doc__, argv)
-    students = read_students(args)
+    if args.all:
+        if argv != ["--all"]:
+            raise ValueError("--all makes results/ as it is, and takes no other flag.")
+        return everything.run()
+    students = read_students(args.runs, args)
     guidance, negative_prompt = one_teacher(students, args.guidance)
     prompts = prompt_split(args.model)[1] if args.prompts == "held-out" else read_prompts(args.prompts)
     prompts = spread(prompts, args.pictures)
@@ -117,18 +113,23 @@ def main(argv: list[str] | None = None) -> None:
             return dict(pictures=pixels(drawn.images), **cost)
 
         made_with = dict(stamp, prompts=digest("\n".join(shown).encode()), method=method, **how)
-        found = kept(args.out / "kept" / f"{label} pictures.safetensors", made_with, make)
+        found = kept(args.work / "kept" / f"{label} pictures.safetensors", made_with, make)
         images = [Image.fromarray(picture) for picture in found["pictures"].permute(0, 2, 3, 1).numpy()]
         return Drawn(label, images, found["unet_calls"].item(), found["seconds"].item())
 
     def error_share(sd: StableDiffusion, label: str, learned: str, noised: bool) -> ErrorShare:
-        def make() -> dict[str, Tensor]:
-            found = noise_error_share(sd, prompts, noised=noised, progress=True, **options)
-            return dict(errors=found.errors, gaps=found.gaps)
+        where = "noised latents" if noised else "trajectories"
+        made_with = dict(stamp, prompts=digest("\n".join(prompts).encode()))
 
-        where = f"{label} error on {'noised latents' if noised else 'trajectories'}.safetensors"
-        made_with = dict(stamp, prompts=digest("\n".join(prompts).encode()), learned=learned)
-        return ErrorShare(**kept(args.out / "kept" / where, made_with, make))
+        def teacher(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:  # once for all students
+            return kept(args.work / "kept" / f"teacher on {where} {name}.safetensors", made_with, make)
+
+        def student() -> dict[str, Tensor]:
+            found = noise_error_share(sd, prompts, noised=noised, progress=True, keep=teacher, **options)
+            return vars(found)
+
+        file = args.work / "kept" / f"{label} error on {where}.safetensors"
+        return ErrorShare(**kept(file, dict(made_with, learned=learned), student))
 
     drawn = [pictures(sd, "teacher", "teacher"), pictures(sd, "no guidance", "no guidance")]
     for part in dict.fromkeys(args.selective or []):
@@ -156,72 +157,12 @@ def main(argv: list[str] | None = None) -> None:
         errors = {name: interval(found.errors, found.gaps) for name, found in shares.get(one.method, {}).items()}
         rows[one.method] = errors | measure(one, drawn[0], shown, each, clip, judge, references)
 
-    command = shlex.join(["python", "-m", "minidistill.evaluate", *(sys.argv[1:] if argv is None else argv)])
-    write_results(args.out, drawn, rows, prompts, each, command)
+    write_results(args.out, drawn, rows, made_by("minidistill.evaluate", argv), prompts, each)
     if shares:
         curves = {label: found["noise error share"] for label, found in shares.items()}
         with written_whole(args.out / "error_by_step.png") as beside:
             plot_shares(curves, sd.schedule.timesteps(args.steps), beside)
     print(f"\n{markdown(drawn, rows)}\n\nPictures, plot and JSON: {args.out}")
-
-
-class Student(NamedTuple):
-    """What is compared with the teacher: a LoRA, or a UNet of its own."""
-
-    file: Path
-    guidance: float
-    negative_prompt: str
-    beside: Callable[[UNet], nn.Module]  # the teacher's UNet -> that with the student, called with the flag
-
-
-def read_student(path: Path, scale: float, args: Settings) -> Student:
-    """Of a run's folder its LoRA, or the checkpoint that ``--method full`` left there; or a LoRA file."""
-    full = next((found for found in (path / "student", path / "student.safetensors") if found.exists()), None)
-    if full is None:
-        file = read_run(path, scale)
-        weights, header, beside = file.path, file.metadata, partial(inject_file, file=file)
-    elif scale == 1:
-        weights = read_weights(full / "unet", STEMS["unet"], args.variant).file if full.is_dir() else full
-        header, beside = read_tensors(weights)[1], partial(beside_full, full, args)
-    else:
-        raise ValueError(f"{full} is a whole model: only a LoRA has a strength.")
-    if "guidance" not in header:
-        raise ValueError(f"{weights} does not say which guidance it has learned: it is no student.")
-    if style := header.get("teacher_lora"):
-        raise ValueError(
-            f"{weights} was distilled from a teacher with the LoRA {style}. Merge that one into the model first "
-            "(python -m minidistill.export --to checkpoint), and name the result with --model."
-        )
-    guidance = float(header["guidance"]) if full else file.guidance
-    return Student(weights, guidance, header.get("negative_prompt", ""), beside)
-
-
-def beside_full(path: Path, args: Settings, base: UNet) -> FullStudent:
-    options = args.load_options()
-    found = read_checkpoint(path, options["dtype"], variant=args.variant if path.is_dir() else None)
-    return FullStudent(base, place(found.unet, args.device))
-
-
-def read_students(args: Settings) -> dict[str, Student]:
-    """Each by a name for the table."""
-    students = {}
-    for path, scale in args.runs:
-        label = (path.name if path.is_dir() else path.stem) + (f" x {scale:g}" if scale != 1 else "")
-        if label in students or label in ("teacher", "no guidance"):
-            raise ValueError(f'{path} would be called "{label}" in the table, as another method is: rename it.')
-        students[label] = read_student(path, scale, args)
-    return students
-
-
-def one_teacher(students: Mapping[str, Student], guidance: float | None) -> tuple[float, str]:
-    """The guidance scale and negative prompt that all students learned from. Raises ValueError if they differ."""
-    found = {(s.guidance, s.negative_prompt) for s in students.values()}
-    if guidance is not None and not students:
-        found = {(guidance, "")}
-    if len(found) > 1 or any(guidance not in (None, scale) for scale, _ in found):
-        learned = [f'{label}: {s.guidance:g}, away from "{s.negative_prompt}"' for label, s in students.items()]
-        raise ValueError(f"There is one teacher to compare with, and these learned from others: {'; '.join(learned)}.")
-    return next(iter(found), (2.5, ""))
 
 
 def read_judge(name: str | None) -> ModuleType | None:
@@ -294,56 +235,6 @@ def frechet_interval(features: Tensor, references: Tensor, each: int, resamples:
     low, high = torch.tensor(again).quantile(torch.tensor([0.025, 0.975])).tolist()
     middle = sum(again) / len(again)
     return Interval(value, max(0.0, value + low - middle), value + high - middle)
-
-
-def write_results(
-    out: Path, drawn: Sequence[Drawn], rows: Mapping[str, Row], prompts: Sequence[str], each: int, command: str
-) -> None:
-    """results.json, table.md, and pictures.png: a row a method, the first picture of some of the prompts."""
-    cost = {one.method: dict(method=one.method, unet_calls=one.unet_calls, seconds=one.seconds) for one in drawn}
-    found = [cost[method] | {name: x._asdict() for name, x in row.items()} for method, row in rows.items()]
-    write_json(out / "results.json", dict(command=command, prompts=len(prompts), each=each, rows=found))
-    with written_whole(out / "table.md") as beside:
-        beside.write_text(f"{markdown(drawn, rows)}\n\n`{command}`\n", encoding="utf-8")
-    with written_whole(out / "pictures.png") as beside:
-        comparison_grid([replace(one, images=one.images[::each]) for one in drawn], prompts).save(beside, "png")
-
-
-FORMATS = {"noise error share": "{:.3f}", "on noised latents": "{:.3f}", "PSNR": "{:.1f} dB", "SSIM": "{:.3f}"}
-FORMATS |= {"CLIP score": "{:.1f}", "CLIP similarity": "{:.1f}"}
-FORMATS |= {"Fréchet to teacher": "{:.4f}", "Fréchet to rendered": "{:.4f}"}  # any other measure is a percentage
-
-
-def markdown(drawn: Sequence[Drawn], rows: Mapping[str, Row]) -> str:
-    """A line a method; each value with its 95% interval."""
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = [["", "UNet calls", *names], ["---", "---:", *["---:"] * len(names)]]
-    for one in drawn:
-        cells = [one.method, str(one.unet_calls)]
-        for name in names:
-            found = rows[one.method].get(name)
-            value, low, high = map(FORMATS.get(name, "{:.1%}").format, found) if found else ("", "", "")
-            cells.append(f"{value} ({low} to {high})" if found else "")
-        lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def plot_shares(shares: Mapping[str, ErrorShare], timesteps: Sequence[int], path: Path) -> None:
-    """The noise error share at each time step, one line a student; the guidance gap behind, in grey."""
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    for label, found in shares.items():
-        axes.plot(timesteps, found.per_step, label=f"{label} ({found.pooled:.2f} pooled)")
-    gaps = next(iter(shares.values())).gaps.sum(0)
-    behind = axes.twinx()
-    behind.fill_between(timesteps, gaps / gaps.sum(), color="0.9", zorder=0)
-    behind.set(ylim=(0, None), ylabel="part of the squared guidance gap")
-    axes.set_zorder(behind.get_zorder() + 1)
-    axes.patch.set_visible(False)
-    axes.set(xlabel="time step t", ylabel="noise error share", ylim=(0, None))
-    axes.invert_xaxis()  # from noise to picture
-    axes.legend()
-    figure.savefig(path, format="png", dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """How near the student is to its teacher, and pictures to other pictures and to their prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,17 +16,22 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from minidistill.data import teacher_trajectory
 from minidistill.pipeline import FRESH_NOISE, StableDiffusion
-from minidistill.schedule import add_noise, fresh_noise
+from minidistill.schedule import Denoiser, add_noise, fresh_noise
 
 EVALUATION_SEED = 1_000_000  # the noise of evaluation lies apart from that of training
+Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
 
 @dataclass
 class ErrorShare:
-    """Squared errors and squared guidance gaps: [N, S] each, one value a picture and step of its trajectory."""
+    """Of each picture and step of its trajectory, [N, S] each, with e = eps_student - eps_cond, g = eps_hat - eps_cond:
+
+    ``errors`` |e - g|^2, ``gaps`` |g|^2, and ``along`` e . g.
+    """
 
     errors: Tensor
     gaps: Tensor
+    along: Tensor
 
     @property
     def pooled(self) -> float:
@@ -34,6 +40,39 @@ class ErrorShare:
     @property
     def per_step(self) -> Tensor:
         return self.errors.sum(0) / self.gaps.sum(0)
+
+
+def each_step(model: Denoiser, z_t: Tensor, timesteps: Sequence[int]) -> Tensor:
+    """What ``model`` predicts for the states of S steps, [B, S, 4, h, w] -> [B, S, 4, h, w]."""
+    times = (torch.full((len(z_t),), t, device=z_t.device) for t in timesteps)
+    return torch.stack([model(z_t[:, i], t) for i, t in enumerate(times)], 1)
+
+
+def teacher_states(
+    sd: StableDiffusion,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    negative_prompt: str,
+    noised: bool,
+) -> dict[str, Tensor]:
+    """``z_t`` of the teacher's guided trajectories, ``eps_hat`` and ``eps_cond`` there: [B, S, 4, h, w] each.
+
+    With ``noised`` the states are the trajectories' ends z_0, noised afresh for the same time steps.
+    """
+    timesteps = sd.schedule.timesteps(steps)
+    cond = sd.encode_prompt(list(prompts))
+    uncond = sd.encode_prompt([negative_prompt]).expand_as(cond)
+    z_T = sd.starting_noise(seeds)
+    z_t, eps_hat, z_0 = teacher_trajectory(sd, cond, uncond, guidance, z_T, timesteps)
+    if noised:
+        generators = [torch.Generator().manual_seed(FRESH_NOISE + own) for own in seeds]
+        times = (torch.full((len(z_0),), t, device=z_0.device) for t in timesteps)
+        z_t = torch.stack([add_noise(sd.schedule, z_0, fresh_noise(z_0, generators), t) for t in times], 1)
+        eps_hat = each_step(sd.denoiser(cond, uncond, guidance), z_t, timesteps)
+    return dict(z_t=z_t, eps_hat=eps_hat, eps_cond=each_step(sd.denoiser(cond), z_t, timesteps))
 
 
 @torch.no_grad()
@@ -48,35 +87,26 @@ def noise_error_share(
     seed: int = EVALUATION_SEED,
     batch: int = 16,
     progress: bool = False,
+    keep: Keep = lambda name, make: make(),
 ) -> ErrorShare:
     """What share of the guidance the student misses, on the teacher's own guided trajectories for ``prompts``.
 
     sum |eps_student - eps_hat|^2 / sum |eps_hat - eps_cond|^2 over all steps: 0 is the teacher, 1 is no guidance.
-    With ``noised``, at the same time steps on the trajectories' ends z_0, each noised afresh.
+    With ``noised``, at the same time steps on the trajectories' ends z_0, each noised afresh. ``keep(name, make)`` may
+    keep the tensors that ``make`` makes of the teacher, of a batch called ``name``, for the next student.
     """
     timesteps = sd.schedule.timesteps(steps)
-    errors, gaps = [], []  # of each batch, [B, S]
-    uncond = sd.encode_prompt([negative_prompt])
-    batches = range(0, len(prompts), batch)
-    for first in tqdm(batches, desc="noise error", unit="batch", disable=not progress):
-        cond = sd.encode_prompt(list(prompts[first : first + batch]))
-        seeds = range(seed + first, seed + first + len(cond))
-        z_T = sd.starting_noise(seeds)
-        states, targets, z_0 = teacher_trajectory(sd, cond, uncond.expand_as(cond), guidance, z_T, timesteps)
-        teacher, student = sd.denoiser(cond, uncond.expand_as(cond), guidance), sd.denoiser(cond, lora_enabled=True)
-        generators = [torch.Generator().manual_seed(FRESH_NOISE + own) for own in seeds]
-        missed, gap = [], []  # of each step, [B]
-        for i, step in enumerate(timesteps):
-            t = torch.full((len(cond),), step, device=z_T.device)
-            z_t, eps_hat = states[:, i], targets[:, i]
-            if noised:
-                z_t = add_noise(sd.schedule, z_0, fresh_noise(z_0, generators), t)
-                eps_hat = teacher(z_t, t)
-            missed.append((student(z_t, t) - eps_hat).double().square().sum((1, 2, 3)).cpu())
-            gap.append((eps_hat - sd.denoiser(cond)(z_t, t)).double().square().sum((1, 2, 3)).cpu())
-        errors.append(torch.stack(missed, 1))
-        gaps.append(torch.stack(gap, 1))
-    return ErrorShare(torch.cat(errors), torch.cat(gaps))
+    teacher = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, noised=noised)
+    found = []  # of each batch: errors, gaps, along, [B, S] each
+    for first in tqdm(range(0, len(prompts), batch), desc="noise error", unit="batch", disable=not progress):
+        some = list(prompts[first : first + batch])
+        seeds = range(seed + first, seed + first + len(some))
+        states = keep(f"{first:06d}", partial(teacher_states, sd, some, seeds, **teacher))
+        student = sd.denoiser(sd.encode_prompt(some), lora_enabled=True)
+        z_t, eps_hat, eps_cond = (states[name].to(sd.device) for name in ("z_t", "eps_hat", "eps_cond"))
+        e, g = (eps.double() - eps_cond for eps in (each_step(student, z_t, timesteps), eps_hat))
+        found.append([x.sum((2, 3, 4)).cpu() for x in ((e - g).square(), g.square(), e * g)])
+    return ErrorShare(*(torch.cat(x) for x in zip(*found)))
 
 
 class Interval(NamedTuple):

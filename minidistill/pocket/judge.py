@@ -8,7 +8,6 @@ python -m minidistill.pocket.judge --check
 """
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidistill import CheckpointError, load, load_lora, merge_lora
+from minidistill import load, load_lora, merge_lora
 from minidistill.evaluate import draw, interval, pixels
 from minidistill.files import written_whole
 from minidistill.layout import write_json
@@ -31,7 +30,7 @@ from minidistill.lora_formats import read_lora
 from minidistill.pipeline import StableDiffusion
 from minidistill.pocket.compositions import COLOURS, EMOJI, Composition, all_compositions
 from minidistill.pocket.pictures import DRAWN_SIZE, find_font, glyph, render
-from minidistill.settings import parse, setting
+from minidistill.settings import made_by, one_sentence, parse, setting
 
 TEMPLATE_SIDE = 32  # templates are compared at this size
 TEMPLATE_SIZES = 5  # sizes of each emoji, from the smallest that is drawn to the largest
@@ -289,13 +288,11 @@ def main(argv: list[str] | None = None) -> None:
     rows = [row(m, judge(p, compositions, classifier, args.font), p, compositions) for m, p in judged.items()]
     print(f"{len(compositions)} held-out compositions, {args.seeds} pictures each\n\n{table(rows)}")
     if args.out:
-        command = shlex.join(["python", "-m", "minidistill.pocket.judge", *(sys.argv[1:] if argv is None else argv)])
-        numbers = dict(command=command, compositions=len(compositions), seeds=args.seeds, steps=args.steps, rows=rows)
-        write_json(args.out, numbers)
+        made = made_by("minidistill.pocket.judge", sys.argv[1:] if argv is None else argv)
+        counts = dict(compositions=len(compositions), seeds=args.seeds, steps=args.steps)
+        write_json(args.out, made | counts | dict(rows=rows))
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence("minidistill.pocket.judge", "stopped."):
         main()
-    except (CheckpointError, ValueError, OSError) as error:
-        sys.exit(f"judge: {error}")

@@ -1,0 +1,100 @@
+"""Everything in results/, made again: the commands in their order, and summary.json of what they found."""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+
+from minidistill.layout import write_json
+
+RESULTS = Path("results")
+DONE = Path("runs/all/done.json")  # steps that need not be run again: delete it to begin anew
+SHIPPED = "weights/pocket-emoji/guidance-lora.safetensors"
+STEPS = {
+    # Three students of the same teacher, with as many updates; the two that learn from trajectories share them.
+    "a LoRA from trajectories": "train.py --out runs/all/trajectories --states runs/all/states --no-report --resume",
+    "a LoRA from noised latents": "train.py --method noised --out runs/all/noised --no-report --resume",
+    "a full copy": "train.py --method full --out runs/all/full --states runs/all/states --no-report --resume",
+    # How good they are, beside the student that ships; needs the emoji font.
+    "quality": f"-m minidistill.evaluate {SHIPPED} runs/all/trajectories runs/all/noised runs/all/full "
+    "--selective 0.2 0.5 --judge minidistill.pocket.judge --work runs/all/evaluation --out results/evaluation",
+    "the dial": f"-m minidistill.evaluate.dial {SHIPPED} --out results/dial",
+    "what was learned": "-m minidistill.evaluate.spectrum runs/all/full runs/all/trajectories --out results/spectrum",
+    # What they cost.
+    "memory": "-m minidistill.memory",
+    "time, embedded model": "-m minidistill.bench --size pocket --memory --compile --out results/bench-pocket.json",
+    "time, Stable Diffusion 1.5": "-m minidistill.bench --size sd15 --memory --out results/bench-sd15.json",
+}
+
+
+def run() -> None:
+    """Every step that is not done, then the summary. Run from the repository's folder."""
+    done = json.loads(DONE.read_text(encoding="utf-8")) if DONE.exists() else {}
+    for number, (step, command) in enumerate(STEPS.items(), 1):
+        if done.get(step, {}).get("command") == command:
+            continue
+        print(f"\n[{number} of {len(STEPS)}] {step}: python {command}", flush=True)
+        start = time.perf_counter()
+        if subprocess.run([sys.executable, *shlex.split(command)]).returncode:
+            raise ValueError(f'the step "{step}" ended with an error (above). The same command goes on from there.')
+        done[step] = {"command": command, "minutes": round((time.perf_counter() - start) / 60, 1)}
+        write_json(DONE, done)
+    write_json(RESULTS / "summary.json", summary(RESULTS))
+    minutes = sum(step["minutes"] for step in done.values())
+    print(f"\nAll of results/ is made, in {minutes:.0f} minutes. Wrote {RESULTS / 'summary.json'}")
+
+
+MEASURES = {
+    "noise_error_share": "noise error share",
+    "clip_score": "CLIP score",
+    "identity": "identity by template",
+    "background": "background",
+    "frechet": "Fréchet to rendered",
+}
+
+
+def summary(results: Path) -> dict:
+    """The figures that the method is judged by, out of the files in ``results``, each with its command and commit."""
+    quality, memory = (read(results / name) for name in ("evaluation/results.json", "memory.json"))
+    benches = {size: read(results / f"bench-{size}.json") for size in ("pocket", "sd15")}
+    methods = {row["method"]: row for row in quality["rows"]}
+    teacher, unguided, student = methods["teacher"], methods["no guidance"], methods[Path(SHIPPED).stem]
+    for row, share in ((teacher, 0.0), (unguided, 1.0)):  # by its definition
+        row["noise error share"] = dict(value=share, low=share, high=share)
+    found = {
+        name: {measure: row[title] for measure, title in MEASURES.items()} | source(quality)
+        for name, row in (("teacher", teacher), ("unguided", unguided), ("student", student))
+    }
+    full_size = benches["sd15"]["sizes"]["sd15"]["rows"]
+    guided, merged = (median(full_size[row]["turns_s"]["ours"]) for row in ("guided", "merged"))
+    found["time"] = {"unet_ratio": merged / guided, "picture_ratio": full_size["merged"]["to_guided"]}
+    found["time"] |= source(benches["sd15"])
+    found["memory"] = memory["sizes"] | source(memory)
+    found["peers"] = {
+        size: peer_ratios(bench["sizes"][size]["rows"]) | source(bench) for size, bench in benches.items()
+    }
+    return found
+
+
+def peer_ratios(rows: Mapping[str, dict]) -> dict[str, dict]:
+    """Ours to the peer's, of time and of peak memory; from trajectories also to the peer's step with its teacher."""
+    found = {
+        name: {"time": row["ours_to_peer"], "memory": row["ours_bytes"] / row["peer_bytes"]}
+        for name, row in rows.items()
+        if row["peer_s"]
+    }
+    ours, usual = rows["trajectories"], rows["noised"]  # what the peers' users run
+    ratios = {"time": ours["ours_s"] / usual["peer_s"], "memory": ours["ours_bytes"] / usual["peer_bytes"]}
+    return found | {"trajectories to the peer's teacher in the loop": ratios}
+
+
+def source(report: Mapping) -> dict[str, str]:
+    return {name: report[name] for name in ("command", "commit")}
+
+
+def read(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))

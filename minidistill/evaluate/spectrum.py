@@ -1,0 +1,122 @@
+"""What was learned: how many ranks the change of each layer has, in a full student and in a LoRA.
+
+  python -m minidistill.evaluate.spectrum runs/full runs/NAME
+
+The change of a layer is dW = W_student - W_teacher, as a matrix [out, in k k]; of a LoRA it is (alpha / rank) B A. Of
+its singular values sigma_i, the first r hold the share sum_{i<=r} sigma_i^2 / sum sigma_i^2 of its square: what a LoRA
+of rank r could keep of it at best. How alike two students changed W is the cosine between their changes.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minidistill.checkpoint import read_checkpoint
+from minidistill.evaluate.students import full_student
+from minidistill.files import written_whole
+from minidistill.layout import write_json
+from minidistill.lora import low_rank
+from minidistill.lora_formats import read_run
+from minidistill.settings import ModelSettings, made_by, one_sentence, parse, setting
+
+RANKS = (1, 2, 4, 8, 16, 32, 64)  # in the table
+
+
+@dataclass
+class Settings(ModelSettings):
+    full: Path = setting(..., "a run of train.py --method full", "what", type=Path, metavar="FULL_RUN")
+    lora: Path = setting(..., "a run with a LoRA, or its file", "what", type=Path, metavar="RUN_OR_LORA")
+    out: Path = setting(Path("runs/spectrum"), "folder for the results", "how")
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(Settings, __doc__, argv)
+    whole = full_student(args.full)
+    if whole is None:
+        raise ValueError(f"{args.full} is no run of --method full: it holds no student/ and no student.safetensors.")
+    pairs = read_run(args.lora, 1.0).layers
+    teacher, student = (
+        dict(read_checkpoint(path, torch.float32).unet.named_parameters()) for path in (args.model, whole)
+    )
+    full = {name: student[f"{name}.weight"] - teacher[f"{name}.weight"] for name in pairs}
+    lora = {name: low_rank(pair.down.float(), pair.up.float(), pair.scale) for name, pair in pairs.items()}
+    rows = [dict(layer=name, **compare(full[name], lora[name])) for name in pairs]
+
+    write_json(args.out / "spectrum.json", made_by("minidistill.evaluate.spectrum", argv) | {"rows": rows})
+    with written_whole(args.out / "spectrum.png") as beside:
+        plot(rows, beside)
+    print(f"{markdown(rows)}\n\nFigure and JSON: {args.out}")
+
+
+@torch.no_grad()
+def compare(full: Tensor, lora: Tensor) -> dict:
+    """Of one layer's changes [out, in, ...]: sizes, what each rank holds [min(out, in k k)], and their cosine."""
+    full, lora = full.flatten(1).double(), lora.flatten(1).double()
+    return {
+        "norm": {"full": full.norm().item(), "lora": lora.norm().item()},
+        "held": {"full": held(full).tolist(), "lora": held(lora).tolist()},
+        "cosine": F.cosine_similarity(full.flatten(), lora.flatten(), dim=0).item(),
+    }
+
+
+def held(change: Tensor) -> Tensor:
+    """The share of a matrix's square that its first 1, 2, ... singular values hold."""
+    squares = torch.linalg.svdvals(change).square()
+    return squares.cumsum(0) / squares.sum()
+
+
+def at_rank(rows: Sequence[Mapping], who: str, rank: int) -> Tensor:
+    """What the first ``rank`` singular values hold, [layers]."""
+    return torch.tensor([row["held"][who][min(rank, len(row["held"][who])) - 1] for row in rows])
+
+
+def markdown(rows: Sequence[Mapping]) -> str:
+    """Medians over the layers, and the middle 80% of them."""
+    ends = torch.tensor([0.1, 0.5, 0.9])
+    lines = ["| held by rank | full student | LoRA |", "| ---: | ---: | ---: |"]
+    for rank in RANKS:
+        cells = []
+        for who in ("full", "lora"):
+            low, middle, high = at_rank(rows, who, rank).quantile(ends)
+            cells.append(f"{middle:.0%} ({low:.0%} to {high:.0%})")
+        lines.append(f"| {rank} | {' | '.join(cells)} |")
+    low, middle, high = torch.tensor([row["cosine"] for row in rows]).quantile(ends)
+    text = f"Medians over {len(rows)} layers, and the middle 80% of them."
+    return "\n".join(lines) + f"\n\n{text} Cosine between the two changes: {middle:.2f} ({low:.2f} to {high:.2f})."
+
+
+def plot(rows: Sequence[Mapping], path: Path) -> None:
+    """What each rank holds, the median over layers and the middle 80%; the cosine of every layer."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    ranks = torch.arange(1, max(len(row["held"]["full"]) for row in rows) + 1)
+    for who, style, label in (("full", "-", "full student"), ("lora", "--", "LoRA")):
+        found = torch.stack([at_rank(rows, who, rank) for rank in ranks.tolist()])  # [ranks, layers]
+        low, middle, high = found.quantile(torch.tensor([0.1, 0.5, 0.9]), 1)
+        left.plot(ranks, middle, "k" + style, label=label)
+        left.fill_between(ranks, low, high, color="0.5", alpha=0.25, linewidth=0)
+    left.set(xlabel="rank", ylabel="share of |dW|² held", xscale="log", ylim=(0, 1.02))
+    left.legend()
+    kinds = {"attention": ".attn", "feed-forward": ".ff.", "residual": ".resnets."}
+    for place, (kind, part) in enumerate(kinds.items()):
+        cosines = [row["cosine"] for row in rows if part in row["layer"]]
+        right.scatter([place] * len(cosines), cosines, s=14, facecolors="none", edgecolors="black")
+    right.axhline(0, color="0.7", linewidth=0.8)
+    right.set(xticks=range(len(kinds)), xticklabels=list(kinds), ylabel="cosine(dW of full, of LoRA), a layer each")
+    right.margins(x=0.3)
+    figure.savefig(path, format="png", dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    with one_sentence("minidistill.evaluate.spectrum", "stopped."):
+        main()
