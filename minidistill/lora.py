@@ -15,15 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidistill.kernels import LoRAFunction, lora_function
+
 # Every linear and convolution of the UNet's attention and residual blocks.
 DEFAULT_TARGETS = ("*.attentions.*", "*.resnets.*")
 
 
 class Switch:
-    """Says whether the low-rank terms count. One object, shared by all LoRA layers of a model."""
+    """Says whether the low-rank terms count, and what computes them. One object for all LoRA layers of a model."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: LoRAFunction | None = None) -> None:
         self.enabled = False
+        self.function = function  # of a whole layer, in place of the lines in its forward()
 
     @contextmanager
     def set(self, enabled: bool) -> Iterator[None]:
@@ -104,6 +107,8 @@ class LoRALinear(LoRALayer, nn.Linear):
         self.add_pair((rank, self.in_features), (self.out_features, rank), alpha, switch)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.counts and self.switch.function:
+            return self.switch.function(x, self.weight, self.bias, self.lora_down, self.lora_up, self.scale)
         y = super().forward(x)  # W x
         if not self.counts:
             return y
@@ -157,13 +162,18 @@ def _run_block(run_block: Callable[..., Tensor], switch: Switch, block: Callable
 
 
 def inject_lora(
-    model: nn.Module, rank: int = 16, alpha: float | None = None, targets: Sequence[str] = DEFAULT_TARGETS
+    model: nn.Module,
+    rank: int = 16,
+    alpha: float | None = None,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    kernel: str = "auto",
 ) -> LoRAModel:
     """Put a low-rank pair beside the linear layers and convolutions of ``model``, in place; freeze everything else.
 
     Args:
         rank: of every pair.  alpha: the pair is scaled by alpha / rank; ``rank`` unless given.
         targets: shell-style patterns for the layers' dotted names.
+        kernel: "auto", "fused" or "torch": what computes the layers on the model's present device (minidistill.kernels).
 
     Raises:
         ValueError: a rank below 1, a model that has LoRA already, patterns that match nothing, a grouped convolution.
@@ -177,10 +187,10 @@ def inject_lora(
     ]
     if not names:
         raise ValueError(f"No linear layer or convolution of the model is named like {', '.join(targets)}.")
-    return inject_pairs(model, dict.fromkeys(names, (rank, rank if alpha is None else alpha)))
+    return inject_pairs(model, dict.fromkeys(names, (rank, rank if alpha is None else alpha)), kernel)
 
 
-def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]]) -> LoRAModel:
+def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]], kernel: str = "auto") -> LoRAModel:
     """``inject_lora`` with (rank, alpha) of each layer by its name, for files in which they differ."""
     if any(isinstance(m, LoRALayer) for m in model.modules()):
         raise ValueError("This model has LoRA layers already: load it afresh before giving it others.")
@@ -190,7 +200,7 @@ def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]]) -> Lo
             raise ValueError(
                 f"{name} is a grouped convolution, for which there is no LoRA here: leave it out of targets."
             )
-    switch = Switch()
+    switch = Switch(lora_function(kernel, next(model.parameters()).device))
     model.requires_grad_(False)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")

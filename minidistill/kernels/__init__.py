@@ -1,0 +1,35 @@
+"""LoRA layers on a GPU: one fused kernel where it pays, cuBLAS elsewhere. lora.py does without where there is neither.
+
+python -m minidistill.kernels      builds the kernel ahead of its first use, or says why it cannot be built here
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from minidistill.kernels.build import obstacle
+from minidistill.kernels.dispatch import EVERYWHERE, FASTER, dispatched
+
+# (x, W, b, A, B, scale) -> x W^T + b + scale (x A^T) B^T
+LoRAFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
+
+
+def lora_function(kernel: str, device: torch.device) -> LoRAFunction | None:
+    """What computes the LoRA layers on ``device``; None means lora.py's own lines.
+
+    "auto" is the dispatcher where its table has the card, "fused" the fused kernel wherever it can be used, and "torch"
+    is None. Where "fused" is asked for and cannot be had, a line says why.
+    """
+    if kernel == "fused":
+        if reason := obstacle(device):
+            print(f"LoRA layers run in plain PyTorch: {reason}.", file=sys.stderr)
+            return None
+        return partial(dispatched, EVERYWHERE)
+    if kernel == "auto" and device.type == "cuda":
+        region = FASTER.get(torch.cuda.get_device_capability(device))
+        if region and not obstacle(device):
+            return partial(dispatched, region)
+    return None
