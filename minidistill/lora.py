@@ -173,7 +173,7 @@ def inject_lora(
     Args:
         rank: of every pair.  alpha: the pair is scaled by alpha / rank; ``rank`` unless given.
         targets: shell-style patterns for the layers' dotted names.
-        kernel: "auto", "fused" or "torch": what computes the layers on the model's present device (minidistill.kernels).
+        kernel: "auto", "fused" or "torch": what computes the layers, on the device that the model is on (kernels/).
 
     Raises:
         ValueError: a rank below 1, a model that has LoRA already, patterns that match nothing, a grouped convolution.

@@ -199,7 +199,7 @@ MORE_FAULTS = {
     "no barrier before t is read": ("t_row, 0);\n    sync_threads();\n", "t_row, 0);\n"),
     "no barrier before y takes t's place": ("    sync_threads();\n\n    round_into", "    round_into"),
     "no barrier before y is read": ("row, column);\n    sync_threads();\n    for", "row, column);\n    for"),
-    "a slab's A for another's": ("TRANSPOSED ? 0 : next * BK);", "TRANSPOSED ? 0 : slab * BK);"),
+    "a slab's A for another's": ("weights(0, next * BK)", "weights(0, slab * BK)"),
     "A stored too early": ("t_sum[1][R / 8][4] = {};", "t_sum[1][R / 8][4] = {}; st_shared(a_tile(3).at(0, 0), 0);"),
     "no scale": ("t_sum[0][j][i] *= p.scale;", ""),
     "a swizzle of half the period": ("row / (8 / PERIOD) % PERIOD", "row / (8 / PERIOD) % (PERIOD / 2)"),

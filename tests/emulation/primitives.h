@@ -1,4 +1,4 @@
-// minidistill/kernels/csrc/primitives.h in plain C++, after the PTX manual; the fragments of ldmatrix and mma are spelt out.
+// minidistill/kernels/csrc/primitives.h in plain C++, after the PTX manual: who holds what of a fragment is spelt out.
 #pragma once
 #include <cmath>
 

@@ -199,15 +199,16 @@ struct Block {
         const int warps = count / 32;
         int warp = 0;
         while (error.empty()) {
+            const auto runs = [](const Thread& thread) { return thread.state == Thread::RUNS; };
             std::vector<int> able;
             for (int w = 0; w < warps; ++w)
-                if (std::any_of(&threads[w * 32], &threads[w * 32] + 32, [](auto& t) { return t.state == Thread::RUNS; }))
-                    able.push_back(w);
+                if (std::any_of(&threads[w * 32], &threads[w * 32] + 32, runs)) able.push_back(w);
             if (able.empty()) break;
             // Mostly go on with the same warp: one that runs ahead of the others is what barriers are for.
-            if (random() % 8 == 0 || std::find(able.begin(), able.end(), warp) == able.end()) warp = able[random() % able.size()];
+            const bool stuck = std::find(able.begin(), able.end(), warp) == able.end();
+            if (stuck || random() % 8 == 0) warp = able[random() % able.size()];
             for (int i = warp * 32; i < warp * 32 + 32 && error.empty(); ++i)
-                if (threads[i].state == Thread::RUNS) {
+                if (runs(threads[i])) {
                     current = &threads[i];
                     swapcontext(&scheduler, &current->context);
                 }

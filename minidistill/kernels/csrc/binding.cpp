@@ -16,8 +16,8 @@ bool aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.c
 template <class T> const T* data(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
 
 // (y, t): y = x W^T + b + t B^T, t = scale x A^T; with the weights transposed, y = x W + t B, t = scale x A
-Pair fused(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, const Tensor& A, const Tensor& B, double scale,
-           bool transposed) {
+Pair fused(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, const Tensor& A, const Tensor& B,
+           double scale, bool transposed) {
     const int out = transposed ? 1 : 0, in = 1 - out;
     const int64_t K = W.size(in), N = W.size(out), rank = A.size(out);
     const auto type = x.scalar_type();
@@ -28,12 +28,16 @@ Pair fused(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, con
     TORCH_CHECK(1 <= rank && rank <= 128, "the rank has to be from 1 to 128, not ", rank);
     TORCH_CHECK(x.size(-1) == K && A.size(in) == K && B.size(out) == N && B.size(in) == rank && (!b || b->numel() == N),
                 "shapes do not fit together: x ", x.sizes(), ", W ", W.sizes(), ", A ", A.sizes(), ", B ", B.sizes());
-    for (const Tensor* other : {&W, &A, &B}) TORCH_CHECK(other->device() == x.device(), "x and the weights are on different devices");
+    for (const Tensor* weights : {&W, &A, &B})
+        TORCH_CHECK(weights->device() == x.device(), "x and the weights are on different devices");
 
     const c10::DeviceGuard guard(x.device());
-    const auto whole = [](const Tensor& tensor) { return tensor.is_contiguous() && aligned(tensor) ? tensor : tensor.clone(at::MemoryFormat::Contiguous); };
-    Tensor rows = x.reshape({-1, K});  // [M, K], of which rows may lie apart
-    if (rows.stride(1) != 1 || rows.stride(0) % 8 != 0 || !aligned(rows)) rows = rows.clone(at::MemoryFormat::Contiguous);
+    const auto copy = [](const Tensor& tensor) { return tensor.clone(at::MemoryFormat::Contiguous); };
+    const auto whole = [&](const Tensor& tensor) {
+        return tensor.is_contiguous() && aligned(tensor) ? tensor : copy(tensor);
+    };
+    Tensor rows = x.reshape({-1, K});  // [M, K]: rows may lie apart, if 16 bytes are still within one and aligned
+    if (rows.stride(1) != 1 || rows.stride(0) % 8 != 0 || !aligned(rows)) rows = copy(rows);
     const Tensor W_whole = whole(W), A_whole = whole(A), B_whole = whole(B), b_whole = b ? whole(*b) : Tensor();
 
     auto shape = x.sizes().vec();
@@ -66,7 +70,8 @@ Pair fused(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, con
     return {y, t};
 }
 
-Pair layer(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, const Tensor& A, const Tensor& B, double scale) {
+Pair layer(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, const Tensor& A, const Tensor& B,
+           double scale) {
     return fused(x, W, b, A, B, scale, false);
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-struct Operands {  // of fewer than 2^32 numbers each: y = x W^T + b + t B^T, t = scale x A^T: lora_gemm.h says what is what
+struct Operands {  // y = x W^T + b + t B^T, t = scale x A^T (lora_gemm.h), of fewer than 2^32 numbers each
     const uint16_t *x, *W, *b;  // b may be null
     const float *A, *B;
     uint16_t *y, *t;

@@ -13,14 +13,15 @@ template <class P> static cudaError_t launch(const Problem& problem, cudaStream_
 }
 
 // Large blocks read x and W less often; small ones reach more processors where y is small.
-template <class Element, bool TRANSPOSED, int R> static cudaError_t launch(const Problem& problem, cudaStream_t stream) {
+template <class Element, bool TRANSPOSED, int R>
+static cudaError_t launch(const Problem& problem, cudaStream_t stream) {
     using Large = Plan<Element, 128, 160, R, TRANSPOSED>;
     using Small = Plan<Element, 64, 64, R, TRANSPOSED>;
     int device, processors;
     if (cudaError_t error = cudaGetDevice(&device)) return error;
     if (cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
-    const bool enough = 4 * Large::blocks(problem.y.rows, problem.y.columns) >= 3 * static_cast<unsigned>(processors);
-    return enough ? launch<Large>(problem, stream) : launch<Small>(problem, stream);
+    const int blocks = Large::blocks(problem.y.rows, problem.y.columns);
+    return blocks >= processors * 3 / 4 ? launch<Large>(problem, stream) : launch<Small>(problem, stream);
 }
 
 template <class Element, bool TRANSPOSED> static cudaError_t launch(const Problem& problem, cudaStream_t stream) {

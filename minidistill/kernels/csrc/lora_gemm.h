@@ -1,6 +1,6 @@
 // A linear layer and its low-rank pair in one launch:
 //
-//   y = x W^T + b + t B^T,   t = s x A^T          x [M, K], W [N, K], b [N], A [R, K], B [N, R];  y [M, N], t [M, R]
+//   y = x W^T + b + t B^T,   t = s x A^T        x [M, K], W [N, K], b [N], A [R, K], B [N, R];  y [M, N], t [M, R]
 //
 // x, W, b, y and t are float16 or bfloat16. A and B are float32 and rounded on load, t is rounded before it meets B, and
 // all sums are float32. The gradient dx = dy W + (s dy B) A has the same form, with the weights stored the other way
@@ -19,11 +19,15 @@
 //      |    |      |  warp 2 | 3   |    |
 //      +----+      +---------------+----+
 //
-// After the last slab t, scaled and rounded, takes the place of x in shared memory, and B, which has been there from the
-// start, that of W: y += t B^T is one more slab. Slabs arrive by asynchronous copies, STAGES - 1 ahead of the arithmetic.
-// M, and K and N in multiples of 8, need not divide: what lies outside a matrix is loaded as zero and not stored.
+// After the last slab t, scaled and rounded, takes the place of x in shared memory, and B, there from the start, that
+// of W: y += t B^T is one more slab. Slabs arrive by asynchronous copies, STAGES - 1 ahead of the arithmetic. Blocks and
+// slabs need not divide M, N and K (N and K are multiples of 8): what lies outside is loaded as zero and not stored.
 #pragma once
 #include "launch.h"
+
+struct Corner {
+    unsigned row, column;
+};
 
 template <class T> struct Matrix {  // row-major
     T* data;
@@ -51,9 +55,9 @@ inline Problem problem_of(const Operands& o) {
             weights(o.B, o.N, o.rank),   o.scale, matrix(o.y, o.M, o.N), matrix(o.t, o.M, o.rank)};
 }
 
-// ROWS x COLUMNS numbers in shared memory, in chunks of eight (16 bytes). Chunks change places within a row ("swizzle"), so
-// that one chunk each of eight neighbouring rows, which is what ldmatrix takes, and eight neighbouring chunks of a row
-// lie in different banks. PERIOD chunks of a row, and as many rows as make eight of them, fill the 32 banks once.
+// ROWS x COLUMNS numbers in shared memory, in chunks of eight (16 bytes). Chunks change places within a row ("swizzle"),
+// so that the same chunk of eight neighbouring rows, which is what ldmatrix takes, and eight neighbouring chunks of one
+// row lie in different banks. PERIOD chunks of as many rows as make eight of them fill the 32 banks once.
 template <int ROWS, int COLUMNS> struct Tile {
     static constexpr int CHUNKS = COLUMNS / 8, SIZE = ROWS * COLUMNS;
     static constexpr unsigned PERIOD = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;
@@ -72,7 +76,7 @@ template <class Element_, int BM_, int BN_, int R_, bool TRANSPOSED_> struct Pla
     static constexpr int BM = BM_, BN = BN_, BK = 32, R = R_;
     static constexpr bool TRANSPOSED = TRANSPOSED_;
     static constexpr int THREADS = BM / 32 * 2 * 32;
-    static constexpr int STAGES = R <= 32 ? 4 : R <= 64 ? 3 : 2;  // BM = 128 fits into 99 KB, the least that sm_80 to sm_90 have
+    static constexpr int STAGES = R <= 32 ? 4 : R <= 64 ? 3 : 2;  // in 99 KB, the least there is from sm_80 to sm_90
 
     template <int OUT, int IN> using Weights = Tile<TRANSPOSED ? IN : OUT, TRANSPOSED ? OUT : IN>;
     using X = Tile<BM, BK>;
@@ -88,19 +92,19 @@ template <class Element_, int BM_, int BN_, int R_, bool TRANSPOSED_> struct Pla
     static unsigned blocks(unsigned M, unsigned N) { return ((M + BM - 1) / BM) * ((N + BN - 1) / BN); }
 };
 
-// tile <- matrix from (row, column) on, in copies of eight numbers under way until cp_async_wait
+// tile <- matrix from a corner on, in copies of eight numbers under way until cp_async_wait
 template <int THREADS, int ROWS, int COLUMNS>
-DEVICE void copy_async(Tile<ROWS, COLUMNS> tile, const Matrix<const uint16_t>& matrix, unsigned row, unsigned column) {
+DEVICE void copy_async(Tile<ROWS, COLUMNS> tile, const Matrix<const uint16_t>& matrix, Corner from) {
     constexpr int CHUNKS = tile.CHUNKS;
 #pragma unroll
     for (unsigned i = thread_index(); i < ROWS * CHUNKS; i += THREADS) {
         const unsigned r = i / CHUNKS, c = i % CHUNKS * 8;
-        const bool inside = matrix.has(row + r, column + c);
-        cp_async(tile.at(r, c), inside ? matrix.at(row + r, column + c) : matrix.data, inside);
+        const bool inside = matrix.has(from.row + r, from.column + c);
+        cp_async(tile.at(r, c), inside ? matrix.at(from.row + r, from.column + c) : matrix.data, inside);
     }
 }
 
-// The same from a float32 matrix, rounded: the i-th pair of this thread, first on its way to registers, then into the tile.
+// The same from a float32 matrix, rounded: the i-th pair of this thread, first into registers, then into the tile.
 struct Pair {
     float low, high;
 };
@@ -108,9 +112,11 @@ struct Pair {
 template <int THREADS, class Tile_> constexpr int PAIRS = (Tile_::SIZE / 2 + THREADS - 1) / THREADS;  // of a thread
 
 template <int THREADS, int ROWS, int COLUMNS>
-DEVICE Pair load_pair(unsigned i, Tile<ROWS, COLUMNS>, const Matrix<const float>& matrix, unsigned row, unsigned column) {
-    const unsigned pair = thread_index() + i * THREADS, r = row + pair / (COLUMNS / 2), c = column + pair % (COLUMNS / 2) * 2;
-    return {matrix.has(r, c) ? ld_global(matrix.at(r, c)) : 0, matrix.has(r, c + 1) ? ld_global(matrix.at(r, c + 1)) : 0};
+DEVICE Pair load_pair(unsigned i, Tile<ROWS, COLUMNS>, const Matrix<const float>& matrix, Corner from) {
+    const unsigned pair = thread_index() + i * THREADS;
+    const unsigned r = from.row + pair / (COLUMNS / 2), c = from.column + pair % (COLUMNS / 2) * 2;
+    return {matrix.has(r, c) ? ld_global(matrix.at(r, c)) : 0,
+            matrix.has(r, c + 1) ? ld_global(matrix.at(r, c + 1)) : 0};
 }
 
 template <class Element, int THREADS, int ROWS, int COLUMNS>
@@ -121,13 +127,13 @@ DEVICE void store_pair(unsigned i, Tile<ROWS, COLUMNS> tile, Pair numbers) {
 }
 
 template <class Element, int THREADS, class Tile_>
-DEVICE void copy_rounded(Tile_ tile, const Matrix<const float>& matrix, unsigned row, unsigned column) {
+DEVICE void copy_rounded(Tile_ tile, const Matrix<const float>& matrix, Corner from) {
 #pragma unroll 8
     for (int i = 0; i < PAIRS<THREADS, Tile_>; ++i)
-        store_pair<Element, THREADS>(i, tile, load_pair<THREADS>(i, tile, matrix, row, column));
+        store_pair<Element, THREADS>(i, tile, load_pair<THREADS>(i, tile, matrix, from));
 }
 
-// sum[16 TALL, 8 WIDE] += x w^T, or x w, for one warp: rows of x from `row` on, and what of w makes the columns from `column` on
+// sum[16 TALL, 8 WIDE] += x w^T, or x w where it is transposed, by one warp: from this row and column of the product on
 template <class Element, bool TRANSPOSED, int TALL, int WIDE, int ROWS, int K, class W>
 DEVICE void multiply(float (&sum)[TALL][WIDE][4], Tile<ROWS, K> x, W w, unsigned row, unsigned column) {
     const unsigned lane = thread_index() % 32;
@@ -185,41 +191,42 @@ template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
     const typename P::T t_tile{shared};
     const typename P::Y y_tile{shared};
 
+    const auto weights = [](unsigned out, unsigned in) { return TRANSPOSED ? Corner{in, out} : Corner{out, in}; };
     const unsigned slabs = (p.x.columns + BK - 1) / BK;
     const auto copy_slab = [&](unsigned slab) {
-        const unsigned k = slab * BK;
         if (slab < slabs) {
-            copy_async<THREADS>(x_tile(slab), p.x, m, k);
-            copy_async<THREADS>(w_tile(slab), p.W, TRANSPOSED ? k : n, TRANSPOSED ? n : k);
+            copy_async<THREADS>(x_tile(slab), p.x, {m, slab * BK});
+            copy_async<THREADS>(w_tile(slab), p.W, weights(n, slab * BK));
         }
         cp_async_commit();
     };
+
     // The first slabs, and B.
     for (unsigned slab = 0; slab < STAGES - 1; ++slab) copy_slab(slab);
-    copy_rounded<Element, THREADS>(b_tile, p.B, TRANSPOSED ? 0 : n, TRANSPOSED ? n : 0);
+    copy_rounded<Element, THREADS>(b_tile, p.B, weights(n, 0));
 #pragma unroll
     for (unsigned slab = 0; slab < STAGES - 1; ++slab)
-        copy_rounded<Element, THREADS>(a_tile(slab), p.A, TRANSPOSED ? slab * BK : 0, TRANSPOSED ? 0 : slab * BK);
+        copy_rounded<Element, THREADS>(a_tile(slab), p.A, weights(0, slab * BK));
 
     float y_sum[2][BN / 16][4], t_sum[1][R / 8][4] = {};
 #pragma unroll
     for (int j = 0; j < BN / 16; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < 4; ++i) {  // y = b
             const unsigned c = n + column + j * 8 + lane % 4 * 2 + i % 2;
-            y_sum[0][j][i] = y_sum[1][j][i] = p.b && c < p.y.columns ? unpack(Element{}, ld_global(p.b + c)) : 0;  // y = b
+            y_sum[0][j][i] = y_sum[1][j][i] = p.b && c < p.y.columns ? unpack(Element{}, ld_global(p.b + c)) : 0;
         }
 
     for (unsigned slab = 0; slab < slabs; ++slab) {
         cp_async_wait<STAGES - 2>();  // this thread's part of the slab is there,
-        sync_threads();               // and everybody's; and nobody still reads the slab before, whose place is taken next
+        sync_threads();               // and everybody's; nobody still reads the one before, whose place is taken now
         const unsigned next = slab + STAGES - 1;
         copy_slab(next);
         constexpr int PAIRS_A = PAIRS<THREADS, typename P::A>;
         Pair a_next[PAIRS_A];
 #pragma unroll
         for (int i = 0; i < PAIRS_A; ++i)
-            a_next[i] = load_pair<THREADS>(i, a_tile(next), p.A, TRANSPOSED ? next * BK : 0, TRANSPOSED ? 0 : next * BK);
+            a_next[i] = load_pair<THREADS>(i, a_tile(next), p.A, weights(0, next * BK));
         multiply<Element, TRANSPOSED>(y_sum, x_tile(slab), w_tile(slab), row, column);  // y += x W^T
         multiply<Element, TRANSPOSED>(t_sum, x_tile(slab), a_tile(slab), t_row, 0);     // t += x A^T
 #pragma unroll

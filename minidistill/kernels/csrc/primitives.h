@@ -38,11 +38,14 @@ DEVICE void st_shared(uint16_t* to, uint32_t pair) { *reinterpret_cast<uint32_t*
 
 // Asynchronous copies from global to shared memory
 
-DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+DEVICE uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
 
 // cp.async.cg.shared.global with a src-size: 16 bytes, or none of them and 16 bytes of zeros
 DEVICE void cp_async(uint16_t* to, const uint16_t* from, bool read) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(read ? 16 : 0)
+    const int bytes = read ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                  : "memory");
 }
 
@@ -50,12 +53,14 @@ DEVICE void cp_async(uint16_t* to, const uint16_t* from, bool read) {
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // cp.async.wait_group: all but the last PENDING groups of this thread are complete
-template <int PENDING> DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+template <int PENDING> DEVICE void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
 
 // Fragments: what each lane of a warp holds of a matrix
 
-// ldmatrix.sync.aligned.m8n8.x4.shared.b16: four 8x8 matrices; lane i names row i % 8 of matrix i / 8 and receives of each
-// matrix two neighbours, (row i / 4, columns i % 4 * 2 and + 1)
+// ldmatrix.sync.aligned.m8n8.x4.shared.b16: four 8x8 matrices; lane i names row i % 8 of matrix i / 8, and receives two
+// neighbours of each matrix, (row i / 4, columns i % 4 * 2 and + 1)
 DEVICE void ldmatrix(uint32_t (&to)[4], const uint16_t* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -77,8 +82,8 @@ DEVICE void ldmatrix_trans(uint32_t (&to)[4], const uint16_t* row) {
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                          \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 
-// mma.sync.aligned.m16n8k16.row.col.f32: c[16, 8] += a[16, 16] b[16, 8], with g = lane / 4 and j = lane % 4 * 2 in pairs
-//   a: (g, j), (g + 8, j), (g, j + 8), (g + 8, j + 8);  b: (j, g), (j + 8, g);  c: (g, j), (g, j + 1), (g + 8, j), (g + 8, j + 1)
+// mma.sync.aligned.m16n8k16.row.col.f32: c[16, 8] += a[16, 16] b[16, 8], with g = lane / 4 and pairs at j = lane % 4 * 2
+//   a: (g, j), (g + 8, j), (g, j + 8), (g + 8, j + 8);  b: (j, g), (j + 8, g);  c: (g, j), then (g + 8, j)
 DEVICE void mma(Float16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { MMA("f16"); }
 DEVICE void mma(BFloat16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { MMA("bf16"); }
 
