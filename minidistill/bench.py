@@ -3,6 +3,7 @@
   python -m minidistill.bench                         both sizes; on two CPU cores some minutes
   python -m minidistill.bench --size pocket --memory
   python -m minidistill.bench --size sd15 --device cuda --dtype bfloat16
+  python -m minidistill.bench kernel                  LoRA layers alone, on a GPU (bench_kernel)
 
 The contestants take turns (A, B, A, B, ...) and medians are compared, after ours and the peers' outputs were found to
 agree. Without diffusers and peft, ours stands alone. How fast a checkpoint loads is measured by bench_load.
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minidistill import bench_kernel
 from minidistill.config import POCKET_UNET, POCKET_VAE, SD15_UNET, SD15_VAE, ScheduleConfig, UNetConfig, VAEConfig
 from minidistill.distill import student, teacher
 from minidistill.guidance import guided_noise
@@ -84,6 +86,7 @@ class Setup:
     dtype: torch.dtype
     rank: int
     timed_steps: int
+    kernel: str = "auto"  # of the LoRA
 
     def randn(self, *shape: int, seed: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -121,7 +124,7 @@ class Setup:
         return filled(lambda: UNet(self.size.unet), self.weights)
 
     def lora_unet(self, zero: bool = False) -> LoRAModel:
-        unet = inject_lora(self.unet(), self.rank)  # lora_up is zero
+        unet = inject_lora(self.unet(), self.rank, kernel=self.kernel)  # lora_up is zero
         if not zero:
             fill_pairs({name: (layer.lora_down, layer.lora_up) for name, layer in lora_layers(unet).items()})
         return unet
@@ -225,6 +228,11 @@ def distil(setup: Setup, who: str, teacher_in_loop: bool) -> Contestant:
         return loss.detach(), norm
 
     return step
+
+
+def sd15_step(kernel: str) -> Contestant:
+    setup = Setup(SIZES["sd15"], torch.device("cuda"), torch.bfloat16, rank=16, timed_steps=1, kernel=kernel)
+    return distil(setup, "ours", teacher_in_loop=False)
 
 
 class Row(NamedTuple):
@@ -391,6 +399,8 @@ def device_name(device: torch.device) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["kernel"]:
+        return bench_kernel.main(argv[1:], sd15_step)
     args = parse(Settings, __doc__, argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     cuda = device.type == "cuda"

@@ -2,9 +2,9 @@
 //
 //   y = x W^T + b + t B^T,   t = s x A^T        x [M, K], W [N, K], b [N], A [R, K], B [N, R];  y [M, N], t [M, R]
 //
-// x, W, b, y and t are float16 or bfloat16. A and B are float32 and rounded on load, t is rounded before it meets B, and
-// all sums are float32. The gradient dx = dy W + (s dy B) A has the same form, with the weights stored the other way
-// round ("transposed"): x := dy, W [K, N], A := B [K, R], B := A [R, N].
+// x, W, b, y and t are float16 or bfloat16. A and B are float32 and rounded on load, t is rounded before it meets B,
+// and all sums are float32. The gradient dx = dy W + (s dy B) A has the same form, with the weights stored the other
+// way round ("transposed"): x := dy, W [K, N], A := B [K, R], B := A [R, N].
 //
 // A block computes BM x BN of y, and for it BM rows of t. It walks along K in slabs of BK columns:
 //
@@ -20,8 +20,8 @@
 //      +----+      +---------------+----+
 //
 // After the last slab t, scaled and rounded, takes the place of x in shared memory, and B, there from the start, that
-// of W: y += t B^T is one more slab. Slabs arrive by asynchronous copies, STAGES - 1 ahead of the arithmetic. Blocks and
-// slabs need not divide M, N and K (N and K are multiples of 8): what lies outside is loaded as zero and not stored.
+// of W: y += t B^T is one more slab. Slabs arrive by asynchronous copies, STAGES - 1 ahead of the arithmetic. Blocks
+// and slabs need not divide M, N and K (N and K are multiples of 8): zero is loaded for what lies outside.
 #pragma once
 #include "launch.h"
 
@@ -55,9 +55,9 @@ inline Problem problem_of(const Operands& o) {
             weights(o.B, o.N, o.rank),   o.scale, matrix(o.y, o.M, o.N), matrix(o.t, o.M, o.rank)};
 }
 
-// ROWS x COLUMNS numbers in shared memory, in chunks of eight (16 bytes). Chunks change places within a row ("swizzle"),
-// so that the same chunk of eight neighbouring rows, which is what ldmatrix takes, and eight neighbouring chunks of one
-// row lie in different banks. PERIOD chunks of as many rows as make eight of them fill the 32 banks once.
+// ROWS x COLUMNS numbers in shared memory, in chunks of eight (16 bytes). Chunks change places within a row
+// ("swizzle"), so that the same chunk of eight neighbouring rows, which is what ldmatrix takes, and eight neighbouring
+// chunks of a row lie in different banks. PERIOD chunks of each of 8 / PERIOD rows fill the 32 banks once.
 template <int ROWS, int COLUMNS> struct Tile {
     static constexpr int CHUNKS = COLUMNS / 8, SIZE = ROWS * COLUMNS;
     static constexpr unsigned PERIOD = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;

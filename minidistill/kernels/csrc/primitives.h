@@ -82,7 +82,7 @@ DEVICE void ldmatrix_trans(uint32_t (&to)[4], const uint16_t* row) {
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                          \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 
-// mma.sync.aligned.m16n8k16.row.col.f32: c[16, 8] += a[16, 16] b[16, 8], with g = lane / 4 and pairs at j = lane % 4 * 2
+// mma.sync.aligned.m16n8k16.row.col.f32: c[16, 8] += a[16, 16] b[16, 8], with g = lane / 4, pairs at j = lane % 4 * 2
 //   a: (g, j), (g + 8, j), (g, j + 8), (g + 8, j + 8);  b: (j, g), (j + 8, g);  c: (g, j), then (g + 8, j)
 DEVICE void mma(Float16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { MMA("f16"); }
 DEVICE void mma(BFloat16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { MMA("bf16"); }
