@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidistill.config import SD15_UNET, UNetConfig
-from minidistill.kernels import LoRAFunction
 from minidistill.kernels.build import obstacle
-from minidistill.kernels.dispatch import addmm_chain
+from minidistill.kernels.dispatch import LoRAFunction, addmm_chain
 from minidistill.kernels.op import lora_linear
 from minidistill.layout import write_json
 from minidistill.lora import inject_lora, lora_layers

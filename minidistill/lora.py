@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidistill.kernels import LoRAFunction, lora_function
+from minidistill.kernels import LoRAFunctions, lora_functions
 
 # Every linear and convolution of the UNet's attention and residual blocks.
 DEFAULT_TARGETS = ("*.attentions.*", "*.resnets.*")
@@ -24,9 +24,9 @@ DEFAULT_TARGETS = ("*.attentions.*", "*.resnets.*")
 class Switch:
     """Says whether the low-rank terms count, and what computes them. One object for all LoRA layers of a model."""
 
-    def __init__(self, function: LoRAFunction | None = None) -> None:
+    def __init__(self, functions: LoRAFunctions | None = None) -> None:
         self.enabled = False
-        self.function = function  # of a whole layer, in place of the lines in its forward()
+        self.functions = functions  # of whole layers, in place of the lines in their forward()
 
     @contextmanager
     def set(self, enabled: bool) -> Iterator[None]:
@@ -71,6 +71,15 @@ class LoRALayer(nn.Module):
     def counts(self) -> bool:
         return self.switch.enabled and not self.merged
 
+    @property
+    def functions(self) -> LoRAFunctions | None:
+        """What computes the whole layer from x and its ``operands``, where there is such a thing. It leaves W frozen."""
+        return self.switch.functions if self.counts and not self.weight.requires_grad else None
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
+        return self.weight, self.bias, self.lora_down, self.lora_up, self.scale
+
     def delta(self) -> Tensor:
         """What merging adds to ``weight``, in its shape."""
         return low_rank(self.lora_down, self.lora_up, self.scale)
@@ -107,8 +116,8 @@ class LoRALinear(LoRALayer, nn.Linear):
         self.add_pair((rank, self.in_features), (self.out_features, rank), alpha, switch)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.counts and self.switch.function:
-            return self.switch.function(x, self.weight, self.bias, self.lora_down, self.lora_up, self.scale)
+        if self.functions:
+            return self.functions.linear(x, *self.operands)
         y = super().forward(x)  # W x
         if not self.counts:
             return y
@@ -129,6 +138,8 @@ class LoRAConv(LoRALayer, nn.Conv2d):
         self.add_pair(down_shape, (self.out_channels, rank, 1, 1), alpha, switch)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.functions and self.padding_mode == "zeros":
+            return self.functions.conv(x, *self.operands, self.stride, self.padding, self.dilation)
         y = super().forward(x)  # W * x
         if not self.counts:
             return y
@@ -200,7 +211,7 @@ def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]], kerne
             raise ValueError(
                 f"{name} is a grouped convolution, for which there is no LoRA here: leave it out of targets."
             )
-    switch = Switch(lora_function(kernel, next(model.parameters()).device))
+    switch = Switch(lora_functions(kernel, next(model.parameters()).device))
     model.requires_grad_(False)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import ROOT, error, fill_up, randn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minidistill import inject_lora, kernels
 from minidistill.kernels import build, dispatch
+from minidistill.kernels.conv import lora_conv
 from minidistill.kernels.dispatch import EVERYWHERE, Region, addmm_chain, dispatched, fits
 from minidistill.kernels.op import lora_linear
 from minidistill.lora import lora_parameters
@@ -131,7 +133,7 @@ def test_no_card_is_listed_before_one_was_measured():
 
 @pytest.mark.parametrize("kernel", ["auto", "torch"])
 def test_plain_pytorch_without_a_word(kernel: str, capsys):
-    assert kernels.lora_function(kernel, torch.device("cpu")) is None
+    assert kernels.lora_functions(kernel, torch.device("cpu")) is None
     assert capsys.readouterr().err == ""
 
 
@@ -144,7 +146,7 @@ def test_where_it_cannot_be_had_one_line_says_so(cuda, capability, reason: str, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(build, "built", lambda: "the fused kernel could not be built (no nvcc)")
-    assert kernels.lora_function("fused", torch.device("cuda")) is None
+    assert kernels.lora_functions("fused", torch.device("cuda")) is None
     said = capsys.readouterr().err
     assert said.startswith("LoRA layers run in plain PyTorch: ") and reason in said and said.count("\n") == 1
 
@@ -168,11 +170,11 @@ def test_a_measured_card_gets_its_region(monkeypatch):
     monkeypatch.setattr(dispatch, "FASTER", table := {})
     monkeypatch.setattr(kernels, "FASTER", table)
     monkeypatch.setattr(kernels, "obstacle", lambda device: None)
-    assert kernels.lora_function("auto", torch.device("cuda")) is None
+    assert kernels.lora_functions("auto", torch.device("cuda")) is None
     table[9, 0] = Region(640, 640, 64)
-    assert kernels.lora_function("auto", torch.device("cuda")).args == (table[9, 0],)
-    assert kernels.lora_function("fused", torch.device("cuda")).args == (EVERYWHERE,)
-    assert kernels.lora_function("auto", torch.device("cpu")) is None
+    for kernel, region in (("auto", table[9, 0]), ("fused", EVERYWHERE)):
+        assert all(function.args == (region,) for function in kernels.lora_functions(kernel, torch.device("cuda")))
+    assert kernels.lora_functions("auto", torch.device("cpu")) is None
 
 
 def test_what_fits_the_kernel():
@@ -183,8 +185,6 @@ def test_what_fits_the_kernel():
     for other in (dict(K=60), dict(N=60), dict(rank=129), dict(dtype=torch.float32)):
         assert not fits(EVERYWHERE, *sizes(**other))
     assert fits(Region(64, 64, 4), *sizes()) and not fits(Region(64, 56, 4), *sizes())
-    x, W, A = sizes()
-    assert not fits(EVERYWHERE, x, W.requires_grad_(), A)  # the kernel gives W no gradient
     with torch.autocast("cpu", torch.bfloat16):
         assert fits(EVERYWHERE, *sizes(dtype=torch.float32))
 
@@ -199,12 +199,78 @@ def test_the_dispatcher(dtype: torch.dtype, called: int, monkeypatch):
     assert error(y.double(), formula(**tensors, scale=0.7)) < 4 * ROUNDING[dtype]
 
 
+# Convolutions
+
+HOW = {
+    "3x3": (3, 1, 1, 1),
+    "strided": (3, 2, 1, 1),
+    "dilated": (3, 1, 2, 2),
+    "1x1": (1, 1, 0, 1),
+    "1x1 strided": (1, 2, 0, 1),
+}
+
+
+def conv_formula(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float, *how: tuple[int, int]) -> Tensor:
+    x, W, b, A, B = (tensor.double() for tensor in (x, W, b, A, B))
+    return F.conv2d(x, W, b, *how) + scale * F.conv2d(F.conv2d(x, A, None, *how), B)
+
+
+def conv_layer(kind: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
+    """A convolution's tensors, 8 channels to 16; stride, padding and dilation."""
+    k, *how = HOW[kind]
+    wide = torch.promote_types(dtype, torch.float32)
+    x = randn(2, 8, 7, 6, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    tensors = {"x": x, "W": randn(16, 8, k, k, seed=1, dtype=dtype), "b": randn(16, seed=2, dtype=dtype)}
+    tensors |= {"A": randn(3, 8, k, k, seed=3, dtype=wide), "B": randn(16, 3, 1, 1, seed=4, dtype=wide)}
+    for name in ("x", "A", "B"):
+        tensors[name].requires_grad_()
+    return tensors, [(n, n) for n in how]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", HOW)
+def test_convolutions(kind: str, dtype: torch.dtype):
+    tensors, how = conv_layer(kind, dtype)
+    fused, plain = (
+        gradients(lambda scale, function=function, **of: function(*of.values(), scale, *how), tensors)
+        for function in (partial(lora_conv, EVERYWHERE), conv_formula)
+    )
+    for found, expected in zip(fused, plain):
+        assert error(found.double(), expected.double()) < 4 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_opcheck_of_a_convolution(layout: torch.memory_format):
+    tensors, how = conv_layer("strided", torch.float64)
+    tensors["x"] = tensors["x"].detach().contiguous(memory_format=layout).requires_grad_()
+    torch.library.opcheck(OPS.lora_conv.default, (*tensors.values(), 0.7, *how))
+
+
+def test_a_convolution_compiles_whole_and_under_autocast():
+    torch._dynamo.reset()
+    tensors, how = conv_layer("3x3", torch.float32)
+    compiled = torch.compile(partial(lora_conv, EVERYWHERE), fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (conv(*tensors.values(), 0.7, *how) for conv in (compiled, partial(lora_conv, EVERYWHERE)))
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+    torch._dynamo.reset()
+
+
+def test_a_1x1_convolution_is_the_linear_kernels(monkeypatch):
+    calls = []
+    monkeypatch.setattr(dispatch, "lora_linear", lambda *args: calls.append(1) or lora_linear(*args))
+    tensors, how = conv_layer("1x1", torch.bfloat16)
+    y = lora_conv(EVERYWHERE, *tensors.values(), 0.7, *how)
+    assert calls == [1] and y.is_contiguous(memory_format=torch.channels_last)
+
+
 # In a model
 
 
 def students(monkeypatch, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     """The same student twice: in plain PyTorch, and as if its device had the kernel."""
-    net = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8)).to(dtype)
+    convolutions = nn.Conv2d(8, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 8, 1)
+    net = nn.Sequential(*convolutions, nn.Flatten(2), nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 8)).to(dtype)
     plain = fill_up(inject_lora(copy.deepcopy(net), rank=3, targets=["*"], kernel="torch"))
     monkeypatch.setattr(kernels, "obstacle", lambda device: None)
     fused = inject_lora(net, rank=3, targets=["*"], kernel="fused")
@@ -216,19 +282,26 @@ def students(monkeypatch, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
 def test_a_student_by_the_operator_is_the_same_student(dtype: torch.dtype, monkeypatch):
     results = []
     for model in students(monkeypatch, dtype):
-        x = randn(5, 8, dtype=dtype).requires_grad_()
+        x = randn(5, 8, 4, 4, dtype=dtype).requires_grad_()
         y = model(x, lora_enabled=True)
         y.square().sum().backward()
         results.append([y.detach(), x.grad, *(p.grad for p in lora_parameters(model))])
         assert not torch.equal(model(x), y)
     for fused, plain in zip(*reversed(results)):
-        assert error(fused, plain) < 6 * ROUNDING[dtype]
+        assert error(fused, plain) < 8 * ROUNDING[dtype]
+
+
+def test_a_weight_that_learns_after_all_gets_its_gradient(monkeypatch):
+    """The operators would give it none."""
+    model = students(monkeypatch, torch.bfloat16)[1].requires_grad_()
+    model(randn(5, 8, 4, 4, dtype=torch.bfloat16), lora_enabled=True).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_it_compiles_whole_and_can_be_copied(monkeypatch):
     torch._dynamo.reset()
     model = copy.deepcopy(students(monkeypatch, torch.bfloat16)[1])
-    x = randn(5, 8, dtype=torch.bfloat16)
+    x = randn(5, 8, 4, 4, dtype=torch.bfloat16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, lora_enabled=True), model(x, lora_enabled=True))
     assert torch.equal(compiled(x), model(x))

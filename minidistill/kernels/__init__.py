@@ -6,18 +6,31 @@ python -m minidistill.kernels      builds the kernel ahead of its first use, or 
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minidistill.kernels.build import obstacle
-from minidistill.kernels.dispatch import EVERYWHERE, FASTER, dispatched
-
-# (x, W, b, A, B, scale) -> x W^T + b + scale (x A^T) B^T
-LoRAFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
+from minidistill.kernels.conv import lora_conv
+from minidistill.kernels.dispatch import EVERYWHERE, FASTER, Region, dispatched
 
 
-def lora_function(kernel: str, device: torch.device) -> LoRAFunction | None:
+class LoRAFunctions(NamedTuple):
+    """What computes a layer, W and b and the pair, from (x, W, b, A, B, scale): linear layers and convolutions.
+
+    Convolutions take stride, padding and dilation besides.
+    """
+
+    linear: Callable[..., Tensor]
+    conv: Callable[..., Tensor]
+
+    @classmethod
+    def within(cls, region: Region) -> "LoRAFunctions":
+        return cls(partial(dispatched, region), partial(lora_conv, region))
+
+
+def lora_functions(kernel: str, device: torch.device) -> LoRAFunctions | None:
     """What computes the LoRA layers on ``device``; None means lora.py's own lines.
 
     "auto" is the dispatcher where its table has the card, "fused" the fused kernel wherever it can be used, and "torch"
@@ -27,9 +40,9 @@ def lora_function(kernel: str, device: torch.device) -> LoRAFunction | None:
         if reason := obstacle(device):
             print(f"LoRA layers run in plain PyTorch: {reason}.", file=sys.stderr)
             return None
-        return partial(dispatched, EVERYWHERE)
+        return LoRAFunctions.within(EVERYWHERE)
     if kernel == "auto" and device.type == "cuda":
         region = FASTER.get(torch.cuda.get_device_capability(device))
         if region and not obstacle(device):
-            return partial(dispatched, region)
+            return LoRAFunctions.within(region)
     return None

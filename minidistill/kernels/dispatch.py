@@ -1,5 +1,6 @@
 """Which LoRA layers the fused kernel computes: one table. cuBLAS has the others."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidistill.kernels.op import lora_linear
+
+# (x, W, b, A, B, scale) -> x W^T + b + scale (x A^T) B^T
+LoRAFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
 
 
 class Region(NamedTuple):
@@ -30,7 +34,7 @@ def fits(region: Region, x: Tensor, W: Tensor, A: Tensor) -> bool:
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     narrow = dtype in (torch.float16, torch.bfloat16)
     whole_chunks = N % 8 == 0 and K % 8 == 0  # 16 bytes are moved at a time
-    return narrow and whole_chunks and K <= region.K and N <= region.N and rank <= region.rank and not W.requires_grad
+    return narrow and whole_chunks and K <= region.K and N <= region.N and rank <= region.rank
 
 
 def addmm_chain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
