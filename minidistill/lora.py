@@ -73,7 +73,7 @@ class LoRALayer(nn.Module):
 
     @property
     def functions(self) -> LoRAFunctions | None:
-        """What computes the whole layer from x and its ``operands``, where there is such a thing. It leaves W frozen."""
+        """What computes the whole layer from x and its ``operands``, if there is such a thing. It leaves W frozen."""
         return self.switch.functions if self.counts and not self.weight.requires_grad else None
 
     @property
