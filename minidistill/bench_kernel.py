@@ -250,7 +250,7 @@ def markdown(rows: list[dict]) -> str:
         lines = [columns, ["---"] * len(columns)]
         for row in (row for row in rows if row["pass"] == which and row["graph"] == in_graph):
             fastest = min(time for name, time in row["seconds"].items() if name != "base")
-            times = [f"{1e6 * t:.1f}" if t > fastest else f"**{1e6 * t:.1f}**" for t in row["seconds"].values()]
+            times = [f"**{1e6 * t:.1f}**" if t == fastest else f"{1e6 * t:.1f}" for t in row["seconds"].values()]
             line = [f"{row['M']} x {row['K']} -> {row['N']}", str(row["rank"]), *times]
             line += [f"{row['tflops']:.0f}", f"{row['of_roofline']:.2f}"]
             lines.append([*line, *(f"{row['errors'][name]:.1e}" for name in ("fused", "addmm"))])

@@ -75,7 +75,7 @@ template <class Element_, int BM_, int BN_, int R_, bool TRANSPOSED_> struct Pla
     using Element = Element_;
     static constexpr int BM = BM_, BN = BN_, BK = 32, R = R_;
     static constexpr bool TRANSPOSED = TRANSPOSED_;
-    static constexpr int THREADS = BM / 32 * 2 * 32;
+    static constexpr int THREADS = BM / 32 * 2 * 32;  // two warps for 32 rows
     static constexpr int STAGES = R <= 32 ? 4 : R <= 64 ? 3 : 2;  // in 99 KB, the least there is from sm_80 to sm_90
 
     template <int OUT, int IN> using Weights = Tile<TRANSPOSED ? IN : OUT, TRANSPOSED ? OUT : IN>;
@@ -104,7 +104,7 @@ DEVICE void copy_async(Tile<ROWS, COLUMNS> tile, const Matrix<const uint16_t>& m
     }
 }
 
-// The same from a float32 matrix, rounded: the i-th pair of this thread, first into registers, then into the tile.
+// The same from a float32 matrix, rounded: the i-th pair of each thread, first into registers, then into the tile.
 struct Pair {
     float low, high;
 };
