@@ -79,6 +79,12 @@ class Settings(ModelSettings):
         type=positive,
     )
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time", "student")
+    kernel: str = setting(
+        "auto",
+        "what computes the LoRA's linear layers: one kernel for W and the pair (on a GPU, in bfloat16), or PyTorch",
+        "student",
+        choices=("auto", "fused", "torch"),
+    )
     seed: int = setting(0, "of everything random", "run")
     states: Path = setting(
         None, "folder of the trajectories, which several runs may share (default: in --out)", "run", type=Path
@@ -112,7 +118,7 @@ def main() -> None:
         unet = FullStudent(sd.unet, deepcopy(sd.unet).float().requires_grad_())
         unet.student.checkpoint_blocks = args.recompute
     else:
-        unet = inject_lora(sd.unet, args.rank, args.alpha, args.targets or DEFAULT_TARGETS)
+        unet = inject_lora(sd.unet, args.rank, args.alpha, args.targets or DEFAULT_TARGETS, args.kernel)
         unet.base.checkpoint_blocks = args.recompute
     sd.unet = unet
     trainable = [p for p in unet.parameters() if p.requires_grad]
@@ -125,15 +131,8 @@ def main() -> None:
     # Adam's steps are of one size whatever the width; what they add up to over a layer's inputs is not.
     peak = args.lr or (0.02 if full else 0.128) / sd.unet_config.widths[0]
     optimizer = torch.optim.AdamW(trainable, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
-    apart = (
-        "out",
-        "states",
-        "resume",
-        "no_report",
-        "save_every",
-        "device",
-        "recompute",
-    )  # what changes nothing of the result
+    # What changes nothing of the result.
+    apart = ("out", "states", "resume", "no_report", "save_every", "device", "kernel", "recompute")
     fixed = {flag: str(value) for flag, value in asdict(args).items() if flag not in apart}
     losses = resume(out, trainable, optimizer, fixed)  # none, in a new run
 

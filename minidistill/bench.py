@@ -3,6 +3,7 @@
   python -m minidistill.bench                         both sizes; on two CPU cores some minutes
   python -m minidistill.bench --size pocket --memory
   python -m minidistill.bench --size sd15 --device cuda --dtype bfloat16
+  python -m minidistill.bench kernel                  LoRA layers alone, on a GPU (bench_kernel)
 
 The contestants take turns (A, B, A, B, ...) and medians are compared, after ours and the peers' outputs were found to
 agree. Without diffusers and peft, ours stands alone. How fast a checkpoint loads is measured by bench_load.
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidistill.contestants import GUIDANCE, PEERS, PICTURES, ROWS, SIZES, Contestant, Setup, contestants
+from minidistill import bench_kernel
+from minidistill.contestants import GUIDANCE, PEERS, PICTURES, ROWS, SIZES, Contestant, Setup, contestants, sd15_step
 from minidistill.layout import write_json
 from minidistill.settings import made_by, one_sentence, parse, setting
 
@@ -200,6 +202,8 @@ def device_name(device: torch.device) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["kernel"]:
+        return bench_kernel.main(argv[1:], sd15_step)
     args = parse(Settings, __doc__, argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     cuda = device.type == "cuda"

@@ -49,6 +49,7 @@ class Setup:
     dtype: torch.dtype
     rank: int
     timed_steps: int
+    kernel: str = "auto"  # of the LoRA
 
     def randn(self, *shape: int, seed: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -86,7 +87,7 @@ class Setup:
         return filled(lambda: UNet(self.size.unet), self.weights)
 
     def lora_unet(self, zero: bool = False) -> LoRAModel:
-        unet = inject_lora(self.unet(), self.rank)  # lora_up is zero
+        unet = inject_lora(self.unet(), self.rank, kernel=self.kernel)  # lora_up is zero
         if not zero:
             fill_pairs({name: (layer.lora_down, layer.lora_up) for name, layer in lora_layers(unet).items()})
         return unet
@@ -198,6 +199,11 @@ def distil(setup: Setup, who: str, teacher_in_loop: bool) -> Contestant:
         return loss.detach(), norm
 
     return step
+
+
+def sd15_step(kernel: str) -> Contestant:
+    setup = Setup(SIZES["sd15"], torch.device("cuda"), torch.bfloat16, rank=16, timed_steps=1, kernel=kernel)
+    return distil(setup, "ours", teacher_in_loop=False)
 
 
 class Row(NamedTuple):

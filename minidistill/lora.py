@@ -15,15 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidistill.kernels import LoRAFunctions, lora_functions
+
 # Every linear and convolution of the UNet's attention and residual blocks.
 DEFAULT_TARGETS = ("*.attentions.*", "*.resnets.*")
 
 
 class Switch:
-    """Says whether the low-rank terms count. One object, shared by all LoRA layers of a model."""
+    """Says whether the low-rank terms count, and what computes them. One object for all LoRA layers of a model."""
 
-    def __init__(self) -> None:
+    def __init__(self, functions: LoRAFunctions | None = None) -> None:
         self.enabled = False
+        self.functions = functions  # of whole layers, in place of the lines in their forward()
 
     @contextmanager
     def set(self, enabled: bool) -> Iterator[None]:
@@ -68,6 +71,15 @@ class LoRALayer(nn.Module):
     def counts(self) -> bool:
         return self.switch.enabled and not self.merged
 
+    @property
+    def functions(self) -> LoRAFunctions | None:
+        """What computes the whole layer from x and its ``operands``, if there is such a thing. It leaves W frozen."""
+        return self.switch.functions if self.counts and not self.weight.requires_grad else None
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
+        return self.weight, self.bias, self.lora_down, self.lora_up, self.scale
+
     def delta(self) -> Tensor:
         """What merging adds to ``weight``, in its shape."""
         return low_rank(self.lora_down, self.lora_up, self.scale)
@@ -104,6 +116,8 @@ class LoRALinear(LoRALayer, nn.Linear):
         self.add_pair((rank, self.in_features), (self.out_features, rank), alpha, switch)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.functions:
+            return self.functions.linear(x, *self.operands)
         y = super().forward(x)  # W x
         if not self.counts:
             return y
@@ -124,6 +138,8 @@ class LoRAConv(LoRALayer, nn.Conv2d):
         self.add_pair(down_shape, (self.out_channels, rank, 1, 1), alpha, switch)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.functions and self.padding_mode == "zeros":
+            return self.functions.conv(x, *self.operands, self.stride, self.padding, self.dilation)
         y = super().forward(x)  # W * x
         if not self.counts:
             return y
@@ -157,13 +173,18 @@ def _run_block(run_block: Callable[..., Tensor], switch: Switch, block: Callable
 
 
 def inject_lora(
-    model: nn.Module, rank: int = 16, alpha: float | None = None, targets: Sequence[str] = DEFAULT_TARGETS
+    model: nn.Module,
+    rank: int = 16,
+    alpha: float | None = None,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    kernel: str = "auto",
 ) -> LoRAModel:
     """Put a low-rank pair beside the linear layers and convolutions of ``model``, in place; freeze everything else.
 
     Args:
         rank: of every pair.  alpha: the pair is scaled by alpha / rank; ``rank`` unless given.
         targets: shell-style patterns for the layers' dotted names.
+        kernel: "auto", "fused" or "torch": what computes the layers, on the device that the model is on (kernels/).
 
     Raises:
         ValueError: a rank below 1, a model that has LoRA already, patterns that match nothing, a grouped convolution.
@@ -177,10 +198,10 @@ def inject_lora(
     ]
     if not names:
         raise ValueError(f"No linear layer or convolution of the model is named like {', '.join(targets)}.")
-    return inject_pairs(model, dict.fromkeys(names, (rank, rank if alpha is None else alpha)))
+    return inject_pairs(model, dict.fromkeys(names, (rank, rank if alpha is None else alpha)), kernel)
 
 
-def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]]) -> LoRAModel:
+def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]], kernel: str = "auto") -> LoRAModel:
     """``inject_lora`` with (rank, alpha) of each layer by its name, for files in which they differ."""
     if any(isinstance(m, LoRALayer) for m in model.modules()):
         raise ValueError("This model has LoRA layers already: load it afresh before giving it others.")
@@ -190,7 +211,7 @@ def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]]) -> Lo
             raise ValueError(
                 f"{name} is a grouped convolution, for which there is no LoRA here: leave it out of targets."
             )
-    switch = Switch()
+    switch = Switch(lora_functions(kernel, next(model.parameters()).device))
     model.requires_grad_(False)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")

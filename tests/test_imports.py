@@ -79,6 +79,17 @@ def test_checkpoint_knows_the_networks_and_not_their_use():
         assert known(module.removeprefix("minidistill.")) <= reading | own("config", "files")
 
 
+def test_kernels_are_for_lora_and_the_benchmark():
+    """Nobody else knows them, and they know nobody."""
+    inside = {name for name in MODULES if name.startswith("minidistill.kernels")}
+    for name, file in MODULES.items():
+        if name in inside:
+            assert imports(file) & set(MODULES) - {"minidistill"} <= inside
+        elif name not in own("lora", "bench_kernel"):
+            assert not imports(file) & inside, name
+    assert not any(imports(script) & inside for script in SCRIPTS)
+
+
 def test_guidance_is_torch_alone():
     assert {name.split(".")[0] for name in imports(MODULES["minidistill.guidance"])} <= {"torch", "collections"}
 

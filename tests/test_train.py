@@ -209,6 +209,12 @@ def test_equal_runs_give_equal_bytes(full, command, flags: Flags, tmp_path: Path
     assert same_result(tmp_path / "other name", full[0])
 
 
+def test_a_kernel_that_cannot_be_had_changes_nothing(full, command, flags: Flags, tmp_path: Path):
+    result = command("train.py", *flags(tmp_path / "run", kernel="fused"), "--no-report")
+    assert result.code == 0 and sum(line.startswith("LoRA layers run in plain PyTorch: ") for line in result.lines) == 1
+    assert same_result(tmp_path / "run", full[0])
+
+
 def test_another_seed_gives_another_student(full, command, flags: Flags, tmp_path: Path):
     command("train.py", *flags(tmp_path / "run", seed=1), "--no-report")
     assert not same_result(tmp_path / "run", full[0])

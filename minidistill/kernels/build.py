@@ -1,0 +1,40 @@
+"""Builds the CUDA part on its first use. PyTorch keeps what was built, in TORCH_EXTENSIONS_DIR or its own cache."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+CSRC = Path(__file__).with_name("csrc")
+SOURCES = ("autograd.cpp", "binding.cpp", "lora_gemm.cu")
+LEAST = (8, 0)  # compute capability: mma.sync of bfloat16, cp.async
+
+
+def obstacle(device: torch.device) -> str | None:
+    """None where the kernel can be used on ``device``, after building it if need be; else the reason in a few words."""
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is built without CUDA"
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "the fused kernel needs a CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST:
+        return "the fused kernel needs compute capability {}.{} or newer, not {}.{}".format(*LEAST, *capability)
+    return built()
+
+
+@cache
+def built() -> str | None:
+    """Build and load it, once a process. Returns None, or the reason why that failed."""
+    from torch.utils import cpp_extension  # looks for compilers as it is imported
+
+    try:
+        cpp_extension.load(
+            "minidistill_kernels",
+            [str(CSRC / name) for name in SOURCES],
+            extra_cflags=["-O3"],
+            extra_cuda_cflags=["-O3"],
+            is_python_module=False,
+        )
+    except (OSError, RuntimeError, ImportError) as error:  # no nvcc, no ninja, or they fail
+        return f"the fused kernel could not be built ({str(error).strip().splitlines()[0]})"
+    return None

@@ -1,0 +1,87 @@
+// The operator on CUDA: shapes and pointers of its tensors, and the current stream. It needs no header of CUDA's.
+#include <ATen/ATen.h>
+#include <ATen/DeviceAccelerator.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include "launch.h"
+
+namespace {
+
+using at::Tensor;
+using Pair = std::tuple<Tensor, Tensor>;
+
+bool aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0; }
+
+template <class T> const T* data(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
+
+// (y, t): y = x W^T + b + t B^T, t = scale x A^T; with the weights transposed, y = x W + t B, t = scale x A
+Pair fused(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, const Tensor& A, const Tensor& B,
+           double scale, bool transposed) {
+    const int out = transposed ? 1 : 0, in = 1 - out;
+    const int64_t K = W.size(in), N = W.size(out), rank = A.size(out);
+    const auto type = x.scalar_type();
+    TORCH_CHECK(type == at::kHalf || type == at::kBFloat16, "lora_linear computes in float16 or bfloat16, not ", type);
+    TORCH_CHECK(W.scalar_type() == type && (!b || b->scalar_type() == type), "x, W and b differ in dtype");
+    TORCH_CHECK(A.scalar_type() == at::kFloat && B.scalar_type() == at::kFloat, "A and B have to be float32");
+    TORCH_CHECK(K % 8 == 0 && N % 8 == 0, "W has to be a multiple of 8 wide and high, not ", W.sizes());
+    TORCH_CHECK(1 <= rank && rank <= 128, "the rank has to be from 1 to 128, not ", rank);
+    TORCH_CHECK(x.size(-1) == K && A.size(in) == K && B.size(out) == N && B.size(in) == rank && (!b || b->numel() == N),
+                "shapes do not fit together: x ", x.sizes(), ", W ", W.sizes(), ", A ", A.sizes(), ", B ", B.sizes());
+    for (const Tensor* weights : {&W, &A, &B})
+        TORCH_CHECK(weights->device() == x.device(), "x and the weights are on different devices");
+
+    const c10::DeviceGuard guard(x.device());
+    const auto copy = [](const Tensor& tensor) { return tensor.clone(at::MemoryFormat::Contiguous); };
+    const auto whole = [&](const Tensor& tensor) {
+        return tensor.is_contiguous() && aligned(tensor) ? tensor : copy(tensor);
+    };
+    Tensor rows = x.reshape({-1, K});  // [M, K]: rows may lie apart, if 16 bytes are still within one and aligned
+    if (rows.stride(1) != 1 || rows.stride(0) % 8 != 0 || !aligned(rows)) rows = copy(rows);
+    const Tensor W_whole = whole(W), A_whole = whole(A), B_whole = whole(B), b_whole = b ? whole(*b) : Tensor();
+
+    auto shape = x.sizes().vec();
+    shape.back() = N;
+    const Tensor y = at::empty(shape, x.options());
+    shape.back() = rank;
+    const Tensor t = at::empty(shape, x.options());
+    const int64_t M = rows.size(0), limit = int64_t{1} << 32;
+    TORCH_CHECK(M * std::max(rows.stride(0), N) < limit, "x or y has 2^32 numbers or more");
+    if (M == 0) return {y, t};
+
+    const Operands operands{.x = data<uint16_t>(rows),
+                            .W = data<uint16_t>(W_whole),
+                            .b = b ? data<uint16_t>(b_whole) : nullptr,
+                            .A = data<float>(A_whole),
+                            .B = data<float>(B_whole),
+                            .y = static_cast<uint16_t*>(y.mutable_data_ptr()),
+                            .t = static_cast<uint16_t*>(t.mutable_data_ptr()),
+                            .M = static_cast<unsigned>(M),
+                            .N = static_cast<unsigned>(N),
+                            .K = static_cast<unsigned>(K),
+                            .rank = static_cast<unsigned>(rank),
+                            .x_stride = static_cast<unsigned>(rows.stride(0)),
+                            .scale = static_cast<float>(scale),
+                            .bfloat16 = type == at::kBFloat16,
+                            .transposed = transposed};
+    const auto stream = at::accelerator::getCurrentStream(x.device().index());
+    const char* const error = launch_lora_gemm(operands, stream.native_handle());
+    TORCH_CHECK(!error, "lora_linear: ", error);
+    return {y, t};
+}
+
+Pair layer(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, const Tensor& A, const Tensor& B,
+           double scale) {
+    return fused(x, W, b, A, B, scale, false);
+}
+
+Pair layer_dx(const Tensor& dy, const Tensor& W, const Tensor& A, const Tensor& B, double scale) {
+    return fused(dy, W, std::nullopt, B, A, scale, true);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(minidistill, CUDA, library) {
+    library.impl("lora_linear", layer);
+    library.impl("lora_linear_dx", layer_dx);
+}

@@ -1,0 +1,255 @@
+// A linear layer and its low-rank pair in one launch:
+//
+//   y = x W^T + b + t B^T,   t = s x A^T        x [M, K], W [N, K], b [N], A [R, K], B [N, R];  y [M, N], t [M, R]
+//
+// x, W, b, y and t are float16 or bfloat16. A and B are float32 and rounded on load, t is rounded before it meets B,
+// and all sums are float32. The gradient dx = dy W + (s dy B) A has the same form, with the weights stored the other
+// way round ("transposed"): x := dy, W [K, N], A := B [K, R], B := A [R, N].
+//
+// A block computes BM x BN of y, and for it BM rows of t. It walks along K in slabs of BK columns:
+//
+//                       W^T, A^T
+//                  +---------------+----+
+//               BK | slab of W     | A  |
+//                  +---------------+----+
+//                         BN         R
+//        BK        +---------------+----+
+//      +----+      |  y            | t  |   32 rows x BN / 2 of y are one warp's, and 16 rows of t;
+//   BM | x  |      |  warp 0 | 1   |    |   both are sums in registers.
+//      |    |      |  warp 2 | 3   |    |
+//      +----+      +---------------+----+
+//
+// After the last slab t, scaled and rounded, takes the place of x in shared memory, and B, there from the start, that
+// of W: y += t B^T is one more slab. Slabs arrive by asynchronous copies, STAGES - 1 ahead of the arithmetic. Blocks
+// and slabs need not divide M, N and K (N and K are multiples of 8): zero is loaded for what lies outside.
+#pragma once
+#include "launch.h"
+
+struct Corner {
+    unsigned row, column;
+};
+
+template <class T> struct Matrix {  // row-major
+    T* data;
+    unsigned rows, columns, stride;  // from a row to the next
+
+    DEVICE bool has(unsigned row, unsigned column) const { return row < rows && column < columns; }
+    DEVICE T* at(unsigned row, unsigned column) const { return data + (row * stride + column); }
+};
+
+struct Problem {
+    Matrix<const uint16_t> x, W;
+    const uint16_t* b;  // or null
+    Matrix<const float> A, B;
+    float scale;
+    Matrix<uint16_t> y, t;
+};
+
+template <class T> Matrix<T> matrix(T* data, unsigned rows, unsigned columns) { return {data, rows, columns, columns}; }
+
+inline Problem problem_of(const Operands& o) {
+    const auto weights = [&](auto* data, unsigned out, unsigned in) {
+        return o.transposed ? matrix(data, in, out) : matrix(data, out, in);
+    };
+    return {{o.x, o.M, o.K, o.x_stride}, weights(o.W, o.N, o.K),      o.b, weights(o.A, o.rank, o.K),
+            weights(o.B, o.N, o.rank),   o.scale, matrix(o.y, o.M, o.N), matrix(o.t, o.M, o.rank)};
+}
+
+// ROWS x COLUMNS numbers in shared memory, in chunks of eight (16 bytes). Chunks change places within a row
+// ("swizzle"), so that the same chunk of eight neighbouring rows, which is what ldmatrix takes, and eight neighbouring
+// chunks of a row lie in different banks. PERIOD chunks of each of 8 / PERIOD rows fill the 32 banks once.
+template <int ROWS, int COLUMNS> struct Tile {
+    static constexpr int CHUNKS = COLUMNS / 8, SIZE = ROWS * COLUMNS;
+    static constexpr unsigned PERIOD = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;
+    static_assert(COLUMNS % 16 == 0);
+    uint16_t* data;
+
+    DEVICE uint16_t* at(unsigned row, unsigned column) const {
+        const unsigned chunk = column / 8 ^ row / (8 / PERIOD) % PERIOD;
+        return data + row * COLUMNS + chunk * 8 + column % 8;
+    }
+};
+
+// All sizes that are known when the kernel is compiled.
+template <class Element_, int BM_, int BN_, int R_, bool TRANSPOSED_> struct Plan {
+    using Element = Element_;
+    static constexpr int BM = BM_, BN = BN_, BK = 32, R = R_;
+    static constexpr bool TRANSPOSED = TRANSPOSED_;
+    static constexpr int THREADS = BM / 32 * 2 * 32;  // two warps for 32 rows
+    static constexpr int STAGES = R <= 32 ? 4 : R <= 64 ? 3 : 2;  // in 99 KB, the least there is from sm_80 to sm_90
+
+    template <int OUT, int IN> using Weights = Tile<TRANSPOSED ? IN : OUT, TRANSPOSED ? OUT : IN>;
+    using X = Tile<BM, BK>;
+    using W = Weights<BN, BK>;
+    using A = Weights<R, BK>;
+    using B = Weights<BN, R>;
+    using Y = Tile<BM, BN>;
+    using T = Tile<BM, R>;
+    static constexpr int STAGE = X::SIZE + W::SIZE + A::SIZE;
+    static constexpr int SHARED_BYTES = 2 * (STAGES * STAGE + B::SIZE);
+    static_assert(Y::SIZE <= STAGES * STAGE && T::SIZE <= STAGES * STAGE);  // they come after the slabs
+
+    static unsigned blocks(unsigned M, unsigned N) { return ((M + BM - 1) / BM) * ((N + BN - 1) / BN); }
+};
+
+// tile <- matrix from a corner on, in copies of eight numbers under way until cp_async_wait
+template <int THREADS, int ROWS, int COLUMNS>
+DEVICE void copy_async(Tile<ROWS, COLUMNS> tile, const Matrix<const uint16_t>& matrix, Corner from) {
+    constexpr int CHUNKS = tile.CHUNKS;
+#pragma unroll
+    for (unsigned i = thread_index(); i < ROWS * CHUNKS; i += THREADS) {
+        const unsigned r = i / CHUNKS, c = i % CHUNKS * 8;
+        const bool inside = matrix.has(from.row + r, from.column + c);
+        cp_async(tile.at(r, c), inside ? matrix.at(from.row + r, from.column + c) : matrix.data, inside);
+    }
+}
+
+// The same from a float32 matrix, rounded: the i-th pair of each thread, first into registers, then into the tile.
+struct Pair {
+    float low, high;
+};
+
+template <int THREADS, class Tile_> constexpr int PAIRS = (Tile_::SIZE / 2 + THREADS - 1) / THREADS;  // of a thread
+
+template <int THREADS, int ROWS, int COLUMNS>
+DEVICE Pair load_pair(unsigned i, Tile<ROWS, COLUMNS>, const Matrix<const float>& matrix, Corner from) {
+    const unsigned pair = thread_index() + i * THREADS;
+    const unsigned r = from.row + pair / (COLUMNS / 2), c = from.column + pair % (COLUMNS / 2) * 2;
+    return {matrix.has(r, c) ? ld_global(matrix.at(r, c)) : 0,
+            matrix.has(r, c + 1) ? ld_global(matrix.at(r, c + 1)) : 0};
+}
+
+template <class Element, int THREADS, int ROWS, int COLUMNS>
+DEVICE void store_pair(unsigned i, Tile<ROWS, COLUMNS> tile, Pair numbers) {
+    const unsigned pair = thread_index() + i * THREADS;
+    if (pair < ROWS * COLUMNS / 2)
+        st_shared(tile.at(pair / (COLUMNS / 2), pair % (COLUMNS / 2) * 2), pack(Element{}, numbers.low, numbers.high));
+}
+
+template <class Element, int THREADS, class Tile_>
+DEVICE void copy_rounded(Tile_ tile, const Matrix<const float>& matrix, Corner from) {
+#pragma unroll 8
+    for (int i = 0; i < PAIRS<THREADS, Tile_>; ++i)
+        store_pair<Element, THREADS>(i, tile, load_pair<THREADS>(i, tile, matrix, from));
+}
+
+// sum[16 TALL, 8 WIDE] += x w^T, or x w where it is transposed, by one warp: from this row and column of the product on
+template <class Element, bool TRANSPOSED, int TALL, int WIDE, int ROWS, int K, class W>
+DEVICE void multiply(float (&sum)[TALL][WIDE][4], Tile<ROWS, K> x, W w, unsigned row, unsigned column) {
+    const unsigned lane = thread_index() % 32;
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+        uint32_t a[TALL][4];
+#pragma unroll
+        for (int i = 0; i < TALL; ++i) ldmatrix(a[i], x.at(row + i * 16 + lane % 16, k + lane / 16 * 8));
+#pragma unroll
+        for (int j = 0; j < WIDE; j += 2) {
+            uint32_t b[4];  // k to k + 7 and k + 8 to k + 15 of eight columns, then of the next eight
+            if constexpr (TRANSPOSED)
+                ldmatrix_trans(b, w.at(k + lane % 16, column + j * 8 + lane / 16 * 8));
+            else
+                ldmatrix(b, w.at(column + j * 8 + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
+#pragma unroll
+            for (int i = 0; i < TALL; ++i) {
+                mma(Element{}, sum[i][j], a[i], b[0], b[1]);
+                mma(Element{}, sum[i][j + 1], a[i], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// tile <- sums, rounded, as mma holds them
+template <class Element, int TALL, int WIDE, class Tile_>
+DEVICE void round_into(Tile_ tile, const float (&sum)[TALL][WIDE][4], unsigned row, unsigned column) {
+    const unsigned lane = thread_index() % 32;
+#pragma unroll
+    for (int i = 0; i < TALL; ++i)
+#pragma unroll
+        for (int j = 0; j < WIDE; ++j) {
+            const unsigned r = row + i * 16 + lane / 4, c = column + j * 8 + lane % 4 * 2;
+            st_shared(tile.at(r, c), pack(Element{}, sum[i][j][0], sum[i][j][1]));
+            st_shared(tile.at(r + 8, c), pack(Element{}, sum[i][j][2], sum[i][j][3]));
+        }
+}
+
+template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
+    using Element = typename P::Element;
+    constexpr int BM = P::BM, BN = P::BN, BK = P::BK, R = P::R, THREADS = P::THREADS, STAGES = P::STAGES;
+    constexpr bool TRANSPOSED = P::TRANSPOSED;
+
+    const unsigned blocks_n = (p.y.columns + BN - 1) / BN;
+    const unsigned m = block_index() / blocks_n * BM, n = block_index() % blocks_n * BN;  // this block's corner of y
+    const unsigned warp = thread_index() / 32, lane = thread_index() % 32;
+    const unsigned row = warp / 2 * 32, column = warp % 2 * (BN / 2);  // this warp's corner of the block
+    const unsigned t_row = row + warp % 2 * 16;
+
+    uint16_t* const shared = shared_memory();
+    const auto x_tile = [&](unsigned slab) { return typename P::X{shared + slab % STAGES * P::STAGE}; };
+    const auto w_tile = [&](unsigned slab) { return typename P::W{x_tile(slab).data + P::X::SIZE}; };
+    const auto a_tile = [&](unsigned slab) { return typename P::A{w_tile(slab).data + P::W::SIZE}; };
+    const typename P::B b_tile{shared + STAGES * P::STAGE};
+    const typename P::T t_tile{shared};
+    const typename P::Y y_tile{shared};
+
+    const auto weights = [](unsigned out, unsigned in) { return TRANSPOSED ? Corner{in, out} : Corner{out, in}; };
+    const unsigned slabs = (p.x.columns + BK - 1) / BK;
+    const auto copy_slab = [&](unsigned slab) {
+        if (slab < slabs) {
+            copy_async<THREADS>(x_tile(slab), p.x, {m, slab * BK});
+            copy_async<THREADS>(w_tile(slab), p.W, weights(n, slab * BK));
+        }
+        cp_async_commit();
+    };
+
+    // The first slabs, and B.
+    for (unsigned slab = 0; slab < STAGES - 1; ++slab) copy_slab(slab);
+    copy_rounded<Element, THREADS>(b_tile, p.B, weights(n, 0));
+#pragma unroll
+    for (unsigned slab = 0; slab < STAGES - 1; ++slab)
+        copy_rounded<Element, THREADS>(a_tile(slab), p.A, weights(0, slab * BK));
+
+    float y_sum[2][BN / 16][4], t_sum[1][R / 8][4] = {};
+#pragma unroll
+    for (int j = 0; j < BN / 16; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // y = b
+            const unsigned c = n + column + j * 8 + lane % 4 * 2 + i % 2;
+            y_sum[0][j][i] = y_sum[1][j][i] = p.b && c < p.y.columns ? unpack(Element{}, ld_global(p.b + c)) : 0;
+        }
+
+    for (unsigned slab = 0; slab < slabs; ++slab) {
+        cp_async_wait<STAGES - 2>();  // this thread's part of the slab is there,
+        sync_threads();               // and everybody's; nobody still reads the one before, whose place is taken now
+        const unsigned next = slab + STAGES - 1;
+        copy_slab(next);
+        constexpr int PAIRS_A = PAIRS<THREADS, typename P::A>;
+        Pair a_next[PAIRS_A];
+#pragma unroll
+        for (int i = 0; i < PAIRS_A; ++i)
+            a_next[i] = load_pair<THREADS>(i, a_tile(next), p.A, weights(0, next * BK));
+        multiply<Element, TRANSPOSED>(y_sum, x_tile(slab), w_tile(slab), row, column);  // y += x W^T
+        multiply<Element, TRANSPOSED>(t_sum, x_tile(slab), a_tile(slab), t_row, 0);     // t += x A^T
+#pragma unroll
+        for (int i = 0; i < PAIRS_A; ++i) store_pair<Element, THREADS>(i, a_tile(next), a_next[i]);
+    }
+    sync_threads();  // the slabs are used up
+
+#pragma unroll
+    for (int j = 0; j < R / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) t_sum[0][j][i] *= p.scale;
+    round_into<Element>(t_tile, t_sum, t_row, 0);
+    sync_threads();
+    multiply<Element, TRANSPOSED>(y_sum, t_tile, b_tile, row, column);  // y += t B^T
+    if (n == 0)
+        for (unsigned i = thread_index(); i < BM * R; i += THREADS)
+            if (p.t.has(m + i / R, i % R)) st_global(p.t.at(m + i / R, i % R), ld_shared(t_tile.at(i / R, i % R)));
+    sync_threads();
+
+    round_into<Element>(y_tile, y_sum, row, column);
+    sync_threads();
+    for (unsigned i = thread_index(); i < BM * (BN / 8); i += THREADS) {
+        const unsigned r = i / (BN / 8), c = i % (BN / 8) * 8;
+        if (p.y.has(m + r, n + c)) st_global(p.y.at(m + r, n + c), ld_shared_chunk(y_tile.at(r, c)));
+    }
+}

@@ -1,0 +1,222 @@
+"""The CUDA kernel's own source on a CPU: against float64, and against faults planted in it (tests/emulation)."""
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from random import Random
+
+import pytest
+import torch
+from tiny import ROOT
+from torch import Tensor
+
+CSRC, EMULATION = ROOT / "minidistill/kernels/csrc", ROOT / "tests/emulation"
+COMPILER = shutil.which("g++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++, to run the kernel on a CPU")
+
+DELIVERIES = ("at once", "late", "at random")  # when asynchronous copies arrive
+
+
+class Operands(ctypes.Structure):
+    """csrc/launch.h"""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "W", "b", "A", "B", "y", "t")),
+        *((name, ctypes.c_int) for name in ("M", "N", "K", "rank", "x_stride")),
+        ("scale", ctypes.c_float),
+        ("bfloat16", ctypes.c_bool),
+        ("transposed", ctypes.c_bool),
+    ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One of the kernels that csrc/lora_gemm.cu launches."""
+
+    dtype: torch.dtype
+    BM: int
+    BN: int
+    R: int
+    transposed: bool
+
+    def __str__(self) -> str:
+        dtype = "BFloat16" if self.dtype == torch.bfloat16 else "Float16"
+        return f"Plan<{dtype}, {self.BM}, {self.BN}, {self.R}, {str(self.transposed).lower()}>"
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
+    """``emulated(plan)``: the kernel as a C function; with ``fault=(right, wrong)`` after a change of its source."""
+    built: dict[tuple, ctypes.CDLL] = {}
+
+    def build(plan: Plan, fault: tuple[str, str] | None = None) -> ctypes.CDLL:
+        if (plan, fault) not in built:
+            folder = tmp_path_factory.mktemp("emulation")
+            shutil.copytree(CSRC, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("primitives.h"))
+            if fault:
+                source = (CSRC / "lora_gemm.h").read_text()
+                assert source.count(fault[0]) == 1, f"{fault[0]!r} stands {source.count(fault[0])} times in the kernel"
+                (folder / "lora_gemm.h").write_text(source.replace(*fault))
+            flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DPLAN=" + str(plan)]
+            command = [COMPILER, *flags, f"-I{EMULATION}", f"-I{folder}", str(EMULATION / "lora_gemm.cpp")]
+            subprocess.run([*command, "-o", str(folder / "kernel.so")], check=True)
+            library = ctypes.CDLL(str(folder / "kernel.so"))
+            library.run.restype = ctypes.c_char_p
+            built[plan, fault] = library
+        return built[plan, fault]
+
+    return build
+
+
+@dataclass
+class Outcome:
+    error: str
+    conflicts: int
+    y: Tensor
+    t: Tensor
+    expected_y: Tensor  # in float64, of t as the kernel rounded it
+    expected_t: Tensor
+
+    def wrong(self, dtype: torch.dtype) -> str:
+        """What is wrong with it, if anything."""
+        if self.error:
+            return self.error
+        if self.conflicts:
+            return f"{self.conflicts} bank conflicts"
+        for found, expected in ((self.t, self.expected_t), (self.y, self.expected_y)):
+            # One rounding of the result, beside which float32 sums do not count.
+            error = (found.double() - expected).abs().max() / expected.abs().max()
+            if not error <= torch.finfo(dtype).eps / 2 * 1.01:
+                return f"off by {error:.1e} of the largest value"
+        return ""
+
+
+@dataclass(frozen=True)
+class Case:
+    M: int
+    N: int
+    K: int
+    rank: int
+    seed: int = 1
+    delivery: str = "at random"
+    bias: bool = True
+
+
+def random_case(plan: Plan, seed: int) -> Case:
+    """One to four blocks, most of them cut off by the edges of y, and a K that few slabs divide."""
+    dice = Random(f"{plan}{seed}")
+    M, N = dice.randrange(1, 2 * plan.BM), 8 * dice.randrange(1, plan.BN // 4)
+    K, rank = 8 * dice.randrange(1, 25), dice.randrange(plan.R // 2 + 1 if plan.R > 16 else 1, plan.R + 1)
+    return Case(M, N, K, rank, seed, DELIVERIES[seed % 3], bias=dice.random() < 0.7)
+
+
+def run(library: ctypes.CDLL, plan: Plan, case: Case) -> Outcome:
+    """x with rows that lie apart, numbers that do not belong to it NaN, and outputs that begin as NaN."""
+    M, N, K, rank, seed = case.M, case.N, case.K, case.rank, case.seed
+    generator = torch.Generator().manual_seed(seed)
+
+    def array(*shape: int, dtype: torch.dtype, stride: int | None = None) -> Tensor:
+        padded = torch.full((shape[0], stride or shape[-1]), torch.nan, dtype=dtype)
+        padded[:, : shape[-1]] = torch.randn(shape, generator=generator)
+        return padded[:, : shape[-1]]
+
+    def weights(out: int, into: int, dtype: torch.dtype) -> Tensor:
+        return array(into, out, dtype=dtype) if plan.transposed else array(out, into, dtype=dtype)
+
+    stride = K + 8 * (seed % 3)
+    x, W, b = array(M, K, dtype=plan.dtype, stride=stride), weights(N, K, plan.dtype), array(1, N, dtype=plan.dtype)
+    A, B, scale = weights(rank, K, torch.float32), weights(N, rank, torch.float32), 0.75 / K**0.5
+    y, t = (torch.full((M, n), torch.nan, dtype=plan.dtype) for n in (N, rank))
+    tensors = [x, W, b if case.bias else None, A, B, y, t]
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    sizes = [0 if i is None else ((len(i) - 1) * i.stride(0) + i.shape[1]) * i.itemsize for i in tensors]
+    operands = Operands(*pointers, M, N, K, rank, stride, scale, plan.dtype == torch.bfloat16, plan.transposed)
+    conflicts = ctypes.c_long()
+    error = library.run(
+        ctypes.byref(operands),
+        (ctypes.c_int64 * 7)(*sizes),
+        DELIVERIES.index(case.delivery),
+        seed,
+        ctypes.byref(conflicts),
+    )
+
+    W, A, B = (m.T if plan.transposed else m for m in (W, A, B))
+    A, B = (m.to(plan.dtype).double() for m in (A, B))  # rounded on load
+    expected_t = scale * (x.double() @ A.T)
+    expected_y = x.double() @ W.double().T + t.double() @ B.T + (b.double() if case.bias else 0)
+    return Outcome(error.decode(), conflicts.value, y, t, expected_y, expected_t)
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+PLANS = [Plan(*sizes) for sizes in product((BF16, FP16), (128, 64), (160, 64), (16, 32, 64, 128), (False, True))]
+PLANS = [plan for plan in PLANS if (plan.BM, plan.BN) in ((128, 160), (64, 64))]
+USUAL = [
+    Plan(BF16, 64, 64, 16, False),
+    Plan(FP16, 64, 64, 128, True),
+    Plan(FP16, 128, 160, 16, False),
+    Plan(BF16, 128, 160, 64, True),
+]
+
+
+def test_these_are_the_kernels_that_are_launched():
+    source = (CSRC / "lora_gemm.cu").read_text()
+    assert "Plan<Element, 128, 160, R, TRANSPOSED>" in source and "Plan<Element, 64, 64, R, TRANSPOSED>" in source
+    assert source.count("Plan<") == 2 and set(USUAL) < set(PLANS) and len(PLANS) == 32
+
+
+def plans(some: list[Plan]) -> list:
+    return [*some, *(pytest.param(plan, marks=pytest.mark.slow) for plan in PLANS if plan not in some)]
+
+
+@pytest.mark.parametrize("plan", plans(USUAL), ids=str)
+def test_agrees_with_float64(plan: Plan, emulated):
+    for case in [Case(plan.BM, plan.BN, 64, plan.R), *(random_case(plan, seed) for seed in range(6))]:
+        assert not run(emulated(plan), plan, case).wrong(plan.dtype), case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_agrees_with_float64_on_many_shapes(plan: Plan, emulated):
+    for case in (random_case(plan, seed) for seed in range(6, 60)):
+        assert not run(emulated(plan), plan, case).wrong(plan.dtype), case
+
+
+# What the emulation is worth: it notices these.
+FAULTS = {
+    "a wait too few": ("cp_async_wait<STAGES - 2>();", "cp_async_wait<STAGES - 1>();"),
+    "no barrier before a slab": ("sync_threads();               // and everybody's", "// and everybody's"),
+    "a slab copied over the one in use": ("next = slab + STAGES - 1", "next = slab + STAGES"),
+    "no swizzle": ("column / 8 ^ row / (8 / PERIOD) % PERIOD", "column / 8"),
+    "x read beyond its rows": ("return row < rows && column < columns;", "return row <= rows && column < columns;"),
+    "halves of a fragment confused": ("x.at(row + i * 16 + lane % 16, k", "x.at(row + i * 16 + (lane ^ 8) % 16, k"),
+}
+MORE_FAULTS = {
+    "no commit": ("        cp_async_commit();\n", ""),
+    "no barrier after the last slab": ("    sync_threads();  // the slabs are used up\n", ""),
+    "no barrier before t is read": ("t_row, 0);\n    sync_threads();\n", "t_row, 0);\n"),
+    "no barrier before y takes t's place": ("    sync_threads();\n\n    round_into", "    round_into"),
+    "no barrier before y is read": ("row, column);\n    sync_threads();\n    for", "row, column);\n    for"),
+    "a slab's A for another's": ("weights(0, next * BK)", "weights(0, slab * BK)"),
+    "A stored too early": ("t_sum[1][R / 8][4] = {};", "t_sum[1][R / 8][4] = {}; st_shared(a_tile(3).at(0, 0), 0);"),
+    "no scale": ("t_sum[0][j][i] *= p.scale;", ""),
+    "a swizzle of half the period": ("row / (8 / PERIOD) % PERIOD", "row / (8 / PERIOD) % (PERIOD / 2)"),
+    "rows as far apart as they are long": ("(row * stride + column)", "(row * columns + column)"),
+    "y read beyond its columns": ("&& column < columns; }", "&& column <= columns; }"),
+    "b of the neighbour": ("lane % 4 * 2 + i % 2;\n", "lane % 4 * 2;\n"),
+    "columns of a fragment confused": ("sum[i][j], a[i], b[0], b[1]", "sum[i][j], a[i], b[0], b[2]"),
+    "t of one block's rows only": ("if (n == 0)", "if (m == 0)"),
+    "t not stored whole": ("i < BM * R; i += THREADS", "i < BM * R - THREADS; i += THREADS"),
+    "y's halves of eight rows exchanged": ("tile.at(r + 8, c), pack", "tile.at(r, c), pack"),
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_FAULTS)])
+def test_notices(fault: str, emulated):
+    plan = USUAL[0]
+    library = emulated(plan, (FAULTS | MORE_FAULTS)[fault])
+    # The second has a row and columns to read beyond, both as many blocks as show a mistake in the order of things.
+    cases = [Case(150, 136, 232, 16, 0, delivery) for delivery in DELIVERIES] + [Case(65, 72, 136, 5)]
+    assert any(run(library, plan, case).wrong(plan.dtype) for case in cases)

@@ -1,0 +1,209 @@
+"""The fused kernel on a GPU: every layer of SD 1.5 and SDXL against float64, and what it meets in training."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny import ROOT, randn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from minidistill import bench, inject_lora
+from minidistill.bench_kernel import Layer, Shape, backward, eager, error, layer_shapes
+from minidistill.kernels.build import obstacle
+from minidistill.kernels.dispatch import addmm_chain
+from minidistill.kernels.op import lora_linear, reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+SDXL = [  # at 1024 x 1024 pixels, a batch of one
+    *(Shape(4096, K, N) for K, N in ((640, 640), (640, 5120), (2560, 640))),
+    *(Shape(1024, K, N) for K, N in ((1280, 1280), (1280, 10240), (5120, 1280))),
+    *(Shape(77, 2048, N) for N in (640, 1280)),
+    *(Shape(1, 1280, N) for N in (320, 640, 1280)),
+]
+ODD = [Shape(1, 8, 8), Shape(3, 24, 200), Shape(129, 328, 168), Shape(300, 72, 1000)]
+USUAL = Shape(300, 320, 640)
+SHAPES = list(dict.fromkeys([*layer_shapes(), *SDXL, *ODD])) if torch.cuda.is_available() else [USUAL]
+BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    if reason := obstacle(torch.device("cuda")):
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nobody has written is NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(1000, device="cuda", dtype=torch.bfloat16).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def a_layer(shape: Shape = USUAL, rank: int = 16, dtype: torch.dtype = torch.bfloat16) -> Layer:
+    return Layer.random(shape, rank, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.M}x{s.K}-{s.N}")
+def test_forward_and_backward(shape: Shape, dtype: torch.dtype, poisoned):
+    """y, dx, dA and dB, each no more than a tenth worse than cuBLAS makes them from the same numbers."""
+    for rank in (1, 4, 13, 16, 32, 64, 128):
+        layer = a_layer(shape, rank, dtype)
+        expected = backward(eager, layer.double())()
+        ours, chain = backward(lora_linear, layer)(), backward(addmm_chain, layer)()
+        for found, usual, right in zip(ours, chain, expected):
+            least = torch.finfo(dtype).eps / 4  # where cuBLAS is right by luck, of a single row say
+            assert error((found,), (right,)) < min(BOUND[dtype], 1.1 * max(error((usual,), (right,)), least)), rank
+
+
+def test_the_kernel_is_the_one_that_runs():
+    layer = a_layer()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        backward(lora_linear, layer)()
+    launches = [event.name for event in profile.events() if "lora_gemm" in event.name]
+    assert len(launches) == 2  # (y, t) and (dx, dt)
+    assert "LoRALinear" in lora_linear(*layer).grad_fn.name()  # the gradient in C++
+
+
+def test_it_agrees_with_its_reference():
+    """Which rounds where it rounds: y and t differ by the order of sums only."""
+    layer = a_layer()
+    found = torch.ops.minidistill.lora_linear(*layer)
+    for ours, theirs in zip(found, reference(*layer)):
+        assert error((ours.detach(),), (theirs.detach().double(),)) < torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],  # rows that lie apart
+        lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],  # and do not begin at 16 bytes
+        lambda x: x.T.contiguous().T,
+        lambda x: x.view(3, 100, -1).transpose(0, 1),
+        lambda x: x[:1].expand(300, -1),
+        lambda x: x[:0],
+    ],
+    ids=["apart", "unaligned", "columns", "exchanged dimensions", "expanded", "empty"],
+)
+def test_ways_x_can_lie(view):
+    layer = a_layer()
+    x = view(layer.x.detach())
+    found, expected = (lora_linear(rows, *layer[1:]) for rows in (x, x.clone(memory_format=torch.contiguous_format)))
+    assert found.shape == (*x.shape[:-1], 640) and torch.equal(found, expected)
+
+
+def test_what_it_does_not_take_is_said():
+    x, W, b, A, B, scale = a_layer()
+    wide, cut = (x.float(), W.float(), b.float(), A, B), (x[:, :-4], W[:, :-4], b, A[:, :-4], B)
+    for wrong in (wide, cut, (x, W, b, A.half(), B)):
+        with pytest.raises(RuntimeError):
+            lora_linear(*wrong, scale)
+
+
+def test_opcheck():
+    layer = a_layer(Shape(20, 64, 72), rank=5)
+    torch.library.opcheck(torch.ops.minidistill.lora_linear.default, tuple(layer))
+    dy = torch.randn(20, 72, device="cuda", dtype=torch.bfloat16)
+    x, W, b, A, B, scale = layer
+    torch.library.opcheck(torch.ops.minidistill.lora_linear_dx.default, (dy, W, A.detach(), B.detach(), scale))
+
+
+def test_compiled_whole():
+    torch._dynamo.reset()
+    layer = a_layer()
+    compiled = torch.compile(lora_linear, fullgraph=True)
+    for found, expected in zip(backward(compiled, layer)(), backward(lora_linear, layer)()):
+        assert error((found,), (expected.double(),)) < BOUND[torch.bfloat16]
+
+
+def test_under_autocast():
+    layer = a_layer()
+    x, W, b = (tensor.detach().float() for tensor in layer[:3])
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(lora_linear(x, W, b, *layer[3:]), lora_linear(*layer))
+
+
+def test_under_activation_checkpointing():
+    layer = a_layer()
+    recomputed = backward(lambda *operands: checkpoint(lora_linear, *operands, use_reentrant=False), layer)
+    assert all(torch.equal(a, b) for a, b in zip(recomputed(), backward(lora_linear, layer)()))
+
+
+def test_in_a_cuda_graph_and_on_another_stream():
+    layer = a_layer()
+    run = backward(lora_linear, layer)
+    expected = run()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        beside = run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for tensor in captured:
+        tensor.fill_(torch.nan)
+    graph.replay()
+    assert all(torch.equal(a, b) and torch.equal(c, b) for a, b, c in zip(captured, expected, beside))
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_compute_sanitizer(tool: str):
+    if not (sanitizer := shutil.which("compute-sanitizer")):
+        pytest.skip("needs compute-sanitizer")
+    script = """
+import torch
+from minidistill.bench_kernel import Layer, Shape, backward
+from minidistill.kernels.build import obstacle
+from minidistill.kernels.op import lora_linear
+assert obstacle(torch.device("cuda")) is None
+for shape in (Shape(70, 72, 88), Shape(16384, 72, 328)):  # small blocks, large blocks
+    for rank in (5, 16, 32, 64, 128):
+        backward(lora_linear, Layer.random(shape, rank, torch.bfloat16, "cuda"))()
+torch.cuda.synchronize()
+"""
+    names = ["--kernel-name", "kernel_substring=lora_gemm"]
+    command = [sanitizer, "--tool", tool, *names, "--error-exitcode", "1", sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def losses(kernel: str, steps: int = 40) -> Tensor:
+    """Of a student of the pocket model's size that learns a teacher's prediction."""
+    size = bench.SIZES["pocket"]
+    setup = bench.Setup(size, torch.device("cuda"), torch.bfloat16, rank=8, timed_steps=1, kernel=kernel)
+    step = bench.distil(setup, "ours", teacher_in_loop=True)
+    return torch.stack([step()[0] for _ in range(steps)])
+
+
+def test_distillation_with_and_without_it_is_the_same():
+    plain, fused = losses("torch"), losses("fused")
+    assert ((plain - fused).abs() < 0.02 * plain).all() and plain[-1] < plain[0]
+
+
+def test_a_whole_unet_with_and_without_it():
+    setup = bench.Setup(bench.SIZES["pocket"], torch.device("cuda"), torch.bfloat16, rank=8, timed_steps=1)
+    outputs = []
+    for kernel in ("torch", "fused"):
+        setup.kernel = kernel
+        t, context = torch.tensor([621], device="cuda"), setup.contexts(1)[0]
+        with torch.no_grad():
+            outputs.append(setup.lora_unet()(setup.latents(1), t, context, lora_enabled=True))
+    assert error((outputs[1],), (outputs[0].double(),)) < 5e-2
+
+
+def test_auto_does_not_choose_what_was_not_measured():
+    net = torch.nn.Sequential(torch.nn.Linear(64, 64)).to("cuda", torch.bfloat16)
+    model = inject_lora(net, targets=["*"])
+    assert model.switch.functions is None
+    x = randn(2, 64).to("cuda", torch.bfloat16)
+    assert model(x, lora_enabled=True).shape == (2, 64)
