@@ -58,8 +58,8 @@ inline Problem problem_of(const Operands& o) {
 // ROWS x COLUMNS numbers in shared memory, in chunks of eight (16 bytes). Chunks change places within a row
 // ("swizzle"), so that the same chunk of eight neighbouring rows, which is what ldmatrix takes, and eight neighbouring
 // chunks of a row lie in different banks. PERIOD chunks of each of 8 / PERIOD rows fill the 32 banks once.
-template <int ROWS, int COLUMNS> struct Tile {
-    static constexpr int CHUNKS = COLUMNS / 8, SIZE = ROWS * COLUMNS;
+template <int ROWS_, int COLUMNS_> struct Tile {
+    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, CHUNKS = COLUMNS / 8, SIZE = ROWS * COLUMNS;
     static constexpr unsigned PERIOD = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;
     static_assert(COLUMNS % 16 == 0);
     uint16_t* data;
@@ -104,26 +104,31 @@ DEVICE void copy_async(Tile<ROWS, COLUMNS> tile, const Matrix<const uint16_t>& m
     }
 }
 
-// The same from a float32 matrix, rounded: the i-th pair of each thread, first into registers, then into the tile.
+// The same from a float32 matrix, rounded: the i-th pair of each thread, first into registers, then into the tile. Four
+// threads take a chunk, and a warp that of eight rows.
 struct Pair {
     float low, high;
 };
 
-template <int THREADS, class Tile_> constexpr int PAIRS = (Tile_::SIZE / 2 + THREADS - 1) / THREADS;  // of a thread
+template <int THREADS, class Tile_> constexpr int PAIRS = (Tile_::ROWS * Tile_::COLUMNS / 2 + THREADS - 1) / THREADS;
 
-template <int THREADS, int ROWS, int COLUMNS>
-DEVICE Pair load_pair(unsigned i, Tile<ROWS, COLUMNS>, const Matrix<const float>& matrix, Corner from) {
+template <int THREADS, class Tile_> DEVICE Corner corner_of_pair(unsigned i) {
     const unsigned pair = thread_index() + i * THREADS;
-    const unsigned r = from.row + pair / (COLUMNS / 2), c = from.column + pair % (COLUMNS / 2) * 2;
+    return {pair / 4 % Tile_::ROWS, pair / 4 / Tile_::ROWS * 8 + pair % 4 * 2};
+}
+
+template <int THREADS, class Tile_>
+DEVICE Pair load_pair(unsigned i, Tile_, const Matrix<const float>& matrix, Corner from) {
+    const Corner pair = corner_of_pair<THREADS, Tile_>(i);
+    const unsigned r = from.row + pair.row, c = from.column + pair.column;
     return {matrix.has(r, c) ? ld_global(matrix.at(r, c)) : 0,
             matrix.has(r, c + 1) ? ld_global(matrix.at(r, c + 1)) : 0};
 }
 
-template <class Element, int THREADS, int ROWS, int COLUMNS>
-DEVICE void store_pair(unsigned i, Tile<ROWS, COLUMNS> tile, Pair numbers) {
-    const unsigned pair = thread_index() + i * THREADS;
-    if (pair < ROWS * COLUMNS / 2)
-        st_shared(tile.at(pair / (COLUMNS / 2), pair % (COLUMNS / 2) * 2), pack(Element{}, numbers.low, numbers.high));
+template <class Element, int THREADS, class Tile_> DEVICE void store_pair(unsigned i, Tile_ tile, Pair numbers) {
+    const Corner pair = corner_of_pair<THREADS, Tile_>(i);
+    if (pair.column < Tile_::COLUMNS)
+        st_shared(tile.at(pair.row, pair.column), pack(Element{}, numbers.low, numbers.high));
 }
 
 template <class Element, int THREADS, class Tile_>
@@ -170,6 +175,25 @@ DEVICE void round_into(Tile_ tile, const float (&sum)[TALL][WIDE][4], unsigned r
             st_shared(tile.at(r, c), pack(Element{}, sum[i][j][0], sum[i][j][1]));
             st_shared(tile.at(r + 8, c), pack(Element{}, sum[i][j][2], sum[i][j][3]));
         }
+}
+
+// matrix from a corner on <- tile: t, whose rows may have any length, and y
+template <int THREADS, int ROWS, int COLUMNS>
+DEVICE void store(const Matrix<uint16_t>& matrix, Corner to, Tile<ROWS, COLUMNS> tile) {
+    for (unsigned i = thread_index(); i < ROWS * COLUMNS; i += THREADS) {
+        const unsigned r = i / COLUMNS, c = i % COLUMNS;
+        if (matrix.has(to.row + r, to.column + c))
+            st_global(matrix.at(to.row + r, to.column + c), ld_shared(tile.at(r, c)));
+    }
+}
+
+template <int THREADS, int ROWS, int COLUMNS>
+DEVICE void store_chunks(const Matrix<uint16_t>& matrix, Corner to, Tile<ROWS, COLUMNS> tile) {
+    for (unsigned i = thread_index(); i < ROWS * tile.CHUNKS; i += THREADS) {
+        const unsigned r = i / tile.CHUNKS, c = i % tile.CHUNKS * 8;
+        if (matrix.has(to.row + r, to.column + c))
+            st_global(matrix.at(to.row + r, to.column + c), ld_shared_chunk(tile.at(r, c)));
+    }
 }
 
 template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
@@ -241,15 +265,10 @@ template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
     round_into<Element>(t_tile, t_sum, t_row, 0);
     sync_threads();
     multiply<Element, TRANSPOSED>(y_sum, t_tile, b_tile, row, column);  // y += t B^T
-    if (n == 0)
-        for (unsigned i = thread_index(); i < BM * R; i += THREADS)
-            if (p.t.has(m + i / R, i % R)) st_global(p.t.at(m + i / R, i % R), ld_shared(t_tile.at(i / R, i % R)));
+    if (n == 0) store<THREADS>(p.t, {m, 0}, t_tile);
     sync_threads();
 
     round_into<Element>(y_tile, y_sum, row, column);
     sync_threads();
-    for (unsigned i = thread_index(); i < BM * (BN / 8); i += THREADS) {
-        const unsigned r = i / (BN / 8), c = i % (BN / 8) * 8;
-        if (p.y.has(m + r, n + c)) st_global(p.y.at(m + r, n + c), ld_shared_chunk(y_tile.at(r, c)));
-    }
+    store_chunks<THREADS>(p.y, {m, n}, y_tile);
 }
