@@ -20,17 +20,27 @@ inline void advance(Phase& phase) {
         if (thread.state == Thread::WAITS_FOR_COPY) thread.state = Thread::RUNS;
 }
 
-inline void mbarrier_init(Barrier* barrier) { block.phases[barrier] = {}; }
+inline void mbarrier_init(Barrier* barrier) {
+    Phase& phase = block.phases[barrier] = {};
+    phase.beginner = block.current->index, phase.begun = block.interval;
+}
+
+inline Phase& phase_of(Barrier* barrier) {
+    Phase& phase = block.phases[barrier];
+    const bool unseen = phase.begun == block.interval && phase.beginner != static_cast<int>(thread_index());
+    if (phase.begun < 0 || unseen) block.fail("an mbarrier that was not initialised, or not for this thread to see");
+    return phase;
+}
 
 inline void mbarrier_arrive_expect(Barrier* barrier, unsigned bytes) {
-    if (!block.phases.count(barrier)) block.fail("no mbarrier there");
-    Phase& phase = block.phases[barrier];
+    Phase& phase = phase_of(barrier);
     phase.bytes += bytes, phase.arrivals -= 1;
     advance(phase);
 }
 
 inline void mbarrier_wait(Barrier* barrier, unsigned parity) {
-    while (block.phases[barrier].parity == static_cast<int>(parity)) block.wait(Thread::WAITS_FOR_COPY);
+    const Phase& phase = phase_of(barrier);
+    while (phase.parity == static_cast<int>(parity)) block.wait(Thread::WAITS_FOR_COPY);
 }
 
 // The copy engine

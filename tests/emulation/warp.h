@@ -29,6 +29,7 @@ struct Copy {  // of 16 bytes, under way
 
 struct Phase {  // of an mbarrier
     int parity = 0, arrivals = 1, bytes = 0;  // that are still to come
+    int beginner = -1, begun = -1;            // who initialised it, and between which barriers
 };
 
 struct Thread {
