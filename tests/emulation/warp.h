@@ -3,7 +3,7 @@
 // The block ends with the first of these: a number read before it was written (what is there is NaN), while its copy is
 // under way, or in the same interval between barriers in which another thread wrote it, or overwritten while others may
 // still read it; an address outside the arrays or not aligned; lanes of a warp, or threads of a block, that wait for
-// different things. Bank conflicts are counted.
+// different things. Bank conflicts are counted. What this proves is a reading of the PTX manual, not the hardware.
 #pragma once
 #include <ucontext.h>
 
