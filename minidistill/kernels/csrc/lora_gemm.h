@@ -163,7 +163,28 @@ DEVICE void multiply(float (&sum)[TALL][WIDE][4], Tile<ROWS, K> x, W w, unsigned
     }
 }
 
-// tile <- sums, rounded, as mma holds them
+// Sums of a warp, as mma holds them: row lane / 4, or 8 below, and two neighbouring columns.
+
+// sum <- b from a column on, in all rows
+template <class Element, int TALL, int WIDE>
+DEVICE void begin_with(float (&sum)[TALL][WIDE][4], const uint16_t* b, unsigned column, unsigned columns) {
+#pragma unroll
+    for (int j = 0; j < WIDE; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const unsigned c = column + j * 8 + thread_index() % 4 * 2 + i % 2;
+            const float value = b && c < columns ? unpack(Element{}, ld_global(b + c)) : 0;
+#pragma unroll
+            for (int k = 0; k < TALL; ++k) sum[k][j][i] = value;
+        }
+}
+
+template <int WIDE> DEVICE void scale(float (&sum)[1][WIDE][4], float factor) {
+#pragma unroll
+    for (int i = 0; i < WIDE * 4; ++i) sum[0][i / 4][i % 4] *= factor;
+}
+
+// tile <- sums, rounded
 template <class Element, int TALL, int WIDE, class Tile_>
 DEVICE void round_into(Tile_ tile, const float (&sum)[TALL][WIDE][4], unsigned row, unsigned column) {
     const unsigned lane = thread_index() % 32;
@@ -203,7 +224,7 @@ template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
 
     const unsigned blocks_n = (p.y.columns + BN - 1) / BN;
     const unsigned m = block_index() / blocks_n * BM, n = block_index() % blocks_n * BN;  // this block's corner of y
-    const unsigned warp = thread_index() / 32, lane = thread_index() % 32;
+    const unsigned warp = thread_index() / 32;
     const unsigned row = warp / 2 * 32, column = warp % 2 * (BN / 2);  // this warp's corner of the block
     const unsigned t_row = row + warp % 2 * 16;
 
@@ -233,13 +254,7 @@ template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
         copy_rounded<Element, THREADS>(a_tile(slab), p.A, weights(0, slab * BK));
 
     float y_sum[2][BN / 16][4], t_sum[1][R / 8][4] = {};
-#pragma unroll
-    for (int j = 0; j < BN / 16; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {  // y = b
-            const unsigned c = n + column + j * 8 + lane % 4 * 2 + i % 2;
-            y_sum[0][j][i] = y_sum[1][j][i] = p.b && c < p.y.columns ? unpack(Element{}, ld_global(p.b + c)) : 0;
-        }
+    begin_with<Element>(y_sum, p.b, n + column, p.y.columns);  // y = b
 
     for (unsigned slab = 0; slab < slabs; ++slab) {
         cp_async_wait<STAGES - 2>();  // this thread's part of the slab is there,
@@ -258,10 +273,7 @@ template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
     }
     sync_threads();  // the slabs are used up
 
-#pragma unroll
-    for (int j = 0; j < R / 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) t_sum[0][j][i] *= p.scale;
+    scale(t_sum, p.scale);
     round_into<Element>(t_tile, t_sum, t_row, 0);
     sync_threads();
     multiply<Element, TRANSPOSED>(y_sum, t_tile, b_tile, row, column);  // y += t B^T

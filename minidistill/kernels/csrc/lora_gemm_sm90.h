@@ -62,7 +62,7 @@ lora_gemm_sm90(const GRID_CONSTANT Problem p, const GRID_CONSTANT TensorMap x_ma
 
     const unsigned blocks_n = (p.y.columns + BN - 1) / BN;
     const unsigned m = block_index() / blocks_n * BM, n = block_index() % blocks_n * BN;  // this block's corner of y
-    const unsigned warp = thread_index() / 32, lane = thread_index() % 32;
+    const unsigned warp = thread_index() / 32;
     const unsigned row = warp * 16, group_row = warp / 4 * 64;  // of this warp, and of its warpgroup
 
     uint16_t* const shared = shared_memory();
@@ -99,13 +99,7 @@ lora_gemm_sm90(const GRID_CONSTANT Problem p, const GRID_CONSTANT TensorMap x_ma
     fence_proxy_async();
 
     float y_sum[1][BN / 8][4], t_sum[1][R / 8][4] = {};
-#pragma unroll
-    for (int j = 0; j < BN / 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {  // y = b
-            const unsigned c = n + j * 8 + lane % 4 * 2 + i % 2;
-            y_sum[0][j][i] = p.b && c < p.y.columns ? unpack(Element{}, ld_global(p.b + c)) : 0;
-        }
+    begin_with<Element>(y_sum, p.b, n, p.y.columns);  // y = b
 
     for (unsigned slab = 0; slab < slabs; ++slab) {
         mbarrier_wait(arrived(slab), slab / STAGES % 2);  // x and W are there,
@@ -126,10 +120,7 @@ lora_gemm_sm90(const GRID_CONSTANT Problem p, const GRID_CONSTANT TensorMap x_ma
     }
     sync_threads();  // the slabs are used up
 
-#pragma unroll
-    for (int j = 0; j < R / 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) t_sum[0][j][i] *= p.scale;
+    scale(t_sum, p.scale);
     uint32_t t[R / 16][4];
 #pragma unroll
     for (int k = 0; k < R / 16; ++k)

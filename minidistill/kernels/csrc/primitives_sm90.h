@@ -98,29 +98,29 @@ DEVICE uint64_t descriptor(const uint16_t* first, unsigned panel_bytes) {
 #define COLUMNS_160 COLUMNS_128, EIGHT(16), EIGHT(17), EIGHT(18), EIGHT(19)
 
 // Behind the operands: add to c, neither factor is negated, and which are transposed.
-#define WGMMA(N, TYPE, A, FLAGS, ...)                                                                           \
+#define WGMMA(N, TYPE, A, FLAGS, ...)                                                                               \
     asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
-                 "." TYPE " {" NAMES_##N "}, " A ", add, 1, 1, " FLAGS ";\n}"                                   \
-                 : COLUMNS_##N                                                                                  \
+                 "." TYPE " {" NAMES_##N "}, " A ", add, 1, 1, " FLAGS ";\n}"                                       \
+                 : COLUMNS_##N                                                                                      \
                  : __VA_ARGS__)
 
-#define WGMMA_OF_SHARED(N, ELEMENT, TYPE, OPERANDS, FLAGS)                                       \
-    template <bool TRANSPOSED>                                                                   \
-    DEVICE void wgmma(ELEMENT, float (&c)[N / 8][4], uint64_t a, uint64_t b) {                   \
+#define WGMMA_OF_SHARED(N, ELEMENT, TYPE, OPERANDS, FLAGS)                                        \
+    template <bool TRANSPOSED>                                                                    \
+    DEVICE void wgmma(ELEMENT, float (&c)[N / 8][4], uint64_t a, uint64_t b) {                    \
         WGMMA(N, TYPE, OPERANDS, "0, " FLAGS, "l"(a), "l"(b), "n"(static_cast<int>(TRANSPOSED))); \
     }
-#define WGMMA_OF_REGISTERS(N, ELEMENT, TYPE, OPERANDS, FLAGS)                                                   \
-    template <bool TRANSPOSED>                                                                                  \
-    DEVICE void wgmma(ELEMENT, float (&c)[N / 8][4], const uint32_t (&a)[4], uint64_t b) {                      \
-        WGMMA(N, TYPE, OPERANDS, FLAGS, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                     \
-              "n"(static_cast<int>(TRANSPOSED)));                                                               \
+#define WGMMA_OF_REGISTERS(N, ELEMENT, TYPE, OPERANDS, FLAGS)                               \
+    template <bool TRANSPOSED>                                                              \
+    DEVICE void wgmma(ELEMENT, float (&c)[N / 8][4], const uint32_t (&a)[4], uint64_t b) {  \
+        WGMMA(N, TYPE, OPERANDS, FLAGS, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), \
+              "n"(static_cast<int>(TRANSPOSED)));                                           \
     }
-#define WGMMA_OF(ELEMENT, TYPE)                                                             \
-    WGMMA_OF_SHARED(16, ELEMENT, TYPE, "%8, %9", "%10")                                     \
-    WGMMA_OF_SHARED(32, ELEMENT, TYPE, "%16, %17", "%18")                                   \
-    WGMMA_OF_SHARED(64, ELEMENT, TYPE, "%32, %33", "%34")                                   \
-    WGMMA_OF_SHARED(128, ELEMENT, TYPE, "%64, %65", "%66")                                  \
-    WGMMA_OF_SHARED(160, ELEMENT, TYPE, "%80, %81", "%82")                                  \
+#define WGMMA_OF(ELEMENT, TYPE)                            \
+    WGMMA_OF_SHARED(16, ELEMENT, TYPE, "%8, %9", "%10")    \
+    WGMMA_OF_SHARED(32, ELEMENT, TYPE, "%16, %17", "%18")  \
+    WGMMA_OF_SHARED(64, ELEMENT, TYPE, "%32, %33", "%34")  \
+    WGMMA_OF_SHARED(128, ELEMENT, TYPE, "%64, %65", "%66") \
+    WGMMA_OF_SHARED(160, ELEMENT, TYPE, "%80, %81", "%82") \
     WGMMA_OF_REGISTERS(160, ELEMENT, TYPE, "{%80, %81, %82, %83}, %84", "%85")
 
 WGMMA_OF(Float16, "f16")
