@@ -222,6 +222,7 @@ def limits(dtype: torch.dtype) -> tuple[float, float]:
 
 def measure(shape: Shape, rank: int, args: Settings, best: tuple[float, float]) -> list[dict]:
     """A row for each pass and way of launching."""
+    torch._dynamo.reset()  # which compiles a function for a few shapes only
     layer = Layer.random(shape, rank, getattr(torch, args.dtype), "cuda")
     names = [name for name in CONTESTANTS if name != "compile" or not args.no_compile]
     rows = []

@@ -138,7 +138,7 @@ class LoRAConv(LoRALayer, nn.Conv2d):
         self.add_pair(down_shape, (self.out_channels, rank, 1, 1), alpha, switch)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.functions and self.padding_mode == "zeros":
+        if self.functions and self.padding_mode == "zeros" and not isinstance(self.padding, str):
             return self.functions.conv(x, *self.operands, self.stride, self.padding, self.dilation)
         y = super().forward(x)  # W * x
         if not self.counts:

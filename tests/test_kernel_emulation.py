@@ -41,10 +41,18 @@ class Plan:
     BN: int
     R: int
     transposed: bool
+    sm90: bool = False
 
     def __str__(self) -> str:
+        """As the sources name it."""
+        name = "PlanSm90" if self.sm90 else "Plan"
         dtype = "BFloat16" if self.dtype == torch.bfloat16 else "Float16"
-        return f"Plan<{dtype}, {self.BM}, {self.BN}, {self.R}, {str(self.transposed).lower()}>"
+        sizes = [] if self.sm90 else [self.BM, self.BN]
+        return f"{name}<{', '.join(map(str, [dtype, *sizes, self.R, str(self.transposed).lower()]))}>"
+
+    @property
+    def source(self) -> str:
+        return "lora_gemm_sm90.h" if self.sm90 else "lora_gemm.h"
 
 
 @pytest.fixture(scope="session")
@@ -55,12 +63,13 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.C
     def build(plan: Plan, fault: tuple[str, str] | None = None) -> ctypes.CDLL:
         if (plan, fault) not in built:
             folder = tmp_path_factory.mktemp("emulation")
-            shutil.copytree(CSRC, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("primitives.h"))
+            shutil.copytree(CSRC, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("primitives*"))
             if fault:
-                source = (CSRC / "lora_gemm.h").read_text()
+                source = (CSRC / plan.source).read_text()
                 assert source.count(fault[0]) == 1, f"{fault[0]!r} stands {source.count(fault[0])} times in the kernel"
-                (folder / "lora_gemm.h").write_text(source.replace(*fault))
+                (folder / plan.source).write_text(source.replace(*fault))
             flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DPLAN=" + str(plan)]
+            flags += ["-DSM90"] if plan.sm90 else []
             command = [COMPILER, *flags, f"-I{EMULATION}", f"-I{folder}", str(EMULATION / "lora_gemm.cpp")]
             subprocess.run([*command, "-o", str(folder / "kernel.so")], check=True)
             library = ctypes.CDLL(str(folder / "kernel.so"))
@@ -153,8 +162,12 @@ def run(library: ctypes.CDLL, plan: Plan, case: Case) -> Outcome:
 BF16, FP16 = torch.bfloat16, torch.float16
 PLANS = [Plan(*sizes) for sizes in product((BF16, FP16), (128, 64), (160, 64), (16, 32, 64, 128), (False, True))]
 PLANS = [plan for plan in PLANS if (plan.BM, plan.BN) in ((128, 160), (64, 64))]
+SM90 = [Plan(*sizes, sm90=True) for sizes in product((BF16, FP16), (128,), (160,), (16, 32, 64, 128), (False, True))]
+PLANS += SM90
 USUAL = [
     Plan(BF16, 64, 64, 16, False),
+    Plan(BF16, 128, 160, 16, False, sm90=True),
+    Plan(FP16, 128, 160, 128, True, sm90=True),
     Plan(FP16, 64, 64, 128, True),
     Plan(FP16, 128, 160, 16, False),
     Plan(BF16, 128, 160, 64, True),
@@ -164,7 +177,8 @@ USUAL = [
 def test_these_are_the_kernels_that_are_launched():
     source = (CSRC / "lora_gemm.cu").read_text()
     assert "Plan<Element, 128, 160, R, TRANSPOSED>" in source and "Plan<Element, 64, 64, R, TRANSPOSED>" in source
-    assert source.count("Plan<") == 2 and set(USUAL) < set(PLANS) and len(PLANS) == 32
+    assert "PlanSm90<Element, R, TRANSPOSED>" in source and source.count("Plan") == 3
+    assert set(USUAL) < set(PLANS) and len(PLANS) == 32 + 16
 
 
 def plans(some: list[Plan]) -> list:
@@ -198,25 +212,63 @@ MORE_FAULTS = {
     "no barrier after the last slab": ("    sync_threads();  // the slabs are used up\n", ""),
     "no barrier before t is read": ("t_row, 0);\n    sync_threads();\n", "t_row, 0);\n"),
     "no barrier before y takes t's place": ("    sync_threads();\n\n    round_into", "    round_into"),
-    "no barrier before y is read": ("row, column);\n    sync_threads();\n    for", "row, column);\n    for"),
+    "no barrier before y is read": ("y_sum, row, column);\n    sync_threads();\n", "y_sum, row, column);\n"),
     "a slab's A for another's": ("weights(0, next * BK)", "weights(0, slab * BK)"),
-    "A stored too early": ("t_sum[1][R / 8][4] = {};", "t_sum[1][R / 8][4] = {}; st_shared(a_tile(3).at(0, 0), 0);"),
-    "no scale": ("t_sum[0][j][i] *= p.scale;", ""),
+    "A stored into the slab in use": ("(i, a_tile(next), a_next[i])", "(i, a_tile(slab), a_next[i])"),
+    "no scale": ("    scale(t_sum, p.scale);\n", ""),
     "a swizzle of half the period": ("row / (8 / PERIOD) % PERIOD", "row / (8 / PERIOD) % (PERIOD / 2)"),
     "rows as far apart as they are long": ("(row * stride + column)", "(row * columns + column)"),
     "y read beyond its columns": ("&& column < columns; }", "&& column <= columns; }"),
-    "b of the neighbour": ("lane % 4 * 2 + i % 2;\n", "lane % 4 * 2;\n"),
+    "b of the neighbour": ("thread_index() % 4 * 2 + i % 2;\n", "thread_index() % 4 * 2;\n"),
     "columns of a fragment confused": ("sum[i][j], a[i], b[0], b[1]", "sum[i][j], a[i], b[0], b[2]"),
     "t of one block's rows only": ("if (n == 0)", "if (m == 0)"),
-    "t not stored whole": ("i < BM * R; i += THREADS", "i < BM * R - THREADS; i += THREADS"),
+    "t not stored whole": ("i < ROWS * COLUMNS; i +=", "i < ROWS * COLUMNS - THREADS; i +="),
     "y's halves of eight rows exchanged": ("tile.at(r + 8, c), pack", "tile.at(r, c), pack"),
 }
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_FAULTS)])
-def test_notices(fault: str, emulated):
-    plan = USUAL[0]
-    library = emulated(plan, (FAULTS | MORE_FAULTS)[fault])
-    # The second has a row and columns to read beyond, both as many blocks as show a mistake in the order of things.
+WAIT = "        fence_proxy_async();\n        wgmma_wait(y_sum[0], t_sum[0]);\n"
+SM90_FAULTS = {
+    "no wait for the copy engine": ("mbarrier_wait(arrived(slab), slab / STAGES % 2);", ""),
+    "no wait for the products": (WAIT, "        fence_proxy_async();\n"),
+    "A stored without a proxy fence": (WAIT, WAIT.replace("fence_proxy_async();", "")),
+    "panels too near each other": ("PANEL * 2);", "PANEL);"),
+}
+MORE_SM90_FAULTS = {
+    "a wait for the wrong phase": ("slab / STAGES % 2", "slab % 2"),
+    "too few bytes announced": ("2 * (P::X::SIZE + P::W::SIZE)", "2 * P::X::SIZE"),
+    "no barrier before a slab": ("sync_threads();  // and A;", "// and A;"),
+    "a slab copied over the one in use": ("next = slab + STAGES - 1", "next = slab + STAGES"),
+    "no swizzle": ("column % 64 / 8 ^ row % 8", "column % 64 / 8"),
+    "both warpgroups the same rows": ("group_row = warp / 4 * 64", "group_row = 0"),
+    "no fence before the slabs": ("    fence_proxy_async();\n\n", "\n"),
+    "no wgmma.fence before the slabs": ("        wgmma_fence(y_sum[0], t_sum[0]);\n", ""),
+    "no commit": ("        wgmma_commit();\n", ""),
+    "t's columns confused": ("k * 2 + i / 2]", "k * 2 + i % 2]"),
+    "barriers not there": ("mbarrier_init(arrived(stage));", ""),
+    "one barrier too few": ("stage < STAGES; ++stage", "stage < STAGES - 1; ++stage"),
+    "no barrier after the barriers' beginning": ("(arrived(stage));\n    sync_threads();\n", "(arrived(stage));\n"),
+    "y over the last slab": ("    sync_threads();  // the slabs are used up\n", ""),
+}
+
+
+def marked(faults: dict, more: dict) -> list:
+    return [*faults, *(pytest.param(name, marks=pytest.mark.slow) for name in more)]
+
+
+def noticed(library: ctypes.CDLL, plan: Plan) -> bool:
+    # As many blocks and slabs as show a mistake in the order of things; then rows and columns to read beyond.
     cases = [Case(150, 136, 232, 16, 0, delivery) for delivery in DELIVERIES] + [Case(65, 72, 136, 5)]
-    assert any(run(library, plan, case).wrong(plan.dtype) for case in cases)
+    return any(run(library, plan, case).wrong(plan.dtype) for case in cases)
+
+
+@pytest.mark.parametrize("fault", marked(FAULTS, MORE_FAULTS))
+def test_notices(fault: str, emulated):
+    plan = Plan(BF16, 64, 64, 16, False)
+    assert noticed(emulated(plan, (FAULTS | MORE_FAULTS)[fault]), plan)
+
+
+@pytest.mark.parametrize("fault", marked(SM90_FAULTS, MORE_SM90_FAULTS))
+def test_notices_on_hopper(fault: str, emulated):
+    plan = Plan(BF16, 128, 160, 16, True, sm90=True)
+    assert noticed(emulated(plan, (SM90_FAULTS | MORE_SM90_FAULTS)[fault]), plan)

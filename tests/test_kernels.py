@@ -145,7 +145,7 @@ def test_where_it_cannot_be_had_one_line_says_so(cuda, capability, reason: str, 
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(build, "built", lambda: "the fused kernel could not be built (no nvcc)")
+    monkeypatch.setattr(build, "built", lambda capability: "the fused kernel could not be built (no nvcc)")
     assert kernels.lora_functions("fused", torch.device("cuda")) is None
     said = capsys.readouterr().err
     assert said.startswith("LoRA layers run in plain PyTorch: ") and reason in said and said.count("\n") == 1
@@ -156,7 +156,7 @@ def test_no_compiler_is_no_error(monkeypatch):
         raise OSError("CUDA_HOME is not set.\nPlease set it.")
 
     monkeypatch.setattr("torch.utils.cpp_extension.load", load)
-    assert build.built.__wrapped__() == "the fused kernel could not be built (CUDA_HOME is not set.)"
+    assert build.built.__wrapped__((8, 0)) == "the fused kernel could not be built (CUDA_HOME is not set.)"
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="of a PyTorch without CUDA")
@@ -308,35 +308,60 @@ def test_it_compiles_whole_and_can_be_copied(monkeypatch):
     torch._dynamo.reset()
 
 
+def test_hoppers_instructions_are_for_hopper_alone():
+    assert build.architecture((9, 0)) == ["-gencode=arch=compute_90a,code=sm_90a", "-DSM90"]
+    assert build.architecture((8, 6)) == ["-gencode=arch=compute_86,code=sm_86"]
+    assert build.architecture((12, 0)) == ["-gencode=arch=compute_120,code=sm_120"]
+
+
 # Compiling the sources
 
 NVCC = shutil.which("nvcc")
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", ["80", "90a"])
-@pytest.mark.parametrize("rank", [16, pytest.param(32, marks=pytest.mark.slow), 64, 128])
-def test_no_register_spills(rank: int, architecture: str, tmp_path: Path):
-    source = '#include "primitives.h"\n#include "lora_gemm.h"\n'
-    for sizes, transposed in product(("128, 160", "64, 64"), ("false", "true")):
-        plan = f"Plan<BFloat16, {sizes}, {rank}, {transposed}>"
-        source += f"template __global__ void lora_gemm<{plan}>(const GRID_CONSTANT Problem);\n"
-    (tmp_path / "kernels.cu").write_text(source)
-    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    command = [NVCC, "-std=c++17", "-O3", f"-I{CSRC}", target, "-Xptxas", "-v", "-cubin", "kernels.cu"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+def compiled(tmp_path: Path, instances: list[str], capability: tuple[int, int], header: str) -> str:
+    """What ptxas says of these instances of a kernel."""
+    source = f'#include "primitives{header}.h"\n#include "lora_gemm{header}.h"\n'
+    (tmp_path / "kernels.cu").write_text(source + "".join(f"template __global__ void {line};\n" for line in instances))
+    flags = ["-std=c++17", "-O3", f"-I{CSRC}", *build.architecture(capability), "-Xptxas", "-v", "-cubin"]
+    done = subprocess.run([NVCC, *flags, "kernels.cu"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    spills = [line.strip() for line in done.stderr.splitlines() if "spill" in line]
-    assert spills == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"] * 4
-    assert "warning" not in done.stderr
+    return done.stderr
+
+
+def assert_no_spills(said: str, kernels: int) -> None:
+    spills = [line.strip() for line in said.splitlines() if "spill" in line]
+    assert spills == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"] * kernels
+    assert "warning" not in said
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90a"])
+@pytest.mark.parametrize("rank", [16, pytest.param(32, marks=pytest.mark.slow), 64, 128])
+def test_no_register_spills(rank: int, capability: tuple[int, int], tmp_path: Path):
+    plans = [
+        f"Plan<BFloat16, {sizes}, {rank}, {transposed}>"
+        for sizes, transposed in product(("128, 160", "64, 64"), ("false", "true"))
+    ]
+    instances = [f"lora_gemm<{plan}>(const GRID_CONSTANT Problem)" for plan in plans]
+    assert_no_spills(compiled(tmp_path, instances, capability, header=""), kernels=4)
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("rank", [16, pytest.param(32, marks=pytest.mark.slow), 64, 128])
+def test_no_register_spills_on_hopper(rank: int, tmp_path: Path):
+    arguments = ", ".join(f"const GRID_CONSTANT {kind}" for kind in ("Problem", "TensorMap", "TensorMap"))
+    instances = [f"lora_gemm_sm90<PlanSm90<BFloat16, {rank}, {way}>>({arguments})" for way in ("false", "true")]
+    assert_no_spills(compiled(tmp_path, instances, (9, 0), header="_sm90"), kernels=2)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-def test_the_launcher_compiles(tmp_path: Path):
-    target = "-gencode=arch=compute_80,code=sm_80"
-    command = [NVCC, "-std=c++20", target, "-c", str(CSRC / "lora_gemm.cu"), "-o", str(tmp_path / "launcher.o")]
-    assert "warning" not in subprocess.run(command, check=True, capture_output=True, text=True).stderr
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+def test_the_launcher_compiles(capability: tuple[int, int], tmp_path: Path):
+    command = [NVCC, "-std=c++20", *build.architecture(capability), "-c", str(CSRC / "lora_gemm.cu")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
 
 
 @pytest.mark.slow

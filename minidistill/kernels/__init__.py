@@ -1,6 +1,6 @@
 """LoRA layers on a GPU: one fused kernel where it pays, cuBLAS elsewhere. lora.py does without where there is neither.
 
-python -m minidistill.kernels      builds the kernel ahead of its first use, or says why it cannot be built here
+The kernel is built when it is first asked for; ``python -m minidistill.kernels`` does so ahead, or says why it cannot.
 """
 
 import sys

@@ -19,11 +19,17 @@ def obstacle(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST:
         return "the fused kernel needs compute capability {}.{} or newer, not {}.{}".format(*LEAST, *capability)
-    return built()
+    return built(capability)
+
+
+def architecture(capability: tuple[int, int]) -> list[str]:
+    """Flags for nvcc. Hopper's own instructions are in sm_90a alone, which is for compute capability 9.0 only."""
+    number = "{}{}".format(*capability) + ("a" if capability == (9, 0) else "")
+    return [f"-gencode=arch=compute_{number},code=sm_{number}", *(["-DSM90"] if capability == (9, 0) else [])]
 
 
 @cache
-def built() -> str | None:
+def built(capability: tuple[int, int]) -> str | None:
     """Build and load it, once a process. Returns None, or the reason why that failed."""
     from torch.utils import cpp_extension  # looks for compilers as it is imported
 
@@ -32,7 +38,7 @@ def built() -> str | None:
             "minidistill_kernels",
             [str(CSRC / name) for name in SOURCES],
             extra_cflags=["-O3"],
-            extra_cuda_cflags=["-O3"],
+            extra_cuda_cflags=["-O3", *architecture(capability)],
             is_python_module=False,
         )
     except (OSError, RuntimeError, ImportError) as error:  # no nvcc, no ninja, or they fail

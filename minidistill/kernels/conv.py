@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidistill.kernels.dispatch import Region, dispatched
+from minidistill.kernels.op import value
 
 CONV = "minidistill::lora_conv"
 torch.library.define(
@@ -69,7 +70,7 @@ def backward(ctx, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
     x, W, A, B, t = ctx.saved_tensors
     rest = (None, *ctx.how, False, [0, 0], 1)  # no bias, no transposed convolution, one group
     rows = to_rows(dy)
-    dt = from_rows(ctx.scale * rows @ B.flatten(1).to(dy.dtype), dy)
+    dt = from_rows(ctx.scale * (rows @ B.flatten(1).to(dy.dtype)), dy)
     dB = ctx.scale * (rows.T @ to_rows(t))
     dx, dA, _ = convolution_backward(dt, x, A.to(x.dtype), *rest, [ctx.needs_input_grad[0], True, False])
     if ctx.needs_input_grad[0]:
@@ -98,10 +99,4 @@ def lora_conv(
     if W.shape[2:] == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
         y = dispatched(region, to_rows(x), W.flatten(1), b, A.flatten(1), B.flatten(1), scale)
         return from_rows(y, x)
-    layer, device = torch.ops.minidistill.lora_conv, x.device.type
-    if not torch.is_autocast_enabled(device):
-        return layer(x, W, b, A, B, scale, stride, padding, dilation)[0]
-    dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
-        b = None if b is None else b.to(dtype)
-        return layer(x.to(dtype), W.to(dtype), b, A, B, scale, stride, padding, dilation)[0]
+    return value(torch.ops.minidistill.lora_conv, x, W, b, A, B, scale, stride, padding, dilation)

@@ -8,6 +8,8 @@ Here are its schema, its reference in plain PyTorch, which serves every device, 
 their place where it is built: the kernel, which makes (y, t) and (dx, dt) in one launch each, and the gradient in C++.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,15 +66,20 @@ def backward(ctx, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd(LAYER, backward, setup_context=save)
 
 
+def value(layer: Callable[..., tuple[Tensor, Tensor]], x: Tensor, W: Tensor, b: Tensor | None, *rest) -> Tensor:
+    """y of a layer; under autocast, of x, W and b in its dtype."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return layer(x, W, b, *rest)[0]
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return layer(x.to(dtype), W.to(dtype), None if b is None else b.to(dtype), *rest)[0]
+
+
 def lora_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """y = x W^T + b + scale (x A^T) B^T, whose gradients reach x, A and B: W and b are taken as frozen.
 
     x [..., K], W [N, K] and b [N] have one dtype; A [r, K] and B [N, r] are float32 (in float64 so are all). Under
     autocast the computation is in its dtype.
     """
-    layer, device = torch.ops.minidistill.lora_linear, x.device.type
-    if not torch.is_autocast_enabled(device):
-        return layer(x, W, b, A, B, scale)[0]
-    dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
-        return layer(x.to(dtype), W.to(dtype), None if b is None else b.to(dtype), A, B, scale)[0]
+    return value(torch.ops.minidistill.lora_linear, x, W, b, A, B, scale)

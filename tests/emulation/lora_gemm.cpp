@@ -1,19 +1,30 @@
-// The kernel's own source under emulation, as one C function.
+// The kernel PLAN from its own source under emulation, as one C function; with SM90 the one for Hopper.
+#ifdef SM90
+#include "primitives_sm90.h"
+
+#include "lora_gemm_sm90.h"
+#else
 #include "primitives.h"
 
 #include "lora_gemm.h"
-
-template <class P> static void launch(const Problem& problem, unsigned seed) {
-    const unsigned blocks = P::blocks(problem.y.rows, problem.y.columns);
-    for (unsigned i = 0; i < blocks && block.error.empty(); ++i)
-        block.run(i, P::THREADS, P::SHARED_BYTES, seed + i, [&] { lora_gemm<P>(problem); });
-}
-
-#ifndef PLAN
-#define PLAN Plan<BFloat16, 64, 64, 16, false>
 #endif
 
-// Returns what went wrong, or an empty string. sizes: of x, W, b, A, B, y, t in bytes.
+template <class P> static void launch(const Problem& problem, unsigned seed) {
+#ifdef SM90
+    const auto map = [](const Matrix<const uint16_t>& matrix, unsigned box_rows) {
+        return TensorMap{matrix.data, matrix.rows, matrix.columns, matrix.stride, box_rows};
+    };
+    const TensorMap x_map = map(problem.x, P::X::ROWS), w_map = map(problem.W, P::W::ROWS);
+    const auto kernel = [&] { lora_gemm_sm90<P>(problem, x_map, w_map); };
+#else
+    const auto kernel = [&] { lora_gemm<P>(problem); };
+#endif
+    const unsigned blocks = P::blocks(problem.y.rows, problem.y.columns);
+    for (unsigned i = 0; i < blocks && block.error.empty(); ++i)
+        block.run(i, P::THREADS, P::SHARED_BYTES, seed + i, kernel);
+}
+
+// Returns what went wrong, or an empty string. bytes: of x, W, b, A, B, y, t.
 extern "C" const char* run(const Operands* o, const int64_t* bytes, int delivery, unsigned seed, long* conflicts) {
     const void* arrays[] = {o->x, o->W, o->b, o->A, o->B, o->y, o->t};
     block.error.clear(), block.readable.clear(), block.writable.clear(), block.conflicts = 0;

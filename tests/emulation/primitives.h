@@ -42,7 +42,7 @@ inline Chunk ld_shared_chunk(const uint16_t* from) { return ld_shared_as<Chunk>(
 inline void st_shared(uint16_t* to, uint32_t pair) {
     block.overwrites(*block.current, to, 4);
     block.access(to, 4);
-    block.writes(*block.current, to, &pair, 4);
+    block.writes(block.current->index, to, &pair, 4);
 }
 
 // Asynchronous copies

@@ -3,7 +3,7 @@
 // The block ends with the first of these: a number read before it was written (what is there is NaN), while its copy is
 // under way, or in the same interval between barriers in which another thread wrote it, or overwritten while others may
 // still read it; an address outside the arrays or not aligned; lanes of a warp, or threads of a block, that wait for
-// different things. Bank conflicts are counted.
+// different things. Bank conflicts are counted. What this proves is a reading of the PTX manual, not the hardware.
 #pragma once
 #include <ucontext.h>
 
@@ -27,15 +27,23 @@ struct Copy {  // of 16 bytes, under way
     const uint16_t* from;  // nullptr: zeros
 };
 
+struct Phase {  // of an mbarrier
+    int parity = 0, arrivals = 1, bytes = 0;  // that are still to come
+    int beginner = -1, begun = -1;            // who initialised it, and between which barriers
+};
+
 struct Thread {
     int index = 0;
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(1 << 16);
-    enum { RUNS, WAITS_FOR_WARP, WAITS_FOR_BLOCK, DONE } state = RUNS;
-    const char* waits_for = nullptr;               // the instruction
-    void* operands = nullptr;                      // of it
-    std::vector<std::vector<Copy>> groups{1};      // of copies under way; the last is not committed yet
+    enum { RUNS, WAITS_FOR_WARP, WAITS_FOR_COPY, WAITS_FOR_BLOCK, DONE } state = RUNS;
+    const char* waits_for = nullptr;                 // the instruction
+    void* operands = nullptr;                        // of it
+    std::vector<std::vector<Copy>> groups{1};        // of copies under way; the last is not committed yet
     std::vector<std::pair<int, unsigned>> accesses;  // to shared memory since the last barrier: (bytes, address)
+    std::vector<const void*> unfenced;               // what it has stored, and wgmma cannot see yet
+    std::vector<std::function<void()>> products, committed;  // of the warpgroup that it leads
+    bool registers_fenced = false;                   // for wgmma
 };
 
 struct Block {
@@ -43,9 +51,13 @@ struct Block {
     std::vector<uint16_t> shared;
     struct Trace {  // of a number in shared memory: who last wrote and read it, and between which barriers
         int writer = -1, written = -1, reader = -1, read = -1, copies = 0;
+        bool fenced = true;
     };
+    static constexpr int SEVERAL = -2, ENGINE = -3;  // readers; the writer of bulk copies, whose barriers are others
     std::vector<Trace> traces;
     std::vector<Range> readable, writable;  // global memory
+    std::vector<std::function<void()>> under_way;  // bulk copies
+    std::map<const void*, Phase> phases;           // of mbarriers
     Delivery delivery;
     std::mt19937 random;
     ucontext_t scheduler;
@@ -65,16 +77,17 @@ struct Block {
         swapcontext(&current->context, &scheduler);
     }
 
-    // A warp's instruction: the last of its lanes to arrive does it for all.
-    void together(const char* instruction, void* operands, const std::function<void(Thread* lanes)>& work) {
+    // An instruction of a warp, or a warpgroup: the last of its lanes to arrive does it for all.
+    void together(const char* instruction, void* operands, const std::function<void(Thread* lanes)>& work,
+                  int size = 32) {
         current->waits_for = instruction, current->operands = operands;
-        Thread* const lanes = &threads[current->index / 32 * 32];
+        Thread* const lanes = &threads[current->index / size * size];
         const auto others_wait = [&](Thread& t) { return &t == current || t.state == Thread::WAITS_FOR_WARP; };
-        if (!std::all_of(lanes, lanes + 32, others_wait)) return wait(Thread::WAITS_FOR_WARP);
-        for (int i = 0; i < 32; ++i)
+        if (!std::all_of(lanes, lanes + size, others_wait)) return wait(Thread::WAITS_FOR_WARP);
+        for (int i = 0; i < size; ++i)
             if (strcmp(lanes[i].waits_for, instruction)) fail(std::string("a warp divided at ") + instruction);
         work(lanes);
-        for (int i = 0; i < 32; ++i) lanes[i].state = Thread::RUNS;
+        for (int i = 0; i < size; ++i) lanes[i].state = Thread::RUNS;
     }
 
     Trace* trace(const void* address, int bytes) {
@@ -89,8 +102,9 @@ struct Block {
         for (Trace* t = traces; t < traces + bytes / 2; ++t) {
             if (t->copies) fail("shared memory read while a copy is under way");
             if (t->written < 0) fail("shared memory read that nobody wrote");
-            if (t->written == interval && t->writer != thread.index) fail("shared memory read without a barrier");
-            t->reader = t->read == interval && t->reader != thread.index ? -2 : thread.index;  // -2: several
+            if (t->written == interval && t->writer != thread.index && t->writer != ENGINE)
+                fail("shared memory read without a barrier");
+            t->reader = t->read == interval && t->reader != thread.index ? SEVERAL : thread.index;
             t->read = interval;
         }
     }
@@ -104,10 +118,11 @@ struct Block {
         }
     }
 
-    void writes(const Thread& thread, void* address, const void* value, int bytes) {
+    void writes(int thread, void* address, const void* value, int bytes) {
         memcpy(address, value, bytes);
         for (Trace* t = trace(address, bytes), *end = t + bytes / 2; t < end; ++t)
-            t->writer = thread.index, t->written = interval;
+            t->writer = thread, t->written = interval, t->fenced = thread == ENGINE;
+        if (thread != ENGINE) threads[thread].unfenced.push_back(address);
     }
 
     void global(const std::vector<Range>& ranges, const void* address, int bytes) {
@@ -122,7 +137,7 @@ struct Block {
         static const uint16_t zeros[8] = {};
         for (const Copy& copy : group) {
             for (Trace* t = trace(copy.to, 16), *end = t + 8; t < end; ++t) --t->copies;
-            writes(thread, copy.to, copy.from ? copy.from : zeros, 16);
+            writes(thread.index, copy.to, copy.from ? copy.from : zeros, 16);
         }
         group.clear();
     }
@@ -183,6 +198,7 @@ struct Block {
 
     void run(int block, int count, int shared_bytes, unsigned seed, const std::function<void()>& kernel) {
         index = block, interval = 0, body = kernel, running = this;
+        under_way.clear(), phases.clear();
         random.seed(seed);
         shared.assign(shared_bytes / 2, 0xffff);  // NaN, in either type and in float32
         traces.assign(shared.size(), {});
@@ -190,6 +206,7 @@ struct Block {
         for (int i = 0; i < count; ++i) {
             Thread& thread = threads[i];
             thread.index = i, thread.state = Thread::RUNS, thread.groups.assign(1, {}), thread.accesses.clear();
+            thread.unfenced.clear(), thread.products.clear(), thread.committed.clear(), thread.registers_fenced = false;
             getcontext(&thread.context);
             thread.context.uc_stack.ss_sp = thread.stack.data();
             thread.context.uc_stack.ss_size = thread.stack.size();
@@ -203,6 +220,13 @@ struct Block {
             std::vector<int> able;
             for (int w = 0; w < warps; ++w)
                 if (std::any_of(&threads[w * 32], &threads[w * 32] + 32, runs)) able.push_back(w);
+            if (able.empty() ? !under_way.empty() : delivery == AT_RANDOM && !under_way.empty() && random() % 4 == 0) {
+                std::swap(under_way[random() % under_way.size()], under_way.back());  // bulk copies overtake each other
+                const auto deliver = under_way.back();
+                under_way.pop_back();
+                deliver();
+                continue;
+            }
             if (able.empty()) break;
             // Mostly go on with the same warp: one that runs ahead of the others is what barriers are for.
             const bool stuck = std::find(able.begin(), able.end(), warp) == able.end();

@@ -36,8 +36,9 @@ Pair fused(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, con
     const auto whole = [&](const Tensor& tensor) {
         return tensor.is_contiguous() && aligned(tensor) ? tensor : copy(tensor);
     };
-    Tensor rows = x.reshape({-1, K});  // [M, K]: rows may lie apart, if 16 bytes are still within one and aligned
-    if (rows.stride(1) != 1 || rows.stride(0) % 8 != 0 || !aligned(rows)) rows = copy(rows);
+    Tensor rows = x.reshape({-1, K});  // [M, K]: rows may lie apart, by multiples of 16 bytes
+    const bool fit = rows.stride(1) == 1 && rows.stride(0) >= K && rows.stride(0) % 8 == 0 && aligned(rows);
+    if (!fit) rows = copy(rows);
     const Tensor W_whole = whole(W), A_whole = whole(A), B_whole = whole(B), b_whole = b ? whole(*b) : Tensor();
 
     auto shape = x.sizes().vec();

@@ -58,8 +58,8 @@ inline Problem problem_of(const Operands& o) {
 // ROWS x COLUMNS numbers in shared memory, in chunks of eight (16 bytes). Chunks change places within a row
 // ("swizzle"), so that the same chunk of eight neighbouring rows, which is what ldmatrix takes, and eight neighbouring
 // chunks of a row lie in different banks. PERIOD chunks of each of 8 / PERIOD rows fill the 32 banks once.
-template <int ROWS, int COLUMNS> struct Tile {
-    static constexpr int CHUNKS = COLUMNS / 8, SIZE = ROWS * COLUMNS;
+template <int ROWS_, int COLUMNS_> struct Tile {
+    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, CHUNKS = COLUMNS / 8, SIZE = ROWS * COLUMNS;
     static constexpr unsigned PERIOD = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;
     static_assert(COLUMNS % 16 == 0);
     uint16_t* data;
@@ -104,26 +104,31 @@ DEVICE void copy_async(Tile<ROWS, COLUMNS> tile, const Matrix<const uint16_t>& m
     }
 }
 
-// The same from a float32 matrix, rounded: the i-th pair of each thread, first into registers, then into the tile.
+// The same from a float32 matrix, rounded: the i-th pair of each thread, first into registers, then into the tile. Four
+// threads take a chunk, and a warp that of eight rows.
 struct Pair {
     float low, high;
 };
 
-template <int THREADS, class Tile_> constexpr int PAIRS = (Tile_::SIZE / 2 + THREADS - 1) / THREADS;  // of a thread
+template <int THREADS, class Tile_> constexpr int PAIRS = (Tile_::ROWS * Tile_::COLUMNS / 2 + THREADS - 1) / THREADS;
 
-template <int THREADS, int ROWS, int COLUMNS>
-DEVICE Pair load_pair(unsigned i, Tile<ROWS, COLUMNS>, const Matrix<const float>& matrix, Corner from) {
+template <int THREADS, class Tile_> DEVICE Corner corner_of_pair(unsigned i) {
     const unsigned pair = thread_index() + i * THREADS;
-    const unsigned r = from.row + pair / (COLUMNS / 2), c = from.column + pair % (COLUMNS / 2) * 2;
+    return {pair / 4 % Tile_::ROWS, pair / 4 / Tile_::ROWS * 8 + pair % 4 * 2};
+}
+
+template <int THREADS, class Tile_>
+DEVICE Pair load_pair(unsigned i, Tile_, const Matrix<const float>& matrix, Corner from) {
+    const Corner pair = corner_of_pair<THREADS, Tile_>(i);
+    const unsigned r = from.row + pair.row, c = from.column + pair.column;
     return {matrix.has(r, c) ? ld_global(matrix.at(r, c)) : 0,
             matrix.has(r, c + 1) ? ld_global(matrix.at(r, c + 1)) : 0};
 }
 
-template <class Element, int THREADS, int ROWS, int COLUMNS>
-DEVICE void store_pair(unsigned i, Tile<ROWS, COLUMNS> tile, Pair numbers) {
-    const unsigned pair = thread_index() + i * THREADS;
-    if (pair < ROWS * COLUMNS / 2)
-        st_shared(tile.at(pair / (COLUMNS / 2), pair % (COLUMNS / 2) * 2), pack(Element{}, numbers.low, numbers.high));
+template <class Element, int THREADS, class Tile_> DEVICE void store_pair(unsigned i, Tile_ tile, Pair numbers) {
+    const Corner pair = corner_of_pair<THREADS, Tile_>(i);
+    if (pair.column < Tile_::COLUMNS)
+        st_shared(tile.at(pair.row, pair.column), pack(Element{}, numbers.low, numbers.high));
 }
 
 template <class Element, int THREADS, class Tile_>
@@ -158,7 +163,28 @@ DEVICE void multiply(float (&sum)[TALL][WIDE][4], Tile<ROWS, K> x, W w, unsigned
     }
 }
 
-// tile <- sums, rounded, as mma holds them
+// Sums of a warp, as mma holds them: row lane / 4, or 8 below, and two neighbouring columns.
+
+// sum <- b from a column on, in all rows
+template <class Element, int TALL, int WIDE>
+DEVICE void begin_with(float (&sum)[TALL][WIDE][4], const uint16_t* b, unsigned column, unsigned columns) {
+#pragma unroll
+    for (int j = 0; j < WIDE; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const unsigned c = column + j * 8 + thread_index() % 4 * 2 + i % 2;
+            const float value = b && c < columns ? unpack(Element{}, ld_global(b + c)) : 0;
+#pragma unroll
+            for (int k = 0; k < TALL; ++k) sum[k][j][i] = value;
+        }
+}
+
+template <int WIDE> DEVICE void scale(float (&sum)[1][WIDE][4], float factor) {
+#pragma unroll
+    for (int i = 0; i < WIDE * 4; ++i) sum[0][i / 4][i % 4] *= factor;
+}
+
+// tile <- sums, rounded
 template <class Element, int TALL, int WIDE, class Tile_>
 DEVICE void round_into(Tile_ tile, const float (&sum)[TALL][WIDE][4], unsigned row, unsigned column) {
     const unsigned lane = thread_index() % 32;
@@ -172,6 +198,25 @@ DEVICE void round_into(Tile_ tile, const float (&sum)[TALL][WIDE][4], unsigned r
         }
 }
 
+// matrix from a corner on <- tile: t, whose rows may have any length, and y
+template <int THREADS, int ROWS, int COLUMNS>
+DEVICE void store(const Matrix<uint16_t>& matrix, Corner to, Tile<ROWS, COLUMNS> tile) {
+    for (unsigned i = thread_index(); i < ROWS * COLUMNS; i += THREADS) {
+        const unsigned r = i / COLUMNS, c = i % COLUMNS;
+        if (matrix.has(to.row + r, to.column + c))
+            st_global(matrix.at(to.row + r, to.column + c), ld_shared(tile.at(r, c)));
+    }
+}
+
+template <int THREADS, int ROWS, int COLUMNS>
+DEVICE void store_chunks(const Matrix<uint16_t>& matrix, Corner to, Tile<ROWS, COLUMNS> tile) {
+    for (unsigned i = thread_index(); i < ROWS * tile.CHUNKS; i += THREADS) {
+        const unsigned r = i / tile.CHUNKS, c = i % tile.CHUNKS * 8;
+        if (matrix.has(to.row + r, to.column + c))
+            st_global(matrix.at(to.row + r, to.column + c), ld_shared_chunk(tile.at(r, c)));
+    }
+}
+
 template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
     using Element = typename P::Element;
     constexpr int BM = P::BM, BN = P::BN, BK = P::BK, R = P::R, THREADS = P::THREADS, STAGES = P::STAGES;
@@ -179,7 +224,7 @@ template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
 
     const unsigned blocks_n = (p.y.columns + BN - 1) / BN;
     const unsigned m = block_index() / blocks_n * BM, n = block_index() % blocks_n * BN;  // this block's corner of y
-    const unsigned warp = thread_index() / 32, lane = thread_index() % 32;
+    const unsigned warp = thread_index() / 32;
     const unsigned row = warp / 2 * 32, column = warp % 2 * (BN / 2);  // this warp's corner of the block
     const unsigned t_row = row + warp % 2 * 16;
 
@@ -209,13 +254,7 @@ template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
         copy_rounded<Element, THREADS>(a_tile(slab), p.A, weights(0, slab * BK));
 
     float y_sum[2][BN / 16][4], t_sum[1][R / 8][4] = {};
-#pragma unroll
-    for (int j = 0; j < BN / 16; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {  // y = b
-            const unsigned c = n + column + j * 8 + lane % 4 * 2 + i % 2;
-            y_sum[0][j][i] = y_sum[1][j][i] = p.b && c < p.y.columns ? unpack(Element{}, ld_global(p.b + c)) : 0;
-        }
+    begin_with<Element>(y_sum, p.b, n + column, p.y.columns);  // y = b
 
     for (unsigned slab = 0; slab < slabs; ++slab) {
         cp_async_wait<STAGES - 2>();  // this thread's part of the slab is there,
@@ -234,22 +273,14 @@ template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
     }
     sync_threads();  // the slabs are used up
 
-#pragma unroll
-    for (int j = 0; j < R / 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) t_sum[0][j][i] *= p.scale;
+    scale(t_sum, p.scale);
     round_into<Element>(t_tile, t_sum, t_row, 0);
     sync_threads();
     multiply<Element, TRANSPOSED>(y_sum, t_tile, b_tile, row, column);  // y += t B^T
-    if (n == 0)
-        for (unsigned i = thread_index(); i < BM * R; i += THREADS)
-            if (p.t.has(m + i / R, i % R)) st_global(p.t.at(m + i / R, i % R), ld_shared(t_tile.at(i / R, i % R)));
+    if (n == 0) store<THREADS>(p.t, {m, 0}, t_tile);
     sync_threads();
 
     round_into<Element>(y_tile, y_sum, row, column);
     sync_threads();
-    for (unsigned i = thread_index(); i < BM * (BN / 8); i += THREADS) {
-        const unsigned r = i / (BN / 8), c = i % (BN / 8) * 8;
-        if (p.y.has(m + r, n + c)) st_global(p.y.at(m + r, n + c), ld_shared_chunk(y_tile.at(r, c)));
-    }
+    store_chunks<THREADS>(p.y, {m, n}, y_tile);
 }

@@ -19,7 +19,7 @@ DEVICE unsigned thread_index() { return threadIdx.x; }
 DEVICE unsigned block_index() { return blockIdx.x; }
 
 DEVICE uint16_t* shared_memory() {
-    extern __shared__ Chunk memory[];
+    extern __shared__ __align__(1024) Chunk memory[];  // as the 128-byte swizzle needs it
     return reinterpret_cast<uint16_t*>(memory);
 }
 

@@ -1,0 +1,148 @@
+// lora_gemm.h for Hopper: the same sums in the same order, by the instructions that only it has.
+//
+//   - The copy engine (TMA) brings x and W, box by box, when one thread asks for it; an mbarrier a stage says when.
+//   - A warpgroup of 128 threads multiplies 64 rows at a time, straight from shared memory (wgmma): by the slab of W
+//     for y, by that of A for t. Its sums of t are already laid out as a factor of the next product: y += t B^T takes
+//     t, scaled and rounded, from the registers where it is.
+//
+// A block is 128 rows, for two warpgroups, and 160 columns, which divide the 320, 640, 1280, ... of Stable Diffusion.
+#pragma once
+#include "lora_gemm.h"
+
+// A matrix in shared memory as TMA writes it and wgmma reads it with the 128-byte swizzle: panels of 64 columns.
+template <int ROWS_, int COLUMNS_> struct Panels {
+    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, COUNT = (COLUMNS + 63) / 64, PANEL = ROWS * 64;
+    static constexpr int SIZE = COUNT * PANEL;
+    static_assert(ROWS % 8 == 0);  // panels begin at multiples of 1024 bytes
+    uint16_t* data;
+
+    DEVICE uint16_t* at(unsigned row, unsigned column) const {
+        const unsigned chunk = column % 64 / 8 ^ row % 8;
+        return data + column / 64 * PANEL + row * 64 + chunk * 8 + column % 8;
+    }
+    // For wgmma: from (row, column) on, of which the row is a multiple of 8, where the swizzle begins.
+    DEVICE uint64_t from(unsigned row, unsigned column) const {
+        return descriptor(data + column / 64 * PANEL + row * 64 + column % 64, PANEL * 2);
+    }
+};
+
+template <class Element_, int R_, bool TRANSPOSED_> struct PlanSm90 {
+    using Element = Element_;
+    static constexpr int BM = 128, BN = 160, BK = 64, R = R_, THREADS = 256, STAGES = 3;
+    static constexpr bool TRANSPOSED = TRANSPOSED_;
+
+    template <int OUT, int IN> using Weights = Panels<TRANSPOSED ? IN : OUT, TRANSPOSED ? OUT : IN>;
+    using X = Panels<BM, BK>;
+    using W = Weights<BN, BK>;
+    using A = Weights<R, BK>;
+    using B = Weights<BN, R>;
+    using Y = Tile<BM, BN>;
+    using T = Tile<BM, R>;
+    static constexpr int STAGE = X::SIZE + W::SIZE + A::SIZE;
+    static constexpr int BARRIERS = STAGES * STAGE + B::SIZE;
+    static constexpr int SHARED_BYTES = 2 * BARRIERS + STAGES * sizeof(Barrier);
+    static_assert(Y::SIZE <= STAGES * STAGE && SHARED_BYTES <= 227 * 1024);
+
+    static unsigned blocks(unsigned M, unsigned N) { return ((M + BM - 1) / BM) * ((N + BN - 1) / BN); }
+};
+
+// One box a panel, from the corner on.
+template <class Panels_> DEVICE void copy_boxes(Panels_ to, const TensorMap& map, Corner from, Barrier* arrived) {
+    for (int i = 0; i < Panels_::COUNT; ++i)
+        tma_load(to.data + i * Panels_::PANEL, map, from.row, from.column + i * 64, arrived);
+}
+
+template <class P>
+KERNEL(P::THREADS)
+lora_gemm_sm90(const GRID_CONSTANT Problem p, const GRID_CONSTANT TensorMap x_map,
+               const GRID_CONSTANT TensorMap w_map) {
+    using Element = typename P::Element;
+    constexpr int BM = P::BM, BN = P::BN, BK = P::BK, R = P::R, THREADS = P::THREADS, STAGES = P::STAGES;
+    constexpr bool TRANSPOSED = P::TRANSPOSED;
+
+    const unsigned blocks_n = (p.y.columns + BN - 1) / BN;
+    const unsigned m = block_index() / blocks_n * BM, n = block_index() % blocks_n * BN;  // this block's corner of y
+    const unsigned warp = thread_index() / 32;
+    const unsigned row = warp * 16, group_row = warp / 4 * 64;  // of this warp, and of its warpgroup
+
+    uint16_t* const shared = shared_memory();
+    const auto x_tile = [&](unsigned slab) { return typename P::X{shared + slab % STAGES * P::STAGE}; };
+    const auto w_tile = [&](unsigned slab) { return typename P::W{x_tile(slab).data + P::X::SIZE}; };
+    const auto a_tile = [&](unsigned slab) { return typename P::A{w_tile(slab).data + P::W::SIZE}; };
+    const typename P::B b_tile{shared + STAGES * P::STAGE};
+    const typename P::T t_tile{shared};
+    const typename P::Y y_tile{shared};
+    const auto arrived = [&](unsigned slab) {
+        return reinterpret_cast<Barrier*>(shared + P::BARRIERS) + slab % STAGES;
+    };
+
+    const auto weights = [](unsigned out, unsigned in) { return TRANSPOSED ? Corner{in, out} : Corner{out, in}; };
+    const auto factor = [](auto tile, unsigned k) { return TRANSPOSED ? tile.from(k, 0) : tile.from(0, k); };
+    const unsigned slabs = (p.x.columns + BK - 1) / BK;
+    const auto copy_slab = [&](unsigned slab) {
+        if (thread_index() == 0 && slab < slabs) {
+            mbarrier_arrive_expect(arrived(slab), 2 * (P::X::SIZE + P::W::SIZE));
+            copy_boxes(x_tile(slab), x_map, {m, slab * BK}, arrived(slab));
+            copy_boxes(w_tile(slab), w_map, weights(n, slab * BK), arrived(slab));
+        }
+    };
+
+    // The first slabs, and B.
+    if (thread_index() == 0)
+        for (unsigned stage = 0; stage < STAGES; ++stage) mbarrier_init(arrived(stage));
+    sync_threads();
+    for (unsigned slab = 0; slab < STAGES - 1; ++slab) copy_slab(slab);
+    copy_rounded<Element, THREADS>(b_tile, p.B, weights(n, 0));
+#pragma unroll
+    for (unsigned slab = 0; slab < STAGES - 1; ++slab)
+        copy_rounded<Element, THREADS>(a_tile(slab), p.A, weights(0, slab * BK));
+    fence_proxy_async();
+
+    float y_sum[1][BN / 8][4], t_sum[1][R / 8][4] = {};
+    begin_with<Element>(y_sum, p.b, n, p.y.columns);  // y = b
+
+    for (unsigned slab = 0; slab < slabs; ++slab) {
+        mbarrier_wait(arrived(slab), slab / STAGES % 2);  // x and W are there,
+        sync_threads();  // and A; nobody still reads the slab before, whose place is taken now
+        const unsigned next = slab + STAGES - 1;
+        copy_slab(next);
+        wgmma_fence(y_sum[0], t_sum[0]);
+#pragma unroll
+        for (int k = 0; k < BK; k += 16) {
+            const uint64_t some_x = x_tile(slab).from(group_row, k);
+            wgmma<TRANSPOSED>(Element{}, y_sum[0], some_x, factor(w_tile(slab), k));  // y += x W^T
+            wgmma<TRANSPOSED>(Element{}, t_sum[0], some_x, factor(a_tile(slab), k));  // t += x A^T
+        }
+        wgmma_commit();
+        copy_rounded<Element, THREADS>(a_tile(next), p.A, weights(0, next * BK));
+        fence_proxy_async();
+        wgmma_wait(y_sum[0], t_sum[0]);
+    }
+    sync_threads();  // the slabs are used up
+
+    scale(t_sum, p.scale);
+    uint32_t t[R / 16][4];
+#pragma unroll
+    for (int k = 0; k < R / 16; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // rows g and g + 8 of the first eight columns, then of the next
+            const float(&pair)[4] = t_sum[0][k * 2 + i / 2];
+            t[k][i] = pack(Element{}, pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+        }
+    wgmma_fence(y_sum[0], t);
+#pragma unroll
+    for (int k = 0; k < R / 16; ++k)
+        wgmma<TRANSPOSED>(Element{}, y_sum[0], t[k], factor(b_tile, k * 16));  // y += t B^T
+    wgmma_commit();
+    wgmma_wait(y_sum[0], t);
+
+    if (n == 0) {
+        round_into<Element>(t_tile, t_sum, row, 0);
+        sync_threads();
+        store<THREADS>(p.t, {m, 0}, t_tile);
+        sync_threads();
+    }
+    round_into<Element>(y_tile, y_sum, row, 0);
+    sync_threads();
+    store_chunks<THREADS>(p.y, {m, n}, y_tile);
+}

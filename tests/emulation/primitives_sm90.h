@@ -1,0 +1,171 @@
+// minidistill/kernels/csrc/primitives_sm90.h in plain C++, after the PTX manual: where wgmma looks is spelt out.
+#pragma once
+#include "primitives.h"
+
+struct TensorMap {  // of a row-major matrix, in boxes of 64 columns
+    const uint16_t* data;
+    unsigned rows, columns, stride, box_rows;
+};
+using Barrier = uint64_t;
+
+// The 128-byte swizzle: bits 4 to 6 of an address are combined with bits 7 to 9.
+inline unsigned swizzled(unsigned address) { return address ^ (address >> 7 & 7) << 4; }
+
+// mbarrier
+
+inline void advance(Phase& phase) {
+    if (phase.arrivals || phase.bytes) return;
+    phase.parity ^= 1, phase.arrivals = 1;
+    for (Thread& thread : block.threads)
+        if (thread.state == Thread::WAITS_FOR_COPY) thread.state = Thread::RUNS;
+}
+
+inline void mbarrier_init(Barrier* barrier) {
+    Phase& phase = block.phases[barrier] = {};
+    phase.beginner = block.current->index, phase.begun = block.interval;
+}
+
+inline Phase& phase_of(Barrier* barrier) {
+    Phase& phase = block.phases[barrier];
+    const bool unseen = phase.begun == block.interval && phase.beginner != static_cast<int>(thread_index());
+    if (phase.begun < 0 || unseen) block.fail("an mbarrier that was not initialised, or not for this thread to see");
+    return phase;
+}
+
+inline void mbarrier_arrive_expect(Barrier* barrier, unsigned bytes) {
+    Phase& phase = phase_of(barrier);
+    phase.bytes += bytes, phase.arrivals -= 1;
+    advance(phase);
+}
+
+inline void mbarrier_wait(Barrier* barrier, unsigned parity) {
+    const Phase& phase = phase_of(barrier);
+    while (phase.parity == static_cast<int>(parity)) block.wait(Thread::WAITS_FOR_COPY);
+}
+
+// The copy engine
+
+inline void tma_load(uint16_t* to, const TensorMap& map, unsigned row, unsigned column, Barrier* barrier) {
+    const unsigned first = block.shared_offset(to);
+    if (first % 1024) block.fail("a box that does not begin where the swizzle does");
+    const auto place = [=](unsigned r, unsigned chunk) {
+        return block.shared.data() + swizzled(first + r * 128 + chunk * 16) / 2;
+    };
+    for (unsigned r = 0; r < map.box_rows; ++r)
+        for (unsigned chunk = 0; chunk < 8; ++chunk) {
+            block.overwrites(*block.current, place(r, chunk), 16);
+            for (auto *t = block.trace(place(r, chunk), 16), *end = t + 8; t < end; ++t) ++t->copies;
+        }
+    block.under_way.push_back([=] {
+        for (unsigned r = 0; r < map.box_rows; ++r)
+            for (unsigned chunk = 0; chunk < 8; ++chunk) {
+                uint16_t numbers[8] = {};
+                for (unsigned i = 0; i < 8; ++i)
+                    if (const unsigned c = column + chunk * 8 + i; row + r < map.rows && c < map.columns)
+                        numbers[i] = map.data[static_cast<size_t>(row + r) * map.stride + c];
+                for (auto *t = block.trace(place(r, chunk), 16), *end = t + 8; t < end; ++t) --t->copies;
+                block.writes(Block::ENGINE, place(r, chunk), numbers, 16);
+            }
+        Phase& phase = block.phases[barrier];
+        phase.bytes -= map.box_rows * 128;
+        advance(phase);
+    });
+    if (block.delivery == AT_ONCE) {
+        const auto deliver = block.under_way.back();
+        block.under_way.pop_back();
+        deliver();
+    }
+}
+
+inline void fence_proxy_async() {
+    for (const void* pair : block.current->unfenced)
+        for (auto *t = block.trace(pair, 4), *end = t + 2; t < end; ++t) t->fenced = true;
+    block.current->unfenced.clear();
+}
+
+// wgmma
+
+inline uint64_t descriptor(const uint16_t* first, unsigned panel_bytes) {
+    const uint64_t address = block.shared_offset(first) & 0x3ffff;
+    return address >> 4 | uint64_t{panel_bytes >> 4} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+// (row, k) of a matrix: where it is for the instruction, and what is there.
+inline uint16_t number_of(uint64_t descriptor, unsigned row, unsigned k, bool transposed, Thread& reader) {
+    const unsigned first = (descriptor & 0x3fff) << 4, panel = (descriptor >> 16 & 0x3fff) << 4;
+    const unsigned eight_rows = (descriptor >> 32 & 0x3fff) << 4;
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7)) block.fail("not the 128-byte swizzle from its beginning");
+    const unsigned address = transposed ? first + row / 64 * panel + row % 64 * 2 + k / 8 * eight_rows + k % 8 * 128
+                                        : first + row / 8 * eight_rows + row % 8 * 128 + k * 2;
+    const uint16_t* const number = block.shared.data() + swizzled(address) / 2;
+    block.reads(reader, number, 2);
+    auto* const trace = block.trace(number, 2);
+    if (!trace->fenced) block.fail("wgmma reads what no fence.proxy.async has shown it");
+    trace->reader = Block::SEVERAL;
+    return *number;
+}
+
+struct Factors {
+    void* c;
+    const uint32_t* a_registers;  // or nullptr
+    uint64_t a, b;
+};
+
+template <bool TRANSPOSED, int N, class Element> void wgmma(Element type, Factors mine) {
+    block.together("wgmma", &mine, [&](Thread* lanes) {
+        std::vector<Factors> all;
+        for (int i = 0; i < 128; ++i) {
+            all.push_back(*static_cast<Factors*>(lanes[i].operands));
+            if (!lanes[i].registers_fenced) block.fail("wgmma without wgmma.fence");
+            if (all[i].a != all[0].a || all[i].b != all[0].b) block.fail("a warpgroup divided about a descriptor");
+        }
+        const auto product = [=] {
+            std::vector<float> A(64 * 16), B(N * 16);
+            for (int row = 0; row < 64; ++row)
+                for (int k = 0; k < 16; ++k) {
+                    const uint32_t* const pairs = all[row / 16 * 32 + row % 8 * 4 + k % 8 / 2].a_registers;
+                    const uint16_t bits = pairs ? pairs[k / 8 * 2 + row % 16 / 8] >> 16 * (k % 2)
+                                                : number_of(all[0].a, row, k, false, lanes[0]);
+                    A[row * 16 + k] = widen(type, bits);
+                }
+            for (int column = 0; column < N; ++column)
+                for (int k = 0; k < 16; ++k)
+                    B[column * 16 + k] = widen(type, number_of(all[0].b, column, k, TRANSPOSED, lanes[0]));
+            for (int lane = 0; lane < 128; ++lane)
+                for (int j = 0; j < N / 8; ++j)
+                    for (int i = 0; i < 4; ++i) {
+                        const int row = lane / 32 * 16 + lane % 32 / 4 + i / 2 * 8;
+                        const int column = j * 8 + lane % 4 * 2 + i % 2;
+                        float& sum = static_cast<float(*)[4]>(all[lane].c)[j][i];
+                        for (int k = 0; k < 16; ++k) sum += A[row * 16 + k] * B[column * 16 + k];
+                    }
+        };
+        if (block.delivery == AT_ONCE) return product();
+        lanes[0].products.push_back(product);
+    }, 128);
+}
+template <bool TRANSPOSED, class Element, int EIGHTS>
+void wgmma(Element type, float (&c)[EIGHTS][4], uint64_t a, uint64_t b) {
+    wgmma<TRANSPOSED, EIGHTS * 8>(type, {c, nullptr, a, b});
+}
+template <bool TRANSPOSED, class Element, int EIGHTS>
+void wgmma(Element type, float (&c)[EIGHTS][4], const uint32_t (&a)[4], uint64_t b) {
+    wgmma<TRANSPOSED, EIGHTS * 8>(type, {c, a, 0, b});
+}
+
+template <class... Registers> void wgmma_fence(Registers&...) { block.current->registers_fenced = true; }
+
+inline void wgmma_commit() {
+    block.together("wgmma.commit_group", nullptr, [](Thread* lanes) {
+        std::move(lanes->products.begin(), lanes->products.end(), std::back_inserter(lanes->committed));
+        lanes->products.clear();
+    }, 128);
+}
+
+template <class... Registers> void wgmma_wait(Registers&...) {
+    block.together("wgmma.wait_group", nullptr, [](Thread* lanes) {
+        for (const auto& product : lanes->committed) product();
+        lanes->committed.clear();
+        for (int i = 0; i < 128; ++i) lanes[i].registers_fenced = false;
+    }, 128);
+}
