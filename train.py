@@ -35,10 +35,11 @@ SHOWN = 8  # and in the pictures drawn on the way
 class Settings(ModelSettings):
     dtype: str = setting("float32", "of the frozen weights", "model", choices=("float32", "bfloat16"))
     prompts: Path = setting(
-        None, "text file, one prompt a line (default: the model's own, or ours)", "model", type=Path
+        None, "text file, one prompt a line (default: the model's own, or ours)", "teacher", type=Path
     )
-    out: Path = setting(None, "folder of this run (default: runs/<name of the model>)", "model", type=Path)
-    guidance: float = setting(2.5, "the teacher's guidance scale, which the student learns", "teacher", type=positive)
+    guidance: float = setting(
+        2.5, "guidance scale, which the student learns; 7.5 is usual for the large models", "teacher", type=positive
+    )
     negative_prompt: str = setting("", "what guidance leads away from, which the student learns too", "teacher")
     teacher_lora: ScaledFile = setting(
         None,
@@ -48,9 +49,7 @@ class Settings(ModelSettings):
         metavar="FILE[:SCALE]",
     )
     sample_steps: int = setting(25, "DDIM steps of a trajectory", "teacher", type=count)
-    stride: int = setting(
-        3, "take only every so-many-th of these steps to learn from: more pictures in the time", "teacher", type=count
-    )
+    stride: int = setting(3, "of these steps, take only every N-th: more pictures in the time", "teacher", type=count)
     trajectories: int = setting(480, "how many pictures the teacher draws to learn from", "teacher", type=count)
     method: str = setting(
         "trajectories",
@@ -70,6 +69,7 @@ class Settings(ModelSettings):
         type=positive,
     )
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time", "student")
+    out: Path = setting(None, "folder of this run (default: runs/<name of the model>)", "run", type=Path)
     seed: int = setting(0, "of everything random", "run")
     save_every: int = setting(100, "updates from a checkpoint and its pictures to the next", "run", type=count)
     resume: bool = setting(False, "go on from the last checkpoint in --out, if there is one", "run")
@@ -201,5 +201,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence("train.py", "stopped. The same command with --resume goes on."):
+    less_memory = "Try, in this order: --batch 1; --dtype bfloat16; --recompute, which takes more time; a lower --rank."
+    with one_sentence("train.py", "stopped. The same command with --resume goes on.", less_memory):
         main()
