@@ -11,7 +11,7 @@ def picture_grid(
     columns: Sequence[str] = (),
     xlabel: str = "",
     ylabel: str = "",
-    side: float = 1.1,
+    side: float = 1.0,
 ) -> None:
     """Draw a row of pictures (PIL images, or arrays of grey values) for each label, under the labels of the columns.
 
@@ -21,13 +21,13 @@ def picture_grid(
     """
     across = max(len(pictures) for pictures in rows.values())
     size = (side * across + 1.2, side * len(rows) + 0.5)
-    figure, grid = plt.subplots(len(rows), across, figsize=size, dpi=80, squeeze=False, layout="constrained")
+    figure, grid = plt.subplots(len(rows), across, figsize=size, squeeze=False, layout="constrained")
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[], frame_on=False)
     for line, (label, pictures) in zip(grid, rows.items()):
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
         for axes, picture in zip(line, pictures):
-            axes.imshow(picture, cmap="gray", interpolation="bicubic")
+            axes.imshow(picture, cmap="gray", interpolation="nearest")
     for axes, label in zip(grid[0], columns):
         axes.set_title(label, fontsize=9)
     figure.supxlabel(xlabel, fontsize=10)
