@@ -57,7 +57,9 @@ def test_text_knows_files_besides():
     assert known("text") <= own("config", "files")
 
 
-@pytest.mark.parametrize("module", ["config", "blocks", "figures", "guidance", "files", "settings", "prompts", "stored"])
+@pytest.mark.parametrize(
+    "module", ["config", "blocks", "figures", "guidance", "files", "settings", "prompts", "stored"]
+)
 def test_the_lowest_know_nobody(module: str):
     assert not known(module)
 
