@@ -34,7 +34,7 @@ def test_every_flag_says_what_it_is_and_its_default(script: str, command, monkey
     flags = re.findall(r"^  (--[\w-]+.*(?:\n {30}.*)?)$", command(script, "--help").out, re.MULTILINE)
     assert len(flags) > 15
     for flag in flags:
-        assert re.match(r"--[\w-]+( \S+)?\s\s+\w", flag), flag  # with words after it
+        assert re.match(r"--[\w-]+( \S+)*?(  |\n) *\w", flag), flag  # with words after it
         assert "default: )" not in flag and "None" not in flag, flag
 
 
