@@ -1,7 +1,7 @@
 """Draw pictures with Stable Diffusion: guided, two UNet calls a step; or with a distilled LoRA, one call a step.
 
-python sample.py "a rocket on a purple background" --compare
-python sample.py "a red apple" "a green pear" --model FOLDER --lora runs/NAME/lora.safetensors
+  python sample.py "a rocket on a purple background" --compare
+  python sample.py "a red apple" "a green pear" --model FOLDER --lora runs/NAME/lora.safetensors
 
 A LoRA that says which guidance it has learned is the student. Any other is a style, merged into the weights: teacher
 and student draw in it.
@@ -41,7 +41,12 @@ class Settings(ModelSettings):
     lora_scale: float = setting(
         1.0, "strength of the student's LoRA: a dial for its guidance, about 1 + SCALE (s - 1)", "model", type=positive
     )
-    guidance: float = setting(None, "guidance scale (default: 2.5; with --compare the LoRA's own)", "how", type=float)
+    guidance: float = setting(
+        None,
+        "guidance scale; 7.5 is usual for the large models (default: 2.5; with --compare the LoRA's own)",
+        "how",
+        type=float,
+    )
     selective: float = setting(
         0.0, "the teacher does without guidance on this share of the steps, the last ones", "how", type=share
     )
@@ -107,5 +112,5 @@ def save(picture: Image.Image, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence("sample.py", "stopped."):
+    with one_sentence("sample.py", "stopped.", "Try, in this order: --batch 1; --dtype float16 (on a CPU bfloat16)."):
         main()

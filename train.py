@@ -36,10 +36,11 @@ SHOWN = 8  # and in the pictures drawn on the way
 class Settings(ModelSettings):
     dtype: str = setting("float32", "of the frozen weights", "model", choices=("float32", "bfloat16"))
     prompts: Path = setting(
-        None, "text file, one prompt a line (default: the model's own, or ours)", "model", type=Path
+        None, "text file, one prompt a line (default: the model's own, or ours)", "teacher", type=Path
     )
-    out: Path = setting(None, "folder of this run (default: runs/<name of the model>)", "model", type=Path)
-    guidance: float = setting(2.5, "the teacher's guidance scale, which the student learns", "teacher", type=positive)
+    guidance: float = setting(
+        2.5, "guidance scale, which the student learns; 7.5 is usual for the large models", "teacher", type=positive
+    )
     negative_prompt: str = setting("", "what guidance leads away from, which the student learns too", "teacher")
     teacher_lora: ScaledFile = setting(
         None,
@@ -49,9 +50,7 @@ class Settings(ModelSettings):
         metavar="FILE[:SCALE]",
     )
     sample_steps: int = setting(25, "DDIM steps of a trajectory", "teacher", type=count)
-    stride: int = setting(
-        3, "take only every so-many-th of these steps to learn from: more pictures in the time", "teacher", type=count
-    )
+    stride: int = setting(3, "of these steps, take only every N-th: more pictures in the time", "teacher", type=count)
     trajectories: int = setting(480, "how many pictures the teacher draws to learn from", "teacher", type=count)
     method: str = setting(
         "trajectories",
@@ -85,6 +84,7 @@ class Settings(ModelSettings):
         "student",
         choices=("auto", "fused", "torch"),
     )
+    out: Path = setting(None, "folder of this run (default: runs/<name of the model>)", "run", type=Path)
     seed: int = setting(0, "of everything random", "run")
     states: Path = setting(
         None, "folder of the trajectories, which several runs may share (default: in --out)", "run", type=Path
@@ -220,5 +220,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence("train.py", "stopped. The same command with --resume goes on."):
+    less_memory = "Try, in this order: --batch 1; --dtype bfloat16; --recompute, which takes more time; a lower --rank."
+    with one_sentence("train.py", "stopped. The same command with --resume goes on.", less_memory):
         main()

@@ -45,8 +45,7 @@ def read_model_folder(folder: Path, prediction: str | None = None, variant: str 
     missing = [part for part in (*STEMS, "scheduler") if not (folder / part).is_dir()]
     if missing:
         raise CheckpointError(
-            f"{folder} is not a complete Stable Diffusion folder: it has no {', '.join(missing)}. "
-            "It should hold unet, vae, text_encoder, tokenizer and scheduler, as published."
+            f"{folder} is not a complete Stable Diffusion folder: it has no {', '.join(missing)}. {meant(folder)}"
         )
     unet_config = read_unet_config(folder / "unet/config.json")
     vae_config = read_vae_config(folder / "vae/config.json")
@@ -56,6 +55,17 @@ def read_model_folder(folder: Path, prediction: str | None = None, variant: str 
     vae = Weights(rename_old_attention(vae.tensors), vae.file)
     text = Weights(match_text_names(text.tensors), text.file)
     return ModelFolder(unet_config, vae_config, text_config, schedule, unet, vae, text)
+
+
+def meant(folder: Path) -> str:
+    """What to name in place of a folder that is none of Stable Diffusion's."""
+    if (folder.parent / "unet").is_dir():
+        return f"Name the whole folder, {folder.parent}."
+    if inner := sorted(folder.glob("*/model_index.json")):
+        return f"Name the folder in it, {inner[0].parent}."
+    if files := sorted([*folder.glob("*.safetensors"), *folder.glob("*.ckpt")]):
+        return f"If you mean a single file in it, name that: {files[0]}."
+    return "It should hold unet, vae, text_encoder, tokenizer and scheduler, as published."
 
 
 def refuse_other_pipelines(folder: Path) -> None:

@@ -78,6 +78,6 @@ def fetch(repo: str, patterns: list[str]) -> Path:
     except Exception as error:  # of the hub's client, or of the HTTP library below it, which changes with its version
         reason = str(error).strip().splitlines()
         raise CheckpointError(
-            f"{repo} is neither a folder or file here, nor in the hub's cache, and could not be fetched "
+            f"{repo} is neither a folder or file in {Path.cwd()}, nor in the hub's cache, and could not be fetched "
             f"({reason[0] if reason else type(error).__name__}): check the name and the connection."
         ) from error

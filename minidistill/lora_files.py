@@ -14,7 +14,7 @@ from minidistill.tensor_files import write_tensors
 
 
 def save_lora(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the LoRA of ``model`` as safetensors: ``<layer>.lora_down`` and ``<layer>.lora_up``.
+    """Write the LoRA of ``model`` to ``path`` as safetensors: ``<layer>.lora_down`` and ``<layer>.lora_up``.
 
     Rank and alpha go into the header beside ``metadata`` (base, guidance, method, negative_prompt, ...). Raises
     ValueError when there is no LoRA, or when its layers differ in rank or alpha, as those of foreign files may.
@@ -34,7 +34,9 @@ def save_lora(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | 
 
 
 def load_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> LoRAModel:
-    """Inject and fill: ``model`` with the LoRA of a file; ranks, alphas and layers as the file says.
+    """Inject and fill: ``model`` with the LoRA in ``path``; ranks, alphas and layers as the file says.
+
+    At a ``scale`` every alpha is so many times what the file says: of a student, a dial for its guidance.
 
     Raises CheckpointError, with the model untouched, for a LoRA that belongs to another network: all layers that it
     names and the model lacks, or that have another shape, are listed.

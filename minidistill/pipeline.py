@@ -37,20 +37,22 @@ class StableDiffusion:
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
-        """Read when a prompt is first encoded."""
+        """Read when a prompt is first encoded. Raises CheckpointError when there is none."""
         context = self.text_encoder.config.max_position_embeddings
         return text.read_tokenizer(self.tokenizer_folder or fetch_tokenizer(), context, self.pad_token)
 
     @property
     def device(self) -> torch.device:
+        """Where the networks are."""
         return self.vae.post_quant_conv.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the networks' weights."""
         return self.vae.post_quant_conv.weight.dtype
 
     def encode_prompt(self, prompts: list[str]) -> Tensor:
-        """Prompts -> embeddings [N, L, D]; warns of prompts longer than the context L."""
+        """N prompts -> embeddings [N, L, D]; warns of prompts longer than the context of L tokens."""
         return self.encode_tokens(text.tokenize(self.tokenizer, prompts))
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ class StableDiffusion:
         return text.encode_tokens(self.text_encoder, ids)
 
     def starting_noise(self, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
-        """z_T [N, 4, h, w], each drawn on the CPU from its own seed: the same on every device, in every batch.
+        """z_T [N, 4, h, w] of N ``seeds``, each drawn on the CPU by itself: the same on every device, in every batch.
 
         In float32 at least, whatever the networks' dtype: rounding would add up over the steps. ``height`` and
         ``width`` are the picture's, in pixels; the size the model was trained on unless given.
@@ -81,7 +83,7 @@ class StableDiffusion:
         lora_enabled: bool = False,
         guided_until: int = 0,
     ) -> Denoiser:
-        """``(z_t, t) -> eps`` for prompts embedded as ``cond`` [B, L, D].
+        """``(z_t, t) -> eps`` (or v) for prompts embedded as ``cond`` [B, L, D]: what the samplers in schedule.py call.
 
         The teacher, two calls of the UNet, if there is an ``uncond`` and ``guidance`` is not 1; else one call, which
         with ``lora_enabled`` is the student. At time steps below ``guided_until`` the teacher does without guidance.
@@ -127,6 +129,14 @@ class StableDiffusion:
             height, width: in pixels; the size the model was trained on unless given.
             batch: pictures drawn at once.
             eta: 0 is deterministic DDIM; more adds fresh noise in each step, 1 as much as DDPM.
+            progress: show a bar.
+
+        Returns:
+            PIL images, one for each prompt.
+
+        Raises:
+            ValueError: a number of steps that DDIM cannot take, a size that is no whole number of latents, a
+                ``selective`` that is not from 0 to 1.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         noise = self.starting_noise(range(seed, seed + len(prompts)), height, width)
@@ -176,7 +186,7 @@ def load(
 
     Args:
         path: a folder in the official layout, a single .safetensors or .ckpt file, or a hub id.
-        dtype: of all weights; files of another are cast.
+        dtype: of all weights; files of another are cast.  device: where they go.
         prediction: "eps" or "v", in place of what the folder's scheduler says, or is taken for a single file's.
         tokenizer: a folder with vocab.json and merges.txt, in place of the model's own.
         ema: take the averaged copy of the UNet that some single files hold beside it.
@@ -184,6 +194,7 @@ def load(
 
     Raises:
         CheckpointError: names the file, what is wrong with it and what to do.
+        ValueError: the device is not to be had here. (A CheckpointError is a ValueError too.)
     """
     try:
         torch.empty(0, device=device)

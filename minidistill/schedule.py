@@ -120,8 +120,9 @@ def ddim_sample(
     eta: float = 0.0,
     generator: Generator | Sequence[Generator] | None = None,
 ) -> Iterator[Tensor]:
-    """Denoise z_T [B, 4, h, w] in ``steps`` calls of ``model(z_t, t)``, t [B] int64; yields after each step.
+    """Denoise z_T [B, 4, h, w] in ``steps`` calls of ``model(z_t, t)``, t [B] int64; yields z_t after each step.
 
+    What the model predicts, eps or v, is what ``schedule`` says. Raises ValueError for more steps than it has.
     ``generator`` draws the noise that eta > 0 asks for: one for all, or one for each picture of the batch.
     """
     z_t = z_T
@@ -136,6 +137,9 @@ def ddim_sample(
 @torch.no_grad()
 def ddim_invert(model: Denoiser, schedule: Schedule, z_0: Tensor, steps: int) -> Iterator[Tensor]:
     """Deterministic DDIM run backwards, from clean latents towards the noise that yields them; yields after each step.
+
+    ``model`` and ``schedule`` are those of ``ddim_sample``; z_0 is [B, 4, h, w], and so are the ``steps`` latents that
+    are yielded. Raises ValueError for more steps than the schedule has.
 
     The prediction at the next, noisier time is taken to be that at the present one (DDIM, section 4.3), so going there
     and back is exact only in the limit of many steps.

@@ -9,12 +9,23 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+# The headings of the groups of flags in --help.
+GROUPS = {
+    "what": "what to draw",
+    "model": "which Stable Diffusion, and how it is loaded",
+    "teacher": "the teacher, two UNet calls a step, draws pictures",
+    "student": "the student, one UNet call a step, learns from them",
+    "how": "how it is done",
+    "run": "the run itself",
+}
 
 
 def setting(default: Any, help: str, group: str = "options", **how: Any) -> Any:
@@ -101,26 +112,38 @@ class ScaledFile(NamedTuple):
         return f"{self.path}:{self.scale:g}"
 
 
+METAVARS = {int: "N", count: "N", float: "X", positive: "X", share: "SHARE", str: "TEXT"}
+METAVARS |= {Path: "PATH", type(Path()): "PATH"}
+
+
 def parse(settings: type[T], description: str, argv: list[str] | None = None) -> T:
     """Read the command line into a ``settings`` dataclass. A default of ``...`` makes it positional."""
+    # Positional ones first, and with them their group: fields that are inherited would stand before it.
+    ordered = sorted(fields(settings), key=lambda f: f.default is not ...)
+    positional = "".join(f"{f.metadata.get('metavar', f.name.upper())} ... " for f in ordered if f.default is ...)
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        usage=f"%(prog)s {positional}[flags]",  # all of them by name would fill the screen
+        description=description,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
+        allow_abbrev=False,
     )
     groups: dict[str, Any] = {}
-    # Positional ones first, and with them their group: fields that are inherited would stand before it.
-    for f in sorted(fields(settings), key=lambda f: f.default is not ...):
+    for f in ordered:
         how = dict(f.metadata)
         name = how.pop("group")
-        group = groups.setdefault(name, parser.add_argument_group(name))
+        if name not in groups:
+            groups[name] = parser.add_argument_group(GROUPS.get(name, name))
         if f.default is ...:
-            group.add_argument(f.name, **how)
+            groups[name].add_argument(f.name, **how)
             continue
         if isinstance(f.default, bool):
             how["action"] = "store_true"
         elif f.default is not None:
             how.setdefault("type", type(f.default))
-            how["help"] += " (default: %(default)s)"
-        group.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how)
+            how["help"] += " (default: none)" if f.default == "" else " (default: %(default)s)"
+        if "action" not in how and "choices" not in how:
+            how.setdefault("metavar", METAVARS.get(how.get("type")))
+        groups[name].add_argument("--" + f.name.replace("_", "-"), default=f.default, **how)
     return settings(**vars(parser.parse_args(argv)))
 
 
@@ -135,12 +158,23 @@ def made_by(module: str, argv: Sequence[str]) -> dict[str, str]:
     return dict(command=command, commit=head.stdout.strip() + "+" * bool(changed) if head.stdout else "unknown")
 
 
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "MPS backend out of memory")  # what says so in a plain RuntimeError
+
+
 @contextmanager
-def one_sentence(script: str, stopped: str) -> Iterator[None]:
-    """Run a script: what was wrong with its input, or that it was ``stopped``, is one sentence and no traceback."""
+def one_sentence(script: str, stopped: str, less_memory: str = "") -> Iterator[None]:
+    """Run a script: what was wrong with its input, or that it was ``stopped``, is one sentence and no traceback.
+
+    ``less_memory`` says which flags help when memory runs out, the first to try first.
+    """
     try:
         yield
     except (ValueError, OSError) as error:  # a CheckpointError is a ValueError
         sys.exit(f"{script}: {error}")
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        sys.exit(f"{script}: out of memory. {less_memory}")
     except KeyboardInterrupt:
         sys.exit(f"{script}: {stopped}")

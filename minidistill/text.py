@@ -26,7 +26,9 @@ def read_tokenizer(folder: Path, context: int, pad_token: str | None = None) -> 
     """
     # transformers 5 writes everything into one tokenizer.json.
     if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        raise CheckpointError(f"{folder} holds no tokenizer (vocab.json, merges.txt): fetch it, or name another.")
+        raise CheckpointError(
+            f"{folder} holds no tokenizer (vocab.json, merges.txt): fetch it, or name another with --tokenizer FOLDER."
+        )
     with blamed(folder):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.model_max_length = context

@@ -57,7 +57,9 @@ def test_text_knows_files_besides():
     assert known("text") <= own("config", "files")
 
 
-@pytest.mark.parametrize("module", ["config", "blocks", "guidance", "files", "settings", "prompts", "stored"])
+@pytest.mark.parametrize(
+    "module", ["config", "blocks", "figures", "guidance", "files", "settings", "prompts", "stored"]
+)
 def test_the_lowest_know_nobody(module: str):
     assert not known(module)
 
@@ -65,6 +67,10 @@ def test_the_lowest_know_nobody(module: str):
 @pytest.mark.parametrize("module, allowed", [("schedule", {"config"}), ("lora", {"kernels"})])
 def test_schedule_and_lora_know_no_network(module: str, allowed: set[str]):
     assert known(module) <= own(*allowed)
+
+
+def test_attention_maps_know_the_unet():
+    assert known("attention_maps") == own("unet")
 
 
 def test_lora_files_know_no_network():

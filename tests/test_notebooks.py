@@ -1,0 +1,114 @@
+"""The notebooks: they run as committed, redefine nothing of the package, and a check in them can fail."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+from tiny import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+WITH_MARKS = [pytest.param(file, marks=pytest.mark.slow if "distillation" in file.name else ()) for file in NOTEBOOKS]
+LARGEST = 650_000  # bytes of a notebook, pictures included
+
+
+def read(file: Path) -> NotebookNode:
+    return nbformat.read(file, as_version=4)
+
+
+def code(file: Path) -> list[NotebookNode]:
+    return [cell for cell in read(file).cells if cell.cell_type == "code"]
+
+
+def execute(notebook: NotebookNode, folder: str = "notebooks") -> None:
+    """In a kernel of its own, from a folder of the repository; the first error ends it."""
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": ROOT / folder}}).execute()
+
+
+def stem(file: Path) -> str:
+    return file.stem
+
+
+by_name = pytest.mark.parametrize("file", NOTEBOOKS, ids=stem)
+
+
+def test_all_six():
+    assert [file.name[:2] for file in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
+
+
+@pytest.mark.parametrize("file", WITH_MARKS, ids=stem)
+def test_it_runs(file: Path):
+    execute(read(file))
+
+
+@pytest.mark.parametrize("folder", [".", "notebooks"])
+def test_the_first_cell_finds_the_repository(folder: str):
+    first = {cells[0].source for cells in map(code, NOTEBOOKS)}
+    assert len(first) == 1  # the same in all
+    look = "import importlib.util\nassert os.path.exists('weights') and importlib.util.find_spec('minidistill')"
+    cells = [nbformat.v4.new_code_cell(source) for source in (*first, look)]
+    execute(nbformat.v4.new_notebook(cells=cells), folder)
+
+
+def test_a_check_can_fail():
+    """With a LoRA that cannot be switched off, the notebook about it does not come to its end."""
+    notebook = read(ROOT / "notebooks/04_lora.ipynb")
+    imports = next(i for i, cell in enumerate(notebook.cells) if "from minidistill" in cell.source)
+    stuck = "import minidistill.lora\nminidistill.lora.LoRALayer.counts = True"
+    notebook.cells.insert(imports + 1, nbformat.v4.new_code_cell(stuck))
+    with pytest.raises(CellExecutionError, match="AssertionError"):
+        execute(notebook)
+
+
+@by_name
+def test_cells_are_short(file: Path):
+    assert max(len(cell.source.splitlines()) for cell in code(file)) <= 15
+
+
+@by_name
+def test_outputs_are_committed(file: Path):
+    """Of one run from top to bottom, with pictures, without errors and warnings, and without paths of a machine."""
+    cells = code(file)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not re.search(r'"(/|[A-Z]:\\\\)\w+/|/(home|root|tmp|Users)/', file.read_text(encoding="utf-8"))
+    assert file.stat().st_size < LARGEST
+
+
+def definitions(tree: ast.Module) -> Iterator[str]:
+    """Functions and classes at the top of a module."""
+    yield from (node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef))
+
+
+@by_name
+def test_nothing_of_the_package_is_redefined(file: Path):
+    package = {
+        name
+        for module in (ROOT / "minidistill").rglob("*.py")
+        for name in definitions(ast.parse(module.read_text(encoding="utf-8")))
+    }
+    tree = ast.parse("\n".join(cell.source for cell in code(file)))
+    assert not package & set(definitions(tree))
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("minidistill")
+        for alias in node.names
+    }
+    assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    assert imported and not imported & assigned
+
+
+@by_name
+def test_claims_and_checks(file: Path):
+    cells = read(file).cells
+    assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
+    assert sum("**Claim.**" in cell.source for cell in cells if cell.cell_type == "markdown") >= 5
+    assert sum("assert" in cell.source for cell in code(file)) >= 4
