@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from minidistill.evaluate import ClipScore, Drawn, comparison_grid, draw, noise_error_share, psnr
 from minidistill.files import written_whole
@@ -77,10 +74,10 @@ def plot_loss(losses: list[float], path: Path) -> None:
     mean = [
         sum(losses[max(i - window, 0) : i + 1]) / len(losses[max(i - window, 0) : i + 1]) for i in range(len(losses))
     ]
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(losses, color="0.75", linewidth=0.8, label="each update")
     axes.plot(mean, color="black", label=f"mean of {window + 1}")
     axes.set(xlabel="update", ylabel="squared error of the guided prediction", yscale="log")
     axes.legend()
     figure.savefig(path, format="png", dpi=120)
-    plt.close(figure)

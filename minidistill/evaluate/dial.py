@@ -11,11 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from minidistill.data import prompt_split, spread
@@ -104,7 +101,8 @@ def markdown(rows: Sequence[dict]) -> str:
 def plot(rows: Sequence[dict], path: Path) -> None:
     """What the dial says and what is found; the share that is missed."""
     strengths = [row["strength"] for row in rows]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.plot(strengths, [row["guidance"] for row in rows], "k--", label="1 + λ (s - 1)")
     for axes, name, label in ((left, "found guidance", "found"), (right, "noise error share", None)):
         found = torch.tensor([[row[name][end] for end in ("value", "low", "high")] for row in rows])
@@ -114,7 +112,6 @@ def plot(rows: Sequence[dict], path: Path) -> None:
     right.set(xlabel="strength λ of the LoRA", ylabel="noise error share", xlim=(0, None), ylim=(0, None))
     left.legend()
     figure.savefig(path, format="png", dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

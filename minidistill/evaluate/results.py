@@ -4,10 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from minidistill.evaluate.drawing import Drawn, comparison_grid
 from minidistill.evaluate.metrics import ErrorShare, Interval
@@ -56,7 +53,8 @@ def markdown(drawn: Sequence[Drawn], rows: Mapping[str, Row]) -> str:
 
 def plot_shares(shares: Mapping[str, ErrorShare], timesteps: Sequence[int], path: Path) -> None:
     """The noise error share at each time step, one line a student; the guidance gap behind, in grey."""
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
     for label, found in shares.items():
         axes.plot(timesteps, found.per_step, label=f"{label} ({found.pooled:.2f} pooled)")
     gaps = next(iter(shares.values())).gaps.sum(0)
@@ -69,4 +67,3 @@ def plot_shares(shares: Mapping[str, ErrorShare], timesteps: Sequence[int], path
     axes.invert_xaxis()  # from noise to picture
     axes.legend()
     figure.savefig(path, format="png", dpi=120)
-    plt.close(figure)

@@ -12,12 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from minidistill.checkpoint import read_checkpoint
@@ -97,7 +94,8 @@ def markdown(rows: Sequence[Mapping]) -> str:
 
 def plot(rows: Sequence[Mapping], path: Path) -> None:
     """What each rank holds, the median over layers and the middle 80%; the cosine of every layer."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     ranks = torch.arange(1, max(len(row["held"]["full"]) for row in rows) + 1)
     for who, style, label in (("full", "-", "full student"), ("lora", "--", "LoRA")):
         found = torch.stack([at_rank(rows, who, rank) for rank in ranks.tolist()])  # [ranks, layers]
@@ -114,7 +112,6 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
     right.set(xticks=range(len(kinds)), xticklabels=list(kinds), ylabel="cosine(dW of full, of LoRA), a layer each")
     right.margins(x=0.3)
     figure.savefig(path, format="png", dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

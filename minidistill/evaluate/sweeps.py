@@ -15,10 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from minidistill.data import prompt_split, spread
@@ -123,12 +120,12 @@ def plot(sweep: str, rows: Sequence[dict], path: Path) -> None:
     """The noise error share by value, with its 95% interval."""
     shares = [row["noise error share"] for row in rows]
     apart = [[x["value"] - x["low"] for x in shares], [x["high"] - x["value"] for x in shares]]
-    figure, axes = plt.subplots(figsize=(4.5, 3), layout="constrained")
+    figure = Figure(figsize=(4.5, 3), layout="constrained")
+    axes = figure.subplots()
     names = [str(row["value"]) for row in rows]
     axes.errorbar(names, [x["value"] for x in shares], apart, fmt="ko-" if sweep != "layers" else "ko", capsize=3)
     axes.set(xlabel=sweep, ylabel="noise error share", ylim=(0, None))
     figure.savefig(path, format="png", dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":
