@@ -34,8 +34,6 @@ from minidistill.settings import made_by, one_sentence, parse, setting
 
 # How far apart the outputs of right implementations may lie, relative to the largest value.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
-
-
 SELECTIVE = (0.2, 0.5)  # shares of the steps, the last ones, that selective guidance leaves without
 
 
@@ -107,10 +105,12 @@ def measure(setup: Setup, repeats: int, compiled: bool = False) -> dict[str, dic
         }
     # Selective guidance is some steps of the guided picture and some of a one-pass picture's: no turns of its own.
     for part in SELECTIVE:
-        seconds_of_it = (1 - part) * rows["guided"]["ours_s"] + part * rows["merged"]["ours_s"]
+        dropped = round(part * setup.size.steps)
+        share = dropped / setup.size.steps
+        seconds_of_it = (1 - share) * rows["guided"]["ours_s"] + share * rows["merged"]["ours_s"]
         rows[f"selective_{part:g}"] = {
             "label": f"guided picture, the last {part:.0%} of steps without",
-            "calls": 2 * setup.size.steps - round(part * setup.size.steps),
+            "calls": 2 * setup.size.steps - dropped,
             "ours_s": seconds_of_it,
             "peer_s": None,
             "to_guided": seconds_of_it / rows["guided"]["ours_s"],
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = args.size or list(SIZES)
     if args.row:
         key = tuple(args.row.split("/"))
-        if key not in contestants(compiled=True) or len(sizes) > 1:
+        if key not in contestants() or len(sizes) > 1:
             raise ValueError(f"--row takes one --size and one of {', '.join(map('/'.join, contestants()))}.")
         print(peak_memory(Setup(SIZES[sizes[0]], device, dtype, args.rank, timed_steps=1), *key))
         return
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         size = SIZES[name]
         repeats, steps = args.repeats or (10 if cuda else size.cpu_repeats), size.steps if cuda else size.cpu_steps
         rows = measure(Setup(size, device, dtype, args.rank, steps), repeats, args.compile)
-        for row, who in tqdm(contestants(args.compile), "peak memory") if args.memory else ():
+        for row, who in tqdm(contestants(), "peak memory") if args.memory else ():
             rows[row][f"{who}_bytes"] = peak_memory_elsewhere(args, name, row, who)
         counts = {"steps": size.steps, "timed_steps": steps, "batch": size.batch, "repeats": repeats}
         report["sizes"][name] = counts | {"rows": rows}

@@ -92,8 +92,8 @@ class Setup:
             fill_pairs({name: (layer.lora_down, layer.lora_up) for name, layer in lora_layers(unet).items()})
         return unet
 
-    def peer_unet(self) -> nn.Module:
-        return peer_unet(self.size.unet, self.peer_weights)
+    def peer_unet(self, channels_last: bool = False) -> nn.Module:
+        return peer_unet(self.size.unet, self.weights if channels_last else self.peer_weights)
 
     def peer_lora_unet(self) -> nn.Module:
         with torch.device("meta"):
@@ -130,8 +130,7 @@ def peer_call(unet: nn.Module, z_t: Tensor, t: Tensor, context: Tensor) -> Tenso
 
 def forward(setup: Setup, who: str, alike: bool = False, compiled: bool = False) -> Contestant:
     """Each in the memory layout it comes in; with ``alike`` both channels last."""
-    unet = setup.unet() if who == "ours" else setup.peer_unet()
-    unet = unet.to(memory_format=torch.channels_last) if alike else unet
+    unet = setup.unet() if who == "ours" else setup.peer_unet(channels_last=alike)
     unet = torch.compile(unet) if compiled else unet
     model = unet if who == "ours" else partial(peer_call, unet)
     inputs = setup.latents(1), torch.tensor([621], device=setup.device), setup.contexts(1)[0]
@@ -146,7 +145,7 @@ def decode(setup: Setup, who: str) -> Contestant:
 
 
 def picture(setup: Setup, who: str, how: str) -> Contestant:
-    """The first ``timed_steps`` of a picture: the latents after each."""
+    """The first ``timed_steps`` of a picture: the latents after each. A peer guides in one call on a batch of two."""
     if who == "peer":
         size = setup.size
         return peer_guided_picture(
@@ -225,7 +224,7 @@ ROWS = {
     "noised": Row("distillation step, teacher in the loop", 3, partial(distil, teacher_in_loop=True)),
 }
 PICTURES = ("guided", "batched", "merged", "unmerged")
-WITH_PEER = ("unet", "unet_alike", "unet_compiled", "guided", "trajectories", "noised")
+WITH_PEER = ("unet", "unet_alike", "unet_compiled", "guided", "batched", "trajectories", "noised")
 PEERS = ("diffusers", "peft")
 
 

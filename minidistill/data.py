@@ -137,35 +137,36 @@ def generate(
                 beside.write_bytes(save(tensors, {"made_with": made_with}))
         bar.update(len(chosen))
     bar.close()
-    return States(files)
+    return States(files, count)
 
 
 def is_shard(file: Path, made_with: str, size: int) -> bool:
-    """Whether the file is a whole shard of ``size``; raises ValueError if it was made with other settings."""
+    """Whether the file is a whole shard of ``size`` or more; raises ValueError if it was made with other settings."""
     if not file.exists():
         return False
     try:
         with safe_open(file, "pt") as shard:
             found = (shard.metadata() or {}).get("made_with")
-            whole = shard.get_slice("prompt").get_shape() == [size]
+            whole = shard.get_slice("prompt").get_shape()[0] >= size
     except (SafetensorError, OSError):
         return False  # damaged: make it again
     if found != made_with:
         raise ValueError(
-            f"{file} was generated with other settings ({found}): delete {file.parent}, or give --out another folder."
+            f"{file} was generated with other settings ({found}): delete {file.parent}, "
+            "or give --out (or --states) another folder."
         )
     return whole
 
 
 class States:
-    """Shards of trajectories, memory-mapped. ``len`` counts trajectories.
+    """The first ``count`` trajectories of some shards, memory-mapped. ``len`` counts trajectories.
 
     ``examples`` [E, 2] int64 names every state there is, as a trajectory and a step of it.
     """
 
-    def __init__(self, files: list[Path]):
+    def __init__(self, files: list[Path], count: int):
         self.shards = [load_file(file) for file in files]
-        self.where = [(s, row) for s, shard in enumerate(self.shards) for row in range(len(shard["prompt"]))]
+        self.where = [(s, row) for s, shard in enumerate(self.shards) for row in range(len(shard["prompt"]))][:count]
         steps = [range(len(self.shards[s]["t"])) for s, _ in self.where]
         self.examples = torch.tensor([(i, step) for i, taken in enumerate(steps) for step in taken])
 

@@ -150,11 +150,11 @@ def parse(settings: type[T], description: str, argv: list[str] | None = None) ->
 def made_by(module: str, argv: Sequence[str]) -> dict[str, str]:
     """What every file of results says of itself: the command, and the commit of the code; "+" if that was changed."""
     command = shlex.join(["python", "-m", module, *argv])
-    here = Path(__file__).parent
+    here, code = Path(__file__).parent, (":/minidistill", ":/train.py", ":/weights")
     if not shutil.which("git"):
         return dict(command=command, commit="unknown")
     head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True)
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "."], cwd=here, capture_output=True).returncode
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=here, capture_output=True).returncode
     return dict(command=command, commit=head.stdout.strip() + "+" * bool(changed) if head.stdout else "unknown")
 
 

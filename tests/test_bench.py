@@ -142,8 +142,9 @@ def test_selective_guidance_costs_what_its_steps_cost(monkeypatch: pytest.Monkey
     names = iter([name for name, _ in contestants.contestants()])
     monkeypatch.setattr(bench, "timed", lambda run, device: turns[next(names)])
     rows = bench.measure(setup(torch.float32, timed_steps=1), repeats=1)
-    assert rows["selective_0.5"]["ours_s"] == pytest.approx(0.5 * 2 * TINY.steps + 0.5 * TINY.steps + 0.5)
-    assert rows["selective_0.2"]["to_guided"] == pytest.approx((1.8 * TINY.steps + 0.5) / (2 * TINY.steps + 0.5))
+    assert TINY.steps == 3  # of which half are two, and a fifth is one
+    assert rows["selective_0.5"]["ours_s"] == pytest.approx(2 * 1 + 1 * 2 + 0.5)
+    assert rows["selective_0.2"]["to_guided"] == pytest.approx((1 * 1 + 2 * 2 + 0.5) / (3 * 2 + 0.5))
 
 
 @pytest.mark.slow

@@ -199,6 +199,9 @@ def test_more_are_added_to_what_is_there(sd: StableDiffusion, tmp_path: Path, ca
     assert len(calls) == 3 * 2  # the last shard alone
     made(sd, tmp_path / "at once", count=6)
     assert contents(tmp_path / "grown") == contents(tmp_path / "at once")
+    fewer = made(sd, tmp_path / "grown", count=5)  # which leaves what is there
+    assert len(fewer) == 5 and fewer.examples[:, 0].max() == 4
+    assert contents(tmp_path / "grown") == contents(tmp_path / "at once")
 
 
 def test_trajectories_of_other_weights_are_refused(sd: StableDiffusion, tmp_path: Path):

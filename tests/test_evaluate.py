@@ -236,6 +236,8 @@ def test_the_command_measures_every_method(run: Path, evaluate: Callable[..., Pa
         share = noise_error_share(sd, prompts, steps=2, guidance=4.0, noised=noised)
         assert math.isclose(rows["a run"][name]["value"], share.pooled, rel_tol=1e-4)
         assert rows["a run"][name]["low"] <= share.pooled <= rows["a run"][name]["high"]
+        assert found["by step"]["a run"][name] == pytest.approx(share.per_step.tolist(), rel=1e-4)
+    assert found["t"] == sd.schedule.timesteps(2)
     twice = [prompt for prompt in prompts for _ in range(2)]
     teacher, student = (draw(sd, method, twice, steps=2, guidance=4.0).images for method in ("teacher", "student"))
     assert math.isclose(rows["a run"]["PSNR"]["value"], psnr(student, teacher).mean(), rel_tol=1e-2)  # merged there

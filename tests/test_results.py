@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from PIL import Image
 from tiny import ROOT, fill_up, randn
 
 from minidistill import StableDiffusion, inject_lora, load, load_lora, save_lora
+from minidistill.contestants import PEERS
 from minidistill.data import prompt_split, spread
 from minidistill.evaluate import dial, everything, noise_error_share, spectrum, sweeps
 from minidistill.lora import lora_layers
@@ -120,9 +123,19 @@ def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr(everything, "RESULTS", tmp_path)
     monkeypatch.setattr(everything, "summary", lambda results: {"of": str(results)})
     monkeypatch.setattr(everything, "STEPS", {"one": "train.py --out 'a b'", "two": "-m fails"})
+    monkeypatch.setattr(everything, "SHIPPED", str(tmp_path / "student"))
+    monkeypatch.setattr(everything, "JUDGE", "judge_that_needs_nothing")
+    judge = ModuleType("judge_that_needs_nothing")
+    judge.find_font = lambda font: None
+    monkeypatch.setitem(sys.modules, "judge_that_needs_nothing", judge)
+    (tmp_path / "student").write_bytes(b"one")
     return ran
 
 
+needs_peers = pytest.mark.skipif(not all(map(find_spec, PEERS)), reason="diffusers or peft is not installed")
+
+
+@needs_peers
 def test_everything_goes_on_where_it_stopped(steps: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match='"two" ended with an error'):
         everything.run()
@@ -131,6 +144,18 @@ def test_everything_goes_on_where_it_stopped(steps: list[list[str]], tmp_path: P
     everything.run()
     assert steps[2:] == [["-m", "works"]]
     assert json.loads((tmp_path / "summary.json").read_text()) == {"of": str(tmp_path)}
+    everything.run()
+    assert len(steps) == 3  # all is done
+    (tmp_path / "student").write_bytes(b"another")
+    everything.run()
+    assert len(steps) == 5
+
+
+def test_what_is_missing_is_said_before_hours_of_work(steps: list[list[str]], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(everything, "PEERS", ("a_package_that_is_not_there",))
+    with pytest.raises(ValueError, match="a_package_that_is_not_there"):
+        everything.run()
+    assert not steps
 
 
 def test_all_takes_no_other_flag():
@@ -139,9 +164,52 @@ def test_all_takes_no_other_flag():
     assert done.returncode == 1 and "takes no other flag" in done.stderr
 
 
+def interval(value: float) -> dict[str, float]:
+    return dict(value=value, low=value - 0.1, high=value + 0.1)
+
+
+def write(folder: Path, name: str, report: dict) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(json.dumps(report | {"command": f"makes {name}", "commit": "abc"}))
+
+
+def test_the_summary(tmp_path: Path):
+    """What it takes from where, on small files made up."""
+    measures = {title: interval(i) for i, title in enumerate(everything.MEASURES.values())}
+    rows = [{"method": name} | measures for name in ("teacher", "no guidance")]
+    for row in rows:
+        row.pop("noise error share")  # which neither has by measurement
+    write(tmp_path, "evaluation/results.json", {"rows": [*rows, {"method": "guidance-lora"} | measures]})
+    for name in ("memory.json", "memory-pocket.json"):
+        write(tmp_path, name, {"sizes": {"pocket": {"batch": 1}}})
+    timed = {
+        "unet_compiled": {"peer_s": 4.0, "ours_to_peer": 0.5},  # its memory is not measured
+        "guided": {"turns_s": {"ours": [3.0, 4.0, 9.0]}, "peer_s": None},
+        "merged": {"turns_s": {"ours": [1.0, 2.0, 3.0]}, "to_guided": 0.51, "peer_s": None},
+        "trajectories": {"ours_s": 2.0, "ours_bytes": 6, "peer_s": 4.0, "peer_bytes": 8, "ours_to_peer": 0.5},
+        "noised": {"ours_s": 5.0, "ours_bytes": 9, "peer_s": 10.0, "peer_bytes": 12, "ours_to_peer": 0.5},
+    }
+    for size in ("pocket", "sd15"):
+        write(tmp_path, f"bench-{size}.json", {"sizes": {size: {"rows": timed}}})
+
+    found = everything.summary(tmp_path)
+    source = {"command": "makes evaluation/results.json", "commit": "abc"}
+    student = {name: interval(i) for i, name in enumerate(everything.MEASURES)}
+    zero, one = (dict(value=x, low=x, high=x) for x in (0.0, 1.0))
+    assert found["student"] == student | source
+    assert found["teacher"] == student | source | {"noise_error_share": zero}
+    assert found["unguided"] == student | source | {"noise_error_share": one}
+    assert (found["time"]["unet_ratio"], found["time"]["picture_ratio"]) == (0.5, 0.51)
+    assert found["memory"]["pocket"] == found["memory"]["measured"]["pocket"] == {"batch": 1}
+    peers = found["peers"]["sd15"]
+    assert peers["unet_compiled"] == {"time": 0.5} and peers["noised"] == {"time": 0.5, "memory": 0.75}
+    assert peers["trajectories to the peer's teacher in the loop"] == {"time": 0.2, "memory": 0.5}
+    assert all(part["commit"] == "abc" for part in (found["time"], found["memory"], peers))
+
+
 SUMMARY = ROOT / "results/summary.json"
 
 
 @pytest.mark.skipif(not SUMMARY.exists(), reason="results/ has no summary")
-def test_the_summary_is_of_the_files_beside_it():
+def test_the_summary_that_is_here_is_of_the_files_beside_it():
     assert json.loads(SUMMARY.read_text()) == everything.summary(ROOT / "results")

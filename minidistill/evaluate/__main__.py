@@ -74,7 +74,9 @@ class Settings(ModelSettings):
     steps: int = setting(25, "DDIM steps", "how", type=count)
     batch: int = setting(32, "pictures drawn at once", "how", type=count)
     out: Path = setting(Path("runs/evaluation"), "folder for the results", "how")
-    work: Path = setting(Path("runs/evaluation"), "folder in which what is drawn is kept, under kept/", "how")
+    work: Path = setting(
+        Path("runs/evaluation"), "what is drawn is kept here, under kept/: gigabytes at full size", "how"
+    )
     all: bool = setting(
         False, "make everything in results/ again, with the settings it has; takes no other flag", "how"
     )
@@ -129,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
             return vars(found)
 
         file = args.work / "kept" / f"{label} error on {where}.safetensors"
-        return ErrorShare(**kept(file, dict(made_with, learned=learned), student))
+        return ErrorShare(**kept(file, dict(made_with, learned=learned, measures="errors gaps along"), student))
 
     drawn = [pictures(sd, "teacher", "teacher"), pictures(sd, "no guidance", "no guidance")]
     for part in dict.fromkeys(args.selective or []):
@@ -157,11 +159,12 @@ def main(argv: list[str] | None = None) -> None:
         errors = {name: interval(found.errors, found.gaps) for name, found in shares.get(one.method, {}).items()}
         rows[one.method] = errors | measure(one, drawn[0], shown, each, clip, judge, references)
 
-    write_results(args.out, drawn, rows, made_by("minidistill.evaluate", argv), prompts, each)
+    timesteps = sd.schedule.timesteps(args.steps)
+    write_results(args.out, drawn, rows, shares, timesteps, made_by("minidistill.evaluate", argv), prompts, each)
     if shares:
         curves = {label: found["noise error share"] for label, found in shares.items()}
         with written_whole(args.out / "error_by_step.png") as beside:
-            plot_shares(curves, sd.schedule.timesteps(args.steps), beside)
+            plot_shares(curves, timesteps, beside)
     print(f"\n{markdown(drawn, rows)}\n\nPictures, plot and JSON: {args.out}")
 
 

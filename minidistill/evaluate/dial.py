@@ -17,12 +17,11 @@ from torch import Tensor
 
 from minidistill.data import prompt_split, spread
 from minidistill.evaluate.drawing import comparison_grid, draw
-from minidistill.evaluate.metrics import EVALUATION_SEED, interval, noise_error_share, psnr
+from minidistill.evaluate.metrics import EVALUATION_SEED, interval, noise_error_share, psnr, with_interval
+from minidistill.evaluate.students import read_student
 from minidistill.files import written_whole
 from minidistill.layout import write_json
 from minidistill.lora import merge_lora
-from minidistill.lora_files import inject_file
-from minidistill.lora_formats import read_run
 from minidistill.pipeline import load
 from minidistill.settings import ModelSettings, count, made_by, one_sentence, parse, positive, setting
 
@@ -45,9 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(Settings, __doc__, argv)
     prompts = spread(prompt_split(args.model)[1], args.prompts)
-    learned = read_run(args.run, 1.0)
+    learned = read_student(args.run, 1.0, args)
     s = learned.guidance
-    options = dict(steps=args.steps, batch=args.batch, negative_prompt=learned.metadata.get("negative_prompt", ""))
+    options = dict(steps=args.steps, batch=args.batch, negative_prompt=learned.negative_prompt)
     whole: dict[str, dict[str, Tensor]] = {}  # the states of the teacher at guidance s, the same for every strength
 
     def keep(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -57,11 +56,12 @@ def main(argv: list[str] | None = None) -> None:
 
     rows, drawn = [], []
     for strength in args.strengths or (0.25, 0.5, 0.75, 1.0, 1.25):
-        w = 1 + strength * (s - 1)
+        turned = read_student(args.run, strength, args)
+        w = turned.guidance
         print(f"strength {strength:g}, guidance {w:g}", flush=True)
         sd = load(args.model, **args.load_options())
         teacher = draw(sd, "teacher", prompts, guidance=w, **options)
-        sd.unet = inject_file(sd.unet, learned.scaled(strength))
+        sd.unet = turned.beside(sd.unet)
         missed = noise_error_share(sd, prompts, guidance=w, progress=True, **options)
         along = noise_error_share(sd, prompts, guidance=s, progress=True, keep=keep, **options)
         merge_lora(sd.unet)
@@ -90,10 +90,8 @@ def markdown(rows: Sequence[dict]) -> str:
     lines = ["| strength | guidance it stands for | guidance found | noise error share | PSNR to that teacher |"]
     lines.append("| ---: | ---: | ---: | ---: | ---: |")
     for row in rows:
-        found, share, near = (
-            f"{{value:{form}}} ({{low:{form}}} to {{high:{form}}})".format(**row[name])
-            for name, form in (("found guidance", ".2f"), ("noise error share", ".3f"), ("PSNR", ".1f"))
-        )
+        forms = (("found guidance", "{:.2f}"), ("noise error share", "{:.3f}"), ("PSNR", "{:.1f} dB"))
+        found, share, near = (with_interval(row[name], form) for name, form in forms)
         lines.append(f"| {row['strength']:g} | {row['guidance']:g} | {found} | {share} | {near} |")
     return "\n".join(lines)
 

@@ -1,6 +1,6 @@
 """How near the student is to its teacher, and pictures to other pictures and to their prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -115,6 +115,11 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
+
+
+def with_interval(found: Mapping[str, float], form: str) -> str:
+    """What ``Interval._asdict`` gives, as "value (low to high)", each by a format such as "{:.2f}"."""
+    return "{} ({} to {})".format(*(form.format(found[name]) for name in Interval._fields))
 
 
 def resampled(prompts: int, resamples: int) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from minidistill.evaluate.drawing import Drawn, comparison_grid
-from minidistill.evaluate.metrics import ErrorShare, Interval
+from minidistill.evaluate.metrics import ErrorShare, Interval, with_interval
 from minidistill.files import written_whole
 from minidistill.layout import write_json
 
@@ -18,14 +18,22 @@ def write_results(
     out: Path,
     drawn: Sequence[Drawn],
     rows: Mapping[str, Row],
+    shares: Mapping[str, Mapping[str, ErrorShare]],
+    timesteps: Sequence[int],
     made: Mapping[str, str],
     prompts: Sequence[str],
     each: int,
 ) -> None:
-    """results.json, table.md, and pictures.png: a row a method, the first picture of some of the prompts."""
+    """results.json, with the error ``shares`` of students at each step; table.md; and pictures.png: a row a method,
+    the first picture of some of the prompts.
+    """
     cost = {one.method: dict(method=one.method, unet_calls=one.unet_calls, seconds=one.seconds) for one in drawn}
     found = [cost[method] | {name: x._asdict() for name, x in row.items()} for method, row in rows.items()]
-    write_json(out / "results.json", dict(made, prompts=len(prompts), each=each, rows=found))
+    by_step = {
+        method: {name: share.per_step.tolist() for name, share in both.items()} for method, both in shares.items()
+    }
+    counts = dict(prompts=len(prompts), each=each)
+    write_json(out / "results.json", {**made, **counts, "rows": found, "t": list(timesteps), "by step": by_step})
     with written_whole(out / "table.md") as beside:
         beside.write_text(f"{markdown(drawn, rows)}\n\n`{made['command']}`\n", encoding="utf-8")
     with written_whole(out / "pictures.png") as beside:
@@ -45,8 +53,7 @@ def markdown(drawn: Sequence[Drawn], rows: Mapping[str, Row]) -> str:
         cells = [one.method, str(one.unet_calls)]
         for name in names:
             found = rows[one.method].get(name)
-            value, low, high = map(FORMATS.get(name, "{:.1%}").format, found) if found else ("", "", "")
-            cells.append(f"{value} ({low} to {high})" if found else "")
+            cells.append(with_interval(found._asdict(), FORMATS.get(name, "{:.1%}")) if found else "")
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
+from tqdm import tqdm
 
 from minidistill.checkpoint import read_checkpoint
 from minidistill.evaluate.students import full_student
@@ -42,12 +43,13 @@ def main(argv: list[str] | None = None) -> None:
     if whole is None:
         raise ValueError(f"{args.full} is no run of --method full: it holds no student/ and no student.safetensors.")
     pairs = read_run(args.lora, 1.0).layers
-    teacher, student = (
-        dict(read_checkpoint(path, torch.float32).unet.named_parameters()) for path in (args.model, whole)
-    )
-    full = {name: student[f"{name}.weight"] - teacher[f"{name}.weight"] for name in pairs}
-    lora = {name: low_rank(pair.down.float(), pair.up.float(), pair.scale) for name, pair in pairs.items()}
-    rows = [dict(layer=name, **compare(full[name], lora[name])) for name in pairs]
+    teacher = read_checkpoint(args.model, torch.float32, variant=args.variant, ema=args.ema).unet.state_dict()
+    student = read_checkpoint(whole, torch.float32, variant=args.variant if whole.is_dir() else None).unet.state_dict()
+    rows = []
+    for name, pair in tqdm(pairs.items(), desc="layers", unit="layer"):
+        full = student[f"{name}.weight"] - teacher[f"{name}.weight"]
+        lora = low_rank(pair.down.float(), pair.up.float(), pair.scale)
+        rows.append(dict(layer=name, **compare(full, lora)))
 
     write_json(args.out / "spectrum.json", made_by("minidistill.evaluate.spectrum", argv) | {"rows": rows})
     with written_whole(args.out / "spectrum.png") as beside:
@@ -67,9 +69,9 @@ def compare(full: Tensor, lora: Tensor) -> dict:
 
 
 def held(change: Tensor) -> Tensor:
-    """The share of a matrix's square that its first 1, 2, ... singular values hold."""
+    """The share of a matrix's square that its first 1, 2, ... singular values hold; of zero, 0."""
     squares = torch.linalg.svdvals(change).square()
-    return squares.cumsum(0) / squares.sum()
+    return squares.cumsum(0) / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
 
 
 def at_rank(rows: Sequence[Mapping], who: str, rank: int) -> Tensor:
@@ -104,12 +106,16 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
         left.fill_between(ranks, low, high, color="0.5", alpha=0.25, linewidth=0)
     left.set(xlabel="rank", ylabel="share of |dW|² held", xscale="log", ylim=(0, 1.02))
     left.legend()
-    kinds = {"attention": ".attn", "feed-forward": ".ff.", "residual": ".resnets."}
-    for place, (kind, part) in enumerate(kinds.items()):
-        cosines = [row["cosine"] for row in rows if part in row["layer"]]
+    kinds = ("attentions", "resnets")  # of blocks, by the names of their layers
+    for place, kind in enumerate(kinds):
+        cosines = [row["cosine"] for row in rows if f".{kind}." in row["layer"]]
         right.scatter([place] * len(cosines), cosines, s=14, facecolors="none", edgecolors="black")
     right.axhline(0, color="0.7", linewidth=0.8)
-    right.set(xticks=range(len(kinds)), xticklabels=list(kinds), ylabel="cosine(dW of full, of LoRA), a layer each")
+    right.set(
+        xticks=range(len(kinds)),
+        xticklabels=["attention", "residual"],
+        ylabel="cosine(dW of full, of LoRA), a layer each",
+    )
     right.margins(x=0.3)
     figure.savefig(path, format="png", dpi=120)
 

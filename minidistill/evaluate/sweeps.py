@@ -1,7 +1,7 @@
 """What matters for a student: one setting of train.py at a time, all others alike, and a figure for each.
 
   python -m minidistill.evaluate.sweeps                    all of them: an hour on two CPU cores, short runs each
-  python -m minidistill.evaluate.sweeps rank --updates 400
+  python -m minidistill.evaluate.sweeps rank --updates 400 --out runs/longer
 
 Run from the repository's folder. Every value is a run of train.py under --runs, measured by the noise error share on
 held-out prompts; runs with the same teacher share its trajectories. What is there already is not done again.
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from minidistill.data import prompt_split, spread
-from minidistill.evaluate.metrics import interval, noise_error_share
+from minidistill.evaluate.metrics import interval, noise_error_share, with_interval
 from minidistill.files import written_whole
 from minidistill.layout import write_json
 from minidistill.lora import DEFAULT_TARGETS
@@ -43,8 +43,9 @@ VALUES = {
 
 
 @dataclass
-class Settings(ModelSettings):
+class Settings:
     sweeps: list[str] = setting(..., f"of {', '.join(VALUES)} (default: all)", "what", nargs="*", metavar="SWEEP")
+    model: Path = setting(ModelSettings.model, "a Stable Diffusion, as train.py takes it", "what")
     rank: int = setting(16, "where it is not what is swept", "elsewhere", type=count)
     layers: str = setting("linear and convolution", "likewise", "elsewhere", choices=tuple(LAYERS))
     guidance: float = setting(2.5, "likewise", "elsewhere", type=positive)
@@ -62,16 +63,17 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"There is no sweep called {', '.join(sorted(unknown))}: {', '.join(VALUES)}.")
     file, made = args.out / "sweeps.json", made_by("minidistill.evaluate.sweeps", argv)
     report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    done = {row["command"]: row for sweep in report.values() for row in sweep["rows"]}
+    done = {(row["command"], row["prompts"]): row for sweep in report.values() for row in sweep["rows"]}
     for sweep in args.sweeps or VALUES:
         rows = []
         for value in tqdm(VALUES[sweep], desc=f"sweep of {sweep}", unit="run"):
             command = training(args, **{sweep: value})
-            text = shlex.join(["python", *command])
-            if text not in done:
-                done[text] = measured(args, command) | {"command": text}
-            rows.append(done[text] | {"value": value})
-            report[sweep] = made | {"rows": rows}
+            stamp = {"command": shlex.join(["python", *command]), "prompts": args.prompts}
+            key = tuple(stamp.values())
+            if key not in done:
+                done[key] = stamp | {"commit": made["commit"]} | measured(args, command)
+            rows.append(done[key] | {"value": value})
+            report[sweep] = {"command": made["command"], "rows": rows}
             write_json(file, report)  # as far as it is
         with written_whole(args.out / f"sweep-{sweep}.png") as beside:
             plot(sweep, rows, beside)
@@ -94,15 +96,13 @@ def measured(args: Settings, command: Sequence[str]) -> dict:
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)  # with its progress bars
     if done.returncode:
         raise ValueError(f"python {shlex.join(command)} ended with an error (above).")
-    sd, learned = load(args.model, **args.load_options()), read_run(run, 1.0)
+    sd, learned = load(args.model, device=ModelSettings.device), read_run(run, 1.0)
     sd.unet = inject_file(sd.unet, learned)
     prompts = spread(prompt_split(args.model)[1], args.prompts)
     found = noise_error_share(sd, prompts, steps=25, guidance=learned.guidance, batch=len(prompts))
-    losses = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return {
         "parameters": sum(pair.down.numel() + pair.up.numel() for pair in learned.layers.values()),
         "noise error share": interval(found.errors, found.gaps)._asdict(),
-        "last loss": sum(json.loads(line)["loss"] for line in losses[-20:]) / len(losses[-20:]),
     }
 
 
@@ -111,7 +111,7 @@ def markdown(report: dict) -> str:
     lines = ["| sweep | value | trained parameters | noise error share |", "| --- | ---: | ---: | ---: |"]
     for sweep in report:
         for row in report[sweep]["rows"]:
-            share = "{value:.3f} ({low:.3f} to {high:.3f})".format(**row["noise error share"])
+            share = with_interval(row["noise error share"], "{:.3f}")
             lines.append(f"| {sweep} | {row['value']} | {row['parameters']:,} | {share} |")
     return "\n".join(lines)
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from minidistill import load, load_lora, merge_lora
 from minidistill.evaluate import draw, interval, pixels
+from minidistill.evaluate.metrics import with_interval
 from minidistill.files import written_whole
 from minidistill.layout import write_json
 from minidistill.lora_formats import read_lora
@@ -230,7 +231,7 @@ def table(rows: Sequence[dict]) -> str:
     """Rows as Markdown: percentages with their intervals."""
     lines = ["| | " + " | ".join(MEASURES) + " | distance over seeds |", "|---" * (len(MEASURES) + 2) + "|"]
     for r in rows:
-        cells = ["{value:.1%} ({low:.1%} to {high:.1%})".format(**r[m]) for m in MEASURES]
+        cells = [with_interval(r[m], "{:.1%}") for m in MEASURES]
         lines.append(f"| {r['method']} | {' | '.join(cells)} | {r['distance over seeds']:.3f} |")
     return "\n".join(lines)
 
