@@ -80,7 +80,7 @@ class Settings(ModelSettings):
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time", "student")
     kernel: str = setting(
         "auto",
-        "what computes the LoRA's linear layers: one kernel for W and the pair (on a GPU, in bfloat16), or PyTorch",
+        "what computes the LoRA's layers: one kernel for W and the pair (on a GPU, in bfloat16), or PyTorch",
         "student",
         choices=("auto", "fused", "torch"),
     )

@@ -211,7 +211,8 @@ def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]], kerne
             raise ValueError(
                 f"{name} is a grouped convolution, for which there is no LoRA here: leave it out of targets."
             )
-    switch = Switch(lora_functions(kernel, next(model.parameters()).device))
+    weight = next(model.parameters())
+    switch = Switch(lora_functions(kernel, weight.device, weight.dtype))
     model.requires_grad_(False)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")

@@ -11,8 +11,9 @@ from tiny import ROOT, randn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from minidistill import bench, inject_lora
+from minidistill import inject_lora
 from minidistill.bench_kernel import Layer, Shape, backward, eager, error, layer_shapes
+from minidistill.contestants import SIZES, Setup, distil
 from minidistill.kernels.build import obstacle
 from minidistill.kernels.dispatch import addmm_chain
 from minidistill.kernels.op import lora_linear, reference
@@ -24,6 +25,10 @@ SDXL = [  # at 1024 x 1024 pixels, a batch of one
     *(Shape(1024, K, N) for K, N in ((1280, 1280), (1280, 10240), (5120, 1280))),
     *(Shape(77, 2048, N) for N in (640, 1280)),
     *(Shape(1, 1280, N) for N in (320, 640, 1280)),
+    # 1x1 convolutions, where the channels change
+    *(Shape(1024, K, 1280) for K in (640, 1920, 2560)),
+    *(Shape(4096, K, 640) for K in (320, 960, 1280, 1920)),
+    *(Shape(16384, K, 320) for K in (640, 960)),
 ]
 ODD = [Shape(1, 8, 8), Shape(3, 24, 200), Shape(129, 328, 168), Shape(300, 72, 1000)]
 USUAL = Shape(300, 320, 640)
@@ -163,6 +168,7 @@ def test_compute_sanitizer(tool: str):
     script = """
 import torch
 from minidistill.bench_kernel import Layer, Shape, backward
+from minidistill.contestants import SIZES, Setup, distil
 from minidistill.kernels.build import obstacle
 from minidistill.kernels.op import lora_linear
 assert obstacle(torch.device("cuda")) is None
@@ -172,6 +178,7 @@ for shape in (Shape(70, 72, 88), Shape(16384, 72, 328)):  # small blocks, large 
 torch.cuda.synchronize()
 """
     names = ["--kernel-name", "kernel_substring=lora_gemm"]
+    names += ["--report-api-errors", "no"] if tool == "memcheck" else []  # of other libraries
     command = [sanitizer, "--tool", tool, *names, "--error-exitcode", "1", sys.executable, "-c", script]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -179,9 +186,8 @@ torch.cuda.synchronize()
 
 def losses(kernel: str, steps: int = 40) -> Tensor:
     """Of a student of the pocket model's size that learns a teacher's prediction."""
-    size = bench.SIZES["pocket"]
-    setup = bench.Setup(size, torch.device("cuda"), torch.bfloat16, rank=8, timed_steps=1, kernel=kernel)
-    step = bench.distil(setup, "ours", teacher_in_loop=True)
+    setup = Setup(SIZES["pocket"], torch.device("cuda"), torch.bfloat16, rank=8, timed_steps=1, kernel=kernel)
+    step = distil(setup, "ours", teacher_in_loop=True)
     return torch.stack([step()[0] for _ in range(steps)])
 
 
@@ -191,7 +197,7 @@ def test_distillation_with_and_without_it_is_the_same():
 
 
 def test_a_whole_unet_with_and_without_it():
-    setup = bench.Setup(bench.SIZES["pocket"], torch.device("cuda"), torch.bfloat16, rank=8, timed_steps=1)
+    setup = Setup(SIZES["pocket"], torch.device("cuda"), torch.bfloat16, rank=8, timed_steps=1)
     outputs = []
     for kernel in ("torch", "fused"):
         setup.kernel = kernel

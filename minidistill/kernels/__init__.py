@@ -30,8 +30,8 @@ class LoRAFunctions(NamedTuple):
         return cls(partial(dispatched, region), partial(lora_conv, region))
 
 
-def lora_functions(kernel: str, device: torch.device) -> LoRAFunctions | None:
-    """What computes the LoRA layers on ``device``; None means lora.py's own lines.
+def lora_functions(kernel: str, device: torch.device, dtype: torch.dtype) -> LoRAFunctions | None:
+    """What computes the LoRA layers of a network in ``dtype`` on ``device``; None means lora.py's own lines.
 
     "auto" is the dispatcher where its table has the card, "fused" the fused kernel wherever it can be used, and "torch"
     is None. Where "fused" is asked for and cannot be had, a line says why.
@@ -40,6 +40,8 @@ def lora_functions(kernel: str, device: torch.device) -> LoRAFunctions | None:
         if reason := obstacle(device):
             print(f"LoRA layers run in plain PyTorch: {reason}.", file=sys.stderr)
             return None
+        if dtype not in (torch.float16, torch.bfloat16):  # autocast may still ask for it
+            print(f"The fused kernel is for float16 and bfloat16: in {dtype} it stays idle.", file=sys.stderr)
         return LoRAFunctions.within(EVERYWHERE)
     if kernel == "auto" and device.type == "cuda":
         region = FASTER.get(torch.cuda.get_device_capability(device))

@@ -42,5 +42,12 @@ def built(capability: tuple[int, int]) -> str | None:
             is_python_module=False,
         )
     except (OSError, RuntimeError, ImportError) as error:  # no nvcc, no ninja, or they fail
-        return f"the fused kernel could not be built ({str(error).strip().splitlines()[0]})"
+        return f"the fused kernel could not be built ({cause(error)})"
     return None
+
+
+def cause(error: Exception) -> str:
+    """The line of a compiler's output that says what was wrong; of other errors, the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    telling = (line for line in lines if "error:" in line or "not found" in line)
+    return next(telling, lines[0])

@@ -4,6 +4,8 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "launch.h"
 
 namespace {
@@ -30,6 +32,7 @@ Pair fused(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, con
                 "shapes do not fit together: x ", x.sizes(), ", W ", W.sizes(), ", A ", A.sizes(), ", B ", B.sizes());
     for (const Tensor* weights : {&W, &A, &B})
         TORCH_CHECK(weights->device() == x.device(), "x and the weights are on different devices");
+    TORCH_CHECK(!b || b->device() == x.device(), "x and b are on different devices");
 
     const c10::DeviceGuard guard(x.device());
     const auto copy = [](const Tensor& tensor) { return tensor.clone(at::MemoryFormat::Contiguous); };
@@ -47,7 +50,7 @@ Pair fused(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, con
     shape.back() = rank;
     const Tensor t = at::empty(shape, x.options());
     const int64_t M = rows.size(0), limit = int64_t{1} << 32;
-    TORCH_CHECK(M * std::max(rows.stride(0), N) < limit, "x or y has 2^32 numbers or more");
+    TORCH_CHECK(M * std::max({rows.stride(0), N, rank}) < limit, "x, y or t has 2^32 numbers or more");
     if (M == 0) return {y, t};
 
     const Operands operands{.x = data<uint16_t>(rows),

@@ -1,4 +1,6 @@
 // Which of the kernels is launched for which sizes. Built with SM90 (for sm_90a alone) it has those for Hopper too.
+#include <type_traits>
+
 #include "launch.h"
 #include "primitives.h"
 

@@ -26,6 +26,8 @@ template <int ROWS_, int COLUMNS_> struct Panels {
     }
 };
 
+// BN = 160 is two and a half panels of 64 columns: transposed, wgmma reads half of the last. If dx is wrong on a GPU,
+// look here first.
 template <class Element_, int R_, bool TRANSPOSED_> struct PlanSm90 {
     using Element = Element_;
     static constexpr int BM = 128, BN = 160, BK = 64, R = R_, THREADS = 256, STAGES = 3;
