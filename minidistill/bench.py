@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from minidistill import bench_kernel
 from minidistill.contestants import GUIDANCE, PEERS, PICTURES, ROWS, SIZES, Contestant, Setup, contestants, sd15_step
+from minidistill.guidance import steps_without
 from minidistill.layout import write_json
 from minidistill.settings import made_by, one_sentence, parse, setting
 
@@ -54,9 +55,7 @@ def check_agreement(outputs: dict[tuple[str, str], tuple[Tensor, ...]], toleranc
     """Row -> the largest difference between ours and the peer's, relative to the largest value. Raises ValueError."""
     differences = {}
     for row in [row for row, who in outputs if who == "peer"]:
-        pairs = zip(outputs[row, "ours"], outputs[row, "peer"], strict=True)
-        errors = [(ours - peer).abs().max() / peer.abs().max() for ours, peer in pairs]
-        differences[row] = torch.stack(errors).max().item()
+        differences[row] = bench_kernel.error(outputs[row, "ours"], outputs[row, "peer"])
         if not differences[row] <= tolerance:  # NaN is no agreement either
             raise ValueError(f"{row}: ours and the peer's differ by {differences[row]:.1e} of the largest value.")
     return differences
@@ -105,7 +104,7 @@ def measure(setup: Setup, repeats: int, compiled: bool = False) -> dict[str, dic
         }
     # Selective guidance is some steps of the guided picture and some of a one-pass picture's: no turns of its own.
     for part in SELECTIVE:
-        dropped = round(part * setup.size.steps)
+        dropped = steps_without(part, setup.size.steps)
         share = dropped / setup.size.steps
         seconds_of_it = (1 - share) * rows["guided"]["ours_s"] + share * rows["merged"]["ours_s"]
         rows[f"selective_{part:g}"] = {

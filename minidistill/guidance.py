@@ -5,6 +5,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 
+def steps_without(selective: float, steps: int) -> int:
+    """How many of ``steps``, the last ones, go without guidance ("Selective Guidance", arXiv 2305.09847)."""
+    return round(selective * steps)
+
+
 def guided_noise(
     model: Callable[[Tensor, Tensor, Tensor], Tensor],
     z_t: Tensor,

@@ -116,8 +116,8 @@ class LoRALinear(LoRALayer, nn.Linear):
         self.add_pair((rank, self.in_features), (self.out_features, rank), alpha, switch)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.functions:
-            return self.functions.linear(x, *self.operands)
+        if functions := self.functions:
+            return functions.linear(x, *self.operands)
         y = super().forward(x)  # W x
         if not self.counts:
             return y
@@ -138,8 +138,9 @@ class LoRAConv(LoRALayer, nn.Conv2d):
         self.add_pair(down_shape, (self.out_channels, rank, 1, 1), alpha, switch)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.functions and self.padding_mode == "zeros" and not isinstance(self.padding, str):
-            return self.functions.conv(x, *self.operands, self.stride, self.padding, self.dilation)
+        plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        if plain and (functions := self.functions):
+            return functions.conv(x, *self.operands, self.stride, self.padding, self.dilation)
         y = super().forward(x)  # W * x
         if not self.counts:
             return y

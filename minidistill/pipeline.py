@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from minidistill import text
 from minidistill.checkpoint import read_checkpoint
 from minidistill.config import UNetConfig
-from minidistill.guidance import guided_noise
+from minidistill.guidance import guided_noise, steps_without
 from minidistill.hub import fetch_tokenizer
 from minidistill.schedule import Denoiser, Schedule, ddim_sample
 from minidistill.vae import VAE
@@ -143,7 +143,7 @@ class StableDiffusion:
         uncond = self.encode_prompt([negative_prompt])
         if not 0 <= selective <= 1:
             raise ValueError(f"selective is a share of the steps, from 0 to 1, not {selective:g}.")
-        dropped, timesteps = round(selective * steps), self.schedule.timesteps(steps)
+        dropped, timesteps = steps_without(selective, steps), self.schedule.timesteps(steps)
         guided_until = [self.schedule.train_steps, *timesteps][steps - dropped] if dropped else 0
         pictures = []
         bar = tqdm(total=-(-len(prompts) // batch) * steps, desc="sampling", unit="step", disable=not progress)

@@ -120,7 +120,11 @@ def parse(settings: type[T], description: str, argv: list[str] | None = None) ->
     """Read the command line into a ``settings`` dataclass. A default of ``...`` makes it positional."""
     # Positional ones first, and with them their group: fields that are inherited would stand before it.
     ordered = sorted(fields(settings), key=lambda f: f.default is not ...)
-    positional = "".join(f"{f.metadata.get('metavar', f.name.upper())} ... " for f in ordered if f.default is ...)
+    positional = "".join(
+        f"{f.metadata.get('metavar', f.name.upper())} {'... ' if 'nargs' in f.metadata else ''}"
+        for f in ordered
+        if f.default is ...
+    )
     parser = argparse.ArgumentParser(
         usage=f"%(prog)s {positional}[flags]",  # all of them by name would fill the screen
         description=description,

@@ -214,7 +214,7 @@ MORE_FAULTS = {
     "no barrier before y takes t's place": ("    sync_threads();\n\n    round_into", "    round_into"),
     "no barrier before y is read": ("y_sum, row, column);\n    sync_threads();\n", "y_sum, row, column);\n"),
     "a slab's A for another's": ("weights(0, next * BK)", "weights(0, slab * BK)"),
-    "A stored into the slab in use": ("(i, a_tile(next), a_next[i])", "(i, a_tile(slab), a_next[i])"),
+    "A stored into the slab in use": ("(i, block.a_tile(next), a_next[i])", "(i, block.a_tile(slab), a_next[i])"),
     "no scale": ("    scale(t_sum, p.scale);\n", ""),
     "a swizzle of half the period": ("row / (8 / PERIOD) % PERIOD", "row / (8 / PERIOD) % (PERIOD / 2)"),
     "rows as far apart as they are long": ("(row * stride + column)", "(row * columns + column)"),

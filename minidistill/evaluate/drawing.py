@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from minidistill.data import spread
 from minidistill.evaluate.metrics import EVALUATION_SEED
+from minidistill.guidance import steps_without
 from minidistill.pipeline import StableDiffusion
 
 
@@ -43,7 +44,8 @@ def draw(
     start = time.perf_counter()
     images = sd.sample(prompts, selective=selective, **options)
     seconds = (time.perf_counter() - start) / len(prompts)
-    return Drawn(method, images, steps + (steps - round(selective * steps) if guided else 0), seconds)
+    unet_calls = steps + (steps - steps_without(selective, steps) if guided else 0)
+    return Drawn(method, images, unet_calls, seconds)
 
 
 def comparison_grid(rows: Sequence[Drawn], prompts: Sequence[str], columns: int = 8, side: int = 128) -> Image.Image:

@@ -46,7 +46,7 @@ def run() -> None:
     if missing := [package for package in PEERS if not find_spec(package)]:
         raise ValueError(f"--all compares with {' and '.join(missing)}: pip install -r requirements-dev.txt.")
     importlib.import_module(JUDGE).find_font(None)  # refused now, if it is not there, and not after the training
-    done = json.loads(DONE.read_text(encoding="utf-8")) if DONE.exists() else {}
+    done = read(DONE) if DONE.exists() else {}
     student = digest(Path(SHIPPED).read_bytes())
     for number, (step, command) in enumerate(STEPS.items(), 1):
         found = done.get(step, {})

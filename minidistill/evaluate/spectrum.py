@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidistill.checkpoint import read_checkpoint
-from minidistill.evaluate.students import full_student
+from minidistill.evaluate.students import full_student, read_full
 from minidistill.files import written_whole
 from minidistill.layout import write_json
 from minidistill.lora import low_rank
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.full} is no run of --method full: it holds no student/ and no student.safetensors.")
     pairs = read_run(args.lora, 1.0).layers
     teacher = read_checkpoint(args.model, torch.float32, variant=args.variant, ema=args.ema).unet.state_dict()
-    student = read_checkpoint(whole, torch.float32, variant=args.variant if whole.is_dir() else None).unet.state_dict()
+    student = read_full(whole, torch.float32, args.variant).state_dict()
     rows = []
     for name, pair in tqdm(pairs.items(), desc="layers", unit="layer"):
         full = student[f"{name}.weight"] - teacher[f"{name}.weight"]

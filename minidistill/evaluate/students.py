@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from minidistill.checkpoint import read_checkpoint
@@ -55,9 +56,13 @@ def full_student(run: Path) -> Path | None:
 
 
 def beside_full(path: Path, settings: ModelSettings, base: UNet) -> FullStudent:
-    options = settings.load_options()
-    found = read_checkpoint(path, options["dtype"], variant=settings.variant if path.is_dir() else None)
-    return FullStudent(base, place(found.unet, settings.device))
+    unet = read_full(path, settings.load_options()["dtype"], settings.variant)
+    return FullStudent(base, place(unet, settings.device))
+
+
+def read_full(path: Path, dtype: torch.dtype, variant: str | None) -> UNet:
+    """The UNet of a full student, which as a single file has no variants."""
+    return read_checkpoint(path, dtype, variant=variant if path.is_dir() else None).unet
 
 
 def read_students(runs: Sequence[ScaledFile], settings: ModelSettings) -> dict[str, Student]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidistill.kernels.dispatch import Region, dispatched
-from minidistill.kernels.op import value
+from minidistill.kernels.op import save, value
 
 CONV = "minidistill::lora_conv"
 torch.library.define(
@@ -57,13 +57,6 @@ def fake(
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, *how: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     return convolved(x, W, b, A, *how)
-
-
-def save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, W, _, A, B, ctx.scale, *ctx.how = inputs
-    ctx.save_for_backward(x, W, A, B, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
 def backward(ctx, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:

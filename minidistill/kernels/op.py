@@ -47,7 +47,7 @@ def _(dy: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor
 
 
 def save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, W, _, A, B, ctx.scale = inputs
+    x, W, _, A, B, ctx.scale, *ctx.how = inputs  # of a convolution: stride, padding, dilation
     ctx.save_for_backward(x, W, A, B, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)

@@ -217,41 +217,54 @@ DEVICE void store_chunks(const Matrix<uint16_t>& matrix, Corner to, Tile<ROWS, C
     }
 }
 
+// Which part of y is a block's own, and where everything lies in its shared memory: the slabs of x, W and A in turns,
+// then B. t and y come last, and take the slabs' place.
+template <class P> struct BlockTiles {
+    unsigned m, n;  // its corner of y
+    uint16_t* shared;
+
+    DEVICE explicit BlockTiles(const Matrix<uint16_t>& y) : shared(shared_memory()) {
+        const unsigned blocks_n = (y.columns + P::BN - 1) / P::BN;
+        m = block_index() / blocks_n * P::BM;
+        n = block_index() % blocks_n * P::BN;
+    }
+    DEVICE typename P::X x_tile(unsigned slab) const { return {shared + slab % P::STAGES * P::STAGE}; }
+    DEVICE typename P::W w_tile(unsigned slab) const { return {x_tile(slab).data + P::X::SIZE}; }
+    DEVICE typename P::A a_tile(unsigned slab) const { return {w_tile(slab).data + P::W::SIZE}; }
+    DEVICE typename P::B b_tile() const { return {shared + P::STAGES * P::STAGE}; }
+    DEVICE typename P::T t_tile() const { return {shared}; }
+    DEVICE typename P::Y y_tile() const { return {shared}; }
+
+    // Weights are stored the one way round or the other.
+    static DEVICE Corner weights(unsigned out, unsigned in) { return P::TRANSPOSED ? Corner{in, out} : Corner{out, in}; }
+};
+
 template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
     using Element = typename P::Element;
-    constexpr int BM = P::BM, BN = P::BN, BK = P::BK, R = P::R, THREADS = P::THREADS, STAGES = P::STAGES;
+    constexpr int BN = P::BN, BK = P::BK, R = P::R, THREADS = P::THREADS, STAGES = P::STAGES;
     constexpr bool TRANSPOSED = P::TRANSPOSED;
 
-    const unsigned blocks_n = (p.y.columns + BN - 1) / BN;
-    const unsigned m = block_index() / blocks_n * BM, n = block_index() % blocks_n * BN;  // this block's corner of y
+    const BlockTiles<P> block(p.y);
+    const unsigned m = block.m, n = block.n;
     const unsigned warp = thread_index() / 32;
     const unsigned row = warp / 2 * 32, column = warp % 2 * (BN / 2);  // this warp's corner of the block
     const unsigned t_row = row + warp % 2 * 16;
 
-    uint16_t* const shared = shared_memory();
-    const auto x_tile = [&](unsigned slab) { return typename P::X{shared + slab % STAGES * P::STAGE}; };
-    const auto w_tile = [&](unsigned slab) { return typename P::W{x_tile(slab).data + P::X::SIZE}; };
-    const auto a_tile = [&](unsigned slab) { return typename P::A{w_tile(slab).data + P::W::SIZE}; };
-    const typename P::B b_tile{shared + STAGES * P::STAGE};
-    const typename P::T t_tile{shared};
-    const typename P::Y y_tile{shared};
-
-    const auto weights = [](unsigned out, unsigned in) { return TRANSPOSED ? Corner{in, out} : Corner{out, in}; };
     const unsigned slabs = (p.x.columns + BK - 1) / BK;
     const auto copy_slab = [&](unsigned slab) {
         if (slab < slabs) {
-            copy_async<THREADS>(x_tile(slab), p.x, {m, slab * BK});
-            copy_async<THREADS>(w_tile(slab), p.W, weights(n, slab * BK));
+            copy_async<THREADS>(block.x_tile(slab), p.x, {m, slab * BK});
+            copy_async<THREADS>(block.w_tile(slab), p.W, block.weights(n, slab * BK));
         }
         cp_async_commit();
     };
 
     // The first slabs, and B.
     for (unsigned slab = 0; slab < STAGES - 1; ++slab) copy_slab(slab);
-    copy_rounded<Element, THREADS>(b_tile, p.B, weights(n, 0));
+    copy_rounded<Element, THREADS>(block.b_tile(), p.B, block.weights(n, 0));
 #pragma unroll
     for (unsigned slab = 0; slab < STAGES - 1; ++slab)
-        copy_rounded<Element, THREADS>(a_tile(slab), p.A, weights(0, slab * BK));
+        copy_rounded<Element, THREADS>(block.a_tile(slab), p.A, block.weights(0, slab * BK));
 
     float y_sum[2][BN / 16][4], t_sum[1][R / 8][4] = {};
     begin_with<Element>(y_sum, p.b, n + column, p.y.columns);  // y = b
@@ -265,22 +278,22 @@ template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
         Pair a_next[PAIRS_A];
 #pragma unroll
         for (int i = 0; i < PAIRS_A; ++i)
-            a_next[i] = load_pair<THREADS>(i, a_tile(next), p.A, weights(0, next * BK));
-        multiply<Element, TRANSPOSED>(y_sum, x_tile(slab), w_tile(slab), row, column);  // y += x W^T
-        multiply<Element, TRANSPOSED>(t_sum, x_tile(slab), a_tile(slab), t_row, 0);     // t += x A^T
+            a_next[i] = load_pair<THREADS>(i, block.a_tile(next), p.A, block.weights(0, next * BK));
+        multiply<Element, TRANSPOSED>(y_sum, block.x_tile(slab), block.w_tile(slab), row, column);  // y += x W^T
+        multiply<Element, TRANSPOSED>(t_sum, block.x_tile(slab), block.a_tile(slab), t_row, 0);     // t += x A^T
 #pragma unroll
-        for (int i = 0; i < PAIRS_A; ++i) store_pair<Element, THREADS>(i, a_tile(next), a_next[i]);
+        for (int i = 0; i < PAIRS_A; ++i) store_pair<Element, THREADS>(i, block.a_tile(next), a_next[i]);
     }
     sync_threads();  // the slabs are used up
 
     scale(t_sum, p.scale);
-    round_into<Element>(t_tile, t_sum, t_row, 0);
+    round_into<Element>(block.t_tile(), t_sum, t_row, 0);
     sync_threads();
-    multiply<Element, TRANSPOSED>(y_sum, t_tile, b_tile, row, column);  // y += t B^T
-    if (n == 0) store<THREADS>(p.t, {m, 0}, t_tile);
+    multiply<Element, TRANSPOSED>(y_sum, block.t_tile(), block.b_tile(), row, column);  // y += t B^T
+    if (n == 0) store<THREADS>(p.t, {m, 0}, block.t_tile());
     sync_threads();
 
-    round_into<Element>(y_tile, y_sum, row, column);
+    round_into<Element>(block.y_tile(), y_sum, row, column);
     sync_threads();
-    store_chunks<THREADS>(p.y, {m, n}, y_tile);
+    store_chunks<THREADS>(p.y, {m, n}, block.y_tile());
 }

@@ -59,33 +59,25 @@ KERNEL(P::THREADS)
 lora_gemm_sm90(const GRID_CONSTANT Problem p, const GRID_CONSTANT TensorMap x_map,
                const GRID_CONSTANT TensorMap w_map) {
     using Element = typename P::Element;
-    constexpr int BM = P::BM, BN = P::BN, BK = P::BK, R = P::R, THREADS = P::THREADS, STAGES = P::STAGES;
+    constexpr int BN = P::BN, BK = P::BK, R = P::R, THREADS = P::THREADS, STAGES = P::STAGES;
     constexpr bool TRANSPOSED = P::TRANSPOSED;
 
-    const unsigned blocks_n = (p.y.columns + BN - 1) / BN;
-    const unsigned m = block_index() / blocks_n * BM, n = block_index() % blocks_n * BN;  // this block's corner of y
+    const BlockTiles<P> block(p.y);
+    const unsigned m = block.m, n = block.n;
     const unsigned warp = thread_index() / 32;
     const unsigned row = warp * 16, group_row = warp / 4 * 64;  // of this warp, and of its warpgroup
 
-    uint16_t* const shared = shared_memory();
-    const auto x_tile = [&](unsigned slab) { return typename P::X{shared + slab % STAGES * P::STAGE}; };
-    const auto w_tile = [&](unsigned slab) { return typename P::W{x_tile(slab).data + P::X::SIZE}; };
-    const auto a_tile = [&](unsigned slab) { return typename P::A{w_tile(slab).data + P::W::SIZE}; };
-    const typename P::B b_tile{shared + STAGES * P::STAGE};
-    const typename P::T t_tile{shared};
-    const typename P::Y y_tile{shared};
     const auto arrived = [&](unsigned slab) {
-        return reinterpret_cast<Barrier*>(shared + P::BARRIERS) + slab % STAGES;
+        return reinterpret_cast<Barrier*>(block.shared + P::BARRIERS) + slab % STAGES;
     };
 
-    const auto weights = [](unsigned out, unsigned in) { return TRANSPOSED ? Corner{in, out} : Corner{out, in}; };
     const auto factor = [](auto tile, unsigned k) { return TRANSPOSED ? tile.from(k, 0) : tile.from(0, k); };
     const unsigned slabs = (p.x.columns + BK - 1) / BK;
     const auto copy_slab = [&](unsigned slab) {
         if (thread_index() == 0 && slab < slabs) {
             mbarrier_arrive_expect(arrived(slab), 2 * (P::X::SIZE + P::W::SIZE));
-            copy_boxes(x_tile(slab), x_map, {m, slab * BK}, arrived(slab));
-            copy_boxes(w_tile(slab), w_map, weights(n, slab * BK), arrived(slab));
+            copy_boxes(block.x_tile(slab), x_map, {m, slab * BK}, arrived(slab));
+            copy_boxes(block.w_tile(slab), w_map, block.weights(n, slab * BK), arrived(slab));
         }
     };
 
@@ -94,10 +86,10 @@ lora_gemm_sm90(const GRID_CONSTANT Problem p, const GRID_CONSTANT TensorMap x_ma
         for (unsigned stage = 0; stage < STAGES; ++stage) mbarrier_init(arrived(stage));
     sync_threads();
     for (unsigned slab = 0; slab < STAGES - 1; ++slab) copy_slab(slab);
-    copy_rounded<Element, THREADS>(b_tile, p.B, weights(n, 0));
+    copy_rounded<Element, THREADS>(block.b_tile(), p.B, block.weights(n, 0));
 #pragma unroll
     for (unsigned slab = 0; slab < STAGES - 1; ++slab)
-        copy_rounded<Element, THREADS>(a_tile(slab), p.A, weights(0, slab * BK));
+        copy_rounded<Element, THREADS>(block.a_tile(slab), p.A, block.weights(0, slab * BK));
     fence_proxy_async();
 
     float y_sum[1][BN / 8][4], t_sum[1][R / 8][4] = {};
@@ -111,12 +103,12 @@ lora_gemm_sm90(const GRID_CONSTANT Problem p, const GRID_CONSTANT TensorMap x_ma
         wgmma_fence(y_sum[0], t_sum[0]);
 #pragma unroll
         for (int k = 0; k < BK; k += 16) {
-            const uint64_t some_x = x_tile(slab).from(group_row, k);
-            wgmma<TRANSPOSED>(Element{}, y_sum[0], some_x, factor(w_tile(slab), k));  // y += x W^T
-            wgmma<TRANSPOSED>(Element{}, t_sum[0], some_x, factor(a_tile(slab), k));  // t += x A^T
+            const uint64_t some_x = block.x_tile(slab).from(group_row, k);
+            wgmma<TRANSPOSED>(Element{}, y_sum[0], some_x, factor(block.w_tile(slab), k));  // y += x W^T
+            wgmma<TRANSPOSED>(Element{}, t_sum[0], some_x, factor(block.a_tile(slab), k));  // t += x A^T
         }
         wgmma_commit();
-        copy_rounded<Element, THREADS>(a_tile(next), p.A, weights(0, next * BK));
+        copy_rounded<Element, THREADS>(block.a_tile(next), p.A, block.weights(0, next * BK));
         fence_proxy_async();
         wgmma_wait(y_sum[0], t_sum[0]);
     }
@@ -134,17 +126,17 @@ lora_gemm_sm90(const GRID_CONSTANT Problem p, const GRID_CONSTANT TensorMap x_ma
     wgmma_fence(y_sum[0], t);
 #pragma unroll
     for (int k = 0; k < R / 16; ++k)
-        wgmma<TRANSPOSED>(Element{}, y_sum[0], t[k], factor(b_tile, k * 16));  // y += t B^T
+        wgmma<TRANSPOSED>(Element{}, y_sum[0], t[k], factor(block.b_tile(), k * 16));  // y += t B^T
     wgmma_commit();
     wgmma_wait(y_sum[0], t);
 
     if (n == 0) {
-        round_into<Element>(t_tile, t_sum, row, 0);
+        round_into<Element>(block.t_tile(), t_sum, row, 0);
         sync_threads();
-        store<THREADS>(p.t, {m, 0}, t_tile);
+        store<THREADS>(p.t, {m, 0}, block.t_tile());
         sync_threads();
     }
-    round_into<Element>(y_tile, y_sum, row, 0);
+    round_into<Element>(block.y_tile(), y_sum, row, 0);
     sync_threads();
-    store_chunks<THREADS>(p.y, {m, n}, y_tile);
+    store_chunks<THREADS>(p.y, {m, n}, block.y_tile());
 }
