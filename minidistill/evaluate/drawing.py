@@ -65,8 +65,9 @@ def comparison_grid(rows: Sequence[Drawn], prompts: Sequence[str], columns: int 
     for row, drawn in enumerate(rows):
         y = top + row * (side + gap)
         cost = f"{drawn.unet_calls} UNet calls\n{drawn.seconds:.2f} s a picture"
-        pen.text((6, y + side // 3), drawn.method, "black", font=font)
-        pen.multiline_text((6, y + side // 3 + 18), cost, "dimgray", font=small, spacing=2)
+        name = textwrap.wrap(drawn.method, 16)
+        pen.multiline_text((6, y + side // 3), "\n".join(name), "black", font=font, spacing=4)
+        pen.multiline_text((6, y + side // 3 + 18 * len(name)), cost, "dimgray", font=small, spacing=2)
         for column, i in enumerate(chosen):
             shown = drawn.images[i].resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(shown, (left + column * (side + gap), y))
