@@ -26,7 +26,8 @@ from minidistill.lora import low_rank
 from minidistill.lora_formats import read_run
 from minidistill.settings import ModelSettings, made_by, one_sentence, parse, setting
 
-RANKS = (1, 2, 4, 8, 16, 32, 64)  # in the table
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+ENDS = torch.tensor([0.1, 0.5, 0.9])  # the middle 80% of the layers, and the median
 
 
 @dataclass
@@ -59,11 +60,11 @@ def main(argv: list[str] | None = None) -> None:
 
 @torch.no_grad()
 def compare(full: Tensor, lora: Tensor) -> dict:
-    """Of one layer's changes [out, in, ...]: sizes, what each rank holds [min(out, in k k)], and their cosine."""
+    """Of one layer's changes [out, in, ...]: sizes, what each of RANKS holds, and their cosine."""
     full, lora = full.flatten(1).double(), lora.flatten(1).double()
     return {
         "norm": {"full": full.norm().item(), "lora": lora.norm().item()},
-        "held": {"full": held(full).tolist(), "lora": held(lora).tolist()},
+        "held": {"full": at_ranks(held(full)), "lora": at_ranks(held(lora))},
         "cosine": F.cosine_similarity(full.flatten(), lora.flatten(), dim=0).item(),
     }
 
@@ -74,22 +75,22 @@ def held(change: Tensor) -> Tensor:
     return squares.cumsum(0) / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
 
 
-def at_rank(rows: Sequence[Mapping], who: str, rank: int) -> Tensor:
-    """What the first ``rank`` singular values hold, [layers]."""
-    return torch.tensor([row["held"][who][min(rank, len(row["held"][who])) - 1] for row in rows])
+def at_ranks(shares: Tensor) -> list[float]:
+    return [shares[min(rank, len(shares)) - 1].item() for rank in RANKS]
+
+
+def by_rank(rows: Sequence[Mapping], who: str) -> Tensor:
+    """What the layers' first singular values hold, at each of ENDS, [3, ranks]."""
+    return torch.tensor([row["held"][who] for row in rows]).quantile(ENDS, 0)
 
 
 def markdown(rows: Sequence[Mapping]) -> str:
     """Medians over the layers, and the middle 80% of them."""
-    ends = torch.tensor([0.1, 0.5, 0.9])
     lines = ["| held by rank | full student | LoRA |", "| ---: | ---: | ---: |"]
-    for rank in RANKS:
-        cells = []
-        for who in ("full", "lora"):
-            low, middle, high = at_rank(rows, who, rank).quantile(ends)
-            cells.append(f"{middle:.0%} ({low:.0%} to {high:.0%})")
+    for rank, *both in zip(RANKS, by_rank(rows, "full").T, by_rank(rows, "lora").T):
+        cells = [f"{middle:.0%} ({low:.0%} to {high:.0%})" for low, middle, high in both]
         lines.append(f"| {rank} | {' | '.join(cells)} |")
-    low, middle, high = torch.tensor([row["cosine"] for row in rows]).quantile(ends)
+    low, middle, high = torch.tensor([row["cosine"] for row in rows]).quantile(ENDS)
     text = f"Medians over {len(rows)} layers, and the middle 80% of them."
     return "\n".join(lines) + f"\n\n{text} Cosine between the two changes: {middle:.2f} ({low:.2f} to {high:.2f})."
 
@@ -98,13 +99,13 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
     """What each rank holds, the median over layers and the middle 80%; the cosine of every layer."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    ranks = torch.arange(1, max(len(row["held"]["full"]) for row in rows) + 1)
-    for who, style, label in (("full", "-", "full student"), ("lora", "--", "LoRA")):
-        found = torch.stack([at_rank(rows, who, rank) for rank in ranks.tolist()])  # [ranks, layers]
-        low, middle, high = found.quantile(torch.tensor([0.1, 0.5, 0.9]), 1)
-        left.plot(ranks, middle, "k" + style, label=label)
-        left.fill_between(ranks, low, high, color="0.5", alpha=0.25, linewidth=0)
-    left.set(xlabel="rank", ylabel="share of |dW|² held", xscale="log", ylim=(0, 1.02))
+    for who, style, label in (("full", "-o", "full student"), ("lora", "--s", "LoRA")):
+        low, middle, high = by_rank(rows, who)
+        left.plot(RANKS, middle, "k" + style, markersize=4, label=label)
+        left.fill_between(RANKS, low, high, color="0.5", alpha=0.25, linewidth=0)
+    left.set(xlabel="rank", ylabel="share of |dW|² held", ylim=(0, 1.02))
+    left.set_xscale("log", base=2)
+    left.set_xticks(RANKS, RANKS)
     left.legend()
     kinds = ("attentions", "resnets")  # of blocks, by the names of their layers
     for place, kind in enumerate(kinds):
