@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minidistill import data, inject_lora, load, save_lora
-from minidistill.distill import FullStudent, learning_rate, student, teacher
+from minidistill.distill import FullStudent, is_lost, learning_rate, student, teacher
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.files import written_whole
 from minidistill.lora import DEFAULT_TARGETS
@@ -32,7 +32,7 @@ from minidistill.settings import ModelSettings, ScaledFile, count, one_sentence,
 
 EVALUATED = 24  # held-out prompts in the report
 SHOWN = 8  # and in the pictures drawn on the way
-WINDOW = 10  # updates, over which a student that is lost is told from an unlucky batch
+WINDOW = 10  # updates that show whether the student is lost, and not a single batch
 
 
 @dataclass
@@ -163,7 +163,7 @@ def main(args: Settings, ranks: Ranks) -> None:
     order = data.batches(examples, args.batch, args.seed, start=len(losses))
     shown_as = dict(desc="distilling", unit="step", disable=not ranks.first)
     progress = tqdm(initial=len(losses), total=args.steps, **shown_as)
-    misses = deque(maxlen=WINDOW)
+    recent = deque(maxlen=WINDOW)
     with stop_signals() as stop:
         for step in range(len(losses), args.steps):
             chosen = next(order)
@@ -189,14 +189,13 @@ def main(args: Settings, ranks: Ranks) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, peak, warmup=max(args.steps // 10, 1))
             loss.backward()
-            missed = loss.detach() / eps_hat.square().mean()  # the share of eps_hat: to predict nothing misses all, 1
-            loss, missed = ranks.mean(trainable, loss.detach(), missed)
+            recent.append((z_t, t, cond, eps_hat, loss.detach()))
+            (loss,) = ranks.mean(trainable, loss.detach())
             norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-            misses.append(missed.item())
-            if not (loss + norm).isfinite() or sum(misses) > WINDOW:
+            if not (loss + norm).isfinite():
                 raise ValueError(
-                    f"At update {step + 1} the loss is {loss:g} and its gradient's norm {norm:g}; to predict nothing "
-                    f"would be nearer to the teacher. Lower --lr (it is {peak:g}) or --guidance, in a new --out."
+                    f"At update {step + 1} the loss is {loss:g} and its gradient's norm {norm:g}: "
+                    f"lower --lr (it is {peak:g}) or --guidance, in a new --out."
                 )
             optimizer.step()
             optimizer.zero_grad()  # here, so that no gradient outlives its update
@@ -206,6 +205,11 @@ def main(args: Settings, ranks: Ranks) -> None:
             progress.update()
             stopping = ranks.any(bool(stop))  # a signal may reach one rank an update before the others
             if ranks.first and (stopping or (step + 1) % args.save_every == 0 or step + 1 == args.steps):
+                if len(recent) == WINDOW and is_lost(unet, recent):
+                    raise ValueError(
+                        f"At update {step + 1} the loss is {loss:g}, far above what it was without any LoRA: "
+                        f"lower --lr (it is {peak:g}) or --guidance, in a new --out."
+                    )
                 save_checkpoint(out, trainable, optimizer, losses, fixed)
                 if not args.no_report and not stopping:
                     row = draw(sd, "student", shown, steps=args.sample_steps, guidance=args.guidance, batch=args.batch)

@@ -7,7 +7,8 @@ the mean of the N ranks' losses L_r, and so is its gradient:
 
 Given the same gradient, Adam takes the same step on every rank, so that neither weights nor the optimizer's state ever
 have to be sent. W is frozen and has no gradient: the LoRA's is all that is reduced, in one flat all_reduce an update.
-DistributedDataParallel would overlap that with the backward pass, which pays where it is gigabytes.
+(A second one, of a single number, asks whether to stop.) DistributedDataParallel would overlap the reduction with the
+backward pass, which pays where it is gigabytes.
 """
 
 import os

@@ -365,8 +365,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage, full, command, fl
     command("train.py", *run)
     newest = sorted((tmp_path / "run/checkpoints").iterdir())[-1]
     newest.write_bytes(damage(newest.read_bytes()))
-    result = command("train.py", *run, "--resume")
-    assert result.code == 0 and f"{newest} is damaged and passed over" in result.err
+    with pytest.warns(UserWarning, match=f"{newest} is damaged and passed over"):
+        result = command("train.py", *run, "--resume")
     assert f"{UPDATES - 2}/{UPDATES}" in result.err  # where the checkpoint before was made
     assert same_result(tmp_path / "run", full[0])
 
@@ -463,9 +463,10 @@ def test_a_loss_that_is_no_number(command, flags: Flags, tmp_path: Path):
 
 
 def test_a_loss_that_runs_away(command, flags: Flags, tmp_path: Path):
-    """It stays a number, and is soon worse than no answer: stopped before a checkpoint is made of it."""
-    result = command("train.py", *flags(tmp_path / "run", lr=10, steps=50, save_every=30), "--no-report")
-    assert re.search(r"At update \d+ the loss is [\d.e+]+ and .* nothing would be nearer .*--lr", result.complaint)
+    """It stays a number: stopped before a checkpoint is made of it."""
+    run = flags(tmp_path / "run", lr=0.3, steps=50, save_every=20)
+    result = command("train.py", *run, "--no-report")
+    assert re.search(r"At update 20 the loss is 0\.\d+, far above .* lower --lr \(it is 0\.3\)", result.complaint)
     assert not (tmp_path / "run/lora.safetensors").exists() and not list((tmp_path / "run").glob("checkpoints/*"))
 
 
