@@ -7,6 +7,7 @@ Teacher and student are one network: the student is what it becomes with the LoR
 """
 
 import sys
+from collections import deque
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,25 +17,27 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minidistill import data, inject_lora, load, save_lora
-from minidistill.distill import FullStudent, learning_rate, student, teacher
+from minidistill.distill import FullStudent, is_lost, learning_rate, student, teacher
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.files import written_whole
 from minidistill.lora import DEFAULT_TARGETS
 from minidistill.lora_files import merge_file
 from minidistill.lora_formats import read_lora
 from minidistill.merged import replaced_by, write_checkpoint
+from minidistill.parallel import Ranks, process_group
 from minidistill.report import write_report
-from minidistill.run import checkpoint_files, resume, save_checkpoint, stop_signals
+from minidistill.run import checkpoint_files, lock, resume, save_checkpoint, stop_signals
 from minidistill.schedule import add_noise
 from minidistill.settings import ModelSettings, ScaledFile, count, one_sentence, parse, positive, setting
 
 EVALUATED = 24  # held-out prompts in the report
 SHOWN = 8  # and in the pictures drawn on the way
+WINDOW = 10  # updates that show whether the student is lost, and not a single batch
 
 
 @dataclass
 class Settings(ModelSettings):
-    dtype: str = setting("float32", "of the frozen weights", "model", choices=("float32", "bfloat16"))
+    dtype: str = setting("float32", "of the frozen weights", "model", choices=("float32", "bfloat16", "float64"))
     prompts: Path = setting(
         None, "text file, one prompt a line (default: the model's own, or ours)", "teacher", type=Path
     )
@@ -70,7 +73,7 @@ class Settings(ModelSettings):
     )
     alpha: float = setting(None, "the LoRA is scaled by alpha / rank (default: the rank)", "student", type=positive)
     steps: int = setting(400, "updates of the LoRA", "student", type=count)
-    batch: int = setting(16, "examples an update; pictures drawn at once", "student", type=count)
+    batch: int = setting(16, "examples an update, in all processes; pictures drawn at once", "student", type=count)
     lr: float = setting(
         None,
         "peak learning rate (default: 0.128 / the UNet's first width; of a full copy 0.02)",
@@ -94,8 +97,7 @@ class Settings(ModelSettings):
     no_report: bool = setting(False, "only the LoRA: no evaluation, no pictures", "run")
 
 
-def main() -> None:
-    args = parse(Settings, __doc__)
+def main(args: Settings, ranks: Ranks) -> None:
     name = args.model.resolve().name
     out = args.out or Path("runs") / name
     results = [out / "lora.safetensors", out / "student", out / "student.safetensors"]
@@ -103,6 +105,7 @@ def main() -> None:
         raise ValueError(f"{out} holds a run already: add --resume to go on with it, or name another --out.")
     if args.guidance == 1:
         raise ValueError("--guidance 1 is no guidance, which takes one pass as it is: there is nothing to distil.")
+    ranks.share(args.batch)  # one that the processes cannot share is refused before any work, too
 
     # One network: the teacher, and beside some of its layers the low-rank pairs that make it the student.
     sd = load(args.model, **args.load_options())
@@ -126,6 +129,8 @@ def main() -> None:
     sd.schedule.timesteps(args.sample_steps)  # a number of steps that DDIM cannot take is refused before any work
     uncond = sd.encode_prompt([args.negative_prompt])  # [1, L, D]
     out.mkdir(parents=True, exist_ok=True)
+    held = lock(out) if ranks.first else None  # noqa: F841 (open until main() ends)
+    ranks.wait()
     print(f"{name}: {frozen:,} frozen parameters, and {sum(p.numel() for p in trainable):,} to train.")
 
     # Adam's steps are of one size whatever the width; what they add up to over a layer's inputs is not.
@@ -149,13 +154,16 @@ def main() -> None:
         batch=args.batch,
         stride=args.stride,
         keep_states=args.method != "noised",
+        ranks=ranks,
     )
     drawn = states.prompts(torch.arange(len(states))).split(64)
     embeddings = torch.cat([sd.encode_prompt([captions[i] for i in some]) for some in drawn])  # [trajectories, L, D]
 
     examples = len(states) if args.method == "noised" else len(states.examples)
     order = data.batches(examples, args.batch, args.seed, start=len(losses))
-    progress = tqdm(initial=len(losses), total=args.steps, desc="distilling", unit="step")
+    shown_as = dict(desc="distilling", unit="step", disable=not ranks.first)
+    progress = tqdm(initial=len(losses), total=args.steps, **shown_as)
+    recent = deque(maxlen=WINDOW)
     with stop_signals() as stop:
         for step in range(len(losses), args.steps):
             chosen = next(order)
@@ -164,12 +172,14 @@ def main() -> None:
                 dice = torch.Generator().manual_seed(args.seed + step)
                 t = torch.randint(sd.schedule.train_steps, chosen.shape, generator=dice)
                 z_0 = states.ends(chosen)
-                z_t = add_noise(sd.schedule, z_0, torch.randn(z_0.shape, generator=dice), t).to(sd.device)
-                t, cond = t.to(sd.device), embeddings[chosen]
+                z_t = add_noise(sd.schedule, z_0, torch.randn(z_0.shape, generator=dice), t)
+                # Drawn for the whole batch, so that nothing depends on how many processes share it.
+                z_t, t, chosen = (ranks.part(x) for x in (z_t, t, chosen))
+                z_t, t, cond = z_t.to(sd.device), t.to(sd.device), embeddings[chosen]
                 eps_hat = teacher(unet, z_t, t, cond, uncond.expand_as(cond), args.guidance)
             # Every state of a trajectory comes with the prediction that the teacher made there.
             else:
-                trajectory, taken = states.examples[chosen].T
+                trajectory, taken = states.examples[ranks.part(chosen)].T
                 z_t, eps_hat, t = (x.to(sd.device) for x in states.states(trajectory, taken))
                 cond = embeddings[trajectory]
             eps = student(unet, z_t, t, cond)  # one call of the same UNet
@@ -179,6 +189,8 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, peak, warmup=max(args.steps // 10, 1))
             loss.backward()
+            recent.append((z_t, t, cond, eps_hat, loss.detach()))
+            (loss,) = ranks.mean(trainable, loss.detach())
             norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             if not (loss + norm).isfinite():
                 raise ValueError(
@@ -191,16 +203,25 @@ def main() -> None:
             losses.append(loss.item())
             progress.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.5f}", refresh=False)
             progress.update()
-            if stop or (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            stopping = ranks.any(bool(stop))  # a signal may reach one rank an update before the others
+            if ranks.first and (stopping or (step + 1) % args.save_every == 0 or step + 1 == args.steps):
+                if len(recent) == WINDOW and is_lost(unet, recent):
+                    raise ValueError(
+                        f"At update {step + 1} the loss is {loss:g}, far above what it was without any LoRA: "
+                        f"lower --lr (it is {peak:g}) or --guidance, in a new --out."
+                    )
                 save_checkpoint(out, trainable, optimizer, losses, fixed)
-                if not args.no_report and not stop:
+                if not args.no_report and not stopping:
                     row = draw(sd, "student", shown, steps=args.sample_steps, guidance=args.guidance, batch=args.batch)
                     with written_whole(out / f"pictures/step-{step + 1:06d}.png") as beside:
                         comparison_grid([row], shown).save(beside, "png")
-            if stop:
+            if stopping:
                 progress.close()
+                ranks.wait()  # for the checkpoint: torchrun ends all when one ends
                 sys.exit(f"Saved after {step + 1} of {args.steps} updates. The same command with --resume goes on.")
     progress.close()
+    if not ranks.first:
+        return  # what is left is done once
 
     metadata = dict(base=name, guidance=f"{args.guidance:g}", negative_prompt=args.negative_prompt, method=args.method)
     metadata |= dict(prediction=sd.schedule.prediction) | ({"teacher_lora": style} if style else {})
@@ -222,4 +243,7 @@ def main() -> None:
 if __name__ == "__main__":
     less_memory = "Try, in this order: --batch 1; --dtype bfloat16; --recompute, which takes more time; a lower --rank."
     with one_sentence("train.py", "stopped. The same command with --resume goes on.", less_memory):
-        main()
+        args = parse(Settings, __doc__)
+        with process_group(args.device) as ranks:
+            args.device = ranks.device  # of several processes on GPUs each has its own
+            main(args, ranks)

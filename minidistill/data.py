@@ -8,7 +8,8 @@ of shards serves both ways to learn: from the states as they are (no teacher in 
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidistill.files import digest, written_whole
+from minidistill.parallel import ALONE, Ranks
 from minidistill.pipeline import StableDiffusion
 from minidistill.prompts import prompts, read_prompts
 from minidistill.schedule import ddim_step
+from minidistill.tensor_files import sort_header
 
 T = TypeVar("T")
 
@@ -86,12 +89,14 @@ def generate(
     batch: int = 16,
     stride: int = 1,
     keep_states: bool = True,
+    ranks: Ranks = ALONE,
 ) -> "States":
     """Have the teacher draw ``count`` trajectories of ``steps`` DDIM steps, in shards of ``batch`` under ``folder``.
 
     Captions are taken in a shuffled order, again and again. Shards that are there already are kept, so an interrupted
-    run goes on where it stopped, and one that asks for more adds to them. Without ``keep_states`` only the ends z_0 are
-    stored.
+    run goes on where it stopped, and one that asks for more adds to them; damaged ones are made again. Several
+    ``ranks`` divide among them what is missing: each shard is made once, and is the same whoever makes it. Without
+    ``keep_states`` only the ends z_0 are stored.
 
     The states of one trajectory are much alike. With a ``stride`` n the teacher takes the first step, then only every
     n-th, at offsets that shift from shard to shard: n times the pictures for the time, and among them every t.
@@ -117,27 +122,40 @@ def generate(
     ])[:count]  # fmt: skip
     uncond = sd.encode_prompt([negative_prompt])
     every_t = sd.schedule.timesteps(steps)
-    files = []
-    bar = tqdm(total=count, desc="teacher trajectories", unit="trajectory")
-    for first in range(0, count, batch):
-        file = folder / f"trajectories-{first:06d}.safetensors"
-        chosen = order[first : first + batch]
-        files.append(file)
-        if not is_shard(file, made_with, len(chosen)):
-            cond = sd.encode_prompt([captions[i] for i in chosen])
-            z_T = sd.starting_noise(range(seed + first, seed + first + len(chosen)))
+    files = {first: folder / f"trajectories-{first:06d}.safetensors" for first in range(0, count, batch)}
+    chosen = dict(zip(files, order.split(batch)))
+    missing = [first for first, file in files.items() if not is_shard(file, made_with, len(chosen[first]))]
+    ranks.wait()  # all know what is missing before any of it is made
+    there = count - sum(len(chosen[first]) for first in missing)
+    shown = dict(desc="teacher trajectories", unit="trajectory", disable=not ranks.first)
+    bar = tqdm(initial=there, total=count, **shown)
+    for turn, first in enumerate(missing):
+        if turn % ranks.world == ranks.rank:
+            cond = sd.encode_prompt([captions[i] for i in chosen[first]])
+            z_T = sd.starting_noise(range(seed + first, seed + first + len(cond)))
             offset = first // batch % stride
             timesteps = [t for i, t in enumerate(every_t) if i == 0 or i % stride == offset]
             z_t, target, z_0 = teacher_trajectory(sd, cond, uncond.expand_as(cond), guidance, z_T, timesteps)
             tensors = {"z_0": z_0, "z_t": z_t, "target": target} if keep_states else {"z_0": z_0}
             # Half precision rounds by 1/2000 of a value: far below what any student misses, at half the disk.
             tensors = {name: x.half().cpu().contiguous() for name, x in tensors.items()}
-            tensors |= {"prompt": chosen, "t": torch.tensor(timesteps)}
-            with written_whole(file) as beside:
-                beside.write_bytes(save(tensors, {"made_with": made_with}))
-        bar.update(len(chosen))
+            tensors |= {"prompt": chosen[first], "t": torch.tensor(timesteps)}
+            with written_whole(files[first]) as beside:
+                beside.write_bytes(save(tensors, {"made_with": made_with, "checksum": checksum(tensors, made_with)}))
+                sort_header(beside)
+        bar.update(len(chosen[first]))
     bar.close()
-    return States(files, count)
+    ranks.wait()
+    return States(list(files.values()), count)
+
+
+def checksum(tensors: Mapping[str, Tensor], made_with: str) -> str:
+    """Of all that a shard says: safetensors itself does not notice a flipped bit."""
+    found = hashlib.sha256(made_with.encode())
+    for name, x in sorted(tensors.items()):
+        found.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        found.update(x.view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def is_shard(file: Path, made_with: str, size: int) -> bool:
@@ -146,21 +164,26 @@ def is_shard(file: Path, made_with: str, size: int) -> bool:
         return False
     try:
         with safe_open(file, "pt") as shard:
-            found = (shard.metadata() or {}).get("made_with")
-            whole = shard.get_slice("prompt").get_shape()[0] >= size
-    except (SafetensorError, OSError):
-        return False  # damaged: make it again
+            metadata = shard.metadata() or {}
+        tensors, found = load_file(file), metadata["made_with"]
+        whole = metadata["checksum"] == checksum(tensors, found)
+    except (SafetensorError, OSError, KeyError):
+        whole = False
+    if not whole:
+        warnings.warn(f"{file} is damaged: the teacher draws it again.", stacklevel=3)
+        return False
     if found != made_with:
         raise ValueError(
             f"{file} was generated with other settings ({found}): delete {file.parent}, "
             "or give --out (or --states) another folder."
         )
-    return whole
+    return len(tensors["prompt"]) >= size
 
 
 class States:
-    """The first ``count`` trajectories of some shards, memory-mapped. ``len`` counts trajectories.
+    """The first ``count`` trajectories of some shards. ``len`` counts trajectories.
 
+    The shards are memory-mapped: what is read of them comes from disk when it is, and memory does not grow with them.
     ``examples`` [E, 2] int64 names every state there is, as a trajectory and a step of it.
     """
 

@@ -4,9 +4,11 @@
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidistill.guidance import guided_noise
@@ -39,6 +41,19 @@ def teacher(
 def student(unet: LoRAModel | FullStudent, z_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
     """One call with the LoRA switched on. [B, 4, h, w] -> [B, 4, h, w]."""
     return unet(z_t, t, cond, lora_enabled=True)
+
+
+@torch.no_grad()
+def is_lost(unet: LoRAModel | FullStudent, batches: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]) -> bool:
+    """Whether the student has diverged, by its last batches: z_t, t, cond and eps_hat of each, and its loss there.
+
+    It has when it misses ten times what W alone does, from which it set out, or more than an answer of zeros would. On
+    the same batches: how much guidance changes differs much with t, and a few batches tell little of others.
+    """
+    missed = sum(loss for *_, loss in batches)
+    without = sum(F.mse_loss(unet(z_t, t, cond), eps_hat) for z_t, t, cond, eps_hat, _ in batches)
+    zeros = sum(eps_hat.square().mean() for *_, eps_hat, _ in batches)
+    return bool(missed > min(10 * without, zeros))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:

@@ -46,6 +46,7 @@ def folder_written_whole(folder: str | Path) -> Iterator[Path]:
     if folder.exists():
         raise ValueError(f"{folder} exists already: name another folder, or delete it.")
     beside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed here
     try:
         beside.mkdir(parents=True)
         yield beside

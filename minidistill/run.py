@@ -1,20 +1,41 @@
-"""A training run's folder: checkpoints to go on from, and a clean stop."""
+"""A training run's folder: one run at a time, checkpoints to go on from, and a clean stop."""
 
+import hashlib
 import io
 import json
-import pickle
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import nn
 
 from minidistill.files import written_whole
 
+try:
+    import fcntl
+except ImportError:  # on Windows, where two runs in one folder go unnoticed
+    fcntl = None
+
 KEPT = 2  # checkpoints; the older one is for when the newer turns out damaged
+DIGEST = 32  # bytes of SHA-256, at the end of a checkpoint: torch.load itself does not notice a flipped bit
+
+
+def lock(out: Path) -> IO[str]:
+    """Have ``out`` to oneself for as long as the returned file is open; raises ValueError where another run has it.
+
+    The kernel lets go of it when a process ends, whatever ends it, so no lock is ever left over.
+    """
+    file = (out / "lock").open("a")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"Another run is at work in {out}: let it end, or name another --out.") from None
+    return file
 
 
 @contextmanager
@@ -41,7 +62,15 @@ def save_checkpoint(
     losses: list[float],
     settings: dict[str, str],
 ) -> None:
-    """Save after ``len(losses)`` updates, and the losses so far as ``metrics.jsonl``."""
+    """Save after ``len(losses)`` updates, and the losses so far as ``metrics.jsonl``.
+
+    Nothing else makes a run what it is: the learning rate and the place in the data follow from the number of updates,
+    and all randomness in the loop comes from generators seeded with it, none from the global one.
+    """
+    # The metrics first: of a run that was killed in between, the updates since the checkpoint before are made again.
+    with written_whole(out / "metrics.jsonl") as beside:
+        lines = [json.dumps({"step": step + 1, "loss": loss}) for step, loss in enumerate(losses)]
+        beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
     state = {
         "trained": [p.detach() for p in trained],
         "optimizer": optimizer.state_dict(),
@@ -50,13 +79,11 @@ def save_checkpoint(
     }
     contents = io.BytesIO()
     torch.save(state, contents)
+    contents.write(hashlib.sha256(contents.getbuffer()).digest())
     with written_whole(out / f"checkpoints/step-{len(losses):06d}.pt") as beside:
         beside.write_bytes(contents.getbuffer())  # a full disk is an OSError here, whatever torch.save would call it
     for old in checkpoint_files(out)[:-KEPT]:
         old.unlink()
-    with written_whole(out / "metrics.jsonl") as beside:
-        lines = [json.dumps({"step": step + 1, "loss": loss}) for step, loss in enumerate(losses)]
-        beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def resume(
@@ -68,11 +95,11 @@ def resume(
     from those the checkpoint was made with.
     """
     for file in reversed(checkpoint_files(out)):
-        try:
-            state = torch.load(file, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            warnings.warn(f"{file} is damaged and passed over: {error}", stacklevel=2)
+        contents = memoryview(file.read_bytes())
+        if hashlib.sha256(contents[:-DIGEST]).digest() != contents[-DIGEST:]:
+            warnings.warn(f"{file} is damaged and passed over: its checksum differs.", stacklevel=2)
             continue
+        state = torch.load(io.BytesIO(contents[:-DIGEST]), weights_only=True, map_location="cpu")
         found = state["settings"]
         flags = [
             f"--{name.replace('_', '-')} {found.get(name)}" for name in settings if settings[name] != found.get(name)

@@ -4,6 +4,7 @@ import argparse
 import math
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -169,8 +170,9 @@ OUT_OF_MEMORY = ("DefaultCPUAllocator", "MPS backend out of memory")  # what say
 def one_sentence(script: str, stopped: str, less_memory: str = "") -> Iterator[None]:
     """Run a script: what was wrong with its input, or that it was ``stopped``, is one sentence and no traceback.
 
-    ``less_memory`` says which flags help when memory runs out, the first to try first.
+    SIGTERM stops it as Ctrl-C does. ``less_memory`` says which flags help when memory runs out, the first to try first.
     """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except (ValueError, OSError) as error:  # a CheckpointError is a ValueError
@@ -182,3 +184,5 @@ def one_sentence(script: str, stopped: str, less_memory: str = "") -> Iterator[N
         sys.exit(f"{script}: out of memory. {less_memory}")
     except KeyboardInterrupt:
         sys.exit(f"{script}: {stopped}")
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,17 +1,20 @@
 """data.py: trajectories are the teacher's, shards survive interruptions, batches depend on their number alone."""
 
 import json
+import random
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import error
 from torch import Tensor
 
 from minidistill import CheckpointError, StableDiffusion, guided_noise
-from minidistill.data import States, batches, generate, prompt_split
+from minidistill.data import States, batches, generate, is_shard, prompt_split
 from minidistill.schedule import ddim_step
 
 CAPTIONS = ["a red apple", "a green pear", "a rocket on a purple background"]
@@ -123,6 +126,13 @@ def test_trajectories_are_of_float32(sd: StableDiffusion, tmp_path: Path):
     assert z_t.shape == eps_hat.shape == (1, 4, 8, 8)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped")
+def test_shards_are_mapped_not_read(sd: StableDiffusion, tmp_path: Path):
+    states = made(sd, tmp_path)
+    maps = Path("/proc/self/maps").read_text()
+    assert len(states.shards) == 3 and all(str(file) in maps for file in tmp_path.iterdir())
+
+
 # Resuming
 
 
@@ -138,7 +148,15 @@ def empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [delete, truncate, empty])
+def flip(file: Path) -> None:
+    """One bit of a tensor, which safetensors does not notice."""
+    contents = bytearray(file.read_bytes())
+    contents[-1000] ^= 1
+    file.write_bytes(contents)
+    load_file(file)
+
+
+@pytest.mark.parametrize("damage", [delete, truncate, empty, flip])
 def test_only_the_damaged_shard_is_made_again(damage, sd: StableDiffusion, calls: list[int], tmp_path: Path):
     made(sd, tmp_path)
     before, whole = contents(tmp_path), len(calls)
@@ -147,6 +165,23 @@ def test_only_the_damaged_shard_is_made_again(damage, sd: StableDiffusion, calls
     calls.clear()
     made(sd, tmp_path)
     assert len(calls) == 3 * 2 and contents(tmp_path) == before
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(sd: StableDiffusion, tmp_path: Path):
+    """In the header, in what it says of the settings, in the tensors."""
+    made(sd, tmp_path, count=1)
+    (file,) = tmp_path.iterdir()
+    with safe_open(file, "pt") as shard:
+        made_with = shard.metadata()["made_with"]
+    contents, dice = file.read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(contents[:8], "little")
+    assert is_shard(file, made_with, 1)
+    for bit in [*dice.choices(range(8 * header), k=100), *dice.choices(range(8 * header, 8 * len(contents)), k=100)]:
+        damaged = bytearray(contents)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="is damaged: the teacher draws it again"):
+            assert not is_shard(file, made_with, 1)
 
 
 def test_whole_shards_need_no_teacher(sd: StableDiffusion, calls: list[int], tmp_path: Path):

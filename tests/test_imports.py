@@ -58,7 +58,7 @@ def test_text_knows_files_besides():
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "blocks", "figures", "guidance", "files", "settings", "prompts", "stored"]
+    "module", ["config", "blocks", "figures", "guidance", "files", "parallel", "settings", "prompts", "stored"]
 )
 def test_the_lowest_know_nobody(module: str):
     assert not known(module)

@@ -24,6 +24,7 @@ from minidistill import data, inject_lora, load, load_lora, save_lora
 from minidistill.lora import lora_parameters
 from minidistill.lora_files import merge_file
 from minidistill.lora_formats import read_lora
+from minidistill.run import lock
 from minidistill.tensor_files import read_tensors
 
 UPDATES = 6
@@ -270,17 +271,26 @@ def test_killed_and_resumed_is_uninterrupted(full, command, flags: Flags, tmp_pa
     assert same_result(tmp_path / "run", full[0])
 
 
-def test_interrupted_while_the_teacher_draws(full, command, flags: Flags, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_the_teacher_draws(asked: int, full, command, flags: Flags, tmp_path: Path, monkeypatch):
     run, save = [*flags(tmp_path / "run"), "--no-report"], data.save
 
     def save_and_interrupt(*args):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), asked)
         return save(*args)
 
     with monkeypatch.context() as patched:
         patched.setattr(data, "save", save_and_interrupt)
         assert "--resume" in command("train.py", *run).complaint
     assert command("train.py", *run, "--resume").code == 0
+    assert same_result(tmp_path / "run", full[0])
+
+
+def test_nothing_in_the_loop_is_drawn_from_the_global_generator(full, command, flags: Flags, tmp_path: Path):
+    """Which is why no checkpoint holds its state."""
+    handle = register_optimizer_step_post_hook(lambda *_: torch.seed())
+    command("train.py", *flags(tmp_path / "run"), "--no-report")
+    handle.remove()
     assert same_result(tmp_path / "run", full[0])
 
 
@@ -335,13 +345,40 @@ def test_resume_with_other_settings_is_refused(changes: dict, full, command, fla
     assert listing(full[0]) == before
 
 
-def test_a_damaged_checkpoint_is_named_or_passed_over(full, command, flags: Flags, tmp_path: Path):
+def truncated(contents: bytes) -> bytes:
+    return contents[:1000]
+
+
+def empty(contents: bytes) -> bytes:
+    return b""
+
+
+def flipped(contents: bytes) -> bytes:
+    """One bit in the middle of a weight: torch.load alone would not notice."""
+    middle = len(contents) // 2
+    return contents[:middle] + bytes([contents[middle] ^ 4]) + contents[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [truncated, empty, flipped])
+def test_a_damaged_checkpoint_is_named_and_passed_over(damage, full, command, flags: Flags, tmp_path: Path):
     run = [*flags(tmp_path / "run"), "--no-report"]
     command("train.py", *run)
     newest = sorted((tmp_path / "run/checkpoints").iterdir())[-1]
-    newest.write_bytes(newest.read_bytes()[:1000])
-    result = command("train.py", *run, "--resume")
-    assert same_result(tmp_path / "run", full[0]) if result.code == 0 else newest.name in result.complaint
+    newest.write_bytes(damage(newest.read_bytes()))
+    with pytest.warns(UserWarning, match=f"{newest} is damaged and passed over"):
+        result = command("train.py", *run, "--resume")
+    assert f"{UPDATES - 2}/{UPDATES}" in result.err  # where the checkpoint before was made
+    assert same_result(tmp_path / "run", full[0])
+
+
+def test_a_second_run_beside_the_first_is_refused(full, command, flags: Flags, tmp_path: Path):
+    run = [*flags(tmp_path / "run"), "--no-report", "--resume"]
+    (tmp_path / "run").mkdir()
+    with lock(tmp_path / "run"):
+        assert f"Another run is at work in {tmp_path}/run" in command("train.py", *run).complaint
+        assert [file.name for file in (tmp_path / "run").iterdir()] == ["lock"]
+    assert command("train.py", *run).code == 0
+    assert same_result(tmp_path / "run", full[0])
 
 
 BAD = {
@@ -422,6 +459,14 @@ def test_a_full_disk(room: int, full, command, flags: Flags, tmp_path: Path):
 def test_a_loss_that_is_no_number(command, flags: Flags, tmp_path: Path):
     result = command("train.py", *flags(tmp_path / "run", lr=1e30, save_every=100), "--no-report")
     assert re.search("loss is (nan|inf).*--lr", result.complaint)
+    assert not (tmp_path / "run/lora.safetensors").exists() and not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_loss_that_runs_away(command, flags: Flags, tmp_path: Path):
+    """It stays a number: stopped before a checkpoint is made of it."""
+    run = flags(tmp_path / "run", lr=0.3, steps=50, save_every=20)
+    result = command("train.py", *run, "--no-report")
+    assert re.search(r"At update 20 the loss is 0\.\d+, far above .* lower --lr \(it is 0\.3\)", result.complaint)
     assert not (tmp_path / "run/lora.safetensors").exists() and not list((tmp_path / "run").glob("checkpoints/*"))
 
 
