@@ -144,7 +144,7 @@ def main() -> None:
     uncond = sd.encode_prompt([args.negative_prompt])  # [1, L, D]
     out.mkdir(parents=True, exist_ok=True)
     print(f"{name}: {frozen:,} frozen parameters, and {sum(p.numel() for p in trainable):,} to train.")
-    kept = f"only what takes {LOW_MEMORY:g} multiply-adds a number" if learning.recompute_below else "all activations"
+    kept = f"only what takes {LOW_MEMORY} multiply-adds a number" if learning.recompute_below else "all activations"
     print(f"Memory {args.memory}: {kept} kept for the backward pass; text encoder and VAE on the host until used.")
 
     # Adam's steps are of one size whatever the width; what they add up to over a layer's inputs is not.

@@ -165,7 +165,7 @@ class MidBlock(nn.Module):
 
 # Where ``train.py --memory low`` draws the line, in multiply-adds. Of SD 1.5 it keeps the 3x3 convolutions, attention
 # among many pixels and the widest linear layers; results/README.md#memory says what other lines would save and cost.
-LOW_MEMORY = 1000.0
+LOW_MEMORY = 1000
 
 
 def multiply_adds(operator: OpOverload, args: tuple) -> int:
@@ -203,7 +203,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        self.recompute_below = 0.0
+        self.recompute_below = 0
         widths, n = config.widths, config.layers
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepMLP(widths[0], 4 * widths[0])

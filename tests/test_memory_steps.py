@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig
 
 from minidistill import memory, memory_steps
-from minidistill.memory_steps import CARDS, INSTEAD, STEPS, Card, Step, Work, card, peak, recomputed
+from minidistill.memory import counted
+from minidistill.memory_steps import CARDS, INSTEAD, STEPS, Card, Step, Work, card, peak, program, recomputed
 
 TEXT = CLIPTextConfig(vocab_size=100, hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
 
@@ -30,10 +32,11 @@ def test_multiply_adds_are_half_of_torchs_flops(fused: bool):
 
 
 def test_more_recomputed_and_less_kept():
-    sizes = [peak(Step("", recompute_below=least), TINY, TEXT) for least in (0, 30, 150, math.inf)]
-    work = [recomputed(TINY, least) for least in (0, 30, 150, math.inf)]
-    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 2
-    assert work == sorted(work) and work[0] == 0 and work[1] < 0.1 and 0.5 < work[-1] < 1
+    lines = (0, 30, 150, math.inf)
+    saved = [counted(partial(program, Step("", recompute_below=least), TINY, 1))["saved"] for least in lines]
+    work = [recomputed(TINY, least) for least in lines]
+    assert saved == sorted(saved, reverse=True) and work == sorted(work) and len(set(saved)) == len(set(work)) == 4
+    assert work[0] == 0 and 0.5 < work[-1] < 1
 
 
 def test_steps_add_up():
