@@ -8,12 +8,14 @@ Teacher and student are one network: the student is what it becomes with the LoR
 
 import sys
 from collections import deque
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from minidistill import data, inject_lora, load, save_lora
@@ -29,6 +31,7 @@ from minidistill.report import write_report
 from minidistill.run import checkpoint_files, lock, resume, save_checkpoint, stop_signals
 from minidistill.schedule import add_noise
 from minidistill.settings import ModelSettings, ScaledFile, count, one_sentence, parse, positive, setting
+from minidistill.unet import LOW_MEMORY
 
 EVALUATED = 24  # held-out prompts in the report
 SHOWN = 8  # and in the pictures drawn on the way
@@ -80,7 +83,13 @@ class Settings(ModelSettings):
         "student",
         type=positive,
     )
-    recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time", "student")
+    accumulate: int = setting(1, "an update's batch in N parts: less memory, the same update", "student", type=count)
+    memory: str = setting(
+        "normal",
+        "low: recompute in the backward pass what costs little, in place of keeping it",
+        "student",
+        choices=("low", "normal"),
+    )
     kernel: str = setting(
         "auto",
         "what computes the LoRA's layers: one kernel for W and the pair (on a GPU, in bfloat16), or PyTorch",
@@ -95,6 +104,11 @@ class Settings(ModelSettings):
     save_every: int = setting(100, "updates from a checkpoint and its pictures to the next", "run", type=count)
     resume: bool = setting(False, "go on from the last checkpoint in --out, if there is one", "run")
     no_report: bool = setting(False, "only the LoRA: no evaluation, no pictures", "run")
+
+
+def in_parts(count: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A batch in ``count`` parts, or in fewer where it is smaller: for each, its slice of every tensor."""
+    return zip(*(x.chunk(count) for x in tensors))
 
 
 def main(args: Settings, ranks: Ranks) -> None:
@@ -119,25 +133,30 @@ def main(args: Settings, ranks: Ranks) -> None:
     torch.manual_seed(args.seed)
     if full := args.method == "full":  # plain distillation: two networks, for comparison
         unet = FullStudent(sd.unet, deepcopy(sd.unet).float().requires_grad_())
-        unet.student.checkpoint_blocks = args.recompute
+        learning = unet.student
     else:
         unet = inject_lora(sd.unet, args.rank, args.alpha, args.targets or DEFAULT_TARGETS, args.kernel)
-        unet.base.checkpoint_blocks = args.recompute
+        learning = unet.base
+    learning.recompute_below = LOW_MEMORY if args.memory == "low" else 0
     sd.unet = unet
     trainable = [p for p in unet.parameters() if p.requires_grad]
     frozen = sum(p.numel() for p in unet.parameters() if not p.requires_grad)
+    for network in (sd.text_encoder, sd.vae):
+        network.to("cpu")  # to rest, for they work now and then only
     sd.schedule.timesteps(args.sample_steps)  # a number of steps that DDIM cannot take is refused before any work
     uncond = sd.encode_prompt([args.negative_prompt])  # [1, L, D]
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out) if ranks.first else None  # noqa: F841 (open until main() ends)
     ranks.wait()
     print(f"{name}: {frozen:,} frozen parameters, and {sum(p.numel() for p in trainable):,} to train.")
+    kept = f"only what takes {LOW_MEMORY} multiply-adds a number" if learning.recompute_below else "all activations"
+    print(f"Memory {args.memory}: {kept} kept for the backward pass; text encoder and VAE on the host until used.")
 
     # Adam's steps are of one size whatever the width; what they add up to over a layer's inputs is not.
     peak = args.lr or (0.02 if full else 0.128) / sd.unet_config.widths[0]
     optimizer = torch.optim.AdamW(trainable, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     # What changes nothing of the result.
-    apart = ("out", "states", "resume", "no_report", "save_every", "device", "kernel", "recompute")
+    apart = ("out", "states", "resume", "no_report", "save_every", "device", "kernel", "memory", "accumulate")
     fixed = {flag: str(value) for flag, value in asdict(args).items() if flag not in apart}
     losses = resume(out, trainable, optimizer, fixed)  # none, in a new run
 
@@ -156,8 +175,9 @@ def main(args: Settings, ranks: Ranks) -> None:
         keep_states=args.method != "noised",
         ranks=ranks,
     )
-    drawn = states.prompts(torch.arange(len(states))).split(64)
-    embeddings = torch.cat([sd.encode_prompt([captions[i] for i in some]) for some in drawn])  # [trajectories, L, D]
+    drawn, caption_of = states.prompts(torch.arange(len(states))).unique(return_inverse=True)
+    encoded = (sd.encode_prompt([captions[i] for i in some]).cpu() for some in drawn.split(64))
+    embeddings = torch.cat(list(encoded))  # [captions, L, D], on the host: of many they would fill a small card
 
     examples = len(states) if args.method == "noised" else len(states.examples)
     order = data.batches(examples, args.batch, args.seed, start=len(losses))
@@ -175,22 +195,26 @@ def main(args: Settings, ranks: Ranks) -> None:
                 z_t = add_noise(sd.schedule, z_0, torch.randn(z_0.shape, generator=dice), t)
                 # Drawn for the whole batch, so that nothing depends on how many processes share it.
                 z_t, t, chosen = (ranks.part(x) for x in (z_t, t, chosen))
-                z_t, t, cond = z_t.to(sd.device), t.to(sd.device), embeddings[chosen]
-                eps_hat = teacher(unet, z_t, t, cond, uncond.expand_as(cond), args.guidance)
+                z_t, t, cond = z_t.to(sd.device), t.to(sd.device), embeddings[caption_of[chosen]].to(sd.device)
+                parts = in_parts(args.accumulate, z_t, t, cond, uncond.expand_as(cond))
+                eps_hat = torch.cat([teacher(unet, *part, args.guidance) for part in parts])
             # Every state of a trajectory comes with the prediction that the teacher made there.
             else:
                 trajectory, taken = states.examples[ranks.part(chosen)].T
                 z_t, eps_hat, t = (x.to(sd.device) for x in states.states(trajectory, taken))
-                cond = embeddings[trajectory]
-            eps = student(unet, z_t, t, cond)  # one call of the same UNet
+                cond = embeddings[caption_of[trajectory]].to(sd.device)
 
-            # Unweighted over t: on trajectories this is the very noise error that is asked of the student.
-            loss = F.mse_loss(eps, eps_hat)
+            loss = 0.0
+            for *inputs, target in in_parts(args.accumulate, z_t, t, cond, eps_hat):
+                eps = student(unet, *inputs)  # one call of the same UNet
+                # Unweighted over t: on trajectories this is the very noise error that is asked of the student.
+                share = F.mse_loss(eps, target) * (len(eps) / len(z_t))
+                share.backward()
+                loss += share.detach()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, peak, warmup=max(args.steps // 10, 1))
-            loss.backward()
-            recent.append((z_t, t, cond, eps_hat, loss.detach()))
-            (loss,) = ranks.mean(trainable, loss.detach())
+            recent.append((z_t, t, cond, eps_hat, loss))
+            (loss,) = ranks.mean(trainable, loss)
             norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             if not (loss + norm).isfinite():
                 raise ValueError(
@@ -222,6 +246,8 @@ def main(args: Settings, ranks: Ranks) -> None:
     progress.close()
     if not ranks.first:
         return  # what is left is done once
+    if sd.device.type == "cuda":
+        print(f"At most {torch.cuda.max_memory_allocated(sd.device) / 1e9:.2f} GB of the device were in tensors.")
 
     metadata = dict(base=name, guidance=f"{args.guidance:g}", negative_prompt=args.negative_prompt, method=args.method)
     metadata |= dict(prediction=sd.schedule.prediction) | ({"teacher_lora": style} if style else {})
@@ -241,7 +267,10 @@ def main(args: Settings, ranks: Ranks) -> None:
 
 
 if __name__ == "__main__":
-    less_memory = "Try, in this order: --batch 1; --dtype bfloat16; --recompute, which takes more time; a lower --rank."
+    less_memory = (
+        "Try, in this order: --memory low, which takes more time; --accumulate with the number of --batch; "
+        "--dtype bfloat16; a smaller --batch; a lower --rank."
+    )
     with one_sentence("train.py", "stopped. The same command with --resume goes on.", less_memory):
         args = parse(Settings, __doc__)
         with process_group(args.device) as ranks:

@@ -152,7 +152,7 @@ class LoRAModel(nn.Module):
     """A network whose call takes the flag: ``model(*args, lora_enabled=True)`` is the student, without it the teacher.
 
     It shows the network's own parameters and children, so that their names stay. ``base`` is the network: attributes
-    are read and set there, as in ``unet.base.checkpoint_blocks = True``.
+    are read and set there, as in ``unet.base.recompute_below = math.inf``.
     """
 
     def __init__(self, base: nn.Module, switch: Switch):

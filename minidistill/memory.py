@@ -5,9 +5,11 @@
 
 The ledger runs the real update on fake tensors, which have shapes but no memory, and follows every storage from the
 operation that makes it to its end: to the byte, for any size, on any machine. What a kernel takes while it runs, such
-as a convolution's workspace, it does not see; the measured peak does.
+as a convolution's workspace, it does not see; the measured peak does. What each way to save memory saves is told by
+``python -m minidistill.memory_steps``.
 """
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -95,15 +97,27 @@ class Program:
     Args:
         forward: gives the loss or, where nothing is trained, the guided noise.
         foreach: AdamW on all tensors at once, torch's default on CUDA; on CPU it takes them in turn.
+        parts: gradients of so many calls of ``forward`` are summed in an update.
     """
 
-    def __init__(self, networks: list[nn.Module], forward: Callable[[], Tensor], foreach: bool):
-        self.forward = forward
+    def __init__(self, networks: list[nn.Module], forward: Callable[[], Tensor], foreach: bool, parts: int = 1):
+        self.forward, self.parts = forward, parts
         self.weights = [p for network in networks for p in network.parameters()]
         self.trained = [p for p in self.weights if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, foreach=foreach) if self.trained else None
 
+    def start(self) -> None:
+        """Have AdamW's state in place, as after a first update."""
+        if self.optimizer:
+            for p in self.trained:
+                p.grad = torch.zeros_like(p)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
     def update(self, loss: Tensor) -> None:
+        for _ in range(self.parts - 1):
+            loss.backward()
+            loss = self.forward()
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
@@ -188,7 +202,7 @@ ROWS = {
 class Case(NamedTuple):
     row: str
     dtype: str  # of the weights
-    recompute: bool  # activation checkpointing of every block
+    recompute: bool  # activation checkpointing of whole blocks
 
     def __str__(self) -> str:
         return f"{self.row}/{self.dtype}" + "/recompute" * self.recompute
@@ -202,7 +216,7 @@ def program(case: Case, size: Size, device: torch.device, rank: int, foreach: bo
     setup = Setup(size, device, getattr(torch, case.dtype), rank, timed_steps=1)
     networks, forward = ROWS[case.row].make(setup)
     for network in networks:
-        getattr(network, "base", network).checkpoint_blocks = case.recompute
+        getattr(network, "base", network).recompute_below = math.inf if case.recompute else 0.0
     return Program(networks, forward, foreach)
 
 
@@ -212,8 +226,14 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 
 def ledger(case: Case, size: Size, rank: int = 16, foreach: bool = False) -> dict[str, int]:
     """Bytes, by what they are for, and the most there are at one time."""
+    return counted(partial(program, case, size, torch.device("cpu"), rank, foreach))
+
+
+def counted(make: Callable[[], Program]) -> dict[str, int]:
+    """The ledger of any program."""
     with FakeTensorMode(), Live() as live:
-        what = program(case, size, torch.device("cpu"), rank, foreach)
+        what = make()
+        what.start()
         before = live.bytes
         result = what.forward()
         columns = {"weights": size_of(what.weights), "gradients": 0, "optimizer": 0}
@@ -222,7 +242,6 @@ def ledger(case: Case, size: Size, rank: int = 16, foreach: bool = False) -> dic
             what.update(result)
             columns["gradients"] = size_of(p.grad for p in what.trained)
             columns["optimizer"] = size_of(x for state in what.optimizer.state.values() for x in state.values())
-        what.run()  # once more, with AdamW's state in place
         return columns | {"peak": live.peak}
 
 

@@ -1,6 +1,7 @@
 """Stable Diffusion as one object: prompts in, pictures out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +23,23 @@ from minidistill.vae import VAE
 FRESH_NOISE = 1 << 32  # added to a picture's seed where eta asks for more noise: the seed itself gave z_T
 
 
+@contextmanager
+def at_work(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Have the network on ``device`` while it is used, and back where it was afterwards."""
+    rest = next(network.parameters()).device
+    network.to(device)
+    try:
+        yield
+    finally:
+        network.to(rest)
+
+
 @dataclass
 class StableDiffusion:
-    """The parts of a model, and what is done with them together. ``unet`` may carry LoRA (see lora.py)."""
+    """The parts of a model, and what is done with them together. ``unet`` may carry LoRA (see lora.py).
+
+    Text encoder and VAE may rest on the host, as after ``sd.vae.to("cpu")``: they come to ``device`` when used.
+    """
 
     unet: nn.Module
     vae: VAE
@@ -43,8 +58,8 @@ class StableDiffusion:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
-        return self.vae.post_quant_conv.weight.device
+        """Where the UNet is, and all that is computed."""
+        return next(self.unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,7 +72,8 @@ class StableDiffusion:
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Token ids [N, L] -> embeddings [N, L, D]."""
-        return text.encode_tokens(self.text_encoder, ids)
+        with at_work(self.text_encoder, self.device):
+            return text.encode_tokens(self.text_encoder, ids)
 
     def starting_noise(self, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
         """z_T [N, 4, h, w] of N ``seeds``, each drawn on the CPU by itself: the same on every device, in every batch.
@@ -155,7 +171,9 @@ class StableDiffusion:
             generators = [torch.Generator().manual_seed(FRESH_NOISE + own) for own in seeds]
             for z_t in ddim_sample(model, self.schedule, z_T, steps, eta, generators):
                 bar.update()
-            pictures += to_images(self.vae.decode(z_t.to(self.dtype)))
+            with at_work(self.vae, self.device):
+                for one in z_t.to(self.dtype).split(1):  # a decoder takes far more memory for a picture than the UNet
+                    pictures += to_images(self.vae.decode(one))
         bar.close()
         return pictures
 

@@ -5,13 +5,20 @@ Modules carry the names of the folder layout that the official checkpoints are p
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch._ops import OpOverload
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from minidistill.blocks import ResnetBlock, Upsample, attention, to_picture, to_tokens
+from minidistill.blocks import Conv2d, ResnetBlock, Upsample, attention, to_picture, to_tokens
 from minidistill.config import UNetConfig
 
 
@@ -104,7 +111,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, width: int, heads: int, depth: int, config: UNetConfig):
         super().__init__()
         self.linear_projection = config.linear_projection
-        projection = nn.Linear if config.linear_projection else lambda i, o: nn.Conv2d(i, o, kernel_size=1)
+        projection = nn.Linear if config.linear_projection else lambda i, o: Conv2d(i, o, kernel_size=1)
         self.norm = nn.GroupNorm(config.groups, width, eps=1e-6)
         self.proj_in = projection(width, width)
         self.transformer_blocks = nn.ModuleList(
@@ -125,7 +132,7 @@ class SpatialTransformer(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
@@ -156,6 +163,32 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([SpatialTransformer(width, heads, config.mid_depth, config)])
 
 
+# Where ``train.py --memory low`` draws the line, in multiply-adds. Of SD 1.5 it keeps the 3x3 convolutions, attention
+# among many pixels and the widest linear layers; results/README.md#memory says what other lines would save and cost.
+LOW_MEMORY = 1000
+
+
+def multiply_adds(operator: OpOverload, args: tuple) -> int:
+    """How many a single number of the operator's result takes; a norm, an activation or a sum counts as one."""
+    name = operator.name()
+    if "attention" in name:  # of q, k [B, heads, L', d] and v
+        return 2 * args[1].shape[-2]  # for its share of the weights, and to sum the values by them
+    if name.endswith(("convolution", "linear", "conv")):  # of x, W [out, in, ...]
+        return args[1][0].numel()
+    if name.endswith("mm"):  # of ..., W^T [in, out]
+        return args[-1].shape[-2]
+    return 1
+
+
+def policy(least: float, _: SelectiveCheckpointContext, operator: OpOverload, *args, **kwargs) -> CheckpointPolicy:
+    """Selective activation checkpointing: keep what costs ``least`` or more to compute again, recompute the rest.
+
+    A kept number takes the same memory whatever it cost, so this saves the most for the fewest operations.
+    """
+    dear = multiply_adds(operator, args) >= least
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class UNet(nn.Module):
     """Predicts the noise (or v) in noisy latents, given the time step and the prompt.
 
@@ -163,15 +196,16 @@ class UNet(nn.Module):
         config: widths, depths and heads; see :class:`minidistill.config.UNetConfig`.
 
     Attributes:
-        checkpoint_blocks: recompute each block in the backward pass instead of keeping its activations.
+        recompute_below: of each block keep for the backward pass only what takes this many multiply-adds a number, and
+            compute the rest again. 0: keep all; ``math.inf``: nothing but what goes into a block.
     """
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False
+        self.recompute_below = 0
         widths, n = config.widths, config.layers
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepMLP(widths[0], 4 * widths[0])
 
         self.down_blocks = nn.ModuleList()
@@ -197,12 +231,14 @@ class UNet(nn.Module):
             below = width
 
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def run_block(self, block: Callable[..., Tensor], *args: Tensor) -> Tensor:
         """Call one residual block or transformer. The only place that knows of activation checkpointing."""
-        if self.checkpoint_blocks and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
+        if self.recompute_below and torch.is_grad_enabled():
+            keep = partial(create_selective_checkpoint_contexts, partial(policy, self.recompute_below))
+            # Nothing in a block is random.
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=keep)
         return block(*args)
 
     def run_layer(self, level: Level, i: int, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Imitation(nn.Module):
 
     def __init__(self, learned: float, uncond: Tensor):
         super().__init__()
-        self.learned, self.uncond = learned, uncond
+        self.learned, self.uncond = learned, nn.Parameter(uncond, requires_grad=False)
 
     def forward(self, z_t: Tensor, t: Tensor, context: Tensor, lora_enabled: bool = False) -> Tensor:
         def eps(c: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 import pickle
 from dataclasses import replace
 
@@ -323,13 +324,14 @@ def gradients(model: LoRAModel, interleaved: bool) -> list[Tensor]:
     return [z_t.grad, *(p.grad for p in lora_parameters(model))]
 
 
+@pytest.mark.parametrize("below", [math.inf, 100.0], ids=["all recomputed", "what is cheap recomputed"])
 @pytest.mark.parametrize("when", ["before injection", "after injection"])
-def test_recomputation_sees_the_switch_of_its_own_forward(when: str):
+def test_recomputation_sees_the_switch_of_its_own_forward(when: str, below: float):
     expected = gradients(tiny_student(dtype=torch.float64), interleaved=False)
     unet = tiny_unet().double()
-    unet.checkpoint_blocks = when == "before injection"
+    unet.recompute_below = below if when == "before injection" else 0.0
     model = fill_up(inject_lora(unet, rank=2))
-    unet.checkpoint_blocks = True
+    unet.recompute_below = below
     calls = []
     model.get_submodule("mid_block.resnets.0").register_forward_pre_hook(lambda *_: calls.append(1))
     found = gradients(model, interleaved=True)
@@ -341,7 +343,7 @@ def test_backward_within_a_call_of_the_other_setting():
     """A recomputation that runs while the switch stands otherwise, and leaves it so."""
     expected = gradients(tiny_student(dtype=torch.float64), interleaved=False)
     model = tiny_student(dtype=torch.float64)
-    model.base.checkpoint_blocks = True
+    model.base.recompute_below = math.inf
     with model.switch.set(True):
         found = gradients(model, interleaved=True)
         assert model.switch.enabled
@@ -410,7 +412,7 @@ def test_a_copy_is_the_same_and_stands_alone(duplicate):
     model = tiny_student()
     teacher, student = (model(*unet_inputs(), lora_enabled=setting) for setting in (False, True))
     copied = duplicate(model)
-    copied.base.checkpoint_blocks = True  # goes through what inject_lora bound to the network's method
+    copied.base.recompute_below = math.inf  # goes through what inject_lora bound to the network's method
     assert torch.equal(copied(*unet_inputs(), lora_enabled=True), student)
     assert torch.equal(copied(*unet_inputs()), teacher)
     merge_lora(copied)

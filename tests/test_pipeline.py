@@ -1,15 +1,17 @@
 """pipeline.py: the same seed draws the same picture, however it is batched, at the cost that is said."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny import error, fill_up, randn
+from torch import nn
 
-from minidistill import CheckpointError, StableDiffusion, inject_lora, load, merge_lora
-from minidistill.pipeline import to_images
+from minidistill import CheckpointError, StableDiffusion, inject_lora, load, merge_lora, pipeline
+from minidistill.pipeline import at_work, to_images
 from minidistill.schedule import ddim_sample
 
 APPLE, ROCKET = "a red apple", "a rocket on a purple background"
@@ -203,6 +205,23 @@ def test_decoding_does_what_sample_does(sd: StableDiffusion):
     with torch.no_grad():
         expected = to_images(sd.vae.decode(z_0))
     assert np.array_equal(pixels(sd.sample([APPLE], steps=2)), pixels(expected))
+
+
+def test_a_network_is_where_it_works_and_then_back():
+    layer, places = nn.Linear(2, 2), []
+    layer.to = lambda device: places.append(device.type)
+    with pytest.raises(ValueError), at_work(layer, torch.device("cuda")):
+        assert places == ["cuda"]
+        raise ValueError
+    assert places == ["cuda", "cpu"]
+
+
+def test_text_encoder_and_vae_come_when_they_are_used(sd: StableDiffusion, monkeypatch: pytest.MonkeyPatch):
+    came = []
+    monkeypatch.setattr(pipeline, "at_work", lambda network, device: nullcontext(came.append((network, device))))
+    sd.sample([APPLE, ROCKET], steps=1)
+    assert [network for network, _ in came] == [sd.text_encoder, sd.text_encoder, sd.vae]
+    assert {device for _, device in came} == {sd.unet.conv_in.weight.device}
 
 
 def test_to_images_rounds_and_clips():

@@ -216,6 +216,32 @@ def test_a_kernel_that_cannot_be_had_changes_nothing(full, command, flags: Flags
     assert same_result(tmp_path / "run", full[0])
 
 
+def test_low_memory_changes_nothing(full, command, flags: Flags, tmp_path: Path):
+    result = command("train.py", *flags(tmp_path / "run", memory="low"), "--no-report")
+    assert "Memory low: " in result.out and same_result(tmp_path / "run", full[0])
+
+
+@pytest.mark.parametrize("method", ["trajectories", "noised"])
+def test_accumulated_gradients_are_those_of_the_batch(
+    method: str, command, flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In parts of 2 and 1, of which the last counts half. The weights are float64, the loss float32."""
+    monkeypatch.setattr("minidistill.load", lambda path, **how: load(path, **how | dict(dtype=torch.float64)))
+    found: dict[int, list[torch.Tensor]] = {1: [], 2: []}
+    for parts, gradients in found.items():
+        run = flags(tmp_path / str(parts), method=method, accumulate=parts, batch=3, steps=1)
+
+        def note(optimizer: torch.optim.Optimizer, *_, gradients: list[torch.Tensor] = gradients) -> None:
+            gradients += [p.grad.clone() for p in optimizer.param_groups[0]["params"]]
+
+        handle = register_optimizer_step_pre_hook(note)
+        assert command("train.py", *run, "--no-report").code == 0
+        handle.remove()
+    assert found[1] and sum(g.abs().sum() for g in found[1]) > 0
+    largest = max(g.abs().max() for g in found[1])
+    assert max((a - b).abs().max() for a, b in zip(found[1], found[2], strict=True)) < 1e-6 * largest
+
+
 def test_another_seed_gives_another_student(full, command, flags: Flags, tmp_path: Path):
     command("train.py", *flags(tmp_path / "run", seed=1), "--no-report")
     assert not same_result(tmp_path / "run", full[0])

@@ -32,6 +32,7 @@ STEPS = {
     "what was learned": "-m minidistill.evaluate.spectrum runs/all/full runs/all/trajectories --out results/spectrum",
     # What they cost.
     "memory": "-m minidistill.memory",
+    "memory, step by step": "-m minidistill.memory_steps",
     "memory, measured": "-m minidistill.memory --size pocket --device cpu --measure --out results/memory-pocket.json",
     "time, embedded model": "-m minidistill.bench --size pocket --memory --compile --out results/bench-pocket.json",
     "time, Stable Diffusion 1.5": "-m minidistill.bench --size sd15 --memory --out results/bench-sd15.json",
