@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minidistill import data, inject_lora, load, save_lora
+from minidistill import data, images, inject_lora, load, save_lora
 from minidistill.distill import FullStudent, learning_rate, student, teacher
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.files import written_whole
@@ -38,6 +38,13 @@ class Settings(ModelSettings):
     prompts: Path = setting(
         None, "text file, one prompt a line (default: the model's own, or ours)", "teacher", type=Path
     )
+    images: Path = setting(
+        None,
+        "folder of pictures with captions, in metadata.jsonl or in a .txt beside each: "
+        "learn from these, noised, in place of pictures that the teacher draws",
+        "teacher",
+        type=Path,
+    )
     guidance: float = setting(
         2.5, "guidance scale, which the student learns; 7.5 is usual for the large models", "teacher", type=positive
     )
@@ -53,10 +60,11 @@ class Settings(ModelSettings):
     stride: int = setting(3, "of these steps, take only every N-th: more pictures in the time", "teacher", type=count)
     trajectories: int = setting(480, "how many pictures the teacher draws to learn from", "teacher", type=count)
     method: str = setting(
-        "trajectories",
+        None,
         "a LoRA learns from the teacher's trajectories, or from its pictures noised afresh, teacher in the loop; "
-        "or a full copy of the UNet learns from the trajectories",
+        "or a full copy of the UNet learns from the trajectories (default: trajectories; of --images noised)",
         "student",
+        type=str,
         choices=("trajectories", "noised", "full"),
     )
     rank: int = setting(16, "rank of the LoRA", "student", type=count)
@@ -87,7 +95,10 @@ class Settings(ModelSettings):
     out: Path = setting(None, "folder of this run (default: runs/<name of the model>)", "run", type=Path)
     seed: int = setting(0, "of everything random", "run")
     states: Path = setting(
-        None, "folder of the trajectories, which several runs may share (default: in --out)", "run", type=Path
+        None,
+        "folder of the trajectories or encoded pictures, which several runs may share (default: in --out)",
+        "run",
+        type=Path,
     )
     save_every: int = setting(100, "updates from a checkpoint and its pictures to the next", "run", type=count)
     resume: bool = setting(False, "go on from the last checkpoint in --out, if there is one", "run")
@@ -103,6 +114,9 @@ def main() -> None:
         raise ValueError(f"{out} holds a run already: add --resume to go on with it, or name another --out.")
     if args.guidance == 1:
         raise ValueError("--guidance 1 is no guidance, which takes one pass as it is: there is nothing to distil.")
+    args.method = args.method or ("noised" if args.images else "trajectories")
+    if args.images and (args.method != "noised" or args.prompts):
+        raise ValueError("--images are noised and have captions: leave out --prompts, and any --method but noised.")
 
     # One network: the teacher, and beside some of its layers the low-rank pairs that make it the student.
     sd = load(args.model, **args.load_options())
@@ -111,7 +125,11 @@ def main() -> None:
         file, scale = args.teacher_lora
         merge_file(sd.unet, read_lora(file, scale))
         style = f"{file.name}:{scale:g}"
-    captions, held_out = data.prompt_split(args.model, args.prompts)
+    if args.images:
+        pictures, left_out = images.read_folder(args.images)
+        captions, held_out = data.every_tenth_held_out(picture.caption for picture in pictures)
+    else:
+        captions, held_out = data.prompt_split(args.model, args.prompts)
     shown = data.spread(held_out, SHOWN)
     torch.manual_seed(args.seed)
     if full := args.method == "full":  # plain distillation: two networks, for comparison
@@ -134,22 +152,29 @@ def main() -> None:
     # What changes nothing of the result.
     apart = ("out", "states", "resume", "no_report", "save_every", "device", "kernel", "recompute")
     fixed = {flag: str(value) for flag, value in asdict(args).items() if flag not in apart}
+    if args.images:
+        fixed["images"] += f" ({images.version(pictures)})"  # what is in the folder counts as well
     losses = resume(out, trainable, optimizer, fixed)  # none, in a new run
 
-    # The teacher draws its own pictures; the student learns from them, and from the way to them.
-    states = data.generate(
-        sd,
-        captions,
-        args.states or out / "states",
-        count=args.trajectories,
-        steps=args.sample_steps,
-        guidance=args.guidance,
-        negative_prompt=args.negative_prompt,
-        seed=args.seed,
-        batch=args.batch,
-        stride=args.stride,
-        keep_states=args.method != "noised",
-    )
+    # The teacher draws its own pictures, or is given some; the student learns from them, and from the way to them.
+    if args.images:
+        states, unusable = images.encode(sd, pictures, captions, args.states or out / "states")
+        for file, reason in (left_out | unusable).items():
+            print(f"Left out: {file}: {reason}.")
+    else:
+        states = data.generate(
+            sd,
+            captions,
+            args.states or out / "states",
+            count=args.trajectories,
+            steps=args.sample_steps,
+            guidance=args.guidance,
+            negative_prompt=args.negative_prompt,
+            seed=args.seed,
+            batch=args.batch,
+            stride=args.stride,
+            keep_states=args.method != "noised",
+        )
     drawn = states.prompts(torch.arange(len(states))).split(64)
     embeddings = torch.cat([sd.encode_prompt([captions[i] for i in some]) for some in drawn])  # [trajectories, L, D]
 
