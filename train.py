@@ -86,6 +86,10 @@ class Settings(ModelSettings):
         type=positive,
     )
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time", "student")
+    batched_teacher: bool = setting(
+        False, "in the loop, the teacher guides in one call on a batch of twice the size, which takes memory", "student"
+    )
+    compile: bool = setting(False, "compile the UNet for the loop: minutes at first, then faster", "student")
     kernel: str = setting(
         "auto",
         "what computes the LoRA's layers: one kernel for W and the pair (on a GPU, in bfloat16), or PyTorch",
@@ -151,6 +155,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(trainable, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     # What changes nothing of the result.
     apart = ("out", "states", "resume", "no_report", "save_every", "device", "kernel", "recompute")
+    apart += ("compile", "batched_teacher")
     fixed = {flag: str(value) for flag, value in asdict(args).items() if flag not in apart}
     if args.images:
         fixed["images"] += f" ({images.version(pictures)})"  # what is in the folder counts as well
@@ -178,6 +183,8 @@ def main() -> None:
     drawn = states.prompts(torch.arange(len(states))).split(64)
     embeddings = torch.cat([sd.encode_prompt([captions[i] for i in some]) for some in drawn])  # [trajectories, L, D]
 
+    if args.compile:  # two graphs, the teacher's and the student's, each of one shape; pictures are drawn by sd.unet
+        unet = torch.compile(unet, fullgraph=True, dynamic=False)
     examples = len(states) if args.method == "noised" else len(states.examples)
     order = data.batches(examples, args.batch, args.seed, start=len(losses))
     progress = tqdm(initial=len(losses), total=args.steps, desc="distilling", unit="step")
@@ -191,7 +198,7 @@ def main() -> None:
                 z_0 = states.ends(chosen)
                 z_t = add_noise(sd.schedule, z_0, torch.randn(z_0.shape, generator=dice), t).to(sd.device)
                 t, cond = t.to(sd.device), embeddings[chosen]
-                eps_hat = teacher(unet, z_t, t, cond, uncond.expand_as(cond), args.guidance)
+                eps_hat = teacher(unet, z_t, t, cond, uncond.repeat(len(t), 1, 1), args.guidance, args.batched_teacher)
             # Every state of a trajectory comes with the prediction that the teacher made there.
             else:
                 trajectory, taken = states.examples[chosen].T
@@ -232,11 +239,11 @@ def main() -> None:
     if full:
         result = out / ("student.safetensors" if args.model.is_file() else "student")
         if not result.exists():  # it does, where a run is resumed that was stopped in its report
-            change = replaced_by(unet.student)
+            change = replaced_by(sd.unet.student)
             write_checkpoint(args.model, change, result, metadata, variant=args.variant, ema=args.ema)
     else:
         result = out / "lora.safetensors"
-        save_lora(unet, result, metadata)
+        save_lora(sd.unet, result, metadata)
     print(f"Wrote {result}")
     if not args.no_report:
         options = dict(guidance=args.guidance, negative_prompt=args.negative_prompt)

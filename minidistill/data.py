@@ -197,6 +197,11 @@ class States:
         return [self.where[i] for i in trajectories.tolist()]
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Without waiting: a GPU fetches x from pinned memory when it comes to it, and meanwhile the loop goes on."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def batches(size: int, batch: int, seed: int, start: int = 0) -> Iterator[Tensor]:
     """Endless batches of indices below ``size``, shuffled anew each epoch; ``start`` skips the first ones.
 

@@ -110,7 +110,8 @@ def encode(
     Each picture has a file of its own under ``folder``, named after its bytes, the VAE and the side: what is there
     already is kept, so an interrupted run goes on where it stopped, and only new or changed pictures are encoded. One
     at a time, which takes the least memory, and gives a latent that no other picture has a part in. It is the
-    posterior's mean, which needs no seed: its spread is small beside the noise that is added.
+    posterior's mean, which needs no seed: its spread (in the embedded model 0.008, where latents have 1) is below the
+    least noise that is ever added (0.029).
 
     Raises ValueError when no picture is left.
     """
