@@ -6,6 +6,7 @@
 Teacher and student are one network: the student is what it becomes with the LoRA switched on.
 """
 
+import math
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from minidistill import data, inject_lora, load, save_lora
+from minidistill import data, images, inject_lora, load, save_lora
 from minidistill.distill import FullStudent, is_lost, learning_rate, student, teacher
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.files import written_whole
@@ -35,7 +36,7 @@ from minidistill.unet import LOW_MEMORY
 
 EVALUATED = 24  # held-out prompts in the report
 SHOWN = 8  # and in the pictures drawn on the way
-WINDOW = 10  # updates that show whether the student is lost, and not a single batch
+WINDOW = 10  # updates whose losses are read together; and that show whether the student is lost
 
 
 @dataclass
@@ -43,6 +44,13 @@ class Settings(ModelSettings):
     dtype: str = setting("float32", "of the frozen weights", "model", choices=("float32", "bfloat16", "float64"))
     prompts: Path = setting(
         None, "text file, one prompt a line (default: the model's own, or ours)", "teacher", type=Path
+    )
+    images: Path = setting(
+        None,
+        "folder of pictures with captions, in metadata.jsonl or in a .txt beside each: "
+        "learn from these, noised, in place of pictures that the teacher draws",
+        "teacher",
+        type=Path,
     )
     guidance: float = setting(
         2.5, "guidance scale, which the student learns; 7.5 is usual for the large models", "teacher", type=positive
@@ -59,10 +67,11 @@ class Settings(ModelSettings):
     stride: int = setting(3, "of these steps, take only every N-th: more pictures in the time", "teacher", type=count)
     trajectories: int = setting(480, "how many pictures the teacher draws to learn from", "teacher", type=count)
     method: str = setting(
-        "trajectories",
+        None,
         "a LoRA learns from the teacher's trajectories, or from its pictures noised afresh, teacher in the loop; "
-        "or a full copy of the UNet learns from the trajectories",
+        "or a full copy of the UNet learns from the trajectories (default: trajectories; of --images noised)",
         "student",
+        type=str,
         choices=("trajectories", "noised", "full"),
     )
     rank: int = setting(16, "rank of the LoRA", "student", type=count)
@@ -90,6 +99,10 @@ class Settings(ModelSettings):
         "student",
         choices=("low", "normal"),
     )
+    batched_teacher: bool = setting(
+        False, "in the loop, the teacher guides in one call on a batch of twice the size, which takes memory", "student"
+    )
+    compile: bool = setting(False, "compile the UNet for the loop: minutes at first, then faster", "student")
     kernel: str = setting(
         "auto",
         "what computes the LoRA's layers: one kernel for W and the pair (on a GPU, in bfloat16), or PyTorch",
@@ -99,7 +112,10 @@ class Settings(ModelSettings):
     out: Path = setting(None, "folder of this run (default: runs/<name of the model>)", "run", type=Path)
     seed: int = setting(0, "of everything random", "run")
     states: Path = setting(
-        None, "folder of the trajectories, which several runs may share (default: in --out)", "run", type=Path
+        None,
+        "folder of the trajectories or encoded pictures, which several runs may share (default: in --out)",
+        "run",
+        type=Path,
     )
     save_every: int = setting(100, "updates from a checkpoint and its pictures to the next", "run", type=count)
     resume: bool = setting(False, "go on from the last checkpoint in --out, if there is one", "run")
@@ -120,6 +136,9 @@ def main(args: Settings, ranks: Ranks) -> None:
     if args.guidance == 1:
         raise ValueError("--guidance 1 is no guidance, which takes one pass as it is: there is nothing to distil.")
     ranks.share(args.batch)  # one that the processes cannot share is refused before any work, too
+    args.method = args.method or ("noised" if args.images else "trajectories")
+    if args.images and (args.method != "noised" or args.prompts):
+        raise ValueError("--images are noised and have captions: leave out --prompts, and any --method but noised.")
 
     # One network: the teacher, and beside some of its layers the low-rank pairs that make it the student.
     sd = load(args.model, **args.load_options())
@@ -128,7 +147,11 @@ def main(args: Settings, ranks: Ranks) -> None:
         file, scale = args.teacher_lora
         merge_file(sd.unet, read_lora(file, scale))
         style = f"{file.name}:{scale:g}"
-    captions, held_out = data.prompt_split(args.model, args.prompts)
+    if args.images:
+        pictures, left_out = images.read_folder(args.images)
+        captions, held_out = data.every_tenth_held_out(picture.caption for picture in pictures)
+    else:
+        captions, held_out = data.prompt_split(args.model, args.prompts)
     shown = data.spread(held_out, SHOWN)
     torch.manual_seed(args.seed)
     if full := args.method == "full":  # plain distillation: two networks, for comparison
@@ -156,80 +179,103 @@ def main(args: Settings, ranks: Ranks) -> None:
     peak = args.lr or (0.02 if full else 0.128) / sd.unet_config.widths[0]
     optimizer = torch.optim.AdamW(trainable, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     # What changes nothing of the result.
-    apart = ("out", "states", "resume", "no_report", "save_every", "device", "kernel", "memory", "accumulate")
+    apart = ("out", "states", "resume", "no_report", "save_every", "device")
+    apart += ("kernel", "memory", "accumulate", "compile", "batched_teacher")
     fixed = {flag: str(value) for flag, value in asdict(args).items() if flag not in apart}
+    if args.images:
+        fixed["images"] += f" ({images.version(pictures)})"  # what is in the folder counts as well
     losses = resume(out, trainable, optimizer, fixed)  # none, in a new run
 
-    # The teacher draws its own pictures; the student learns from them, and from the way to them.
-    states = data.generate(
-        sd,
-        captions,
-        args.states or out / "states",
-        count=args.trajectories,
-        steps=args.sample_steps,
-        guidance=args.guidance,
-        negative_prompt=args.negative_prompt,
-        seed=args.seed,
-        batch=args.batch,
-        stride=args.stride,
-        keep_states=args.method != "noised",
-        ranks=ranks,
-    )
+    # The teacher draws its own pictures, or is given some; the student learns from them, and from the way to them.
+    if args.images:
+        if not ranks.first:
+            ranks.wait()  # until the first has encoded them, and the others find them there
+        states, unusable = images.encode(sd, pictures, captions, args.states or out / "states")
+        if ranks.first:
+            ranks.wait()
+        for file, reason in (left_out | unusable).items():
+            print(f"Left out: {file}: {reason}.")
+    else:
+        states = data.generate(
+            sd,
+            captions,
+            args.states or out / "states",
+            count=args.trajectories,
+            steps=args.sample_steps,
+            guidance=args.guidance,
+            negative_prompt=args.negative_prompt,
+            seed=args.seed,
+            batch=args.batch,
+            stride=args.stride,
+            keep_states=args.method != "noised",
+            ranks=ranks,
+        )
     drawn, caption_of = states.prompts(torch.arange(len(states))).unique(return_inverse=True)
     encoded = (sd.encode_prompt([captions[i] for i in some]).cpu() for some in drawn.split(64))
     embeddings = torch.cat(list(encoded))  # [captions, L, D], on the host: of many they would fill a small card
 
+    if args.compile:  # two graphs, the teacher's and the student's, each of one shape; pictures are drawn by sd.unet
+        unet = torch.compile(unet, fullgraph=True, dynamic=False)
     examples = len(states) if args.method == "noised" else len(states.examples)
     order = data.batches(examples, args.batch, args.seed, start=len(losses))
     shown_as = dict(desc="distilling", unit="step", disable=not ranks.first)
     progress = tqdm(initial=len(losses), total=args.steps, **shown_as)
-    recent = deque(maxlen=WINDOW)
+    recent, unread = deque(maxlen=WINDOW * args.accumulate), []  # what the last updates saw; losses on the device
     with stop_signals() as stop:
         for step in range(len(losses), args.steps):
             chosen = next(order)
-            # Noise the teacher's picture, and ask the teacher: two calls of the frozen UNet.
+            # The teacher's pictures, noised: by dice for the whole batch, however many processes share it.
             if args.method == "noised":
                 dice = torch.Generator().manual_seed(args.seed + step)
                 t = torch.randint(sd.schedule.train_steps, chosen.shape, generator=dice)
                 z_0 = states.ends(chosen)
                 z_t = add_noise(sd.schedule, z_0, torch.randn(z_0.shape, generator=dice), t)
-                # Drawn for the whole batch, so that nothing depends on how many processes share it.
-                z_t, t, chosen = (ranks.part(x) for x in (z_t, t, chosen))
-                z_t, t, cond = z_t.to(sd.device), t.to(sd.device), embeddings[caption_of[chosen]].to(sd.device)
-                parts = in_parts(args.accumulate, z_t, t, cond, uncond.expand_as(cond))
-                eps_hat = torch.cat([teacher(unet, *part, args.guidance) for part in parts])
-            # Every state of a trajectory comes with the prediction that the teacher made there.
+                batch = z_t, t, embeddings[caption_of[chosen]]
+            # Or states of its trajectories, each with the prediction that the teacher made there.
             else:
-                trajectory, taken = states.examples[ranks.part(chosen)].T
-                z_t, eps_hat, t = (x.to(sd.device) for x in states.states(trajectory, taken))
-                cond = embeddings[caption_of[trajectory]].to(sd.device)
+                trajectory, taken = states.examples[chosen].T
+                z_t, eps_hat, t = states.states(trajectory, taken)
+                batch = z_t, t, embeddings[caption_of[trajectory]], eps_hat
+            batch = [data.to_device(ranks.part(x), sd.device) for x in batch]
 
             loss = 0.0
-            for *inputs, target in in_parts(args.accumulate, z_t, t, cond, eps_hat):
-                eps = student(unet, *inputs)  # one call of the same UNet
+            for z_t, t, cond, *stored in in_parts(args.accumulate, *batch):
+                if args.method == "noised":  # ask the teacher: two calls of the frozen UNet
+                    eps_hat = teacher(
+                        unet, z_t, t, cond, uncond.repeat(len(t), 1, 1), args.guidance, args.batched_teacher
+                    )
+                else:
+                    (eps_hat,) = stored
+                eps = student(unet, z_t, t, cond)  # one call of the same UNet
                 # Unweighted over t: on trajectories this is the very noise error that is asked of the student.
-                share = F.mse_loss(eps, target) * (len(eps) / len(z_t))
+                missed = F.mse_loss(eps, eps_hat)
+                share = missed * (len(eps) / len(batch[0]))  # of the batch's mean
                 share.backward()
                 loss += share.detach()
+                recent.append((z_t, t, cond, eps_hat, missed.detach()))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, peak, warmup=max(args.steps // 10, 1))
-            recent.append((z_t, t, cond, eps_hat, loss))
             (loss,) = ranks.mean(trainable, loss)
             norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-            if not (loss + norm).isfinite():
-                raise ValueError(
-                    f"At update {step + 1} the loss is {loss:g} and its gradient's norm {norm:g}: "
-                    f"lower --lr (it is {peak:g}) or --guidance, in a new --out."
-                )
             optimizer.step()
             optimizer.zero_grad()  # here, so that no gradient outlives its update
-
-            losses.append(loss.item())
-            progress.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.5f}", refresh=False)
             progress.update()
+
+            unread.append(torch.stack([loss, norm]))
             stopping = ranks.any(bool(stop))  # a signal may reach one rank an update before the others
-            if ranks.first and (stopping or (step + 1) % args.save_every == 0 or step + 1 == args.steps):
-                if len(recent) == WINDOW and is_lost(unet, recent):
+            saving = stopping or (step + 1) % args.save_every == 0 or step + 1 == args.steps
+            if len(unread) == WINDOW or saving:  # now and then, as a GPU has to be waited for
+                for loss, norm in torch.stack(unread).tolist():
+                    if not math.isfinite(loss + norm):
+                        raise ValueError(
+                            f"At update {len(losses) + 1} the loss is {loss:g} and its gradient's norm {norm:g}: "
+                            f"lower --lr (it is {peak:g}) or --guidance, in a new --out."
+                        )
+                    losses.append(loss)
+                unread.clear()
+                progress.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.5f}", refresh=False)
+            if ranks.first and saving:
+                if len(recent) == recent.maxlen and is_lost(sd.unet, recent):
                     raise ValueError(
                         f"At update {step + 1} the loss is {loss:g}, far above what it was without any LoRA: "
                         f"lower --lr (it is {peak:g}) or --guidance, in a new --out."
@@ -254,11 +300,11 @@ def main(args: Settings, ranks: Ranks) -> None:
     if full:
         result = out / ("student.safetensors" if args.model.is_file() else "student")
         if not result.exists():  # it does, where a run is resumed that was stopped in its report
-            change = replaced_by(unet.student)
+            change = replaced_by(sd.unet.student)
             write_checkpoint(args.model, change, result, metadata, variant=args.variant, ema=args.ema)
     else:
         result = out / "lora.safetensors"
-        save_lora(unet, result, metadata)
+        save_lora(sd.unet, result, metadata)
     print(f"Wrote {result}")
     if not args.no_report:
         options = dict(guidance=args.guidance, negative_prompt=args.negative_prompt)

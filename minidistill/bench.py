@@ -3,6 +3,7 @@
   python -m minidistill.bench                         both sizes; on two CPU cores some minutes
   python -m minidistill.bench --size pocket --memory
   python -m minidistill.bench --size sd15 --device cuda --dtype bfloat16
+  python -m minidistill.bench train                   an update, with each technique that speeds it up (bench_train)
   python -m minidistill.bench kernel                  LoRA layers alone, on a GPU (bench_kernel)
 
 The contestants take turns (A, B, A, B, ...) and medians are compared, after ours and the peers' outputs were found to
@@ -10,11 +11,9 @@ agree. Without diffusers and peft, ours stands alone. How fast a checkpoint load
 """
 
 import os
-import platform
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -27,11 +26,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidistill import bench_kernel
-from minidistill.contestants import GUIDANCE, PEERS, PICTURES, ROWS, SIZES, Contestant, Setup, contestants, sd15_step
+from minidistill import bench_kernel, bench_train
+from minidistill.contestants import GUIDANCE, PEERS, PICTURES, ROWS, SIZES, Setup, contestants, sd15_step
 from minidistill.guidance import steps_without
 from minidistill.layout import write_json
 from minidistill.settings import made_by, one_sentence, parse, setting
+from minidistill.timing import device_name, timed
 
 # How far apart the outputs of right implementations may lie, relative to the largest value.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
@@ -59,15 +59,6 @@ def check_agreement(outputs: dict[tuple[str, str], tuple[Tensor, ...]], toleranc
         if not differences[row] <= tolerance:  # NaN is no agreement either
             raise ValueError(f"{row}: ours and the peer's differ by {differences[row]:.1e} of the largest value.")
     return differences
-
-
-def timed(run: Contestant, device: torch.device) -> float:
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - start
 
 
 def measure(setup: Setup, repeats: int, compiled: bool = False) -> dict[str, dict]:
@@ -191,18 +182,12 @@ def markdown(size: str, result: dict) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{text}\n"
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return models[0].split(": ")[1] if models else platform.processor() or platform.machine()
-
-
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["kernel"]:
         return bench_kernel.main(argv[1:], sd15_step)
+    if argv[:1] == ["train"]:
+        return bench_train.main(argv[1:])
     args = parse(Settings, __doc__, argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     cuda = device.type == "cuda"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minidistill.config import POCKET_UNET, POCKET_VAE, SD15_UNET, SD15_VAE, ScheduleConfig, UNetConfig, VAEConfig
 from minidistill.distill import student, teacher
-from minidistill.guidance import guided_noise
+from minidistill.guidance import batched_guided_noise, guided_noise
 from minidistill.lora import LoRAModel, inject_lora, lora_layers, merge_lora
 from minidistill.peers import peer_guided_picture, peer_lora, peer_unet
 from minidistill.schedule import Schedule, ddim_sample
@@ -160,9 +160,7 @@ def picture(setup: Setup, who: str, how: str) -> Contestant:
         if how == "guided":
             return guided_noise(unet, z_t, t, cond, uncond, GUIDANCE)
         if how == "batched":
-            both = unet(z_t.expand(2, -1, -1, -1), t.expand(2), torch.cat([cond, uncond]))
-            halves = iter(both.chunk(2))
-            return guided_noise(lambda *_: next(halves), z_t, t, cond, uncond, GUIDANCE)
+            return batched_guided_noise(unet, z_t, t, cond, uncond, GUIDANCE)
         return unet(z_t, t, cond, lora_enabled=True)
 
     schedule, z_T = Schedule.from_config(ScheduleConfig()), setup.latents(1)

@@ -9,7 +9,7 @@ of shards serves both ways to learn: from the states as they are (no teacher in 
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -34,13 +34,18 @@ def prompt_split(model_folder: Path, file: Path | None = None) -> tuple[list[str
     """Prompts to learn from, and others kept for evaluation.
 
     Those of a text ``file`` (one a line); or the captions in the model folder's ``compositions.json``, which says
-    itself which are held out; or our own list. Of a list, every tenth prompt is held out.
+    itself which are held out; or our own list.
     """
     compositions = model_folder / "compositions.json"
     if file is None and compositions.is_file():
         rows = json.loads(compositions.read_text(encoding="utf-8"))
         return [r["caption"] for r in rows if not r["held_out"]], [r["caption"] for r in rows if r["held_out"]]
-    everything = list(dict.fromkeys(read_prompts(file) if file else prompts()))  # none on both sides
+    return every_tenth_held_out(read_prompts(file) if file else prompts())
+
+
+def every_tenth_held_out(listed: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Those to learn from, and every tenth for evaluation. None is on both sides, unless there is only one."""
+    everything = list(dict.fromkeys(listed))
     held_out = everything[::10]
     return [p for i, p in enumerate(everything) if i % 10] or held_out, held_out
 
@@ -213,6 +218,11 @@ class States:
 
     def _rows(self, trajectories: Tensor) -> list[tuple[int, int]]:
         return [self.where[i] for i in trajectories.tolist()]
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Without waiting: a GPU fetches x from pinned memory when it comes to it, and meanwhile the loop goes on."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def batches(size: int, batch: int, seed: int, start: int = 0) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidistill.guidance import guided_noise
+from minidistill.guidance import batched_guided_noise, guided_noise
 from minidistill.lora import LoRAModel
 
 
@@ -32,10 +32,20 @@ class FullStudent(nn.Module):
 
 @torch.no_grad()
 def teacher(
-    unet: LoRAModel | FullStudent, z_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, guidance: float
+    unet: LoRAModel | FullStudent,
+    z_t: Tensor,
+    t: Tensor,
+    cond: Tensor,
+    uncond: Tensor,
+    guidance: float,
+    batched: bool = False,
 ) -> Tensor:
-    """eps_hat = eps_u + s (eps_c - eps_u), by two calls with the LoRA switched off. [B, 4, h, w] -> [B, 4, h, w]."""
-    return guided_noise(partial(unet, lora_enabled=False), z_t, t, cond, uncond, guidance)
+    """eps_hat = eps_u + s (eps_c - eps_u), by two calls with the LoRA switched off. [B, 4, h, w] -> [B, 4, h, w].
+
+    By one on a batch of twice the size if ``batched``.
+    """
+    guided = batched_guided_noise if batched else guided_noise
+    return guided(partial(unet, lora_enabled=False), z_t, t, cond, uncond, guidance)
 
 
 def student(unet: LoRAModel | FullStudent, z_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -31,3 +32,17 @@ def guided_noise(
     eps_cond = model(z_t, t, cond)
     eps_uncond = model(z_t, t, uncond)
     return eps_uncond + guidance * (eps_cond - eps_uncond)
+
+
+def batched_guided_noise(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    z_t: Tensor,
+    t: Tensor,
+    cond: Tensor,
+    uncond: Tensor,
+    guidance: float,
+) -> Tensor:
+    """The same by one call of ``model``, on a batch of twice the size: faster where memory and device allow."""
+    both = model(torch.cat([z_t, z_t]), torch.cat([t, t]), torch.cat([cond, uncond]))  # [2B, 4, h, w]
+    halves = iter(both.chunk(2))
+    return guided_noise(lambda *inputs: next(halves), z_t, t, cond, uncond, guidance)

@@ -8,6 +8,7 @@ from torch import Tensor
 from minidistill import guided_noise
 from minidistill.config import ScheduleConfig
 from minidistill.distill import student, teacher
+from minidistill.guidance import batched_guided_noise
 from minidistill.schedule import Schedule, clean_and_noise
 
 
@@ -35,6 +36,13 @@ def test_formula(inputs, guidance: float):
     w = guidance - 1
     expected = (1 + w) * Recorded()(z_t, t, cond) - w * Recorded()(z_t, t, uncond)
     assert error(guided_noise(Recorded(), z_t, t, cond, uncond, guidance), expected) < 1e-12
+
+
+def test_in_one_call_on_a_batch_of_twice_the_size(inputs):
+    model = Recorded()
+    found = batched_guided_noise(model, *inputs, 2.5)
+    assert error(found, guided_noise(Recorded(), *inputs, 2.5)) < 1e-12
+    assert [len(x) for call in model.calls for x in call] == [2 * len(inputs[0])] * 3
 
 
 def test_zero_is_unconditional(inputs):
