@@ -28,7 +28,7 @@ def results(called: nn.Module, trained: list[nn.Parameter]) -> list[Tensor]:
     return [eps_hat, eps.detach(), *torch.autograd.grad(eps.square().mean(), trained)]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_one_graph_for_the_teacher_and_one_for_the_student(recompute: bool):
     unet, counter = tiny_student(), CompileCounterWithBackend("aot_eager")
     unet.base.checkpoint_blocks = recompute
@@ -39,7 +39,7 @@ def test_one_graph_for_the_teacher_and_one_for_the_student(recompute: bool):
     assert counter.frame_count == 2 and not unet.switch.enabled
 
 
-@pytest.mark.parametrize("method, graphs", [("trajectories", 1), ("noised", 2)])
+@pytest.mark.parametrize("method, graphs", [("noised", 2), pytest.param("trajectories", 1, marks=pytest.mark.slow)])
 def test_train_compiles_what_the_loop_calls_and_that_once(
     method: str, graphs: int, command, tiny_model: Path, prompts_file: Path, tmp_path: Path, monkeypatch
 ):
