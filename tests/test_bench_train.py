@@ -83,6 +83,7 @@ def test_what_does_not_agree_is_not_timed(setup: Setup, monkeypatch: pytest.Monk
 
 
 def test_times_are_of_one_update(setup: Setup, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench_train, "WAYS", {"plain": Way()})
     monkeypatch.setattr(bench_train, "timed", lambda turn, device: 6.0)
     rows = measure(setup, repeats=2, number=3, compiled=False)
     assert rows["noised"]["plain"] | {"difference": 0} == dict(seconds=2, to_plain=1, difference=0, turns_s=[2, 2])

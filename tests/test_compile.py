@@ -1,6 +1,5 @@
 """The UNet under torch.compile: no graph breaks, two graphs, the same numbers; and train.py makes no third."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from minidistill.lora import lora_parameters
+from minidistill.unet import LOW_MEMORY
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def results(called: nn.Module, trained: list[nn.Parameter]) -> list[Tensor]:
     return [eps_hat, eps.detach(), *torch.autograd.grad(eps.square().mean(), trained)]
 
 
-@pytest.mark.parametrize("recompute_below", [0.0, math.inf])
+@pytest.mark.parametrize("recompute_below", [0.0, pytest.param(LOW_MEMORY, marks=pytest.mark.slow)])
 def test_one_graph_for_the_teacher_and_one_for_the_student(recompute_below: float):
     unet, counter = tiny_student(), CompileCounterWithBackend("aot_eager")
     unet.base.recompute_below = recompute_below
@@ -40,7 +40,7 @@ def test_one_graph_for_the_teacher_and_one_for_the_student(recompute_below: floa
     assert counter.frame_count == 2 and not unet.switch.enabled
 
 
-@pytest.mark.parametrize("method, graphs", [("trajectories", 1), ("noised", 2)])
+@pytest.mark.parametrize("method, graphs", [("noised", 2), pytest.param("trajectories", 1, marks=pytest.mark.slow)])
 def test_train_compiles_what_the_loop_calls_and_that_once(
     method: str, graphs: int, command, tiny_model: Path, prompts_file: Path, tmp_path: Path, monkeypatch
 ):
