@@ -57,13 +57,13 @@ def student(unet: LoRAModel | FullStudent, z_t: Tensor, t: Tensor, cond: Tensor)
 def is_lost(unet: LoRAModel | FullStudent, batches: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]) -> bool:
     """Whether the student has diverged, by its last batches: z_t, t, cond and eps_hat of each, and its loss there.
 
-    It has when it misses ten times what W alone does, from which it set out, or more than an answer of zeros would. On
-    the same batches: how much guidance changes differs much with t, and a few batches tell little of others.
+    It has when it is twice as far from the teacher as W alone, from which it set out (four times the squared error), or
+    further than an answer of zeros. On the same batches: how much guidance changes differs greatly with t.
     """
     missed = sum(loss for *_, loss in batches)
     without = sum(F.mse_loss(unet(z_t, t, cond), eps_hat) for z_t, t, cond, eps_hat, _ in batches)
     zeros = sum(eps_hat.square().mean() for *_, eps_hat, _ in batches)
-    return bool(missed > min(10 * without, zeros))
+    return bool(missed > min(4 * without, zeros))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
