@@ -116,7 +116,7 @@ def encode(
     Raises ValueError when no picture is left.
     """
     side = sd.unet_config.sample_size * sd.vae.config.factor
-    vae = fingerprint(sd.vae)
+    vae = f"{fingerprint(sd.vae)} {sd.vae.config}"
     numbers = {caption: number for number, caption in enumerate(captions)}
     files, left_out = [], {}
     for picture in tqdm(pictures, "encoding pictures", unit="picture"):
