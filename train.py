@@ -169,7 +169,8 @@ def main(args: Settings, ranks: Ranks) -> None:
     sd.schedule.timesteps(args.sample_steps)  # a number of steps that DDIM cannot take is refused before any work
     uncond = sd.encode_prompt([args.negative_prompt])  # [1, L, D]
     out.mkdir(parents=True, exist_ok=True)
-    held = lock(out) if ranks.first else None  # noqa: F841 (open until main() ends)
+    if ranks.first:
+        held = lock(out)
     ranks.wait()
     print(f"{name}: {frozen:,} frozen parameters, and {sum(p.numel() for p in trainable):,} to train.")
     kept = f"only what takes {LOW_MEMORY} multiply-adds a number" if learning.recompute_below else "all activations"
@@ -310,6 +311,7 @@ def main(args: Settings, ranks: Ranks) -> None:
         options = dict(guidance=args.guidance, negative_prompt=args.negative_prompt)
         options |= dict(steps=args.sample_steps, batch=args.batch)
         write_report(sd, out, data.spread(held_out, EVALUATED), losses, **options)
+    held.close()
 
 
 if __name__ == "__main__":
