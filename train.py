@@ -8,6 +8,7 @@ Teacher and student are one network: the student is what it becomes with the LoR
 
 import sys
 from collections import deque
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ class Settings(ModelSettings):
     no_report: bool = setting(False, "only the LoRA: no evaluation, no pictures", "run")
 
 
-def main(args: Settings, ranks: Ranks) -> None:
+def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     name = args.model.resolve().name
     out = args.out or Path("runs") / name
     results = [out / "lora.safetensors", out / "student", out / "student.safetensors"]
@@ -129,7 +130,8 @@ def main(args: Settings, ranks: Ranks) -> None:
     sd.schedule.timesteps(args.sample_steps)  # a number of steps that DDIM cannot take is refused before any work
     uncond = sd.encode_prompt([args.negative_prompt])  # [1, L, D]
     out.mkdir(parents=True, exist_ok=True)
-    held = lock(out) if ranks.first else None  # noqa: F841 (open until main() ends)
+    if ranks.first:
+        held.enter_context(lock(out))
     ranks.wait()
     print(f"{name}: {frozen:,} frozen parameters, and {sum(p.numel() for p in trainable):,} to train.")
 
@@ -244,6 +246,6 @@ if __name__ == "__main__":
     less_memory = "Try, in this order: --batch 1; --dtype bfloat16; --recompute, which takes more time; a lower --rank."
     with one_sentence("train.py", "stopped. The same command with --resume goes on.", less_memory):
         args = parse(Settings, __doc__)
-        with process_group(args.device) as ranks:
+        with process_group(args.device) as ranks, ExitStack() as held:
             args.device = ranks.device  # of several processes on GPUs each has its own
-            main(args, ranks)
+            main(args, ranks, held)
