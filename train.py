@@ -10,6 +10,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,7 +128,7 @@ def in_parts(count: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(x.chunk(count) for x in tensors))
 
 
-def main(args: Settings, ranks: Ranks) -> None:
+def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     name = args.model.resolve().name
     out = args.out or Path("runs") / name
     results = [out / "lora.safetensors", out / "student", out / "student.safetensors"]
@@ -170,7 +171,7 @@ def main(args: Settings, ranks: Ranks) -> None:
     uncond = sd.encode_prompt([args.negative_prompt])  # [1, L, D]
     out.mkdir(parents=True, exist_ok=True)
     if ranks.first:
-        held = lock(out)
+        held.enter_context(lock(out))
     ranks.wait()
     print(f"{name}: {frozen:,} frozen parameters, and {sum(p.numel() for p in trainable):,} to train.")
     kept = f"only what takes {LOW_MEMORY} multiply-adds a number" if learning.recompute_below else "all activations"
@@ -311,7 +312,6 @@ def main(args: Settings, ranks: Ranks) -> None:
         options = dict(guidance=args.guidance, negative_prompt=args.negative_prompt)
         options |= dict(steps=args.sample_steps, batch=args.batch)
         write_report(sd, out, data.spread(held_out, EVALUATED), losses, **options)
-    held.close()
 
 
 if __name__ == "__main__":
@@ -321,6 +321,6 @@ if __name__ == "__main__":
     )
     with one_sentence("train.py", "stopped. The same command with --resume goes on.", less_memory):
         args = parse(Settings, __doc__)
-        with process_group(args.device) as ranks:
+        with process_group(args.device) as ranks, ExitStack() as held:
             args.device = ranks.device  # of several processes on GPUs each has its own
-            main(args, ranks)
+            main(args, ranks, held)

@@ -100,10 +100,14 @@ def process_group(device: str) -> Iterator[Ranks]:
             raise ValueError(f"There are {gpus} GPUs here, and more processes: give torchrun --nproc-per-node {gpus}.")
         backend, device = "nccl", f"cuda:{local}"
         torch.cuda.set_device(local)
+    # torchrun's store outlives a restart (github.com/pytorch/pytorch/issues/135712): under the same names a rank could
+    # find the address of one that was killed, and wait for it.
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     # Ranks wait for the first while it draws pictures, and for each other's shards, as long as that takes. Nobody waits
     # for the dead: when one process dies, torchrun ends the others.
-    dist.init_process_group(backend, timeout=timedelta(days=1))
-    ranks = Ranks(dist.get_rank(), world, device)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(days=1))
+    ranks = Ranks(rank, world, device)
     try:
         if ranks.first:
             yield ranks

@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -154,7 +155,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_any_work(flags, tmp_pat
     train = runpy.run_path(str(ROOT / "train.py"))
     monkeypatch.setattr(sys, "argv", ["train.py", *flags(tmp_path / "run", batch=4)])
     with pytest.raises(ValueError, match="3 processes cannot share a batch of 4 .* --batch that is a multiple of 3"):
-        train["main"](train["parse"](train["Settings"], ""), Ranks(0, 3))
+        train["main"](train["parse"](train["Settings"], ""), Ranks(0, 3), ExitStack())
     assert not (tmp_path / "run").exists()
 
 
