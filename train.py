@@ -29,11 +29,11 @@ from minidistill.lora_files import merge_file
 from minidistill.lora_formats import read_lora
 from minidistill.merged import replaced_by, write_checkpoint
 from minidistill.parallel import Ranks, process_group
+from minidistill.recompute import LOW_MEMORY
 from minidistill.report import write_report
 from minidistill.run import checkpoint_files, lock, resume, save_checkpoint, stop_signals
 from minidistill.schedule import add_noise
 from minidistill.settings import ModelSettings, ScaledFile, count, one_sentence, parse, positive, setting
-from minidistill.unet import LOW_MEMORY
 
 EVALUATED = 24  # held-out prompts in the report
 SHOWN = 8  # and in the pictures drawn on the way

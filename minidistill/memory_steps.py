@@ -25,8 +25,8 @@ from minidistill.blocks import Conv2d
 from minidistill.contestants import Setup, Size, decode
 from minidistill.layout import write_json
 from minidistill.memory import SIZES, Live, Program, counted, lora, sampling
+from minidistill.recompute import LOW_MEMORY, multiply_adds
 from minidistill.settings import count, made_by, one_sentence, parse, setting
-from minidistill.unet import LOW_MEMORY, multiply_adds
 from minidistill.vae import VAE
 
 RANK = 16

@@ -5,21 +5,14 @@ Modules carry the names of the folder layout that the official checkpoints are p
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._ops import OpOverload
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    SelectiveCheckpointContext,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 from minidistill.blocks import Conv2d, ResnetBlock, Upsample, attention, to_picture, to_tokens
 from minidistill.config import UNetConfig
+from minidistill.recompute import checkpointed
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -163,32 +156,6 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([SpatialTransformer(width, heads, config.mid_depth, config)])
 
 
-# Where ``train.py --memory low`` draws the line, in multiply-adds. Of SD 1.5 it keeps the 3x3 convolutions, attention
-# among many pixels and the widest linear layers; results/README.md#memory says what other lines would save and cost.
-LOW_MEMORY = 1000
-
-
-def multiply_adds(operator: OpOverload, args: tuple) -> int:
-    """How many a single number of the operator's result takes; a norm, an activation or a sum counts as one."""
-    name = operator.name()
-    if "attention" in name:  # of q, k [B, heads, L', d] and v
-        return 2 * args[1].shape[-2]  # for its share of the weights, and to sum the values by them
-    if name.endswith(("convolution", "linear", "conv")):  # of x, W [out, in, ...]
-        return args[1][0].numel()
-    if name.endswith("mm"):  # of ..., W^T [in, out]
-        return args[-1].shape[-2]
-    return 1
-
-
-def policy(least: float, _: SelectiveCheckpointContext, operator: OpOverload, *args, **kwargs) -> CheckpointPolicy:
-    """Selective activation checkpointing: keep what costs ``least`` or more to compute again, recompute the rest.
-
-    A kept number takes the same memory whatever it cost, so this saves the most for the fewest operations.
-    """
-    dear = multiply_adds(operator, args) >= least
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 class UNet(nn.Module):
     """Predicts the noise (or v) in noisy latents, given the time step and the prompt.
 
@@ -236,9 +203,7 @@ class UNet(nn.Module):
     def run_block(self, block: Callable[..., Tensor], *args: Tensor) -> Tensor:
         """Call one residual block or transformer. The only place that knows of activation checkpointing."""
         if self.recompute_below and torch.is_grad_enabled():
-            keep = partial(create_selective_checkpoint_contexts, partial(policy, self.recompute_below))
-            # Nothing in a block is random.
-            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=keep)
+            return checkpointed(self.recompute_below, block, *args)
         return block(*args)
 
     def run_layer(self, level: Level, i: int, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:

@@ -47,9 +47,9 @@ def names(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("module", ["unet", "vae"])
-def test_networks_know_shapes_and_blocks_only(module: str):
-    assert known(module) <= own("config", "blocks")
+@pytest.mark.parametrize("module, besides", [("unet", ["recompute"]), ("vae", []), ("recompute", [])])
+def test_networks_know_shapes_and_blocks_only(module: str, besides: list[str]):
+    assert known(module) <= own("config", "blocks", *besides)
 
 
 def test_text_knows_files_besides():
