@@ -187,14 +187,11 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     if args.images:
         fixed["images"] += f" ({images.version(pictures)})"  # what is in the folder counts as well
     losses = resume(out, trainable, optimizer, fixed)  # none, in a new run
+    ranks.as_first([p.data for p in trainable])  # random numbers may differ from one kind of GPU to another
 
     # The teacher draws its own pictures, or is given some; the student learns from them, and from the way to them.
     if args.images:
-        if not ranks.first:
-            ranks.wait()  # until the first has encoded them, and the others find them there
-        states, unusable = images.encode(sd, pictures, captions, args.states or out / "states")
-        if ranks.first:
-            ranks.wait()
+        states, unusable = images.encode(sd, pictures, captions, args.states or out / "states", ranks)
         for file, reason in (left_out | unusable).items():
             print(f"Left out: {file}: {reason}.")
     else:
@@ -219,10 +216,11 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     if args.compile:  # two graphs, the teacher's and the student's, each of one shape; pictures are drawn by sd.unet
         unet = torch.compile(unet, fullgraph=True, dynamic=False)
     examples = len(states) if args.method == "noised" else len(states.examples)
+    ranks.share(min(args.batch, examples))
     order = data.batches(examples, args.batch, args.seed, start=len(losses))
     shown_as = dict(desc="distilling", unit="step", disable=not ranks.first)
     progress = tqdm(initial=len(losses), total=args.steps, **shown_as)
-    recent, unread = deque(maxlen=WINDOW * args.accumulate), []  # what the last updates saw; losses on the device
+    recent, unread = deque(maxlen=WINDOW), []  # what the last updates saw; losses on the device
     with stop_signals() as stop:
         for step in range(len(losses), args.steps):
             chosen = next(order)
@@ -240,7 +238,7 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
                 batch = z_t, t, embeddings[caption_of[trajectory]], eps_hat
             batch = [data.to_device(ranks.part(x), sd.device) for x in batch]
 
-            loss = 0.0
+            loss, seen = 0.0, []
             for z_t, t, cond, *stored in in_parts(args.accumulate, *batch):
                 if args.method == "noised":  # ask the teacher: two calls of the frozen UNet
                     eps_hat = teacher(
@@ -254,7 +252,8 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
                 share = missed * (len(eps) / len(batch[0]))  # of the batch's mean
                 share.backward()
                 loss += share.detach()
-                recent.append((z_t, t, cond, eps_hat, missed.detach()))
+                seen.append((z_t, t, cond, eps_hat, missed.detach()))
+            recent.append(seen)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, peak, warmup=max(args.steps // 10, 1))
             (loss,) = ranks.mean(trainable, loss)
@@ -267,19 +266,19 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
             stopping = ranks.any(bool(stop))  # a signal may reach one rank an update before the others
             saving = stopping or (step + 1) % args.save_every == 0 or step + 1 == args.steps
             if len(unread) == WINDOW or saving:  # now and then, as a GPU has to be waited for
-                for loss, norm in torch.stack(unread).tolist():
-                    if not math.isfinite(loss + norm):
+                for found, length in torch.stack(unread).tolist():
+                    if not math.isfinite(found + length):
                         raise ValueError(
-                            f"At update {len(losses) + 1} the loss is {loss:g} and its gradient's norm {norm:g}: "
+                            f"At update {len(losses) + 1} the loss is {found:g} and its gradient's norm {length:g}: "
                             f"lower --lr (it is {peak:g}) or --guidance, in a new --out."
                         )
-                    losses.append(loss)
+                    losses.append(found)
                 unread.clear()
                 progress.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.5f}", refresh=False)
             if ranks.first and saving:
-                if len(recent) == recent.maxlen and is_lost(sd.unet, recent):
+                if len(recent) == WINDOW and is_lost(sd.unet, sum(recent, [])):
                     raise ValueError(
-                        f"At update {step + 1} the loss is {loss:g}, far above what it was without any LoRA: "
+                        f"At update {step + 1} the loss is {losses[-1]:g}, far above what it was without any LoRA: "
                         f"lower --lr (it is {peak:g}) or --guidance, in a new --out."
                     )
                 save_checkpoint(out, trainable, optimizer, losses, fixed)

@@ -29,6 +29,17 @@ class FrozenConv(torch.autograd.Function):
 class Conv2d(nn.Conv2d):
     """nn.Conv2d that, while it is frozen, keeps nothing of what went through it. (nn.Linear does so by itself.)"""
 
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and not any(p.requires_grad for p in self.parameters()):
             return FrozenConv.apply(x, self.weight, self.bias, self.stride, self.padding)

@@ -145,13 +145,28 @@ def generate(
             # Half precision rounds by 1/2000 of a value: far below what any student misses, at half the disk.
             tensors = {name: x.half().cpu().contiguous() for name, x in tensors.items()}
             tensors |= {"prompt": chosen[first], "t": torch.tensor(timesteps)}
-            with written_whole(files[first]) as beside:
-                beside.write_bytes(save(tensors, {"made_with": made_with, "checksum": checksum(tensors, made_with)}))
-                sort_header(beside)
+            write_shard(files[first], tensors, made_with)
         bar.update(len(chosen[first]))
     bar.close()
     ranks.wait()
     return States(list(files.values()), count)
+
+
+def write_shard(file: Path, tensors: dict[str, Tensor], made_with: str) -> None:
+    with written_whole(file) as beside:
+        beside.write_bytes(save(tensors, {"made_with": made_with, "checksum": checksum(tensors, made_with)}))
+        sort_header(beside)
+
+
+def read_shard(file: Path) -> tuple[dict[str, Tensor], str] | None:
+    """The tensors of a shard, and what it was made with; None if it is damaged."""
+    try:
+        with safe_open(file, "pt") as shard:
+            metadata = shard.metadata() or {}
+        tensors, made_with = load_file(file), metadata["made_with"]
+        return (tensors, made_with) if metadata["checksum"] == checksum(tensors, made_with) else None
+    except (SafetensorError, OSError, KeyError):
+        return None
 
 
 def checksum(tensors: Mapping[str, Tensor], made_with: str) -> str:
@@ -167,16 +182,11 @@ def is_shard(file: Path, made_with: str, size: int) -> bool:
     """Whether the file is a whole shard of ``size`` or more; raises ValueError if it was made with other settings."""
     if not file.exists():
         return False
-    try:
-        with safe_open(file, "pt") as shard:
-            metadata = shard.metadata() or {}
-        tensors, found = load_file(file), metadata["made_with"]
-        whole = metadata["checksum"] == checksum(tensors, found)
-    except (SafetensorError, OSError, KeyError):
-        whole = False
-    if not whole:
+    shard = read_shard(file)
+    if shard is None:
         warnings.warn(f"{file} is damaged: the teacher draws it again.", stacklevel=3)
         return False
+    tensors, found = shard
     if found != made_with:
         raise ValueError(
             f"{file} was generated with other settings ({found}): delete {file.parent}, "

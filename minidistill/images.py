@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from minidistill.data import fingerprint
-from minidistill.files import digest, written_whole
+from minidistill.data import fingerprint, read_shard, write_shard
+from minidistill.files import digest
+from minidistill.parallel import ALONE, Ranks
 from minidistill.pipeline import StableDiffusion, at_work
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -103,7 +103,7 @@ def read_picture(file: Path, side: int) -> Tensor:
 
 
 def encode(
-    sd: StableDiffusion, pictures: list[Picture], captions: list[str], folder: Path
+    sd: StableDiffusion, pictures: list[Picture], captions: list[str], folder: Path, ranks: Ranks = ALONE
 ) -> tuple["Latents", dict[Path, str]]:
     """The latents of the pictures whose caption is one of ``captions``; and of pictures that cannot be used, why.
 
@@ -111,39 +111,32 @@ def encode(
     already is kept, so an interrupted run goes on where it stopped, and only new or changed pictures are encoded. One
     at a time, which takes the least memory, and gives a latent that no other picture has a part in. It is the
     posterior's mean, which needs no seed: its spread (in the embedded model 0.008, where latents have 1) is below the
-    least noise that is ever added (0.029).
+    least noise that is ever added (0.029). Of several ``ranks`` the first encodes, and says what is left out.
 
     Raises ValueError when no picture is left.
     """
     side = sd.unet_config.sample_size * sd.vae.config.factor
-    vae = f"{fingerprint(sd.vae)} {sd.vae.config}"
-    numbers = {caption: number for number, caption in enumerate(captions)}
-    files, left_out = [], {}
-    for picture in tqdm(pictures, "encoding pictures", unit="picture"):
-        file = folder / f"picture-{digest(f'{vae} {side} {picture.digest}'.encode())}.safetensors"
-        if not is_whole(file):
-            try:
-                x = read_picture(picture.file, side)
-            except Exception as error:  # given anything, decoders raise anything
-                left_out[picture.file] = str(error) or type(error).__name__
-                continue
-            with torch.no_grad(), at_work(sd.vae, sd.device):
+    made_with = f"{fingerprint(sd.vae)} {sd.vae.config} {side}"
+    files = [folder / f"picture-{digest(f'{made_with} {p.digest}'.encode())}.safetensors" for p in pictures]
+    left_out = {}
+    if ranks.first:
+        missing = {file: picture for file, picture in zip(files, pictures) if not read_shard(file)}
+        with torch.no_grad(), at_work(sd.vae, sd.device):
+            for file, picture in tqdm(missing.items(), "encoding pictures", unit="picture"):
+                try:
+                    x = read_picture(picture.file, side)
+                except Exception as error:  # given anything, decoders raise anything
+                    left_out[picture.file] = str(error) or type(error).__name__
+                    continue
                 z_0 = sd.vae.encode(x[None].to(sd.device, sd.dtype))[0]  # [4, h, w]
-            with written_whole(file) as beside:
-                beside.write_bytes(save({"z_0": z_0.half().cpu().contiguous()}))  # as data.generate stores them
-        if picture.caption in numbers:
-            files.append((file, numbers[picture.caption]))
-    if not files:
+                write_shard(file, {"z_0": z_0.half().cpu().contiguous()}, made_with)  # as data.generate stores them
+    ranks.wait()
+    numbers = {caption: number for number, caption in enumerate(captions)}
+    found = zip(files, pictures)
+    chosen = [(file, numbers[p.caption]) for file, p in found if p.caption in numbers and file.exists()]
+    if not chosen:
         raise none_left("No picture is left to learn from", left_out)
-    return Latents(files), left_out
-
-
-def is_whole(file: Path) -> bool:
-    try:
-        with safe_open(file, "pt"):
-            return True
-    except (SafetensorError, OSError):
-        return False
+    return Latents(chosen), left_out
 
 
 class Latents:

@@ -40,7 +40,7 @@ class Ranks:
         if batch % self.world:
             raise ValueError(
                 f"{self.world} processes cannot share a batch of {batch} equally: give a --batch that is a multiple "
-                f"of {self.world}, and no fewer --trajectories."
+                f"of {self.world}, and at least as many --trajectories or --images."
             )
         return batch // self.world
 
@@ -53,15 +53,20 @@ class Ranks:
         if self.world == 1:
             return list(numbers)
         gradients = [p.grad for p in trained]
-        flat = self._sum(torch.cat([x.flatten() for x in (*gradients, *numbers)])) / self.world
+        flat = self._sum(torch.cat([x.flatten() for x in (*gradients, *numbers)])).div_(self.world)
         *means, rest = flat.split([*(x.numel() for x in gradients), len(numbers)])
         for gradient, mean in zip(gradients, means):
             gradient.copy_(mean.view_as(gradient))
         return list(rest)
 
+    def as_first(self, tensors: Sequence[Tensor]) -> None:
+        """Fill the tensors with those of the first rank."""
+        for x in tensors if self.world > 1 else ():
+            dist.broadcast(x, 0)
+
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank. All ranks get here before one goes on."""
-        return flag if self.world == 1 else self._sum(torch.tensor(float(flag), device=self.device)).item() > 0
+        """Whether it is so on any rank. All ranks get here before one goes on; no GPU is waited for."""
+        return flag if self.world == 1 else self._sum(torch.tensor(float(flag))).item() > 0
 
     def wait(self) -> None:
         """Until all ranks have come here."""
@@ -71,6 +76,8 @@ class Ranks:
         """In place, over all ranks: each gets the very same bits."""
         try:
             dist.all_reduce(x)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise ConnectionError(
                 "another process of this run has stopped, and says itself why. The same command with --resume goes on "
@@ -93,12 +100,11 @@ def process_group(device: str) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(device=device)
         return
-    backend = "gloo"
     if device.startswith("cuda"):
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
             raise ValueError(f"There are {gpus} GPUs here, and more processes: give torchrun --nproc-per-node {gpus}.")
-        backend, device = "nccl", f"cuda:{local}"
+        device = f"cuda:{local}"
         torch.cuda.set_device(local)
     # torchrun's store outlives a restart (github.com/pytorch/pytorch/issues/135712): under the same names a rank could
     # find the address of one that was killed, and wait for it.
@@ -106,14 +112,13 @@ def process_group(device: str) -> Iterator[Ranks]:
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     # Ranks wait for the first while it draws pictures, and for each other's shards, as long as that takes. Nobody waits
     # for the dead: when one process dies, torchrun ends the others.
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(days=1))
     ranks = Ranks(rank, world, device)
-    try:
-        if ranks.first:
+    if ranks.first:
+        yield ranks
+    else:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield ranks
-        else:
-            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield ranks
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()  # not after an error: NCCL would wait for the others, and they for this one

@@ -23,7 +23,7 @@ def multiply_adds(operator: OpOverload, args: tuple) -> int:
     if "attention" in name:  # of q, k [B, heads, L', d] and v
         return 2 * args[1].shape[-2]  # for its share of the weights, and to sum the values by them
     if name.endswith(("convolution", "linear", "conv")):  # of x, W [out, in, ...]
-        return args[1][0].numel()
+        return args[1].shape[1:].numel()
     if name.endswith("mm"):  # of ..., W^T [in, out]
         return args[-1].shape[-2]
     return 1

@@ -80,10 +80,13 @@ def save_checkpoint(
     contents = io.BytesIO()
     torch.save(state, contents)
     contents.write(hashlib.sha256(contents.getbuffer()).digest())
-    with written_whole(out / f"checkpoints/step-{len(losses):06d}.pt") as beside:
+    file = out / f"checkpoints/step-{len(losses):06d}.pt"
+    with written_whole(file) as beside:
         beside.write_bytes(contents.getbuffer())  # a full disk is an OSError here, whatever torch.save would call it
-    for old in checkpoint_files(out)[:-KEPT]:
-        old.unlink()
+    files = checkpoint_files(out)
+    here = files.index(file) + 1
+    for other in [*files[: max(here - KEPT, 0)], *files[here:]]:  # later ones were damaged, and passed over
+        other.unlink()
 
 
 def resume(

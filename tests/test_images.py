@@ -211,13 +211,14 @@ def test_only_what_changed_is_encoded_again(folder: Path, sd: StableDiffusion, c
 def test_damaged_latents_are_made_again(folder: Path, sd: StableDiffusion, calls: list[int], tmp_path: Path):
     encoded(sd, folder, tmp_path / "cache")
     before = {file: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
-    first, second, third, *_ = before
+    first, second, third, fourth, *_ = before
     first.write_bytes(before[first][:-20])
     second.write_bytes(b"")
     third.unlink()
+    fourth.write_bytes(before[fourth][:-1] + bytes([before[fourth][-1] ^ 1]))  # one bit
     calls.clear()
     encoded(sd, folder, tmp_path / "cache")
-    assert len(calls) == 3 and {file: file.read_bytes() for file in (tmp_path / "cache").iterdir()} == before
+    assert len(calls) == 4 and {file: file.read_bytes() for file in (tmp_path / "cache").iterdir()} == before
 
 
 # train.py

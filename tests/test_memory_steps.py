@@ -31,6 +31,7 @@ def test_multiply_adds_are_half_of_torchs_flops(fused: bool):
     assert 2 * work.multiply_adds == flops.get_total_flops()
 
 
+@pytest.mark.slow
 def test_more_recomputed_and_less_kept():
     lines = (0, 100, math.inf)
     saved = [counted(partial(program, Step("", recompute_below=least), TINY, 1))["saved"] for least in lines]
@@ -39,11 +40,12 @@ def test_more_recomputed_and_less_kept():
     assert work[0] == 0 and 0.5 < work[-1] < 1
 
 
+@pytest.mark.slow
 def test_steps_add_up():
     first, narrow, away, frozen, *_ = (peak(step, TINY, TEXT) for step in STEPS)
     assert first > narrow > away > frozen
     assert narrow - away == memory_steps.beside(TINY, TEXT, torch.bfloat16)
-    large = replace(TINY, batch=2)
+    large = replace(TINY, batch=8)
     one_by_one, at_once = (peak(Step("", accumulates=way), large, TEXT) for way in (True, False))
     assert one_by_one < at_once
 

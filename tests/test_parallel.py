@@ -106,6 +106,7 @@ def test_rank_0_alone_speaks(two):
     assert run.stderr.count("trajectories:   0%") == run.stderr.count("distilling:   0%") == 1
 
 
+@pytest.mark.slow
 def test_the_teacher_in_the_loop(command, flags, tmp_path: Path):
     one, other = (flags(tmp_path / name, dtype="float64", method="noised") for name in ("one", "two"))
     run = torchrun(tmp_path, other)

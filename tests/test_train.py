@@ -397,6 +397,20 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage, full, command, fl
     assert same_result(tmp_path / "run", full[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*damaged")
+def test_checkpoints_made_after_damaged_ones_are_kept(full, command, flags: Flags, tmp_path: Path):
+    """Both are damaged, so the run begins again; stopped early, it goes on from what it has saved since."""
+    run = [*flags(tmp_path / "run"), "--no-report"]
+    command("train.py", *run)
+    for file in (tmp_path / "run/checkpoints").iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    with ctrl_c("after", 3):
+        assert "Saved after 3 of 6" in command("train.py", *run, "--resume").complaint
+    assert {file.name for file in (tmp_path / "run/checkpoints").iterdir()} == {"step-000002.pt", "step-000003.pt"}
+    result = command("train.py", *run, "--resume")
+    assert f"3/{UPDATES}" in result.err and same_result(tmp_path / "run", full[0])
+
+
 def test_a_second_run_beside_the_first_is_refused(full, command, flags: Flags, tmp_path: Path):
     run = [*flags(tmp_path / "run"), "--no-report", "--resume"]
     (tmp_path / "run").mkdir()
