@@ -40,7 +40,7 @@ def test_one_graph_for_the_teacher_and_one_for_the_student(recompute_below: floa
     assert counter.frame_count == 2 and not unet.switch.enabled
 
 
-@pytest.mark.parametrize("method, graphs", [("noised", 2), pytest.param("trajectories", 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method, graphs", [pytest.param("noised", 2, marks=pytest.mark.slow), ("trajectories", 1)])
 def test_train_compiles_what_the_loop_calls_and_that_once(
     method: str, graphs: int, command, tiny_model: Path, prompts_file: Path, tmp_path: Path, monkeypatch
 ):

@@ -61,6 +61,7 @@ def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys)
     assert "| W and activations in bfloat16 | 8 | 1 | 0% |" in out and "| `--memory low` | 5 | 1 | 18% |" in out
 
 
+@pytest.mark.slow
 def test_a_card_needs_less_for_less():
     small, large = (card(Card(0, *how), TINY) for how in ((8, 8, "low"), (8,)))
     assert small["learning"] < large["learning"] and small["drawing"] == large["drawing"] > small["decoding"] > 0
