@@ -55,7 +55,7 @@ def test_a_network_counted_by_hand(fake: bool) -> None:
     assert live.bytes == 0
 
 
-@pytest.mark.parametrize("dtype, itemsize", [("float32", 4), ("bfloat16", 2)])
+@pytest.mark.parametrize("dtype, itemsize", [("float32", 4), pytest.param("bfloat16", 2, marks=pytest.mark.slow)])
 def test_columns_are_what_the_parameters_say(dtype: str, itemsize: int) -> None:
     numbers, tensors = sum(p.numel() for p in parameters()), len(parameters())
     pairs = [p for p in parameters(lora=True) if p.requires_grad]
@@ -123,7 +123,9 @@ def saved_bytes(case: Case, size: Size) -> int:
     return sum(x.untyped_storage().nbytes() for address, x in found.items() if address not in known)
 
 
-@pytest.mark.parametrize("name", ["full/float32", "noised/float32", "noised/bfloat16"])
+@pytest.mark.parametrize(
+    "name", ["full/float32", "noised/float32", pytest.param("noised/bfloat16", marks=pytest.mark.slow)]
+)
 def test_saved_is_what_autograd_keeps_of_real_tensors(name: str) -> None:
     """At pocket size; the inputs, which the ledger does not count, are less than one per cent."""
     size = memory.SIZES["pocket"]
