@@ -29,7 +29,8 @@ def results(called: nn.Module, trained: list[nn.Parameter]) -> list[Tensor]:
     return [eps_hat, eps.detach(), *torch.autograd.grad(eps.square().mean(), trained)]
 
 
-@pytest.mark.parametrize("recompute_below", [0.0, pytest.param(LOW_MEMORY, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recompute_below", [0.0, LOW_MEMORY])
+@pytest.mark.slow
 def test_one_graph_for_the_teacher_and_one_for_the_student(recompute_below: float):
     unet, counter = tiny_student(), CompileCounterWithBackend("aot_eager")
     unet.base.recompute_below = recompute_below

@@ -132,7 +132,7 @@ def test_saved_is_what_autograd_keeps_of_real_tensors(name: str) -> None:
     assert saved_bytes(CASES[name], size) == pytest.approx(ledger(CASES[name], size)["saved"], rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["full/float32", "noised/float32/recompute"])
+@pytest.mark.parametrize("name", ["full/float32", pytest.param("noised/float32/recompute", marks=pytest.mark.slow)])
 def test_the_peak_is_the_allocators(name: str, tmp_path: Path) -> None:
     """At pocket size, on real tensors: torch's profiler logs every allocation, within kernels too."""
     size = memory.SIZES["pocket"]

@@ -125,6 +125,7 @@ def test_a_killed_worker_is_started_again_and_goes_on(two, flags, tmp_path: Path
         assert (out / name).read_bytes() == (two[0] / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_asked_to_stop_one_process_all_stop_after_the_same_update(command, flags, tmp_path: Path):
     """And in float32 the loss of two processes is that of one."""
     run = torchrun(tmp_path, flags(tmp_path / "two"), happens="1 7 SIGTERM")
