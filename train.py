@@ -29,6 +29,7 @@ from minidistill.lora_files import merge_file
 from minidistill.lora_formats import read_lora
 from minidistill.merged import replaced_by, write_checkpoint
 from minidistill.parallel import Ranks, process_group
+from minidistill.pipeline import at_work
 from minidistill.recompute import LOW_MEMORY
 from minidistill.report import write_report
 from minidistill.run import checkpoint_files, lock, resume, save_checkpoint, stop_signals
@@ -210,16 +211,16 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
             ranks=ranks,
         )
     drawn, caption_of = states.prompts(torch.arange(len(states))).unique(return_inverse=True)
-    encoded = (sd.encode_prompt([captions[i] for i in some]).cpu() for some in drawn.split(64))
-    embeddings = torch.cat(list(encoded))  # [captions, L, D], on the host: of many they would fill a small card
+    with at_work(sd.text_encoder, sd.device):  # once for all of them
+        encoded = [sd.encode_prompt([captions[i] for i in some]).cpu() for some in drawn.split(64)]
+    embeddings = torch.cat(encoded)  # [captions, L, D], on the host: of many they would fill a small card
 
     if args.compile:  # two graphs, the teacher's and the student's, each of one shape; pictures are drawn by sd.unet
         unet = torch.compile(unet, fullgraph=True, dynamic=False)
     examples = len(states) if args.method == "noised" else len(states.examples)
     ranks.share(min(args.batch, examples))
     order = data.batches(examples, args.batch, args.seed, start=len(losses))
-    shown_as = dict(desc="distilling", unit="step", disable=not ranks.first)
-    progress = tqdm(initial=len(losses), total=args.steps, **shown_as)
+    progress = tqdm(initial=len(losses), total=args.steps, desc="distilling", unit="step", disable=not ranks.first)
     recent, unread = deque(maxlen=WINDOW), []  # what the last updates saw; losses on the device
     with stop_signals() as stop:
         for step in range(len(losses), args.steps):

@@ -132,8 +132,7 @@ def generate(
     missing = [first for first, file in files.items() if not is_shard(file, made_with, len(chosen[first]))]
     ranks.wait()  # all know what is missing before any of it is made
     there = count - sum(len(chosen[first]) for first in missing)
-    shown = dict(desc="teacher trajectories", unit="trajectory", disable=not ranks.first)
-    bar = tqdm(initial=there, total=count, **shown)
+    bar = tqdm(initial=there, total=count, desc="teacher trajectories", unit="trajectory", disable=not ranks.first)
     for turn, first in enumerate(missing):
         if turn % ranks.world == ranks.rank:
             cond = sd.encode_prompt([captions[i] for i in chosen[first]])
