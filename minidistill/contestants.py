@@ -16,6 +16,7 @@ from minidistill.distill import student, teacher
 from minidistill.guidance import batched_guided_noise, guided_noise
 from minidistill.lora import LoRAModel, inject_lora, lora_layers, merge_lora
 from minidistill.peers import peer_guided_picture, peer_lora, peer_unet
+from minidistill.recompute import LOW_MEMORY
 from minidistill.schedule import Schedule, ddim_sample
 from minidistill.unet import UNet
 from minidistill.vae import VAE
@@ -167,12 +168,19 @@ def picture(setup: Setup, who: str, how: str) -> Contestant:
     return lambda: tuple(islice(ddim_sample(model, schedule, z_T, setup.size.steps), setup.timed_steps))
 
 
-def distil(setup: Setup, who: str, teacher_in_loop: bool) -> Contestant:
-    """One update as in train.py, towards a stored prediction of the teacher's or one made in the step."""
+def distil(setup: Setup, who: str, teacher_in_loop: bool, recompute: bool = False) -> Contestant:
+    """One update as in train.py, towards a stored prediction of the teacher's or one made in the step.
+
+    To ``recompute`` is ``--memory low`` here; the peer's own way computes whole blocks again.
+    """
     batch = setup.size.batch
     z_t, stored, (cond, uncond) = setup.latents(batch), setup.latents(batch, seed=5), setup.contexts(batch)
     t = torch.linspace(999, 1, batch, device=setup.device).long()
     unet = setup.lora_unet() if who == "ours" else setup.peer_lora_unet()
+    if recompute and who == "ours":
+        unet.base.recompute_below = LOW_MEMORY
+    elif recompute:
+        unet.enable_gradient_checkpointing()
     trainable = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0)
 
@@ -219,10 +227,11 @@ ROWS = {
     "merged": Row("one-pass picture, LoRA merged", 1, partial(picture, how="merged")),
     "unmerged": Row("one-pass picture, LoRA beside", 1, partial(picture, how="unmerged")),
     "trajectories": Row("distillation step, trajectories", 1, partial(distil, teacher_in_loop=False)),
+    "recomputed": Row("the same, activations recomputed", 1, partial(distil, teacher_in_loop=False, recompute=True)),
     "noised": Row("distillation step, teacher in the loop", 3, partial(distil, teacher_in_loop=True)),
 }
 PICTURES = ("guided", "batched", "merged", "unmerged")
-WITH_PEER = ("unet", "unet_alike", "unet_compiled", "guided", "batched", "trajectories", "noised")
+WITH_PEER = ("unet", "unet_alike", "unet_compiled", "guided", "batched", "trajectories", "recomputed", "noised")
 PEERS = ("diffusers", "peft")
 
 
