@@ -1,5 +1,6 @@
 """Fixtures: the tiny model's folder, the model loaded, prompts for it, and the command lines run in this process."""
 
+import os
 import re
 import runpy
 import signal
@@ -9,9 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import ROOT, write_tiny
 
 from minidistill import StableDiffusion, load
+
+
+def pytest_configure() -> None:
+    """Tests that run side by side (``pytest -n 2``) have a core each, and so have the processes that they start."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ RANK = 4
 CPU = torch.device("cpu")
 
 
+@cache
 def tiny(name: str, **how) -> dict[str, int]:
     return ledger(CASES[name], TINY, RANK, **how)
 
@@ -102,7 +104,7 @@ def test_on_cuda_adamw_copies_what_it_trains() -> None:
 def test_attention_matrices_are_kept_on_demand() -> None:
     fused = tiny("full/float32")["saved"]
     with memory.attention(keep=True):
-        kept = tiny("full/float32")["saved"]
+        kept = ledger(CASES["full/float32"], TINY, RANK)["saved"]
     heads, tokens = 2, 64
     assert kept - fused >= 3 * 4 * TINY.batch * heads * tokens**2  # at the finer level: once down, twice up
 
