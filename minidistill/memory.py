@@ -41,6 +41,7 @@ from minidistill.unet import UNet
 
 SIZES = {"sd15": contestants.SIZES["sd15"], "sd21": replace(contestants.SIZES["sd15"], unet=SD21_BASE_UNET)}
 SIZES |= {"pocket": contestants.SIZES["pocket"]}
+DTYPES = ("float32", "bfloat16")
 # Run before anything is measured, for what libraries set up once: as small as can be, with every kind of layer.
 SMALLEST_UNET = UNetConfig(widths=(8, 16), layers=1, depth=(1, 0), heads=(1, 1), groups=8, sample_size=4)
 SMALLEST = replace(contestants.SIZES["pocket"], unet=SMALLEST_UNET, batch=1)
@@ -58,6 +59,7 @@ all weights are trained, they, their gradients and AdamW's state are bfloat16 to
 class Settings:
     size: list[str] = setting(None, "which networks (default: all)", type=str, nargs="+", choices=tuple(SIZES))
     device: str = setting("cuda", "whose memory, and where to measure; for the ledger it need not be there")
+    dtype: list[str] = setting(DTYPES, "of W and activations", type=str, nargs="+", choices=DTYPES)
     rank: int = setting(16, "of the LoRA", type=count)
     keep_attention: bool = setting(False, "materialise the attention matrices, as was usual before fused attention")
     measure: bool = setting(False, "measure peaks too, each in a process of its own; rows above 16 GB are left out")
@@ -208,7 +210,7 @@ class Case(NamedTuple):
         return f"{self.row}/{self.dtype}" + "/recompute" * self.recompute
 
 
-CASES = {str(case): case for case in map(Case._make, product(ROWS, ("float32", "bfloat16"), (False, True)))}
+CASES = {str(case): case for case in map(Case._make, product(ROWS, DTYPES, (False, True)))}
 del CASES["sampling/float32/recompute"], CASES["sampling/bfloat16/recompute"]  # there is no backward pass
 
 
@@ -298,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     for size in sizes:
         rows = {}
-        for name, case in tqdm(CASES.items(), size):
+        for name, case in tqdm([row for row in CASES.items() if row[1].dtype in args.dtype], size):
             with attention(args.keep_attention):
                 row = ledger(case, SIZES[size], args.rank, foreach=device.type == "cuda")
             fits = args.measure and row["peak"] <= LARGEST_MEASURED
