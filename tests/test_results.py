@@ -180,8 +180,9 @@ def test_the_summary(tmp_path: Path):
     for row in rows:
         row.pop("noise error share")  # which neither has by measurement
     write(tmp_path, "evaluation/results.json", {"rows": [*rows, {"method": "guidance-lora"} | measures]})
-    for name in ("memory.json", "memory-pocket.json"):
-        write(tmp_path, name, {"sizes": {"pocket": {"batch": 1}}})
+    write(tmp_path, "memory.json", {"sizes": {"sd15": {"batch": 1}}})
+    for size in ("pocket", "sd15"):
+        write(tmp_path, f"memory-{size}.json", {"sizes": {size: {"batch": 2}}})
     timed = {
         "unet_compiled": {"peer_s": 4.0, "ours_to_peer": 0.5},  # its memory is not measured
         "guided": {"turns_s": {"ours": [3.0, 4.0, 9.0]}, "peer_s": None},
@@ -200,7 +201,9 @@ def test_the_summary(tmp_path: Path):
     assert found["teacher"] == student | source | {"noise_error_share": zero}
     assert found["unguided"] == student | source | {"noise_error_share": one}
     assert (found["time"]["unet_ratio"], found["time"]["picture_ratio"]) == (0.5, 0.51)
-    assert found["memory"]["pocket"] == found["memory"]["measured"]["pocket"] == {"batch": 1}
+    assert found["memory"]["sd15"] == {"batch": 1}
+    measured = {"batch": 2, "command": "makes memory-pocket.json", "commit": "abc"}
+    assert found["memory"]["measured"]["pocket"] == measured
     peers = found["peers"]["sd15"]
     assert peers["unet_compiled"] == {"time": 0.5} and peers["noised"] == {"time": 0.5, "memory": 0.75}
     assert peers["trajectories to the peer's teacher in the loop"] == {"time": 0.2, "memory": 0.5}

@@ -34,6 +34,8 @@ STEPS = {
     "memory": "-m minidistill.memory",
     "memory, step by step": "-m minidistill.memory_steps",
     "memory, measured": "-m minidistill.memory --size pocket --device cpu --measure --out results/memory-pocket.json",
+    "memory, measured at full size": "-m minidistill.memory --size sd15 --device cpu --dtype float32 --measure "
+    "--out results/memory-sd15.json",
     "time, embedded model": "-m minidistill.bench --size pocket --memory --compile --out results/bench-pocket.json",
     "time, Stable Diffusion 1.5": "-m minidistill.bench --size sd15 --memory --out results/bench-sd15.json",
 }
@@ -77,9 +79,10 @@ MEASURES = {
 
 def summary(results: Path) -> dict:
     """The figures that the method is judged by, out of the files in ``results``, each with its command and commit."""
-    files = ("evaluation/results.json", "memory.json", "memory-pocket.json")
-    quality, memory, measured = (read(results / name) for name in files)
-    benches = {size: read(results / f"bench-{size}.json") for size in ("pocket", "sd15")}
+    quality, memory = read(results / "evaluation/results.json"), read(results / "memory.json")
+    measured, benches = (
+        {size: read(results / f"{what}-{size}.json") for size in ("pocket", "sd15")} for what in ("memory", "bench")
+    )
     methods = {row["method"]: row for row in quality["rows"]}
     teacher, unguided, student = methods["teacher"], methods["no guidance"], methods[Path(SHIPPED).stem]
     for row, share in ((teacher, 0.0), (unguided, 1.0)):  # by its definition
@@ -92,7 +95,8 @@ def summary(results: Path) -> dict:
     guided, merged = (median(full_size[row]["turns_s"]["ours"]) for row in ("guided", "merged"))
     found["time"] = {"unet_ratio": merged / guided, "picture_ratio": full_size["merged"]["to_guided"]}
     found["time"] |= source(benches["sd15"])
-    found["memory"] = memory["sizes"] | source(memory) | {"measured": measured["sizes"] | source(measured)}
+    found["memory"] = memory["sizes"] | source(memory)
+    found["memory"]["measured"] = {size: made["sizes"][size] | source(made) for size, made in measured.items()}
     found["peers"] = {
         size: peer_ratios(bench["sizes"][size]["rows"]) | source(bench) for size, bench in benches.items()
     }
