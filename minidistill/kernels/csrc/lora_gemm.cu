@@ -20,7 +20,7 @@ static cudaError_t launch(Kernel kernel, cudaStream_t stream, const Problem& pro
 }
 
 #ifdef SM90
-// How TMA is to read a matrix: in boxes of one panel, with the 128-byte swizzle, and zeros for what lies outside.
+// How TMA is to read a matrix: in boxes of one panel, with its swizzle, and zeros for what lies outside.
 template <class Panels_, class Element>
 static cudaError_t describe(TensorMap* map, const Matrix<const uint16_t>& matrix, Element) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -32,12 +32,15 @@ static cudaError_t describe(TensorMap* map, const Matrix<const uint16_t>& matrix
     }();
     if (!encode) return cudaErrorNotSupported;
     const cuuint64_t sizes[] = {matrix.columns, matrix.rows}, row_bytes[] = {cuuint64_t{matrix.stride} * 2};
-    const cuuint32_t box[] = {64, Panels_::ROWS}, steps[] = {1, 1};
+    const cuuint32_t box[] = {Panels_::WIDTH, Panels_::ROWS}, steps[] = {1, 1};
+    const auto swizzle = Panels_::WIDTH == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                         : Panels_::WIDTH == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                : CU_TENSOR_MAP_SWIZZLE_32B;
     const auto type = std::is_same_v<Element, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                         : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     const CUresult result =
         encode(map, type, 2, const_cast<uint16_t*>(matrix.data), sizes, row_bytes, box, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
