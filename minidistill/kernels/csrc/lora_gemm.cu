@@ -1,4 +1,5 @@
 // Which of the kernels is launched for which sizes. Built with SM90 (for sm_90a alone) it has those for Hopper too.
+#include <atomic>
 #include <type_traits>
 
 #include "launch.h"
@@ -11,11 +12,37 @@
 #include "lora_gemm_sm90.h"
 #endif
 
-template <class P, class Kernel, class... Maps>
-static cudaError_t launch(Kernel kernel, cudaStream_t stream, const Problem& problem, const Maps&... maps) {
+struct Where {
+    int device;
+    cudaStream_t stream;
+};
+
+// What the driver is asked or told once for each device. Threads that do so at the same time do the same.
+constexpr int MOST_DEVICES = 128;  // PyTorch has fewer
+
+static cudaError_t processors_of(int device, int* processors) {
+    static std::atomic<int> known[MOST_DEVICES];
+    *processors = known[device];
+    if (*processors) return cudaSuccess;
+    const cudaError_t error = cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount, device);
+    known[device] = *processors;
+    return error;
+}
+
+template <class P, class Kernel> static cudaError_t allow_shared_memory(Kernel kernel, int device) {
+    static std::atomic<bool> allowed[MOST_DEVICES];
+    if (allowed[device]) return cudaSuccess;
     const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    if (cudaError_t error = cudaFuncSetAttribute(kernel, attribute, P::SHARED_BYTES)) return error;
-    kernel<<<P::blocks(problem.y.rows, problem.y.columns), P::THREADS, P::SHARED_BYTES, stream>>>(problem, maps...);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, P::SHARED_BYTES);
+    allowed[device] = error == cudaSuccess;
+    return error;
+}
+
+template <class P, class Kernel, class... Maps>
+static cudaError_t launch(Kernel kernel, const Where& where, const Problem& problem, const Maps&... maps) {
+    if (cudaError_t error = allow_shared_memory<P>(kernel, where.device)) return error;
+    const unsigned blocks = P::blocks(problem.y.rows, problem.y.columns);
+    kernel<<<blocks, P::THREADS, P::SHARED_BYTES, where.stream>>>(problem, maps...);
     return cudaGetLastError();
 }
 
@@ -45,17 +72,17 @@ static cudaError_t describe(TensorMap* map, const Matrix<const uint16_t>& matrix
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <class P> static cudaError_t launch_large(const Problem& problem, cudaStream_t stream) {
+template <class P> static cudaError_t launch_large(const Problem& problem, const Where& where) {
     TensorMap x_map, w_map;
     typename P::Element element;
     if (cudaError_t error = describe<typename P::X>(&x_map, problem.x, element)) return error;
     if (cudaError_t error = describe<typename P::W>(&w_map, problem.W, element)) return error;
-    return launch<P>(lora_gemm_sm90<P>, stream, problem, x_map, w_map);
+    return launch<P>(lora_gemm_sm90<P>, where, problem, x_map, w_map);
 }
 template <class Element, bool TRANSPOSED, int R> using Large = PlanSm90<Element, R, TRANSPOSED>;
 #else
-template <class P> static cudaError_t launch_large(const Problem& problem, cudaStream_t stream) {
-    return launch<P>(lora_gemm<P>, stream, problem);
+template <class P> static cudaError_t launch_large(const Problem& problem, const Where& where) {
+    return launch<P>(lora_gemm<P>, where, problem);
 }
 template <class Element, bool TRANSPOSED, int R> using Large = Plan<Element, 128, 160, R, TRANSPOSED>;
 #endif
@@ -63,32 +90,31 @@ template <class Element, bool TRANSPOSED, int R> using Small = Plan<Element, 64,
 
 // Large blocks read x and W less often; small ones reach more processors where y is small.
 template <class Element, bool TRANSPOSED, int R>
-static cudaError_t launch_size(const Problem& problem, cudaStream_t stream) {
+static cudaError_t launch_size(const Problem& problem, const Where& where) {
     using L = Large<Element, TRANSPOSED, R>;
     using S = Small<Element, TRANSPOSED, R>;
-    int device, processors;
-    if (cudaError_t error = cudaGetDevice(&device)) return error;
-    if (cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
+    int processors;
+    if (cudaError_t error = processors_of(where.device, &processors)) return error;
     const int blocks = L::blocks(problem.y.rows, problem.y.columns);
-    return blocks >= processors * 3 / 4 ? launch_large<L>(problem, stream) : launch<S>(lora_gemm<S>, stream, problem);
+    return blocks >= processors * 3 / 4 ? launch_large<L>(problem, where) : launch<S>(lora_gemm<S>, where, problem);
 }
 
-template <class Element, bool TRANSPOSED> static cudaError_t launch_rank(const Problem& problem, cudaStream_t stream) {
+template <class Element, bool TRANSPOSED> static cudaError_t launch_rank(const Problem& problem, const Where& where) {
     const unsigned rank = problem.t.columns;
-    if (rank <= 16) return launch_size<Element, TRANSPOSED, 16>(problem, stream);
-    if (rank <= 32) return launch_size<Element, TRANSPOSED, 32>(problem, stream);
-    if (rank <= 64) return launch_size<Element, TRANSPOSED, 64>(problem, stream);
-    return launch_size<Element, TRANSPOSED, 128>(problem, stream);
+    if (rank <= 16) return launch_size<Element, TRANSPOSED, 16>(problem, where);  // also 0, which is W alone
+    if (rank <= 32) return launch_size<Element, TRANSPOSED, 32>(problem, where);
+    if (rank <= 64) return launch_size<Element, TRANSPOSED, 64>(problem, where);
+    return launch_size<Element, TRANSPOSED, 128>(problem, where);
 }
 
-template <class Element> static cudaError_t launch_way(const Problem& problem, bool transposed, cudaStream_t stream) {
-    return transposed ? launch_rank<Element, true>(problem, stream) : launch_rank<Element, false>(problem, stream);
+template <class Element> static cudaError_t launch_way(const Problem& problem, bool transposed, const Where& where) {
+    return transposed ? launch_rank<Element, true>(problem, where) : launch_rank<Element, false>(problem, where);
 }
 
-const char* launch_lora_gemm(const Operands& operands, void* handle) {
+const char* launch_lora_gemm(const Operands& operands, int device, void* stream) {
     const Problem problem = problem_of(operands);
-    const auto stream = static_cast<cudaStream_t>(handle);
-    const cudaError_t error = operands.bfloat16 ? launch_way<BFloat16>(problem, operands.transposed, stream)
-                                                : launch_way<Float16>(problem, operands.transposed, stream);
+    const Where where{device, static_cast<cudaStream_t>(stream)};
+    const cudaError_t error = operands.bfloat16 ? launch_way<BFloat16>(problem, operands.transposed, where)
+                                                : launch_way<Float16>(problem, operands.transposed, where);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
