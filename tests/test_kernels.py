@@ -87,6 +87,13 @@ def test_rows_that_lie_apart():
         assert error(found, expected) < 1e-14
 
 
+def test_rank_zero_is_w_alone():
+    tensors = layer(2, 7, rank=0)
+    y, dx, dA, dB = gradients(lora_linear, tensors)
+    assert error(y, F.linear(tensors["x"], tensors["W"], tensors["b"]).detach()) < 1e-14
+    assert error(dx, gradients(formula, tensors)[1]) < 1e-14 and dA.shape == (0, 24) and dB.shape == (16, 0)
+
+
 def test_what_lies_between_the_matmuls_is_kept_and_not_differentiable():
     x, W, b, A, B = layer(3, 7).values()
     y, t = OPS.lora_linear(x, W, b, A, B, 0.7)
