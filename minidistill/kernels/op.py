@@ -59,7 +59,7 @@ def backward(ctx, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
         dx, dt = torch.ops.minidistill.lora_linear_dx(dy, W, A, B, ctx.scale)
     else:
         dx, dt = None, ctx.scale * (dy @ B.to(dy.dtype))
-    x, dy, t, dt = (x.reshape(-1, x.shape[-1]) for x in (x, dy, t, dt))
+    x, dy, t, dt = (torch.atleast_2d(x).flatten(0, -2) for x in (x, dy, t, dt))
     return dx, None, None, (dt.T @ x).to(A.dtype), (dy.T @ t).to(B.dtype), None
 
 
