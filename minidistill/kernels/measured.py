@@ -81,7 +81,8 @@ def verdict(rows: list[dict], region: Region | None, capability: tuple[int, int]
     text = ""
     for size, which, in_graph, way, other, least in TARGETS:
         such = [row["seconds"] for row in rows if size(row) and row["pass"] == which and row["graph"] == in_graph]
-        for worst in [min(seconds[other] / seconds[way] for seconds in such)] if such else []:
+        if such:
+            worst = min(seconds[other] / seconds[way] for seconds in such)
             text += f"{way}, {size.__name__} layers, {which}, {launched(in_graph)}: "
             text += f"at worst {worst:.2f} times as fast as {other}; the target is {least:.2f}.\n"
 
