@@ -5,6 +5,9 @@
 
 Each way is timed with its forward pass alone and with the backward pass for x, A and B; launched one by one, and in a
 CUDA graph, where launching costs nothing. Times are medians of CUDA's own clock, caches warm; errors, beside float64.
+"base" is cuBLAS without a pair, and "r = 0" the fused kernel without one, which still multiplies sixteen columns of
+zeros. Last come the targets, what the dispatcher makes of it, the line its table should have, and where the kernel is
+not the fastest.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +25,8 @@ from tqdm import tqdm
 
 from minidistill.config import SD15_UNET, UNetConfig
 from minidistill.kernels.build import obstacle
-from minidistill.kernels.dispatch import LoRAFunction, addmm_chain
+from minidistill.kernels.dispatch import FASTER, LoRAFunction, Region, addmm_chain
+from minidistill.kernels.measured import WITHOUT_PAIR, chosen, fastest, launched, verdict
 from minidistill.kernels.op import lora_linear
 from minidistill.layout import write_json
 from minidistill.lora import inject_lora, lora_layers
@@ -107,6 +111,7 @@ def merged(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float) 
 
 CONTESTANTS: dict[str, LoRAFunction] = {
     "base": base,
+    "r = 0": lora_linear,  # on a layer of that rank
     "eager": eager,
     "compile": torch.compile(eager, fullgraph=True, dynamic=False),
     "addmm": addmm_chain,
@@ -137,8 +142,9 @@ class Layer(NamedTuple):
         return cls(x.to(dtype).requires_grad_(), W.mul_(K**-0.5).to(dtype), b.to(dtype), *learn, 0.5)
 
     def double(self) -> "Layer":
-        """The same numbers in float64."""
-        return Layer(*(x.detach().double().requires_grad_(x.requires_grad) for x in self[:5]), self.scale)
+        """The same numbers in float64, A and B as every way rounds them."""
+        tensors = (x.detach().to(self.x.dtype).double().requires_grad_(x.requires_grad) for x in self[:5])
+        return Layer(*tensors, self.scale)
 
 
 def forward(function: LoRAFunction, layer: Layer) -> Callable[[], tuple[Tensor, ...]]:
@@ -147,7 +153,9 @@ def forward(function: LoRAFunction, layer: Layer) -> Callable[[], tuple[Tensor, 
 
 def backward(function: LoRAFunction, layer: Layer) -> Callable[[], tuple[Tensor, ...]]:
     """Forward and backward: y, and the gradients of x, A and B for one dy."""
-    dy = torch.ones_like(layer.x[:, :1]) * torch.linspace(-1, 1, len(layer.W)).to(layer.x)
+    g = torch.Generator(layer.x.device).manual_seed(1)
+    size = len(layer.x), len(layer.W)
+    dy = (torch.randint(-8, 9, size, generator=g, device=g.device) / 8).to(layer.x)  # the same in every dtype
     learning = [layer.x] if function is base else [layer.x, layer.A, layer.B]
 
     def run() -> tuple[Tensor, ...]:
@@ -221,38 +229,41 @@ def limits(dtype: torch.dtype) -> tuple[float, float]:
     return 2 * 8192**3 / matmul, 2 * 2**30 / copy
 
 
-def measure(shape: Shape, rank: int, args: Settings, best: tuple[float, float]) -> list[dict]:
-    """A row for each pass and way of launching."""
+def measure(
+    shape: Shape, rank: int, args: Settings, best: tuple[float, float], region: Region | None = None
+) -> list[dict]:
+    """A row for each pass and way of launching; ``region`` is where the dispatcher takes the fused kernel."""
     torch._dynamo.reset()  # which compiles a function for a few shapes only
-    layer = Layer.random(shape, rank, getattr(torch, args.dtype), "cuda")
+    layer, base_alone = (Layer.random(shape, r, getattr(torch, args.dtype), "cuda") for r in (rank, 0))
     names = [name for name in CONTESTANTS if name != "compile" or not args.no_compile]
     rows = []
     for which, make in PASSES.items():
         expected = make(eager, layer.double())()
-        runs = {name: make(CONTESTANTS[name], layer) for name in names}
-        errors = {name: error(run(), expected) for name, run in runs.items() if name != "base"}
+        runs = {name: make(CONTESTANTS[name], base_alone if name == "r = 0" else layer) for name in names}
+        errors = {name: error(run(), expected) for name, run in runs.items() if name not in WITHOUT_PAIR}
         operations, moved = cost(shape, rank, which)
         roofline = max(operations / best[0], moved / best[1])
         for in_graph in (False, True):
             times = {name: seconds(run, args.repeats, in_graph) for name, run in runs.items()}
             row = shape._asdict() | {"rank": rank, "pass": which, "graph": in_graph, "seconds": times, "errors": errors}
             row |= {"tflops": operations / times["fused"] / 1e12, "of_roofline": roofline / times["fused"]}
+            row |= {"dispatched": chosen(region, row)}
             rows.append(row)
     return rows
 
 
 def markdown(rows: list[dict]) -> str:
-    """A table for each pass and way of launching; times in microseconds, the fastest but for the base in bold."""
+    """A table for each pass and way of launching; times in microseconds, the fastest with the pair in bold."""
     names = list(rows[0]["seconds"])
     text = ""
     for which, in_graph in product(PASSES, (False, True)):
-        text += f"\n{which.capitalize()}, {'in a CUDA graph' if in_graph else 'launched one by one'}, microseconds:\n\n"
-        columns = ["M x K -> N", "rank", *names, "fused TFLOP/s", "of roofline", "error", "of addmm"]
+        text += f"\n{which.capitalize()}, {launched(in_graph)}, microseconds:\n\n"
+        columns = ["M x K -> N", "rank", *names, "dispatched", "fused TFLOP/s", "of roofline", "error", "of addmm"]
         lines = [columns, ["---"] * len(columns)]
         for row in (row for row in rows if row["pass"] == which and row["graph"] == in_graph):
-            fastest = min(time for name, time in row["seconds"].items() if name != "base")
-            times = [f"**{1e6 * t:.1f}**" if t == fastest else f"{1e6 * t:.1f}" for t in row["seconds"].values()]
-            line = [f"{row['M']} x {row['K']} -> {row['N']}", str(row["rank"]), *times]
+            first = fastest(row)
+            times = [f"**{1e6 * t:.1f}**" if name == first else f"{1e6 * t:.1f}" for name, t in row["seconds"].items()]
+            line = [f"{row['M']} x {row['K']} -> {row['N']}", str(row["rank"]), *times, row["dispatched"]]
             line += [f"{row['tflops']:.0f}", f"{row['of_roofline']:.2f}"]
             lines.append([*line, *(f"{row['errors'][name]:.1e}" for name in ("fused", "addmm"))])
         text += "".join("| " + " | ".join(line) + " |\n" for line in lines)
@@ -266,12 +277,15 @@ def main(argv: list[str], distillation_step: Callable[[str], Callable[[], object
         raise ValueError(f"there is nothing to measure: {reason}.")
     shapes = list(dict.fromkeys([*STUDY, *layer_shapes()]))
     best = limits(getattr(torch, args.dtype))
+    capability = torch.cuda.get_device_capability()
+    region = FASTER.get(capability)
     tasks = list(product(shapes, args.rank or (4, 16, 64, 128)))
-    rows = [row for task in tqdm(tasks, "layers") for row in measure(*task, args, best)]
+    rows = [row for task in tqdm(tasks, "layers") for row in measure(*task, args, best, region)]
     steps = {kernel: seconds(distillation_step(kernel), 10, in_graph=False, inner=1) for kernel in ("torch", "fused")}
 
     device = torch.cuda.get_device_name()
     print(markdown(rows))
+    print(verdict(rows, region, capability))
     print(f"{device}: at best {best[0] / 1e12:.0f} TFLOP/s, {best[1] / 1e12:.2f} TB/s; torch {torch.__version__}.")
     print(f"A distillation step of SD 1.5: {1e3 * steps['torch']:.1f} ms, fused {1e3 * steps['fused']:.1f} ms.")
     report = made_by("minidistill.bench", ["kernel", *argv]) | {"device": device}

@@ -3,6 +3,7 @@
 import copy
 import shutil
 import subprocess
+import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -85,6 +86,13 @@ def test_rows_that_lie_apart():
     tensors["W"], tensors["A"] = tensors["W"][:, ::2], tensors["A"].detach()[:, ::2].requires_grad_()
     for found, expected in zip(gradients(lora_linear, tensors), gradients(formula, tensors)):
         assert error(found, expected) < 1e-14
+
+
+def test_rank_zero_is_w_alone():
+    tensors = layer(2, 7, rank=0)
+    y, dx, dA, dB = gradients(lora_linear, tensors)
+    assert error(y, F.linear(tensors["x"], tensors["W"], tensors["b"]).detach()) < 1e-14
+    assert error(dx, gradients(formula, tensors)[1]) < 1e-14 and dA.shape == (0, 24) and dB.shape == (16, 0)
 
 
 def test_what_lies_between_the_matmuls_is_kept_and_not_differentiable():
@@ -394,13 +402,14 @@ x, W, b, A, B = t.layer(2, 7).values()
 assert "LoRALinear" in t.lora_linear(x, W, b, A, B, 0.7).grad_fn.name()
 t.test_gradcheck()
 t.test_opcheck(torch.float64)
+t.test_rank_zero_is_w_alone()
 t.test_what_lies_between_the_matmuls_is_kept_and_not_differentiable()
 for dtype in t.ROUNDING:
     t.test_value_and_gradients(t.lora_linear, dtype, rows=(2, 7))
 t.test_compiles_whole("aot_eager")
 t.test_under_activation_checkpointing()
 """
-    subprocess.run(["python", "-c", script], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
 
 
 @pytest.mark.slow

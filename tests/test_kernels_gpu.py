@@ -3,19 +3,22 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import ROOT, randn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minidistill import inject_lora
-from minidistill.bench_kernel import Layer, Shape, backward, eager, error, layer_shapes
+from minidistill.bench_kernel import Layer, Shape, backward, base, eager, error, layer_shapes
 from minidistill.contestants import SIZES, Setup, distil
 from minidistill.kernels.build import obstacle
-from minidistill.kernels.dispatch import addmm_chain
+from minidistill.kernels.conv import lora_conv
+from minidistill.kernels.dispatch import EVERYWHERE, FASTER, addmm_chain
 from minidistill.kernels.op import lora_linear, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -25,13 +28,15 @@ SDXL = [  # at 1024 x 1024 pixels, a batch of one
     *(Shape(1024, K, N) for K, N in ((1280, 1280), (1280, 10240), (5120, 1280))),
     *(Shape(77, 2048, N) for N in (640, 1280)),
     *(Shape(1, 1280, N) for N in (320, 640, 1280)),
+    *(Shape(1, K, 1280) for K in (320, 2816)),
     # 1x1 convolutions, where the channels change
     *(Shape(1024, K, 1280) for K in (640, 1920, 2560)),
     *(Shape(4096, K, 640) for K in (320, 960, 1280, 1920)),
     *(Shape(16384, K, 320) for K in (640, 960)),
 ]
 ODD = [Shape(1, 8, 8), Shape(3, 24, 200), Shape(129, 328, 168), Shape(300, 72, 1000)]
-USUAL = Shape(300, 320, 640)
+USUAL, LARGE = Shape(300, 320, 640), Shape(18000, 320, 640)  # small blocks; the large ones, which are wgmma's on Hopper
+both_sizes = pytest.mark.parametrize("shape", [USUAL, LARGE], ids=["small blocks", "large blocks"])
 SHAPES = list(dict.fromkeys([*layer_shapes(), *SDXL, *ODD])) if torch.cuda.is_available() else [USUAL]
 BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -57,31 +62,51 @@ def a_layer(shape: Shape = USUAL, rank: int = 16, dtype: torch.dtype = torch.bfl
     return Layer.random(shape, rank, dtype, "cuda")
 
 
+def off(found: Tensor, expected: Tensor) -> float:
+    """The relative error of a tensor as a whole: luck makes less of a difference than for the largest one."""
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.M}x{s.K}-{s.N}")
 def test_forward_and_backward(shape: Shape, dtype: torch.dtype, poisoned):
-    """y, dx, dA and dB, each no more than a tenth worse than cuBLAS makes them from the same numbers."""
+    """y, dx, dA and dB: within the bound everywhere, and as a whole at most a tenth worse than cuBLAS makes them."""
     for rank in (1, 4, 13, 16, 32, 64, 128):
         layer = a_layer(shape, rank, dtype)
         expected = backward(eager, layer.double())()
         ours, chain = backward(lora_linear, layer)(), backward(addmm_chain, layer)()
+        assert error(ours, expected) < BOUND[dtype], rank
         for found, usual, right in zip(ours, chain, expected):
-            least = torch.finfo(dtype).eps / 4  # where cuBLAS is right by luck, of a single row say
-            assert error((found,), (right,)) < min(BOUND[dtype], 1.1 * max(error((usual,), (right,)), least)), rank
+            least = torch.finfo(dtype).eps / 4  # what one rounding costs
+            few = right.numel() < 100  # of which luck decides who is nearer
+            assert few or off(found, right) < 1.1 * max(off(usual, right), least), rank
 
 
-def test_the_kernel_is_the_one_that_runs():
-    layer = a_layer()
+@both_sizes
+def test_the_kernel_is_the_one_that_runs(shape: Shape):
+    layer = a_layer(shape)
+    backward(lora_linear, layer)()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         backward(lora_linear, layer)()
+        torch.cuda.synchronize()
     launches = [event.name for event in profile.events() if "lora_gemm" in event.name]
     assert len(launches) == 2  # (y, t) and (dx, dt)
+    hoppers = shape == LARGE and torch.cuda.get_device_capability() == (9, 0)
+    assert all(("lora_gemm_sm90" in name) == hoppers for name in launches)
     assert "LoRALinear" in lora_linear(*layer).grad_fn.name()  # the gradient in C++
 
 
-def test_it_agrees_with_its_reference():
+@both_sizes
+def test_rank_zero_is_w_alone(shape: Shape, poisoned):
+    layer = a_layer(shape, rank=0)
+    found, expected = backward(lora_linear, layer)(), backward(base, layer.double())()
+    assert error(found[:2], expected) < BOUND[torch.bfloat16] and found[2].shape == (0, 320)
+
+
+@both_sizes
+def test_it_agrees_with_its_reference(shape: Shape):
     """Which rounds where it rounds: y and t differ by the order of sums only."""
-    layer = a_layer()
+    layer = a_layer(shape)
     found = torch.ops.minidistill.lora_linear(*layer)
     for ours, theirs in zip(found, reference(*layer)):
         assert error((ours.detach(),), (theirs.detach().double(),)) < torch.finfo(torch.bfloat16).eps
@@ -93,14 +118,15 @@ def test_it_agrees_with_its_reference():
         lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],  # rows that lie apart
         lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],  # and do not begin at 16 bytes
         lambda x: x.T.contiguous().T,
-        lambda x: x.view(3, 100, -1).transpose(0, 1),
-        lambda x: x[:1].expand(300, -1),
+        lambda x: x.view(3, len(x) // 3, -1).transpose(0, 1),
+        lambda x: x[:1].expand(len(x), -1),
         lambda x: x[:0],
     ],
     ids=["apart", "unaligned", "columns", "exchanged dimensions", "expanded", "empty"],
 )
-def test_ways_x_can_lie(view):
-    layer = a_layer()
+@both_sizes
+def test_ways_x_can_lie(shape: Shape, view):
+    layer = a_layer(shape)
     x = view(layer.x.detach())
     found, expected = (lora_linear(rows, *layer[1:]) for rows in (x, x.clone(memory_format=torch.contiguous_format)))
     assert found.shape == (*x.shape[:-1], 640) and torch.equal(found, expected)
@@ -143,8 +169,9 @@ def test_under_activation_checkpointing():
     assert all(torch.equal(a, b) for a, b in zip(recomputed(), backward(lora_linear, layer)()))
 
 
-def test_in_a_cuda_graph_and_on_another_stream():
-    layer = a_layer()
+@both_sizes
+def test_in_a_cuda_graph_and_on_another_stream(shape: Shape):
+    layer = a_layer(shape)
     run = backward(lora_linear, layer)
     expected = run()
     stream = torch.cuda.Stream()
@@ -168,12 +195,11 @@ def test_compute_sanitizer(tool: str):
     script = """
 import torch
 from minidistill.bench_kernel import Layer, Shape, backward
-from minidistill.contestants import SIZES, Setup, distil
 from minidistill.kernels.build import obstacle
 from minidistill.kernels.op import lora_linear
 assert obstacle(torch.device("cuda")) is None
 for shape in (Shape(70, 72, 88), Shape(16384, 72, 328)):  # small blocks, large blocks
-    for rank in (5, 16, 32, 64, 128):
+    for rank in (0, 5, 16, 32, 64, 128):
         backward(lora_linear, Layer.random(shape, rank, torch.bfloat16, "cuda"))()
 torch.cuda.synchronize()
 """
@@ -182,6 +208,33 @@ torch.cuda.synchronize()
     command = [sanitizer, "--tool", tool, *names, "--error-exitcode", "1", sys.executable, "-c", script]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def plain_conv(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float, *how: tuple[int, int]) -> Tensor:
+    return F.conv2d(x, W, b, *how) + scale * F.conv2d(F.conv2d(x, A, None, *how), B)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("k, padding", [(3, 1), (1, 0)], ids=["3x3", "1x1"])
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_convolutions(dtype: torch.dtype, k: int, padding: int, layout: torch.memory_format):
+    g = torch.Generator("cuda").manual_seed(0)
+    sizes = {"x": (2, 320, 32, 32), "W": (640, 320, k, k), "b": (640,), "A": (16, 320, k, k), "B": (640, 16, 1, 1)}
+    tensors = {name: torch.randn(size, generator=g, device="cuda") for name, size in sizes.items()}
+    for name in ("W", "A"):
+        tensors[name] /= (320 * k * k) ** 0.5
+    narrow = {name: x if name in "AB" else x.to(dtype) for name, x in tensors.items()}
+    narrow["x"] = narrow["x"].contiguous(memory_format=layout)
+
+    def results(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        x, W, b, A, B = tensors.values()
+        learning = [leaf.detach().requires_grad_() for leaf in (x, A, B)]
+        y = function(learning[0], W, b, *learning[1:], 0.5, *((n, n) for n in (1, padding, 1)))
+        dy = torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y).to(y)
+        return y.detach(), *torch.autograd.grad(y, learning, dy)
+
+    found = results(partial(lora_conv, EVERYWHERE), narrow)
+    assert error(found, results(plain_conv, {name: x.double() for name, x in narrow.items()})) < BOUND[dtype]
 
 
 def losses(kernel: str, steps: int = 40) -> Tensor:
@@ -207,9 +260,9 @@ def test_a_whole_unet_with_and_without_it():
     assert error((outputs[1],), (outputs[0].double(),)) < 5e-2
 
 
-def test_auto_does_not_choose_what_was_not_measured():
+def test_auto_chooses_only_what_was_measured():
     net = torch.nn.Sequential(torch.nn.Linear(64, 64)).to("cuda", torch.bfloat16)
     model = inject_lora(net, targets=["*"])
-    assert model.switch.functions is None
+    assert (model.switch.functions is not None) == (torch.cuda.get_device_capability() in FASTER)
     x = randn(2, 64).to("cuda", torch.bfloat16)
     assert model(x, lora_enabled=True).shape == (2, 64)

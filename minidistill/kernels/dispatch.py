@@ -20,11 +20,15 @@ class Region(NamedTuple):
     N: float
     rank: int
 
+    def holds(self, K: int, N: int, rank: int) -> bool:
+        return K <= self.K and N <= self.N and rank <= self.rank
+
 
 EVERYWHERE = Region(K=float("inf"), N=float("inf"), rank=128)
 
-# Where the fused kernel was measured to be the faster one, by compute capability: `python -m minidistill.bench kernel`.
-# It has not run on any GPU yet. So no card is listed, "auto" is plain PyTorch, and only "fused" chooses the kernel.
+# Where the fused kernel was measured to be the faster one, by compute capability: `python -m minidistill.bench kernel`
+# prints the line for a card. It has not run on any GPU yet. So no card is listed, "auto" is plain PyTorch, and only
+# "fused" chooses the kernel.
 FASTER: dict[tuple[int, int], Region] = {}
 
 
@@ -34,7 +38,7 @@ def fits(region: Region, x: Tensor, W: Tensor, A: Tensor) -> bool:
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     narrow = dtype in (torch.float16, torch.bfloat16)
     whole_chunks = N % 8 == 0 and K % 8 == 0  # 16 bytes are moved at a time
-    return narrow and whole_chunks and K <= region.K and N <= region.N and rank <= region.rank
+    return narrow and whole_chunks and region.holds(K, N, rank)
 
 
 def addmm_chain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -59,7 +59,7 @@ def backward(ctx, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
         dx, dt = torch.ops.minidistill.lora_linear_dx(dy, W, A, B, ctx.scale)
     else:
         dx, dt = None, ctx.scale * (dy @ B.to(dy.dtype))
-    x, dy, t, dt = (x.reshape(-1, x.shape[-1]) for x in (x, dy, t, dt))
+    x, dy, t, dt = (torch.atleast_2d(x).flatten(0, -2) for x in (x, dy, t, dt))
     return dx, None, None, (dt.T @ x).to(A.dtype), (dy.T @ t).to(B.dtype), None
 
 
@@ -80,6 +80,6 @@ def lora_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, sc
     """y = x W^T + b + scale (x A^T) B^T, whose gradients reach x, A and B: W and b are taken as frozen.
 
     x [..., K], W [N, K] and b [N] have one dtype; A [r, K] and B [N, r] are float32 (in float64 so are all). Under
-    autocast the computation is in its dtype.
+    autocast the computation is in its dtype. The kernel takes r from 0 to 128, and K and N that are multiples of 8.
     """
     return value(torch.ops.minidistill.lora_linear, x, W, b, A, B, scale)

@@ -11,10 +11,10 @@
 
 template <class P> static void launch(const Problem& problem, unsigned seed) {
 #ifdef SM90
-    const auto map = [](const Matrix<const uint16_t>& matrix, unsigned box_rows) {
-        return TensorMap{matrix.data, matrix.rows, matrix.columns, matrix.stride, box_rows};
+    const auto map = [](const Matrix<const uint16_t>& matrix, auto panels) {
+        return TensorMap{matrix.data, matrix.rows, matrix.columns, matrix.stride, panels.ROWS, panels.WIDTH};
     };
-    const TensorMap x_map = map(problem.x, P::X::ROWS), w_map = map(problem.W, P::W::ROWS);
+    const TensorMap x_map = map(problem.x, typename P::X{}), w_map = map(problem.W, typename P::W{});
     const auto kernel = [&] { lora_gemm_sm90<P>(problem, x_map, w_map); };
 #else
     const auto kernel = [&] { lora_gemm<P>(problem); };

@@ -2,14 +2,14 @@
 #pragma once
 #include "primitives.h"
 
-struct TensorMap {  // of a row-major matrix, in boxes of 64 columns
+struct TensorMap {  // of a row-major matrix, in boxes whose swizzle is as wide as they are
     const uint16_t* data;
-    unsigned rows, columns, stride, box_rows;
+    unsigned rows, columns, stride, box_rows, box_columns;
 };
 using Barrier = uint64_t;
 
-// The 128-byte swizzle: bits 4 to 6 of an address are combined with bits 7 to 9.
-inline unsigned swizzled(unsigned address) { return address ^ (address >> 7 & 7) << 4; }
+// The swizzle of so many chunks, 8, 4 or 2: as many bits of an address from bit 4 on are combined with those from bit 7.
+inline unsigned swizzled(unsigned address, unsigned chunks) { return address ^ (address >> 7 & (chunks - 1)) << 4; }
 
 // mbarrier
 
@@ -48,17 +48,18 @@ inline void mbarrier_wait(Barrier* barrier, unsigned parity) {
 inline void tma_load(uint16_t* to, const TensorMap& map, unsigned row, unsigned column, Barrier* barrier) {
     const unsigned first = block.shared_offset(to);
     if (first % 1024) block.fail("a box that does not begin where the swizzle does");
+    const unsigned chunks = map.box_columns / 8;
     const auto place = [=](unsigned r, unsigned chunk) {
-        return block.shared.data() + swizzled(first + r * 128 + chunk * 16) / 2;
+        return block.shared.data() + swizzled(first + (r * chunks + chunk) * 16, chunks) / 2;
     };
     for (unsigned r = 0; r < map.box_rows; ++r)
-        for (unsigned chunk = 0; chunk < 8; ++chunk) {
+        for (unsigned chunk = 0; chunk < chunks; ++chunk) {
             block.overwrites(*block.current, place(r, chunk), 16);
             for (auto *t = block.trace(place(r, chunk), 16), *end = t + 8; t < end; ++t) ++t->copies;
         }
     block.under_way.push_back([=] {
         for (unsigned r = 0; r < map.box_rows; ++r)
-            for (unsigned chunk = 0; chunk < 8; ++chunk) {
+            for (unsigned chunk = 0; chunk < chunks; ++chunk) {
                 uint16_t numbers[8] = {};
                 for (unsigned i = 0; i < 8; ++i)
                     if (const unsigned c = column + chunk * 8 + i; row + r < map.rows && c < map.columns)
@@ -67,7 +68,7 @@ inline void tma_load(uint16_t* to, const TensorMap& map, unsigned row, unsigned 
                 block.writes(Block::ENGINE, place(r, chunk), numbers, 16);
             }
         Phase& phase = block.phases[barrier];
-        phase.bytes -= map.box_rows * 128;
+        phase.bytes -= map.box_rows * map.box_columns * 2;
         advance(phase);
     });
     if (block.delivery == AT_ONCE) {
@@ -85,19 +86,22 @@ inline void fence_proxy_async() {
 
 // wgmma
 
-inline uint64_t descriptor(const uint16_t* first, unsigned panel_bytes) {
-    const uint64_t address = block.shared_offset(first) & 0x3ffff;
-    return address >> 4 | uint64_t{panel_bytes >> 4} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+template <int WIDTH> uint64_t descriptor(const uint16_t* first, unsigned panel_bytes) {
+    const uint64_t address = block.shared_offset(first) & 0x3ffff, swizzle = WIDTH == 64 ? 1 : WIDTH == 32 ? 2 : 3;
+    return address >> 4 | uint64_t{panel_bytes >> 4} << 16 | uint64_t{8 * WIDTH * 2 >> 4} << 32 | swizzle << 62;
 }
+
+inline unsigned chunks_of(uint64_t descriptor) { return 16 >> (descriptor >> 62); }  // in a row; 16: no swizzle
 
 // (row, k) of a matrix: where it is for the instruction, and what is there.
 inline uint16_t number_of(uint64_t descriptor, unsigned row, unsigned k, bool transposed, Thread& reader) {
     const unsigned first = (descriptor & 0x3fff) << 4, panel = (descriptor >> 16 & 0x3fff) << 4;
-    const unsigned eight_rows = (descriptor >> 32 & 0x3fff) << 4;
-    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7)) block.fail("not the 128-byte swizzle from its beginning");
-    const unsigned address = transposed ? first + row / 64 * panel + row % 64 * 2 + k / 8 * eight_rows + k % 8 * 128
-                                        : first + row / 8 * eight_rows + row % 8 * 128 + k * 2;
-    const uint16_t* const number = block.shared.data() + swizzled(address) / 2;
+    const unsigned eight_rows = (descriptor >> 32 & 0x3fff) << 4, chunks = chunks_of(descriptor), width = chunks * 8;
+    if (chunks > 8 || (descriptor >> 49 & 7)) block.fail("not a swizzle from its beginning");
+    const unsigned address =
+        transposed ? first + row / width * panel + (row % width + k % 8 * width) * 2 + k / 8 * eight_rows
+                   : first + row / 8 * eight_rows + (row % 8 * width + k) * 2;
+    const uint16_t* const number = block.shared.data() + swizzled(address, chunks) / 2;
     block.reads(reader, number, 2);
     auto* const trace = block.trace(number, 2);
     if (!trace->fenced) block.fail("wgmma reads what no fence.proxy.async has shown it");
@@ -119,6 +123,8 @@ template <bool TRANSPOSED, int N, class Element> void wgmma(Element type, Factor
             if (!lanes[i].registers_fenced) block.fail("wgmma without wgmma.fence");
             if (all[i].a != all[0].a || all[i].b != all[0].b) block.fail("a warpgroup divided about a descriptor");
         }
+        // The manual's layouts are made of whole panels.
+        if (TRANSPOSED && N % (chunks_of(mine.b) * 8)) block.fail("a matrix that ends within a panel");
         const auto product = [=] {
             std::vector<float> A(64 * 16), B(N * 16);
             for (int row = 0; row < 64; ++row)

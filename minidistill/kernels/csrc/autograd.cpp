@@ -47,7 +47,7 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
             std::tie(dx, dt) = layer_dx(dy, W, A, B, scale);  // dx = dy W + dt A
         else
             dt = scale * at::matmul(dy, B.to(dy.scalar_type()));  // dt = s dy B
-        const auto rows = [](const Tensor& tensor) { return tensor.reshape({-1, tensor.size(-1)}); };
+        const auto rows = [](const Tensor& tensor) { return at::atleast_2d(tensor).flatten(0, -2); };
         const Tensor dA = at::mm(rows(dt).t(), rows(x)).to(A.scalar_type());
         const Tensor dB = at::mm(rows(dy).t(), rows(t)).to(B.scalar_type());
         return {dx, Tensor(), Tensor(), dA, dB, Tensor()};

@@ -26,8 +26,8 @@ Pair fused(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, con
     TORCH_CHECK(type == at::kHalf || type == at::kBFloat16, "lora_linear computes in float16 or bfloat16, not ", type);
     TORCH_CHECK(W.scalar_type() == type && (!b || b->scalar_type() == type), "x, W and b differ in dtype");
     TORCH_CHECK(A.scalar_type() == at::kFloat && B.scalar_type() == at::kFloat, "A and B have to be float32");
-    TORCH_CHECK(K % 8 == 0 && N % 8 == 0, "W has to be a multiple of 8 wide and high, not ", W.sizes());
-    TORCH_CHECK(1 <= rank && rank <= 128, "the rank has to be from 1 to 128, not ", rank);
+    TORCH_CHECK(K > 0 && K % 8 == 0 && N % 8 == 0, "W has to be a multiple of 8 wide and high, not ", W.sizes());
+    TORCH_CHECK(rank <= 128, "the rank has to be from 0 to 128, not ", rank);
     TORCH_CHECK(x.size(-1) == K && A.size(in) == K && B.size(out) == N && B.size(in) == rank && (!b || b->numel() == N),
                 "shapes do not fit together: x ", x.sizes(), ", W ", W.sizes(), ", A ", A.sizes(), ", B ", B.sizes());
     for (const Tensor* weights : {&W, &A, &B})
@@ -39,9 +39,14 @@ Pair fused(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, con
     const auto whole = [&](const Tensor& tensor) {
         return tensor.is_contiguous() && aligned(tensor) ? tensor : copy(tensor);
     };
-    Tensor rows = x.reshape({-1, K});  // [M, K]: rows may lie apart, by multiples of 16 bytes
-    const bool fit = rows.stride(1) == 1 && rows.stride(0) >= K && rows.stride(0) % 8 == 0 && aligned(rows);
-    if (!fit) rows = copy(rows);
+    Tensor rows = x;  // [M, K] once its first dimensions are one
+    int64_t stride = K;
+    if (!x.is_contiguous() || !aligned(x)) {
+        rows = x.reshape({-1, K});
+        stride = rows.stride(0);  // rows may lie apart, by multiples of 16 bytes
+        const bool fit = rows.stride(1) == 1 && stride >= K && stride % 8 == 0 && aligned(rows);
+        if (!fit) rows = copy(rows), stride = K;
+    }
     const Tensor W_whole = whole(W), A_whole = whole(A), B_whole = whole(B), b_whole = b ? whole(*b) : Tensor();
 
     auto shape = x.sizes().vec();
@@ -49,8 +54,8 @@ Pair fused(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, con
     const Tensor y = at::empty(shape, x.options());
     shape.back() = rank;
     const Tensor t = at::empty(shape, x.options());
-    const int64_t M = rows.size(0), limit = int64_t{1} << 32;
-    TORCH_CHECK(M * std::max({rows.stride(0), N, rank}) < limit, "x, y or t has 2^32 numbers or more");
+    const int64_t M = x.numel() / K, limit = int64_t{1} << 32;
+    TORCH_CHECK(M * std::max({stride, N, rank}) < limit, "x, y or t has 2^32 numbers or more");
     if (M == 0) return {y, t};
 
     const Operands operands{.x = data<uint16_t>(rows),
@@ -64,12 +69,13 @@ Pair fused(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, con
                             .N = static_cast<unsigned>(N),
                             .K = static_cast<unsigned>(K),
                             .rank = static_cast<unsigned>(rank),
-                            .x_stride = static_cast<unsigned>(rows.stride(0)),
+                            .x_stride = static_cast<unsigned>(stride),
                             .scale = static_cast<float>(scale),
                             .bfloat16 = type == at::kBFloat16,
                             .transposed = transposed};
-    const auto stream = at::accelerator::getCurrentStream(x.device().index());
-    const char* const error = launch_lora_gemm(operands, stream.native_handle());
+    const auto device = x.device().index();
+    const auto stream = at::accelerator::getCurrentStream(device);
+    const char* const error = launch_lora_gemm(operands, device, stream.native_handle());
     TORCH_CHECK(!error, "lora_linear: ", error);
     return {y, t};
 }

@@ -1,4 +1,4 @@
-// The kernel as the binding sees it: pointers, sizes, and a stream as an opaque handle.
+// The kernel as the binding sees it: pointers, sizes, the current device, and a stream as an opaque handle.
 #pragma once
 #include <cstdint>
 
@@ -12,4 +12,4 @@ struct Operands {  // y = x W^T + b + t B^T, t = scale x A^T (lora_gemm.h), of f
 };
 
 // Returns nullptr, or what went wrong.
-const char* launch_lora_gemm(const Operands& operands, void* stream);
+const char* launch_lora_gemm(const Operands& operands, int device, void* stream);

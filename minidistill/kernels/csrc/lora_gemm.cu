@@ -1,4 +1,5 @@
 // Which of the kernels is launched for which sizes. Built with SM90 (for sm_90a alone) it has those for Hopper too.
+#include <atomic>
 #include <type_traits>
 
 #include "launch.h"
@@ -11,16 +12,42 @@
 #include "lora_gemm_sm90.h"
 #endif
 
-template <class P, class Kernel, class... Maps>
-static cudaError_t launch(Kernel kernel, cudaStream_t stream, const Problem& problem, const Maps&... maps) {
+struct Where {
+    int device;
+    cudaStream_t stream;
+};
+
+// What the driver is asked or told once for each device. Threads that do so at the same time do the same.
+constexpr int MOST_DEVICES = 128;  // PyTorch has fewer
+
+static cudaError_t processors_of(int device, int* processors) {
+    static std::atomic<int> known[MOST_DEVICES];
+    *processors = known[device];
+    if (*processors) return cudaSuccess;
+    const cudaError_t error = cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount, device);
+    known[device] = *processors;
+    return error;
+}
+
+template <class P, class Kernel> static cudaError_t allow_shared_memory(Kernel kernel, int device) {
+    static std::atomic<bool> allowed[MOST_DEVICES];
+    if (allowed[device]) return cudaSuccess;
     const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    if (cudaError_t error = cudaFuncSetAttribute(kernel, attribute, P::SHARED_BYTES)) return error;
-    kernel<<<P::blocks(problem.y.rows, problem.y.columns), P::THREADS, P::SHARED_BYTES, stream>>>(problem, maps...);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, P::SHARED_BYTES);
+    allowed[device] = error == cudaSuccess;
+    return error;
+}
+
+template <class P, class Kernel, class... Maps>
+static cudaError_t launch(Kernel kernel, const Where& where, const Problem& problem, const Maps&... maps) {
+    if (cudaError_t error = allow_shared_memory<P>(kernel, where.device)) return error;
+    const unsigned blocks = P::blocks(problem.y.rows, problem.y.columns);
+    kernel<<<blocks, P::THREADS, P::SHARED_BYTES, where.stream>>>(problem, maps...);
     return cudaGetLastError();
 }
 
 #ifdef SM90
-// How TMA is to read a matrix: in boxes of one panel, with the 128-byte swizzle, and zeros for what lies outside.
+// How TMA is to read a matrix: in boxes of one panel, with its swizzle, and zeros for what lies outside.
 template <class Panels_, class Element>
 static cudaError_t describe(TensorMap* map, const Matrix<const uint16_t>& matrix, Element) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -32,27 +59,30 @@ static cudaError_t describe(TensorMap* map, const Matrix<const uint16_t>& matrix
     }();
     if (!encode) return cudaErrorNotSupported;
     const cuuint64_t sizes[] = {matrix.columns, matrix.rows}, row_bytes[] = {cuuint64_t{matrix.stride} * 2};
-    const cuuint32_t box[] = {64, Panels_::ROWS}, steps[] = {1, 1};
+    const cuuint32_t box[] = {Panels_::WIDTH, Panels_::ROWS}, steps[] = {1, 1};
+    const auto swizzle = Panels_::WIDTH == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                         : Panels_::WIDTH == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                : CU_TENSOR_MAP_SWIZZLE_32B;
     const auto type = std::is_same_v<Element, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                         : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     const CUresult result =
         encode(map, type, 2, const_cast<uint16_t*>(matrix.data), sizes, row_bytes, box, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <class P> static cudaError_t launch_large(const Problem& problem, cudaStream_t stream) {
+template <class P> static cudaError_t launch_large(const Problem& problem, const Where& where) {
     TensorMap x_map, w_map;
     typename P::Element element;
     if (cudaError_t error = describe<typename P::X>(&x_map, problem.x, element)) return error;
     if (cudaError_t error = describe<typename P::W>(&w_map, problem.W, element)) return error;
-    return launch<P>(lora_gemm_sm90<P>, stream, problem, x_map, w_map);
+    return launch<P>(lora_gemm_sm90<P>, where, problem, x_map, w_map);
 }
 template <class Element, bool TRANSPOSED, int R> using Large = PlanSm90<Element, R, TRANSPOSED>;
 #else
-template <class P> static cudaError_t launch_large(const Problem& problem, cudaStream_t stream) {
-    return launch<P>(lora_gemm<P>, stream, problem);
+template <class P> static cudaError_t launch_large(const Problem& problem, const Where& where) {
+    return launch<P>(lora_gemm<P>, where, problem);
 }
 template <class Element, bool TRANSPOSED, int R> using Large = Plan<Element, 128, 160, R, TRANSPOSED>;
 #endif
@@ -60,32 +90,31 @@ template <class Element, bool TRANSPOSED, int R> using Small = Plan<Element, 64,
 
 // Large blocks read x and W less often; small ones reach more processors where y is small.
 template <class Element, bool TRANSPOSED, int R>
-static cudaError_t launch_size(const Problem& problem, cudaStream_t stream) {
+static cudaError_t launch_size(const Problem& problem, const Where& where) {
     using L = Large<Element, TRANSPOSED, R>;
     using S = Small<Element, TRANSPOSED, R>;
-    int device, processors;
-    if (cudaError_t error = cudaGetDevice(&device)) return error;
-    if (cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
+    int processors;
+    if (cudaError_t error = processors_of(where.device, &processors)) return error;
     const int blocks = L::blocks(problem.y.rows, problem.y.columns);
-    return blocks >= processors * 3 / 4 ? launch_large<L>(problem, stream) : launch<S>(lora_gemm<S>, stream, problem);
+    return blocks >= processors * 3 / 4 ? launch_large<L>(problem, where) : launch<S>(lora_gemm<S>, where, problem);
 }
 
-template <class Element, bool TRANSPOSED> static cudaError_t launch_rank(const Problem& problem, cudaStream_t stream) {
+template <class Element, bool TRANSPOSED> static cudaError_t launch_rank(const Problem& problem, const Where& where) {
     const unsigned rank = problem.t.columns;
-    if (rank <= 16) return launch_size<Element, TRANSPOSED, 16>(problem, stream);
-    if (rank <= 32) return launch_size<Element, TRANSPOSED, 32>(problem, stream);
-    if (rank <= 64) return launch_size<Element, TRANSPOSED, 64>(problem, stream);
-    return launch_size<Element, TRANSPOSED, 128>(problem, stream);
+    if (rank <= 16) return launch_size<Element, TRANSPOSED, 16>(problem, where);  // also 0, which is W alone
+    if (rank <= 32) return launch_size<Element, TRANSPOSED, 32>(problem, where);
+    if (rank <= 64) return launch_size<Element, TRANSPOSED, 64>(problem, where);
+    return launch_size<Element, TRANSPOSED, 128>(problem, where);
 }
 
-template <class Element> static cudaError_t launch_way(const Problem& problem, bool transposed, cudaStream_t stream) {
-    return transposed ? launch_rank<Element, true>(problem, stream) : launch_rank<Element, false>(problem, stream);
+template <class Element> static cudaError_t launch_way(const Problem& problem, bool transposed, const Where& where) {
+    return transposed ? launch_rank<Element, true>(problem, where) : launch_rank<Element, false>(problem, where);
 }
 
-const char* launch_lora_gemm(const Operands& operands, void* handle) {
+const char* launch_lora_gemm(const Operands& operands, int device, void* stream) {
     const Problem problem = problem_of(operands);
-    const auto stream = static_cast<cudaStream_t>(handle);
-    const cudaError_t error = operands.bfloat16 ? launch_way<BFloat16>(problem, operands.transposed, stream)
-                                                : launch_way<Float16>(problem, operands.transposed, stream);
+    const Where where{device, static_cast<cudaStream_t>(stream)};
+    const cudaError_t error = operands.bfloat16 ? launch_way<BFloat16>(problem, operands.transposed, where)
+                                                : launch_way<Float16>(problem, operands.transposed, where);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -88,6 +88,7 @@ template <class Element_, int BM_, int BN_, int R_, bool TRANSPOSED_> struct Pla
     static constexpr int STAGE = X::SIZE + W::SIZE + A::SIZE;
     static constexpr int SHARED_BYTES = 2 * (STAGES * STAGE + B::SIZE);
     static_assert(Y::SIZE <= STAGES * STAGE && T::SIZE <= STAGES * STAGE);  // they come after the slabs
+    static_assert(SHARED_BYTES <= 99 * 1024);
 
     static unsigned blocks(unsigned M, unsigned N) { return ((M + BM - 1) / BM) * ((N + BN - 1) / BN); }
 };

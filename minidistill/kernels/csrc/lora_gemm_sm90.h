@@ -9,25 +9,23 @@
 #pragma once
 #include "lora_gemm.h"
 
-// A matrix in shared memory as TMA writes it and wgmma reads it with the 128-byte swizzle: panels of 64 columns.
+// A matrix in shared memory as TMA writes it and wgmma reads it: panels side by side, each a tile of 64, 32 or 16
+// columns, the most that divide the matrix. Their swizzle is the manual's of 128, 64 or 32 bytes, the length of a row.
 template <int ROWS_, int COLUMNS_> struct Panels {
-    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, COUNT = (COLUMNS + 63) / 64, PANEL = ROWS * 64;
-    static constexpr int SIZE = COUNT * PANEL;
-    static_assert(ROWS % 8 == 0);  // panels begin at multiples of 1024 bytes
+    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, SIZE = ROWS * COLUMNS;
+    static constexpr int WIDTH = COLUMNS % 64 == 0 ? 64 : COLUMNS % 32 == 0 ? 32 : 16, COUNT = COLUMNS / WIDTH;
+    using Panel = Tile<ROWS, WIDTH>;
+    static_assert(Panel::SIZE * 2 % 1024 == 0);  // where each swizzle may begin
     uint16_t* data;
 
-    DEVICE uint16_t* at(unsigned row, unsigned column) const {
-        const unsigned chunk = column % 64 / 8 ^ row % 8;
-        return data + column / 64 * PANEL + row * 64 + chunk * 8 + column % 8;
-    }
-    // For wgmma: from (row, column) on, of which the row is a multiple of 8, where the swizzle begins.
+    DEVICE Panel panel(unsigned i) const { return {data + i * Panel::SIZE}; }
+    DEVICE uint16_t* at(unsigned row, unsigned column) const { return panel(column / WIDTH).at(row, column % WIDTH); }
+    // For wgmma: from (row, column) on, of which the row is a multiple of 8, where the swizzle begins anew.
     DEVICE uint64_t from(unsigned row, unsigned column) const {
-        return descriptor(data + column / 64 * PANEL + row * 64 + column % 64, PANEL * 2);
+        return descriptor<WIDTH>(panel(column / WIDTH).data + row * WIDTH + column % WIDTH, Panel::SIZE * 2);
     }
 };
 
-// BN = 160 is two and a half panels of 64 columns: transposed, wgmma reads half of the last. If dx is wrong on a GPU,
-// look here first.
 template <class Element_, int R_, bool TRANSPOSED_> struct PlanSm90 {
     using Element = Element_;
     static constexpr int BM = 128, BN = 160, BK = 64, R = R_, THREADS = 256, STAGES = 3;
@@ -51,7 +49,7 @@ template <class Element_, int R_, bool TRANSPOSED_> struct PlanSm90 {
 // One box a panel, from the corner on.
 template <class Panels_> DEVICE void copy_boxes(Panels_ to, const TensorMap& map, Corner from, Barrier* arrived) {
     for (int i = 0; i < Panels_::COUNT; ++i)
-        tma_load(to.data + i * Panels_::PANEL, map, from.row, from.column + i * 64, arrived);
+        tma_load(to.panel(i).data, map, from.row, from.column + i * Panels_::WIDTH, arrived);
 }
 
 template <class P>

@@ -70,13 +70,14 @@ template <class... Registers> DEVICE void wgmma_wait(Registers&... registers) {
     (pin(registers), ...);
 }
 
-// Where wgmma finds a matrix (the manual's "matrix descriptor"): from its first number on, in rows of 128 bytes whose
-// chunks of 16 change places with row % 8 (128-byte swizzle). Bits 0-13: address, 16-29: bytes from a panel of 64
-// columns to the next, of which only transposed matrices have several, 32-45: bytes from eight rows to the next, 62-63:
-// swizzle. Addresses and bytes are in units of 16.
-DEVICE uint64_t descriptor(const uint16_t* first, unsigned panel_bytes) {
+// Where wgmma finds a matrix (the manual's "matrix descriptor"): from its first number on, in panels of WIDTH columns
+// whose chunks change places (a swizzle of 128, 64 or 32 bytes: a row). Bits 0-13: address, 16-29: bytes from a panel to
+// the next, which counts for transposed matrices alone, 32-45: bytes from eight rows to the next, 62-63: swizzle.
+// Addresses and bytes are in units of 16.
+template <int WIDTH> DEVICE uint64_t descriptor(const uint16_t* first, unsigned panel_bytes) {
+    constexpr uint64_t EIGHT_ROWS = 8 * WIDTH * 2, SWIZZLE = WIDTH == 64 ? 1 : WIDTH == 32 ? 2 : 3;
     const uint64_t address = shared_address(first) & 0x3ffff;
-    return address >> 4 | uint64_t{panel_bytes >> 4} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+    return address >> 4 | uint64_t{panel_bytes >> 4} << 16 | EIGHT_ROWS >> 4 << 32 | SWIZZLE << 62;
 }
 
 // wgmma.mma_async.sync.aligned.m64nNk16.f32, by four warps: c[64, N] += a[64, 16] b, where b is stored as [N, 16], or
