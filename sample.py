@@ -18,7 +18,18 @@ from minidistill.evaluate import comparison_grid, draw
 from minidistill.files import written_whole
 from minidistill.lora_files import inject_file, merge_file, student_and_styles
 from minidistill.lora_formats import read_lora
-from minidistill.settings import ModelSettings, ScaledFile, count, one_sentence, parse, positive, setting, share
+from minidistill.settings import (
+    ModelSettings,
+    ScaledFile,
+    count,
+    finite,
+    one_sentence,
+    parse,
+    positive,
+    seed_number,
+    setting,
+    share,
+)
 
 SHIPPED_LORA = "guidance-lora.safetensors"  # beside the model that ships
 
@@ -27,7 +38,7 @@ SHIPPED_LORA = "guidance-lora.safetensors"  # beside the model that ships
 class Settings(ModelSettings):
     prompt: list[str] = setting(..., "what to draw: a picture for each", "what", nargs="+")
     negative_prompt: str = setting("", "what guidance leads away from", "what")
-    seed: int = setting(0, "of the first picture's noise; the next has the next", "what")
+    seed: int = setting(0, "of the first picture's noise; the next has the next", "what", type=seed_number)
     out: Path = setting(Path("samples"), "folder for the pictures, or one .png file", "what")
     compare: bool = setting(False, "teacher beside student, same seeds, with what each cost", "what")
     lora: list[ScaledFile] = setting(
@@ -45,7 +56,7 @@ class Settings(ModelSettings):
         None,
         "guidance scale; 7.5 is usual for the large models (default: 2.5; with --compare the LoRA's own)",
         "how",
-        type=float,
+        type=finite,
     )
     selective: float = setting(
         0.0, "the teacher does without guidance on this share of the steps, the last ones", "how", type=share

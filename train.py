@@ -34,7 +34,7 @@ from minidistill.recompute import LOW_MEMORY
 from minidistill.report import write_report
 from minidistill.run import checkpoint_files, lock, resume, save_checkpoint, stop_signals
 from minidistill.schedule import add_noise
-from minidistill.settings import ModelSettings, ScaledFile, count, one_sentence, parse, positive, setting
+from minidistill.settings import ModelSettings, ScaledFile, count, one_sentence, parse, positive, seed_number, setting
 
 EVALUATED = 24  # held-out prompts in the report
 SHOWN = 8  # and in the pictures drawn on the way
@@ -112,7 +112,7 @@ class Settings(ModelSettings):
         choices=("auto", "fused", "torch"),
     )
     out: Path = setting(None, "folder of this run (default: runs/<name of the model>)", "run", type=Path)
-    seed: int = setting(0, "of everything random", "run")
+    seed: int = setting(0, "of everything random", "run", type=seed_number)
     states: Path = setting(
         None,
         "folder of the trajectories or encoded pictures, which several runs may share (default: in --out)",

@@ -35,6 +35,10 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     try:
         yield beside
         os.replace(beside, path)
+    except OSError as error:
+        if error.errno and not error.filename:  # "No space left on device" by itself does not say for what
+            error.filename = str(path)
+        raise
     finally:
         beside.unlink(missing_ok=True)
 

@@ -152,7 +152,8 @@ class LoRAModel(nn.Module):
     """A network whose call takes the flag: ``model(*args, lora_enabled=True)`` is the student, without it the teacher.
 
     It shows the network's own parameters and children, so that their names stay. ``base`` is the network: attributes
-    are read and set there, as in ``unet.base.recompute_below = math.inf``.
+    are read and set there, as in ``unet.base.recompute_below = math.inf``. One call at a time: threads share
+    the switch.
     """
 
     def __init__(self, base: nn.Module, switch: Switch):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -75,6 +76,22 @@ def count(text: str) -> int:
     return value
 
 
+def seed_number(text: str) -> int:
+    """An argparse type: a whole number that PyTorch takes for a seed, and those counted on from it too."""
+    value = int(text)
+    if abs(value) >= 2**62:
+        raise argparse.ArgumentTypeError(f"a seed has to be within 2**62 of 0, not {text}")
+    return value
+
+
+def finite(text: str) -> float:
+    """An argparse type: any number but inf and nan."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"it has to be finite, not {text}")
+    return value
+
+
 def positive(text: str) -> float:
     """An argparse type: a number above 0."""
     value = float(text)
@@ -113,7 +130,7 @@ class ScaledFile(NamedTuple):
         return f"{self.path}:{self.scale:g}"
 
 
-METAVARS = {int: "N", count: "N", float: "X", positive: "X", share: "SHARE", str: "TEXT"}
+METAVARS = {int: "N", count: "N", seed_number: "N", float: "X", finite: "X", positive: "X", share: "SHARE", str: "TEXT"}
 METAVARS |= {Path: "PATH", type(Path()): "PATH"}
 
 
@@ -185,4 +202,6 @@ def one_sentence(script: str, stopped: str, less_memory: str = "") -> Iterator[N
     except KeyboardInterrupt:
         sys.exit(f"{script}: {stopped}")
     finally:
+        for bar in list(tqdm._instances):  # that an error left open: what is said of it has a line of its own
+            bar.close()
         signal.signal(signal.SIGTERM, before)

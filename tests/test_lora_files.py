@@ -1,5 +1,6 @@
 """lora_files.py: a LoRA file gives back what was saved, belongs to one network, and is never half-written."""
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,5 +190,18 @@ def test_writing_that_fails_leaves_the_old_file(failure: BaseException, file: Pa
         patched.setattr(tensor_files, "save_file", save_half)
         with pytest.raises(type(failure)):
             save_lora(tiny_student(alpha=9), file)
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_full_disk_names_the_file(file: Path):
+    """No file may grow beyond a thousand bytes. What the library raises then is no OSError, which the scripts know."""
+    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=file.name):
+            save_lora(tiny_student(alpha=9), file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from minidistill import CheckpointError, load
 from minidistill.settings import one_sentence
@@ -39,6 +40,15 @@ def test_every_flag_says_what_it_is_and_its_default(script: str, command, monkey
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("mistake", ["--seed 18446744073709551616", "--seed -1e3", "--guidance nan", "--guidance inf"])
+def test_numbers_that_are_none_name_their_flag(script: str, mistake: str, command):
+    flag, value = mistake.split()
+    prompt = ["a rocket"] if script == "sample.py" else []
+    result = command(script, *prompt, f"{flag}={value}")
+    assert flag in result.complaint and value in result.complaint and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_out_of_memory_names_flags_that_there_are(script: str, command, monkeypatch, tmp_path: Path):
     def full(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
@@ -55,6 +65,14 @@ def test_out_of_memory_names_flags_that_there_are(script: str, command, monkeypa
 def test_a_cpu_without_memory():
     with pytest.raises(SystemExit, match="s: out of memory. less"), one_sentence("s", "stopped", "less"):
         torch.empty(2**50)
+
+
+def test_an_error_has_a_line_of_its_own(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit, match="s: what is wrong"), one_sentence("s", "stopped"):
+        bar = tqdm(total=2)
+        bar.update()
+        raise ValueError("what is wrong")
+    assert re.search(r"1/2 .*\n$", capsys.readouterr().err)
 
 
 def test_other_errors_keep_their_traceback():

@@ -490,7 +490,7 @@ def test_a_full_disk(room: int, full, command, flags: Flags, tmp_path: Path):
         result = command("train.py", *run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert result.complaint.startswith("train.py: ")
+    assert result.complaint.startswith("train.py: ") and str(tmp_path / "run") in result.complaint
     assert not list((tmp_path / "run").rglob("*.tmp"))
     assert command("train.py", *run, "--resume").code == 0
     assert same_result(tmp_path / "run", full[0])

@@ -46,7 +46,7 @@ from minidistill.files import digest, written_whole
 from minidistill.lora import merge_lora
 from minidistill.pipeline import StableDiffusion, load
 from minidistill.prompts import read_prompts
-from minidistill.settings import ModelSettings, ScaledFile, count, made_by, one_sentence, parse, setting, share
+from minidistill.settings import ModelSettings, ScaledFile, count, finite, made_by, one_sentence, parse, setting, share
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Settings(ModelSettings):
     )
     prompts: str = setting("held-out", 'a text file, one prompt a line, or "held-out"', "what")
     pictures: int = setting(1000, "pictures of each method, as many of each prompt", "what", type=count)
-    guidance: float = setting(None, "the teacher's scale (default: what was learned, else 2.5)", "what", type=float)
+    guidance: float = setting(None, "the teacher's scale (default: what was learned, else 2.5)", "what", type=finite)
     selective: list[float] = setting(
         None,
         "also the teacher without guidance on this share of the steps, the last ones",

@@ -166,6 +166,7 @@ def save_clip(model: CLIPModel, folder: str | Path) -> None:
     text_encoder.mkdir(parents=True, exist_ok=True)
     config = model.text_model.config
     config.architectures = ["CLIPTextModel"]
+    config.dtype = torch.float32  # transformers would take the file's fp16, and diffusers a float32 UNet beside it
     config.save_pretrained(text_encoder)
     weights = {f"text_model.{key}": value.contiguous() for key, value in model.text_model.state_dict().items()}
     with written_whole(text_encoder / "model.safetensors") as beside:

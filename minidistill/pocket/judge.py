@@ -31,7 +31,7 @@ from minidistill.lora_formats import read_lora
 from minidistill.pipeline import StableDiffusion
 from minidistill.pocket.compositions import COLOURS, EMOJI, Composition, all_compositions
 from minidistill.pocket.pictures import DRAWN_SIZE, find_font, glyph, render
-from minidistill.settings import made_by, one_sentence, parse, setting
+from minidistill.settings import finite, made_by, one_sentence, parse, setting
 
 TEMPLATE_SIDE = 32  # templates are compared at this size
 TEMPLATE_SIZES = 5  # sizes of each emoji, from the smallest that is drawn to the largest
@@ -46,7 +46,7 @@ class Settings:
     model: Path = setting(Path("weights/pocket-emoji"), "the embedded model, with its compositions.json", "what")
     lora: Path = setting(None, "a distilled LoRA: its student is judged too, in one pass", "what", type=Path)
     check: bool = setting(False, "judge the judges instead: rendered pictures, plain and degraded", "what")
-    guidance: float = setting(None, "guidance scale (default: the LoRA's own, else 2.5)", "how", type=float)
+    guidance: float = setting(None, "guidance scale (default: the LoRA's own, else 2.5)", "how", type=finite)
     steps: int = setting(25, "DDIM steps", "how")
     seeds: int = setting(4, "pictures of each held-out composition", "how")
     limit: int = setting(None, "judge only this many compositions, evenly chosen", "how", type=int)
