@@ -71,9 +71,8 @@ def markdown_table(sd: StableDiffusion, rows: list[Drawn], shares: dict[str, flo
 def plot_loss(losses: list[float], path: Path) -> None:
     """The loss of every update, and its running mean."""
     window = max(len(losses) // 40, 1)
-    mean = [
-        sum(losses[max(i - window, 0) : i + 1]) / len(losses[max(i - window, 0) : i + 1]) for i in range(len(losses))
-    ]
+    recent = (losses[max(i - window, 0) : i + 1] for i in range(len(losses)))
+    mean = [sum(some) / len(some) for some in recent]
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(losses, color="0.75", linewidth=0.8, label="each update")
