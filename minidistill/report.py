@@ -23,7 +23,7 @@ def write_report(
 ) -> None:
     """Evaluate the student in ``sd.unet`` on ``prompts`` it never saw; write pictures, plot and table into ``out``."""
     print(f"Evaluating on {len(prompts)} held-out prompts ...")
-    options = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, batch=batch)
+    options = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, batch=batch, progress=True)
     share = noise_error_share(sd, prompts, **options).pooled
     sd.sample(prompts[:1], steps=1)  # the first calls of everything are slower: off the clock
     rows = [draw(sd, method, prompts, **options) for method in ("teacher", "no guidance")]
