@@ -38,7 +38,7 @@ SHIPPED_LORA = "guidance-lora.safetensors"  # beside the model that ships
 class Settings(ModelSettings):
     prompt: list[str] = setting(..., "what to draw: a picture for each", "what", nargs="+")
     negative_prompt: str = setting("", "what guidance leads away from", "what")
-    seed: int = setting(0, "of the first picture's noise; the next has the next", "what", type=seed_number)
+    seed: int = setting(0, "seed of the first picture's noise; each further one has the next", "what", type=seed_number)
     out: Path = setting(Path("samples"), "folder for the pictures, or one .png file", "what")
     compare: bool = setting(False, "teacher beside student, same seeds, with what each cost", "what")
     lora: list[ScaledFile] = setting(

@@ -1,7 +1,7 @@
 """Distil a guided teacher, two UNet calls a step, into a LoRA student that needs one.
 
-  python train.py                                  the model that ships here, in minutes on a laptop
-  python train.py --model FOLDER --dtype bfloat16  your own Stable Diffusion 1.x or 2.x, on a GPU
+  python train.py                                                 the model that ships here, in minutes on a laptop
+  python train.py --model FOLDER --guidance 7.5 --dtype bfloat16  your own Stable Diffusion 1.x or 2.x, on a GPU
 
 Teacher and student are one network: the student is what it becomes with the LoRA switched on.
 """
@@ -43,7 +43,7 @@ WINDOW = 10  # updates whose losses are read together; and that show whether the
 
 @dataclass
 class Settings(ModelSettings):
-    dtype: str = setting("float32", "of the frozen weights", "model", choices=("float32", "bfloat16", "float64"))
+    dtype: str = setting("float32", "dtype of the frozen weights", "model", choices=("float32", "bfloat16", "float64"))
     prompts: Path = setting(
         None, "text file, one prompt a line (default: the model's own, or ours)", "teacher", type=Path
     )
@@ -112,7 +112,7 @@ class Settings(ModelSettings):
         choices=("auto", "fused", "torch"),
     )
     out: Path = setting(None, "folder of this run (default: runs/<name of the model>)", "run", type=Path)
-    seed: int = setting(0, "of everything random", "run", type=seed_number)
+    seed: int = setting(0, "seed of everything random", "run", type=seed_number)
     states: Path = setting(
         None,
         "folder of the trajectories or encoded pictures, which several runs may share (default: in --out)",
@@ -124,9 +124,9 @@ class Settings(ModelSettings):
     no_report: bool = setting(False, "only the LoRA: no evaluation, no pictures", "run")
 
 
-def in_parts(count: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """A batch in ``count`` parts, or in fewer where it is smaller: for each, its slice of every tensor."""
-    return zip(*(x.chunk(count) for x in tensors))
+def in_parts(number: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A batch in so many parts, or in fewer where it is smaller: for each, its slice of every tensor."""
+    return zip(*(x.chunk(number) for x in tensors))
 
 
 def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:

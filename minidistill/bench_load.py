@@ -23,12 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from minidistill.bench import device_name, resident
+from minidistill.bench import resident
 from minidistill.checkpoint import read_checkpoint
 from minidistill.config import SD15_UNET, SD15_VAE, UNetConfig, VAEConfig
 from minidistill.layout import write_json
 from minidistill.settings import count, made_by, one_sentence, parse, setting
 from minidistill.single_file import to_single_file
+from minidistill.timing import device_name
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 

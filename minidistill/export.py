@@ -7,17 +7,15 @@
 A student has guidance in it: draw with a guidance scale (CFG) of 1.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from minidistill.files import CheckpointError
 from minidistill.lora_files import student_and_styles
 from minidistill.lora_formats import LoRAFile, kohya_tensors, peft_tensors, read_run
 from minidistill.merged import with_loras, write_checkpoint
-from minidistill.settings import ScaledFile, parse, setting
+from minidistill.settings import ScaledFile, one_sentence, parse, setting
 from minidistill.tensor_files import write_tensors
 
 FORMATS = ("peft", "kohya", "checkpoint")
@@ -95,7 +93,5 @@ def kohya_metadata(file: LoRAFile, tensors: dict[str, Tensor]) -> dict[str, str]
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence("minidistill.export", "stopped."):
         main()
-    except (CheckpointError, ValueError, OSError) as error:
-        sys.exit(f"minidistill.export: {error}")

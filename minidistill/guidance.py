@@ -44,5 +44,5 @@ def batched_guided_noise(
 ) -> Tensor:
     """The same by one call of ``model``, on a batch of twice the size: faster where memory and device allow."""
     both = model(torch.cat([z_t, z_t]), torch.cat([t, t]), torch.cat([cond, uncond]))  # [2B, 4, h, w]
-    halves = iter(both.chunk(2))
+    halves = iter(both.chunk(2))  # handed out as if they were two calls: the formula stands above, once
     return guided_noise(lambda *inputs: next(halves), z_t, t, cond, uncond, guidance)

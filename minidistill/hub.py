@@ -72,7 +72,7 @@ def fetch_tokenizer() -> Path:
 
 
 def fetch(repo: str, patterns: list[str]) -> Path:
-    """The snapshot's folder. Raises CheckpointError where files are neither cached nor to be had."""
+    """The snapshot's folder. Raises CheckpointError where files are neither cached nor can be fetched."""
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
     except Exception as error:  # of the hub's client, or of the HTTP library below it, which changes with its version

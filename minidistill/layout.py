@@ -135,7 +135,6 @@ def plausible(value: object, like: object, least: int = 1, most: int = 2**16) ->
 
 def checked(config: Config, file: Path) -> Config:
     """The configuration, if its values are of the right kind and of a size that a network can have."""
-
     for field in fields(config):
         value = getattr(config, field.name)
         if not plausible(value, field.default, LEAST.get(field.name, 1), MOST.get(field.name, 2**16)):

@@ -69,6 +69,7 @@ class LoRALayer(nn.Module):
 
     @property
     def counts(self) -> bool:
+        """Whether the low-rank term is to be added: not when switched off, nor when it is in W already."""
         return self.switch.enabled and not self.merged
 
     @property

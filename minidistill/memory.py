@@ -30,13 +30,14 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from minidistill import contestants
-from minidistill.bench import device_name, peak_bytes, printed_elsewhere
+from minidistill.bench import peak_bytes, printed_elsewhere
 from minidistill.config import SD21_BASE_UNET, UNetConfig
 from minidistill.contestants import GUIDANCE, Setup, Size, filled
 from minidistill.distill import student, teacher
 from minidistill.guidance import guided_noise
 from minidistill.layout import write_json
 from minidistill.settings import count, made_by, one_sentence, parse, setting
+from minidistill.timing import device_name
 from minidistill.unet import UNet
 
 SIZES = {"sd15": contestants.SIZES["sd15"], "sd21": replace(contestants.SIZES["sd15"], unet=SD21_BASE_UNET)}

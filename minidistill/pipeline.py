@@ -212,12 +212,12 @@ def load(
 
     Raises:
         CheckpointError: names the file, what is wrong with it and what to do.
-        ValueError: the device is not to be had here. (A CheckpointError is a ValueError too.)
+        ValueError: the device is not available here. (A CheckpointError is a ValueError too.)
     """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'The device "{device}" is not to be had here: {str(error).splitlines()[0]}') from error
+        raise ValueError(f'The device "{device}" is not available here: {str(error).splitlines()[0]}') from error
     parts = read_checkpoint(path, dtype, prediction=prediction, ema=ema, variant=variant)
     return StableDiffusion(
         unet=place(parts.unet, device),

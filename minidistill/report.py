@@ -23,7 +23,7 @@ def write_report(
 ) -> None:
     """Evaluate the student in ``sd.unet`` on ``prompts`` it never saw; write pictures, plot and table into ``out``."""
     print(f"Evaluating on {len(prompts)} held-out prompts ...")
-    options = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, batch=batch)
+    options = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, batch=batch, progress=True)
     share = noise_error_share(sd, prompts, **options).pooled
     sd.sample(prompts[:1], steps=1)  # the first calls of everything are slower: off the clock
     rows = [draw(sd, method, prompts, **options) for method in ("teacher", "no guidance")]
@@ -71,9 +71,8 @@ def markdown_table(sd: StableDiffusion, rows: list[Drawn], shares: dict[str, flo
 def plot_loss(losses: list[float], path: Path) -> None:
     """The loss of every update, and its running mean."""
     window = max(len(losses) // 40, 1)
-    mean = [
-        sum(losses[max(i - window, 0) : i + 1]) / len(losses[max(i - window, 0) : i + 1]) for i in range(len(losses))
-    ]
+    recent = (losses[max(i - window, 0) : i + 1] for i in range(len(losses)))
+    mean = [sum(some) / len(some) for some in recent]
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(losses, color="0.75", linewidth=0.8, label="each update")

@@ -105,6 +105,7 @@ def ddim_step(
 
 
 def fresh_noise(z_t: Tensor, generator: Generator | Sequence[Generator] | None) -> Tensor:
+    """Standard normal, of z_t's shape [B, 4, h, w]; from one generator, or from one for each of the batch."""
     if isinstance(generator, Sequence):
         return torch.cat([fresh_noise(own[None], g) for own, g in zip(z_t, generator, strict=True)])
     device = generator.device if generator else z_t.device

@@ -60,7 +60,7 @@ class ModelSettings:
         type=Path,
     )
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute", "model")
-    dtype: str = setting("float32", "of the weights", "model", choices=("float32", "bfloat16", "float16"))
+    dtype: str = setting("float32", "dtype of the weights", "model", choices=("float32", "bfloat16", "float16"))
 
     def load_options(self) -> dict[str, Any]:
         """All but ``model``, as ``minidistill.load`` takes it."""

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig
 
 from minidistill.config import ScheduleConfig, UNetConfig, VAEConfig
 from minidistill.files import CheckpointError, blamed
-from minidistill.layout import checked
+from minidistill.layout import PREDICTIONS, checked
 from minidistill.ldm_names import FUSED, Table, backwards, clip_names, openclip_names, translate, unet_names, vae_names
 from minidistill.stored import StoredTensor
 from minidistill.tensor_files import read_tensors
@@ -128,7 +128,7 @@ def read_single_file(path: Path, prediction: str | None = None, ema: bool = Fals
     """
     tensors, metadata = read_tensors(path)
     version = recognise(tensors, path)
-    stated = {"epsilon": "eps", "v": "v", "v_prediction": "v"}.get(metadata.get("modelspec.prediction_type"))
+    stated = (PREDICTIONS | {"v": "v"}).get(metadata.get("modelspec.prediction_type"))  # people write either name of v
     if version.prediction == "v" and not (prediction or stated):
         warnings.warn(
             f"{path} does not say what it predicts: taken for v, as SD 2.0 and 2.1 at 768 pixels do. "

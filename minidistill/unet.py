@@ -207,6 +207,7 @@ class UNet(nn.Module):
         return block(*args)
 
     def run_layer(self, level: Level, i: int, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        """The i-th residual block of a level and, where there is one, the transformer after it."""
         x = self.run_block(level.resnets[i], x, emb)
         return self.run_block(level.attentions[i], x, context) if level.attends else x
 
