@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from minidistill.config import SD15_UNET, UNetConfig
 from minidistill.kernels.build import obstacle
-from minidistill.kernels.dispatch import FASTER, LoRAFunction, Region, addmm_chain
-from minidistill.kernels.measured import WITHOUT_PAIR, chosen, fastest, launched, verdict
+from minidistill.kernels.dispatch import FASTER, LoRAFunction, addmm_chain
+from minidistill.kernels.measured import WITHOUT_PAIR, chosen, fastest, launched, layer_of, verdict
 from minidistill.kernels.op import lora_linear
 from minidistill.layout import write_json
 from minidistill.lora import inject_lora, lora_layers
@@ -229,10 +229,8 @@ def limits(dtype: torch.dtype) -> tuple[float, float]:
     return 2 * 8192**3 / matmul, 2 * 2**30 / copy
 
 
-def measure(
-    shape: Shape, rank: int, args: Settings, best: tuple[float, float], region: Region | None = None
-) -> list[dict]:
-    """A row for each pass and way of launching; ``region`` is where the dispatcher takes the fused kernel."""
+def measure(shape: Shape, rank: int, args: Settings, best: tuple[float, float]) -> list[dict]:
+    """A row for each pass and way of launching."""
     torch._dynamo.reset()  # which compiles a function for a few shapes only
     layer, base_alone = (Layer.random(shape, r, getattr(torch, args.dtype), "cuda") for r in (rank, 0))
     names = [name for name in CONTESTANTS if name != "compile" or not args.no_compile]
@@ -247,7 +245,6 @@ def measure(
             times = {name: seconds(run, args.repeats, in_graph) for name, run in runs.items()}
             row = shape._asdict() | {"rank": rank, "pass": which, "graph": in_graph, "seconds": times, "errors": errors}
             row |= {"tflops": operations / times["fused"] / 1e12, "of_roofline": roofline / times["fused"]}
-            row |= {"dispatched": chosen(region, row)}
             rows.append(row)
     return rows
 
@@ -263,7 +260,7 @@ def markdown(rows: list[dict]) -> str:
         for row in (row for row in rows if row["pass"] == which and row["graph"] == in_graph):
             first = fastest(row)
             times = [f"**{1e6 * t:.1f}**" if name == first else f"{1e6 * t:.1f}" for name, t in row["seconds"].items()]
-            line = [f"{row['M']} x {row['K']} -> {row['N']}", str(row["rank"]), *times, row["dispatched"]]
+            line = [layer_of(row), str(row["rank"]), *times, row["dispatched"]]
             line += [f"{row['tflops']:.0f}", f"{row['of_roofline']:.2f}"]
             lines.append([*line, *(f"{row['errors'][name]:.1e}" for name in ("fused", "addmm"))])
         text += "".join("| " + " | ".join(line) + " |\n" for line in lines)
@@ -280,7 +277,8 @@ def main(argv: list[str], distillation_step: Callable[[str], Callable[[], object
     capability = torch.cuda.get_device_capability()
     region = FASTER.get(capability)
     tasks = list(product(shapes, args.rank or (4, 16, 64, 128)))
-    rows = [row for task in tqdm(tasks, "layers") for row in measure(*task, args, best, region)]
+    rows = [row for task in tqdm(tasks, "layers") for row in measure(*task, args, best)]
+    rows = [row | {"dispatched": chosen(region, row)} for row in rows]
     steps = {kernel: seconds(distillation_step(kernel), 10, in_graph=False, inner=1) for kernel in ("torch", "fused")}
 
     device = torch.cuda.get_device_name()

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used. Says which file, what is wrong with it, and what to do."""
@@ -39,6 +41,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         if error.errno and not error.filename:  # "No space left on device" by itself does not say for what
             error.filename = str(path)
         raise
+    except SafetensorError as error:  # of a full disk too
+        raise OSError(f"{path} could not be written. {error}") from error
     finally:
         beside.unlink(missing_ok=True)
 

@@ -299,9 +299,10 @@ def main(argv: list[str] | None = None) -> None:
         "keep_attention": args.keep_attention,
         "sizes": {},
     }
+    cases = {name: case for name, case in CASES.items() if case.dtype in args.dtype}
     for size in sizes:
         rows = {}
-        for name, case in tqdm([row for row in CASES.items() if row[1].dtype in args.dtype], size):
+        for name, case in tqdm(cases.items(), size):
             with attention(args.keep_attention):
                 row = ledger(case, SIZES[size], args.rank, foreach=device.type == "cuda")
             fits = args.measure and row["peak"] <= LARGEST_MEASURED

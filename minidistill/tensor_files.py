@@ -9,7 +9,6 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -111,11 +110,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     with written_whole(path) as beside:
         beside.touch()
         mode = beside.stat().st_mode
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(contiguous, beside, {**metadata, "format": "pt"})
-        except SafetensorError as error:  # of a full disk too, and no OSError
-            raise OSError(f"{path} could not be written. {error}") from error
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {**metadata, "format": "pt"})
         sort_header(beside)
         beside.chmod(mode)  # the library's files are for their owner only
 

@@ -52,8 +52,12 @@ def launched(in_graph: bool) -> str:
     return "in a CUDA graph" if in_graph else "launched one by one"
 
 
+def layer_of(row: dict) -> str:
+    return f"{row['M']} x {row['K']} -> {row['N']}"
+
+
 def label(row: dict) -> str:
-    return f"{row['M']} x {row['K']} -> {row['N']}, rank {row['rank']}, {row['pass']}, {launched(row['graph'])}"
+    return f"{layer_of(row)}, rank {row['rank']}, {row['pass']}, {launched(row['graph'])}"
 
 
 def large(row: dict) -> bool:
