@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,11 +32,12 @@ from minidistill.pipeline import at_work
 from minidistill.recompute import LOW_MEMORY
 from minidistill.report import write_report
 from minidistill.run import checkpoint_files, lock, resume, save_checkpoint, stop_signals
-from minidistill.schedule import add_noise
+from minidistill.schedule import add_noise, min_snr_weight
 from minidistill.settings import ModelSettings, ScaledFile, count, one_sentence, parse, positive, seed_number, setting
 
 EVALUATED = 24  # held-out prompts in the report
 SHOWN = 8  # and in the pictures drawn on the way
+MIN_SNR = 5.0  # of --weighting min-snr, as in its paper
 WINDOW = 10  # updates whose losses are read together; and that show whether the student is lost
 
 
@@ -93,6 +93,12 @@ class Settings(ModelSettings):
         "peak learning rate (default: 0.128 / the UNet's first width; of a full copy 0.02)",
         "student",
         type=positive,
+    )
+    weighting: str = setting(
+        "even",
+        "what the squared error counts at each time step: the same, or min-SNR-5's weight, less where noise is little",
+        "student",
+        choices=("even", "min-snr"),
     )
     accumulate: int = setting(1, "an update's batch in N parts: less memory, the same update", "student", type=count)
     memory: str = setting(
@@ -237,10 +243,13 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
                 trajectory, taken = states.examples[chosen].T
                 z_t, eps_hat, t = states.states(trajectory, taken)
                 batch = z_t, t, embeddings[caption_of[trajectory]], eps_hat
-            batch = [data.to_device(ranks.part(x), sd.device) for x in batch]
+            # Even over t: on trajectories the loss is then the very noise error that is asked of the student.
+            even = args.weighting == "even"
+            weight = torch.ones(len(t), 1, 1, 1) if even else min_snr_weight(sd.schedule, t, MIN_SNR)
+            batch = [data.to_device(ranks.part(x), sd.device) for x in (weight, *batch)]
 
             loss, seen = 0.0, []
-            for z_t, t, cond, *stored in in_parts(args.accumulate, *batch):
+            for weight, z_t, t, cond, *stored in in_parts(args.accumulate, *batch):
                 if args.method == "noised":  # ask the teacher: two calls of the frozen UNet
                     eps_hat = teacher(
                         unet, z_t, t, cond, uncond.repeat(len(t), 1, 1), args.guidance, args.batched_teacher
@@ -248,12 +257,11 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
                 else:
                     (eps_hat,) = stored
                 eps = student(unet, z_t, t, cond)  # one call of the same UNet
-                # Unweighted over t: on trajectories this is the very noise error that is asked of the student.
-                missed = F.mse_loss(eps, eps_hat)
-                share = missed * (len(eps) / len(batch[0]))  # of the batch's mean
+                missed = (eps - eps_hat).square()
+                share = (weight * missed).mean() * (len(eps) / len(batch[0]))  # of the batch's mean
                 share.backward()
                 loss += share.detach()
-                seen.append((z_t, t, cond, eps_hat, missed.detach()))
+                seen.append((z_t, t, cond, eps_hat, missed.detach().mean()))
             recent.append(seen)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, peak, warmup=max(args.steps // 10, 1))

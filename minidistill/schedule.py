@@ -73,6 +73,17 @@ def velocity(schedule: Schedule, z_0: Tensor, noise: Tensor, t: Tensor) -> Tenso
     return alpha * noise - sigma * z_0
 
 
+def min_snr_weight(schedule: Schedule, t: Tensor, most: float) -> Tensor:
+    """[B] time steps -> [B, 1, 1, 1]: what a prediction's squared error counts ("Min-SNR Weighting", arXiv 2303.09556).
+
+    Such that of z_0 counts min(SNR, ``most``). Steps of little noise are many, easy and alike; where all errors of eps
+    count the same, they take most of the gradient.
+    """
+    alpha_bar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+    snr = alpha_bar / (1 - alpha_bar)
+    return snr.clamp(max=most) / (snr if schedule.prediction == "eps" else snr + 1)
+
+
 def clean_and_noise(kind: str, prediction: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """z_0 and eps, each [B, 4, h, w], according to a prediction of the given kind ("eps" or "v") at z_t."""
     if kind == "eps":

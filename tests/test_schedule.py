@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minidistill import ddim_invert, ddim_sample
 from minidistill.config import ScheduleConfig
-from minidistill.schedule import Schedule, add_noise, clean_and_noise, ddim_step, velocity
+from minidistill.schedule import Schedule, add_noise, clean_and_noise, ddim_step, min_snr_weight, velocity
 
 
 def schedule(**changes) -> Schedule:
@@ -112,6 +112,18 @@ def test_clean_and_noise_undo_add_noise(kind: str):
     prediction = eps if kind == "eps" else velocity(s, z_0, eps, t)
     found = clean_and_noise(kind, prediction, add_noise(s, z_0, eps, t), *s.alpha_sigma(t, z_0))
     assert error(found[0], z_0) < 1e-12 and error(found[1], eps) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+def test_min_snr_counts_errors_of_the_picture(kind: str):
+    """By its definition: min(SNR, 5) times the squared error of z_0, from two predictions that differ."""
+    s, z_t = schedule(prediction=kind), randn(4, 4, 2, 2, seed=1)
+    t = torch.tensor([1, 100, 500, 999])
+    alpha, sigma = s.alpha_sigma(t, z_t)
+    one, other = (randn(4, 4, 2, 2, seed=seed) for seed in (2, 3))
+    missed = clean_and_noise(kind, one, z_t, alpha, sigma)[0] - clean_and_noise(kind, other, z_t, alpha, sigma)[0]
+    asked = (alpha / sigma).square().clamp(max=5) * missed.square()
+    assert error(min_snr_weight(s, t, 5) * (one - other).square(), asked) < 1e-5
 
 
 def test_half_precision_stays_half():

@@ -242,6 +242,24 @@ def test_accumulated_gradients_are_those_of_the_batch(
     assert max((a - b).abs().max() for a, b in zip(found[1], found[2], strict=True)) < 1e-6 * largest
 
 
+def test_the_loss_is_weighted_over_t(command, flags: Flags, tiny_model: Path, prompts_file: Path, tmp_path: Path):
+    """The first loss, of the LoRA that does nothing yet, on all states at once: worked out again from the files."""
+    every = dict(trajectories=8, stride=1, batch=24, steps=1)
+    command("train.py", *flags(tmp_path / "run", **every, weighting="min-snr"), "--no-report")
+    (line,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    sd, captions = load(tiny_model), data.prompt_split(tiny_model, prompts_file)[0]
+    counted = []
+    for shard in (tmp_path / "run/states").glob("*.safetensors"):
+        states = load_file(shard)
+        for prompt, z_t, target in zip(states["prompt"], states["z_t"], states["target"], strict=True):
+            cond = sd.encode_prompt([captions[prompt]]).expand(len(z_t), -1, -1)
+            missed = (sd.unet(z_t.float(), states["t"], cond) - target.float()).square().mean(dim=(1, 2, 3))
+            alpha_bar = sd.schedule.alphas_cumprod[states["t"]]
+            counted.append((missed * (5 * (1 - alpha_bar) / alpha_bar).clamp(max=1)).detach())
+    assert len(torch.cat(counted)) == 24
+    assert json.loads(line)["loss"] == pytest.approx(torch.cat(counted).mean().item(), rel=1e-4)
+
+
 def test_another_seed_gives_another_student(full, command, flags: Flags, tmp_path: Path):
     command("train.py", *flags(tmp_path / "run", seed=1), "--no-report")
     assert not same_result(tmp_path / "run", full[0])

@@ -39,6 +39,8 @@ VALUES = {
     "guidance": (2, 2.5, 3, 5, 7.5, 10),
     "trajectories": (48, 96, 240, 480, 960),
     "updates": (50, 100, 200, 400, 800),
+    "lr": (0.0005, 0.001, 0.002, 0.004, 0.008),
+    "weighting": ("even", "min-snr"),
 }
 
 
@@ -51,6 +53,8 @@ class Settings:
     guidance: float = setting(2.5, "likewise", "elsewhere", type=positive)
     trajectories: int = setting(240, "likewise", "elsewhere", type=count)
     updates: int = setting(200, "likewise", "elsewhere", type=count)
+    lr: float = setting(None, "likewise (default: as train.py sets it)", "elsewhere", type=positive)
+    weighting: str = setting(None, "likewise (default: as train.py sets it)", "elsewhere", choices=("even", "min-snr"))
     prompts: int = setting(24, "held-out prompts", "how", type=count)
     runs: Path = setting(Path("runs/sweeps"), "folder of the runs", "how")
     out: Path = setting(Path("results"), "folder for sweeps.json and the figures", "how")
@@ -87,6 +91,10 @@ def training(args: Settings, **swept: object) -> list[str]:
     states = args.runs / f"states of guidance {s['guidance']:g}"
     command = ["train.py", "--model", args.model, "--rank", s["rank"], "--targets", *LAYERS[s["layers"]]]
     command += ["--guidance", f"{s['guidance']:g}", "--trajectories", s["trajectories"], "--steps", s["updates"]]
+    for flag in ("lr", "weighting"):
+        if s[flag] is not None:
+            command += [f"--{flag}", s[flag]]
+            name += f", {flag} {s[flag]}"
     return [str(word) for word in [*command, "--states", states, "--out", args.runs / name, "--resume", "--no-report"]]
 
 

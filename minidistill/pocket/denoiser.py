@@ -9,7 +9,7 @@ from tqdm import tqdm
 from minidistill.config import ScheduleConfig
 from minidistill.distill import learning_rate
 from minidistill.pocket.stage import Average, resume, save_state
-from minidistill.schedule import Schedule, add_noise
+from minidistill.schedule import Schedule, add_noise, min_snr_weight
 from minidistill.unet import UNet
 
 CAPTION_DROPOUT = (
@@ -17,16 +17,6 @@ CAPTION_DROPOUT = (
 )
 MIN_SNR = 20.0
 ROUNDS = ((5000, 1e-3), (4700, 8e-4))  # updates and peak rate; the second starts from the averaged weights of the first
-
-
-def min_snr_weight(schedule: Schedule, t: Tensor) -> Tensor:
-    """[B] -> [B, 1, 1, 1]: min(SNR, 20) / SNR on the eps loss ("Min-SNR Weighting", arXiv 2303.09556, eq. 6).
-
-    Steps of little noise are many, easy and alike; unweighted, they would take most of the gradient.
-    """
-    alpha_bar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
-    snr = alpha_bar / (1 - alpha_bar)
-    return snr.clamp(max=MIN_SNR) / snr
 
 
 def train_unet(
@@ -63,7 +53,7 @@ def train_unet(
         dropped = torch.rand(batch, 1, 1) < CAPTION_DROPOUT
         context = torch.where(dropped, empty, contexts[captions[some]])
         eps = unet(add_noise(schedule, z_0, noise, t), t, context)
-        loss = (min_snr_weight(schedule, t) * (eps - noise).square()).mean()
+        loss = (min_snr_weight(schedule, t, MIN_SNR) * (eps - noise).square()).mean()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr, warmup=200)
         optimizer.zero_grad()
