@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -62,8 +63,10 @@ def plot_shares(shares: Mapping[str, ErrorShare], timesteps: Sequence[int], path
     """The noise error share at each time step, one line a student; the guidance gap behind, in grey."""
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
-    for label, found in shares.items():
-        axes.plot(timesteps, found.per_step, label=f"{label} ({found.pooled:.2f} pooled)")
+    for (label, found), look in zip(
+        shares.items(), cycle(["o-", "s--", "^:", "D-."])
+    ):  # told apart without colours too
+        axes.plot(timesteps, found.per_step, look, markersize=4, label=f"{label} ({found.pooled:.2f} pooled)")
     gaps = next(iter(shares.values())).gaps.sum(0)
     behind = axes.twinx()
     behind.fill_between(timesteps, gaps / gaps.sum(), color="0.9", zorder=0)

@@ -36,7 +36,7 @@ LAYERS = {  # patterns of layers' names
 VALUES = {
     "rank": (1, 2, 4, 8, 16, 32, 64),
     "layers": tuple(LAYERS),
-    "guidance": (2, 3, 5, 7.5, 10),
+    "guidance": (2, 2.5, 3, 5, 7.5, 10),
     "trajectories": (48, 96, 240, 480, 960),
     "updates": (50, 100, 200, 400, 800),
 }
