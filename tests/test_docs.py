@@ -87,6 +87,12 @@ def test_the_examples_run(monkeypatch: pytest.MonkeyPatch):
     assert len(blocks) == 5 and "LoRAEmbedding" in namespace
 
 
+def test_the_reading_order_has_every_file():
+    listed = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Reading order\n")[2].partition("\n## ")[0]
+    files = {f"minidistill/{file.name}" for file in (ROOT / "minidistill").glob("[!_]*.py")}
+    assert not files - set(LINK.findall(listed))
+
+
 def test_the_ten_lines_of_the_method():
     """The code in README.md computes what teacher, student and a LoRA layer do, and moves the pairs alone."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## The method in ten lines\n")[2]
