@@ -3,9 +3,11 @@
 import ctypes
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -279,3 +281,11 @@ def test_notices(fault: str, emulated):
 def test_notices_on_hopper(fault: str, emulated):
     plan = Plan(BF16, 128, 160, 16, True, sm90=True)
     assert noticed(emulated(plan, (SM90_FAULTS | MORE_SM90_FAULTS)[fault]), plan)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("ninja") is None, reason="needs ninja")
+@pytest.mark.parametrize("card", ["sm_80", "sm_90a"])
+def test_the_operator_whole(card: str, tmp_path: Path):
+    """The sources around the kernels too: binding, launcher and gradient (tests/emulation/whole.py)."""
+    subprocess.run([sys.executable, str(EMULATION / "whole.py"), str(tmp_path), card], check=True)
