@@ -237,7 +237,7 @@ torch.cuda.synchronize()
 
 
 def plain_conv(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float, *how: tuple[int, int]) -> Tensor:
-    return F.conv2d(x, W, b, *how) + scale * F.conv2d(F.conv2d(x, A, None, *how), B)
+    return F.conv2d(x, W, b, *how) + scale * F.conv2d(F.conv2d(x, A.to(x.dtype), None, *how), B.to(x.dtype))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_convolutions(dtype: torch.dtype, k: int, C: int, N: int, side: int, lay
         tensors[name] /= (C * k * k) ** 0.5
     narrow = {name: x if name in "AB" else x.to(dtype) for name, x in tensors.items()}
     narrow["x"] = narrow["x"].contiguous(memory_format=layout)
-    dy = torch.linspace(-1, 1, 2 * N * side * side, device="cuda").view(2, N, side, side).to(dtype)
+    dy = torch.randint(-8, 9, (2, N, side, side), generator=g, device="cuda") / 8  # the same in every dtype
 
     def results(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         x, W, b, A, B = tensors.values()
@@ -266,8 +266,13 @@ def test_convolutions(dtype: torch.dtype, k: int, C: int, N: int, side: int, lay
         y = function(learning[0], W, b, *learning[1:], 0.5, *((n, n) for n in (1, k // 2, 1)))
         return y.detach(), *torch.autograd.grad(y, learning, dy.to(y))
 
-    found = results(partial(lora_conv, EVERYWHERE), narrow)
-    assert error(found, results(plain_conv, {name: x.double() for name, x in narrow.items()})) < BOUND[dtype]
+    expected = results(plain_conv, {name: x.to(dtype).double() for name, x in tensors.items()})
+    found, usual = results(partial(lora_conv, EVERYWHERE), narrow), results(plain_conv, narrow)
+    for ours, plain, right in zip(found, usual, expected):
+        assert off(ours, right) < BOUND[dtype] and off(ours, right) <= 1.1 * off(plain, right)
+    # dx of a 3x3 is the sum of two rounded gradients, as in plain PyTorch: its largest error is a matter of luck.
+    alone = [i for i in range(4) if k == 1 or i != 1]
+    assert error([found[i] for i in alone], [expected[i] for i in alone]) < BOUND[dtype]
 
 
 def losses(kernel: str, steps: int = 40) -> Tensor:
