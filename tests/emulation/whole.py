@@ -5,16 +5,21 @@
 
 import ctypes
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from tiny import TINY_SIZE  # noqa: E402
+from torch import Tensor  # noqa: E402
 from torch.utils import cpp_extension  # noqa: E402
 
+from minidistill import kernels  # noqa: E402
 from minidistill.bench_kernel import Layer, Shape, addmm_chain, backward, base, eager, error  # noqa: E402
+from minidistill.contestants import Setup, distil  # noqa: E402
 from minidistill.kernels.conv import lora_conv  # noqa: E402
 from minidistill.kernels.dispatch import EVERYWHERE  # noqa: E402
 from minidistill.kernels.op import lora_linear  # noqa: E402
@@ -72,6 +77,14 @@ def refused(layer, *operands) -> bool:
     return False
 
 
+def losses(kernel: str, steps: int = 4) -> Tensor:
+    """Of a tiny student that learns a teacher's prediction."""
+    size = replace(TINY_SIZE, unet=replace(TINY_SIZE.unet, context_width=16))  # which is a multiple of 8
+    setup = Setup(size, torch.device("cpu"), torch.bfloat16, rank=8, timed_steps=1, kernel=kernel)
+    step = distil(setup, "ours", teacher_in_loop=True)
+    return torch.stack([step()[0] for _ in range(steps)])
+
+
 def check(folder: Path, hopper: bool) -> None:
     library = built(folder, hopper)
     device = ctypes.c_int.in_dll(library, "emulated_device")
@@ -119,6 +132,13 @@ def check(folder: Path, hopper: bool) -> None:
     rows = x.permute(0, 2, 3, 1).flatten(0, 2)
     expected = addmm_chain(rows.double(), W.double(), b.double(), A.bfloat16().double(), B.bfloat16().double(), 0.5)
     assert threads.value and error((y.permute(0, 2, 3, 1).flatten(0, 2),), (expected,)) < 1e-2
+
+    kernels.obstacle = lambda device: None  # as if the device had the kernel
+    threads.value = 0
+    plain = losses("torch")
+    assert threads.value == 0
+    fused = losses("fused")
+    assert threads.value and ((plain - fused).abs() < 0.01 * plain).all() and plain[-1] < plain[0]
 
 
 if __name__ == "__main__":
