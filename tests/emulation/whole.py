@@ -1,6 +1,7 @@
 """The operator whole, on a CPU: binding, launcher and gradient from their own sources, launches under emulation.
 
-``python tests/emulation/whole.py FOLDER``: in a process of its own, where it takes the place of the operator in Python.
+``python tests/emulation/whole.py FOLDER CARD [FILE RIGHT WRONG]``: in a process of its own, where it takes the place of
+the operator in Python; with a fault planted in a file, whose right line stands there once.
 """
 
 import ctypes
@@ -87,6 +88,7 @@ def losses(kernel: str, steps: int = 4) -> Tensor:
 
 def check(folder: Path, hopper: bool) -> None:
     library = built(folder, hopper)
+    print("built", flush=True)
     device = ctypes.c_int.in_dll(library, "emulated_device")
     threads = ctypes.c_int.in_dll(library, "threads_of_last_launch")
     torch.use_deterministic_algorithms(True)  # memory that nobody has written is NaN
@@ -142,4 +144,7 @@ def check(folder: Path, hopper: bool) -> None:
 
 
 if __name__ == "__main__":
-    check(Path(sys.argv[1]), hopper=sys.argv[2:] != ["sm_80"])
+    folder, card, *fault = sys.argv[1:]
+    if fault:
+        CHANGES[fault[0]].append(tuple(fault[1:]))
+    check(Path(folder), hopper=card == "sm_90a")
