@@ -124,13 +124,14 @@ def test_it_agrees_with_its_reference(shape: Shape):
     "view",
     [
         lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],  # rows that lie apart
-        lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],  # and do not begin at 16 bytes
+        lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],  # by no multiple of 16 bytes
+        lambda x: torch.cat([x[:, :8], x], dim=1)[:, 1 : x.shape[1] + 1],  # by one, but do not begin at one
         lambda x: x.T.contiguous().T,
         lambda x: x.view(3, len(x) // 3, -1).transpose(0, 1),
         lambda x: x[:1].expand(len(x), -1),
         lambda x: x[:0],
     ],
-    ids=["apart", "unaligned", "columns", "exchanged dimensions", "expanded", "empty"],
+    ids=["apart", "oddly apart", "unaligned", "columns", "exchanged dimensions", "expanded", "empty"],
 )
 @both_sizes
 def test_ways_x_can_lie(shape: Shape, view):

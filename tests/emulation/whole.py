@@ -43,7 +43,8 @@ LARGE, SMALL = 0, 1  # devices on which blocks of this size are chosen (driver.h
 THREADS = {LARGE: 256, SMALL: 128}
 VIEWS = {
     "apart": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
-    "unaligned": lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],
+    "oddly apart": lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],
+    "unaligned": lambda x: torch.cat([x[:, :8], x], dim=1)[:, 1 : x.shape[1] + 1],
     "columns": lambda x: x.T.contiguous().T,
     "exchanged dimensions": lambda x: x.view(3, len(x) // 3, -1).transpose(0, 1),
     "expanded": lambda x: x[:1].expand(len(x), -1),
