@@ -239,12 +239,13 @@ def measure(shape: Shape, rank: int, args: Settings, best: tuple[float, float]) 
         expected = make(eager, layer.double())()
         runs = {name: make(CONTESTANTS[name], base_alone if name == "r = 0" else layer) for name in names}
         errors = {name: error(run(), expected) for name, run in runs.items() if name not in WITHOUT_PAIR}
-        operations, moved = cost(shape, rank, which)
-        roofline = max(operations / best[0], moved / best[1])
+        costs = {name: cost(shape, 0 if name in WITHOUT_PAIR else rank, which) for name in names}
+        least = {name: max(operations / best[0], moved / best[1]) for name, (operations, moved) in costs.items()}
         for in_graph in (False, True):
             times = {name: seconds(run, args.repeats, in_graph) for name, run in runs.items()}
             row = shape._asdict() | {"rank": rank, "pass": which, "graph": in_graph, "seconds": times, "errors": errors}
-            row |= {"tflops": operations / times["fused"] / 1e12, "of_roofline": roofline / times["fused"]}
+            row["tflops"] = {name: costs[name][0] / time / 1e12 for name, time in times.items()}
+            row["of_roofline"] = {name: least[name] / time for name, time in times.items()}
             rows.append(row)
     return rows
 
@@ -261,7 +262,7 @@ def markdown(rows: list[dict]) -> str:
             first = fastest(row)
             times = [f"**{1e6 * t:.1f}**" if name == first else f"{1e6 * t:.1f}" for name, t in row["seconds"].items()]
             line = [layer_of(row), str(row["rank"]), *times, row["dispatched"]]
-            line += [f"{row['tflops']:.0f}", f"{row['of_roofline']:.2f}"]
+            line += [f"{row['tflops']['fused']:.0f}", f"{row['of_roofline']['fused']:.2f}"]
             lines.append([*line, *(f"{row['errors'][name]:.1e}" for name in ("fused", "addmm"))])
         text += "".join("| " + " | ".join(line) + " |\n" for line in lines)
     return text

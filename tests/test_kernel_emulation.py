@@ -3,9 +3,11 @@
 import ctypes
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -279,3 +281,39 @@ def test_notices(fault: str, emulated):
 def test_notices_on_hopper(fault: str, emulated):
     plan = Plan(BF16, 128, 160, 16, True, sm90=True)
     assert noticed(emulated(plan, (SM90_FAULTS | MORE_SM90_FAULTS)[fault]), plan)
+
+
+# The sources around the kernels, which tests/emulation/whole.py builds and runs in a process of its own.
+NINJA = pytest.mark.skipif(shutil.which("ninja") is None, reason="needs ninja")
+FAULTS_AROUND = {
+    "x's rows as far apart as they are long": ("binding.cpp", "<unsigned>(stride)", "<unsigned>(K)"),
+    "A and B not exchanged for dx": (
+        "binding.cpp",
+        "std::nullopt, B, A, scale, true",
+        "std::nullopt, A, B, scale, true",
+    ),
+    "rows used where they do not begin at 16 bytes": ("binding.cpp", "|| !aligned(rows)) rows", ") rows"),
+    "W's boxes of x's size": ("lora_gemm.cu", "describe<typename P::W>(&w_map", "describe<typename P::X>(&w_map"),
+    "no more shared memory asked for": (
+        "lora_gemm.cu",
+        "= allow_shared_memory<P>(kernel, where.device)",
+        "= cudaSuccess",
+    ),
+}
+
+
+@pytest.mark.slow
+@NINJA
+@pytest.mark.parametrize("card", ["sm_80", "sm_90a"])
+def test_the_operator_whole(card: str, tmp_path: Path):
+    """Binding, launcher and gradient in C++."""
+    subprocess.run([sys.executable, str(EMULATION / "whole.py"), str(tmp_path), card], check=True)
+
+
+@pytest.mark.slow
+@NINJA
+@pytest.mark.parametrize("fault", FAULTS_AROUND)
+def test_notices_around_the_kernels(fault: str, tmp_path: Path):
+    command = [sys.executable, str(EMULATION / "whole.py"), str(tmp_path), "sm_90a", *FAULTS_AROUND[fault]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "built" in done.stdout, done.stderr

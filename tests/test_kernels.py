@@ -201,11 +201,13 @@ def test_float32_leaves_it_idle_and_says_so(monkeypatch, capsys):
 
 
 def test_what_fits_the_kernel():
-    def sizes(K: int = 64, N: int = 64, rank: int = 4, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
-        return torch.empty(2, K, dtype=dtype), torch.empty(N, K, dtype=dtype), torch.empty(rank, K)
+    def sizes(
+        M: int = 2, K: int = 64, N: int = 64, rank: int = 4, dtype: torch.dtype = torch.bfloat16
+    ) -> tuple[Tensor, ...]:
+        return torch.empty(1, K, dtype=dtype).expand(M, K), torch.empty(N, K, dtype=dtype), torch.empty(rank, K)
 
     assert fits(EVERYWHERE, *sizes()) and fits(EVERYWHERE, *sizes(K=5120, N=8, rank=128, dtype=torch.float16))
-    for other in (dict(K=60), dict(N=60), dict(rank=129), dict(dtype=torch.float32)):
+    for other in (dict(K=60), dict(N=60), dict(rank=129), dict(dtype=torch.float32), dict(M=2**25, N=128)):
         assert not fits(EVERYWHERE, *sizes(**other))
     assert fits(Region(64, 64, 4), *sizes()) and not fits(Region(64, 56, 4), *sizes())
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,5 +1,6 @@
 """The fused kernel on a GPU: every layer of SD 1.5 and SDXL against float64, and what it meets in training."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from minidistill.kernels.conv import lora_conv
 from minidistill.kernels.dispatch import EVERYWHERE, FASTER, addmm_chain
 from minidistill.kernels.op import lora_linear, reference
 
+OPS = torch.ops.minidistill
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SDXL = [  # at 1024 x 1024 pixels, a batch of one
@@ -33,6 +35,13 @@ SDXL = [  # at 1024 x 1024 pixels, a batch of one
     *(Shape(1024, K, 1280) for K in (640, 1920, 2560)),
     *(Shape(4096, K, 640) for K in (320, 960, 1280, 1920)),
     *(Shape(16384, K, 320) for K in (640, 960)),
+]
+# 3x3 convolutions of both: channels in and out, side
+CONVS = [
+    *((C, 320, side) for C in (320, 640, 960) for side in (64, 128)),
+    *((C, 640, side) for C in (320, 640, 960, 1280, 1920) for side in (32, 64)),
+    *((C, 1280, side) for C in (640, 1280, 1920, 2560) for side in (16, 32)),
+    *((C, 1280, 8) for C in (1280, 2560)),
 ]
 ODD = [Shape(1, 8, 8), Shape(3, 24, 200), Shape(129, 328, 168), Shape(300, 72, 1000)]
 USUAL, LARGE = Shape(300, 320, 640), Shape(18000, 320, 640)  # small blocks; the large ones, which are wgmma's on Hopper
@@ -77,9 +86,8 @@ def test_forward_and_backward(shape: Shape, dtype: torch.dtype, poisoned):
         ours, chain = backward(lora_linear, layer)(), backward(addmm_chain, layer)()
         assert error(ours, expected) < BOUND[dtype], rank
         for found, usual, right in zip(ours, chain, expected):
-            least = torch.finfo(dtype).eps / 4  # what one rounding costs
             few = right.numel() < 100  # of which luck decides who is nearer
-            assert few or off(found, right) < 1.1 * max(off(usual, right), least), rank
+            assert few or off(found, right) <= 1.1 * off(usual, right), rank
 
 
 @both_sizes
@@ -107,7 +115,7 @@ def test_rank_zero_is_w_alone(shape: Shape, poisoned):
 def test_it_agrees_with_its_reference(shape: Shape):
     """Which rounds where it rounds: y and t differ by the order of sums only."""
     layer = a_layer(shape)
-    found = torch.ops.minidistill.lora_linear(*layer)
+    found = OPS.lora_linear(*layer)
     for ours, theirs in zip(found, reference(*layer)):
         assert error((ours.detach(),), (theirs.detach().double(),)) < torch.finfo(torch.bfloat16).eps
 
@@ -116,20 +124,25 @@ def test_it_agrees_with_its_reference(shape: Shape):
     "view",
     [
         lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],  # rows that lie apart
-        lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],  # and do not begin at 16 bytes
+        lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],  # by no multiple of 16 bytes
+        lambda x: torch.cat([x[:, :8], x], dim=1)[:, 1 : x.shape[1] + 1],  # by one, but do not begin at one
         lambda x: x.T.contiguous().T,
         lambda x: x.view(3, len(x) // 3, -1).transpose(0, 1),
         lambda x: x[:1].expand(len(x), -1),
         lambda x: x[:0],
     ],
-    ids=["apart", "unaligned", "columns", "exchanged dimensions", "expanded", "empty"],
+    ids=["apart", "oddly apart", "unaligned", "columns", "exchanged dimensions", "expanded", "empty"],
 )
 @both_sizes
 def test_ways_x_can_lie(shape: Shape, view):
-    layer = a_layer(shape)
-    x = view(layer.x.detach())
-    found, expected = (lora_linear(rows, *layer[1:]) for rows in (x, x.clone(memory_format=torch.contiguous_format)))
-    assert found.shape == (*x.shape[:-1], 640) and torch.equal(found, expected)
+    """And dy, here of a layer with these weights turned round, which do not lie whole."""
+    x, W, b, A, B, scale = a_layer(shape)
+    rows = view(x.detach())
+    whole = rows.clone(memory_format=torch.contiguous_format)
+    for layer, *weights in ((OPS.lora_linear, W, b, A, B), (OPS.lora_linear_dx, W.T, B.T, A.T)):
+        found, expected = (layer(x, *weights, scale) for x in (rows, whole))
+        assert found[0].shape == (*rows.shape[:-1], 640)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
 def test_what_it_does_not_take_is_said():
@@ -142,10 +155,10 @@ def test_what_it_does_not_take_is_said():
 
 def test_opcheck():
     layer = a_layer(Shape(20, 64, 72), rank=5)
-    torch.library.opcheck(torch.ops.minidistill.lora_linear.default, tuple(layer))
+    torch.library.opcheck(OPS.lora_linear.default, tuple(layer))
     dy = torch.randn(20, 72, device="cuda", dtype=torch.bfloat16)
     x, W, b, A, B, scale = layer
-    torch.library.opcheck(torch.ops.minidistill.lora_linear_dx.default, (dy, W, A.detach(), B.detach(), scale))
+    torch.library.opcheck(OPS.lora_linear_dx.default, (dy, W, A.detach(), B.detach(), scale))
 
 
 def test_compiled_whole():
@@ -188,53 +201,79 @@ def test_in_a_cuda_graph_and_on_another_stream(shape: Shape):
     assert all(torch.equal(a, b) and torch.equal(c, b) for a, b, c in zip(captured, expected, beside))
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_on_a_device_that_is_not_the_current_one():
+    layer = a_layer()
+    there = (x.to("cuda:1") for x in layer[:5])
+    assert torch.equal(lora_linear(*there, layer.scale).to("cuda:0"), lora_linear(*layer))
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
 def test_compute_sanitizer(tool: str):
+    """The two launches alone, of numbers that come from the host: nobody else's kernels are looked at, or missed."""
     if not (sanitizer := shutil.which("compute-sanitizer")):
         pytest.skip("needs compute-sanitizer")
     script = """
 import torch
-from minidistill.bench_kernel import Layer, Shape, backward
+from minidistill.bench_kernel import Layer, Shape
 from minidistill.kernels.build import obstacle
-from minidistill.kernels.op import lora_linear
-assert obstacle(torch.device("cuda")) is None
+ops, device = torch.ops.minidistill, torch.device("cuda")
+assert obstacle(device) is None
 for shape in (Shape(70, 72, 88), Shape(16384, 72, 328)):  # small blocks, large blocks
     for rank in (0, 5, 16, 32, 64, 128):
-        backward(lora_linear, Layer.random(shape, rank, torch.bfloat16, "cuda"))()
+        layer = Layer.random(shape, rank, torch.bfloat16, "cpu")
+        dy = torch.randn(shape.M, shape.N).bfloat16()
+        dy, x, W, b, A, B = (tensor.detach().to(device) for tensor in (dy, *layer[:5]))
+        ops.lora_linear(x, W, b, A, B, layer.scale)
+        ops.lora_linear_dx(dy, W, A, B, layer.scale)
 torch.cuda.synchronize()
 """
-    names = ["--kernel-name", "kernel_substring=lora_gemm"]
-    names += ["--report-api-errors", "no"] if tool == "memcheck" else []  # of other libraries
-    command = [sanitizer, "--tool", tool, *names, "--error-exitcode", "1", sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
+    flags = ["--tool", tool, "--kernel-name", "kernel_substring=lora_gemm", "--error-exitcode", "1"]
+    flags += ["--report-api-errors", "no", "--padding", "256"] if tool == "memcheck" else []  # no errors of others
+    command = [sanitizer, *flags, sys.executable, "-c", script]
+    # An allocation for each tensor: in PyTorch's own blocks of memory nothing is out of bounds.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
 def plain_conv(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float, *how: tuple[int, int]) -> Tensor:
-    return F.conv2d(x, W, b, *how) + scale * F.conv2d(F.conv2d(x, A, None, *how), B)
+    return F.conv2d(x, W, b, *how) + scale * F.conv2d(F.conv2d(x, A.to(x.dtype), None, *how), B.to(x.dtype))
 
 
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
-@pytest.mark.parametrize("k, padding", [(3, 1), (1, 0)], ids=["3x3", "1x1"])
+@pytest.mark.parametrize(
+    "k, C, N, side, layout",
+    [
+        *((3, *sizes, torch.channels_last) for sizes in CONVS),
+        (3, 320, 640, 32, torch.contiguous_format),
+        *((1, 320, 640, 32, layout) for layout in (torch.channels_last, torch.contiguous_format)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
-def test_convolutions(dtype: torch.dtype, k: int, padding: int, layout: torch.memory_format):
+def test_convolutions(dtype: torch.dtype, k: int, C: int, N: int, side: int, layout: torch.memory_format, poisoned):
     g = torch.Generator("cuda").manual_seed(0)
-    sizes = {"x": (2, 320, 32, 32), "W": (640, 320, k, k), "b": (640,), "A": (16, 320, k, k), "B": (640, 16, 1, 1)}
+    sizes = {"x": (2, C, side, side), "W": (N, C, k, k), "b": (N,), "A": (16, C, k, k), "B": (N, 16, 1, 1)}
     tensors = {name: torch.randn(size, generator=g, device="cuda") for name, size in sizes.items()}
     for name in ("W", "A"):
-        tensors[name] /= (320 * k * k) ** 0.5
+        tensors[name] /= (C * k * k) ** 0.5
     narrow = {name: x if name in "AB" else x.to(dtype) for name, x in tensors.items()}
     narrow["x"] = narrow["x"].contiguous(memory_format=layout)
+    dy = torch.randint(-8, 9, (2, N, side, side), generator=g, device="cuda") / 8  # the same in every dtype
 
     def results(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         x, W, b, A, B = tensors.values()
         learning = [leaf.detach().requires_grad_() for leaf in (x, A, B)]
-        y = function(learning[0], W, b, *learning[1:], 0.5, *((n, n) for n in (1, padding, 1)))
-        dy = torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y).to(y)
-        return y.detach(), *torch.autograd.grad(y, learning, dy)
+        y = function(learning[0], W, b, *learning[1:], 0.5, *((n, n) for n in (1, k // 2, 1)))
+        return y.detach(), *torch.autograd.grad(y, learning, dy.to(y))
 
-    found = results(partial(lora_conv, EVERYWHERE), narrow)
-    assert error(found, results(plain_conv, {name: x.double() for name, x in narrow.items()})) < BOUND[dtype]
+    expected = results(plain_conv, {name: x.to(dtype).double() for name, x in tensors.items()})
+    found, usual = results(partial(lora_conv, EVERYWHERE), narrow), results(plain_conv, narrow)
+    for ours, plain, right in zip(found, usual, expected):
+        assert off(ours, right) < BOUND[dtype] and off(ours, right) <= 1.1 * off(plain, right)
+    # dx of a 3x3 is the sum of two rounded gradients, as in plain PyTorch: its largest error is a matter of luck.
+    alone = [i for i in range(4) if k == 1 or i != 1]
+    assert error([found[i] for i in alone], [expected[i] for i in alone]) < BOUND[dtype]
 
 
 def losses(kernel: str, steps: int = 40) -> Tensor:
@@ -246,7 +285,7 @@ def losses(kernel: str, steps: int = 40) -> Tensor:
 
 def test_distillation_with_and_without_it_is_the_same():
     plain, fused = losses("torch"), losses("fused")
-    assert ((plain - fused).abs() < 0.02 * plain).all() and plain[-1] < plain[0]
+    assert ((plain - fused).abs() < 0.01 * plain).all() and plain[-1] < plain[0]
 
 
 def test_a_whole_unet_with_and_without_it():

@@ -38,7 +38,8 @@ def fits(region: Region, x: Tensor, W: Tensor, A: Tensor) -> bool:
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     narrow = dtype in (torch.float16, torch.bfloat16)
     whole_chunks = N % 8 == 0 and K % 8 == 0  # 16 bytes are moved at a time
-    return narrow and whole_chunks and region.holds(K, N, rank)
+    within_reach = x.numel() // K * max(K, N, rank) < 2**32  # of the kernel's offsets
+    return narrow and whole_chunks and within_reach and region.holds(K, N, rank)
 
 
 def addmm_chain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -88,7 +88,8 @@ def verdict(rows: list[dict], region: Region | None, capability: tuple[int, int]
         if such:
             worst = min(seconds[other] / seconds[way] for seconds in such)
             text += f"{way}, {size.__name__} layers, {which}, {launched(in_graph)}: "
-            text += f"at worst {worst:.2f} times as fast as {other}; the target is {least:.2f}.\n"
+            text += f"at worst {worst:.2f} times as fast as {other}; the target is {least:.2f}: "
+            text += "met.\n" if worst >= least else "missed.\n"
 
     def at_worst(region: Region | None) -> str:
         row = min(rows, key=lambda row: share(region, row))

@@ -26,13 +26,17 @@ Pair fused(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, con
     TORCH_CHECK(type == at::kHalf || type == at::kBFloat16, "lora_linear computes in float16 or bfloat16, not ", type);
     TORCH_CHECK(W.scalar_type() == type && (!b || b->scalar_type() == type), "x, W and b differ in dtype");
     TORCH_CHECK(A.scalar_type() == at::kFloat && B.scalar_type() == at::kFloat, "A and B have to be float32");
-    TORCH_CHECK(K > 0 && K % 8 == 0 && N % 8 == 0, "W has to be a multiple of 8 wide and high, not ", W.sizes());
+    TORCH_CHECK(K > 0 && N > 0 && K % 8 == 0 && N % 8 == 0, "W has to be a multiple of 8 wide and high, not ", W.sizes());
     TORCH_CHECK(rank <= 128, "the rank has to be from 0 to 128, not ", rank);
     TORCH_CHECK(x.size(-1) == K && A.size(in) == K && B.size(out) == N && B.size(in) == rank && (!b || b->numel() == N),
                 "shapes do not fit together: x ", x.sizes(), ", W ", W.sizes(), ", A ", A.sizes(), ", B ", B.sizes());
     for (const Tensor* weights : {&W, &A, &B})
         TORCH_CHECK(weights->device() == x.device(), "x and the weights are on different devices");
     TORCH_CHECK(!b || b->device() == x.device(), "x and b are on different devices");
+
+    const int64_t M = x.numel() / K, limit = int64_t{1} << 32;  // of the kernel's offsets
+    const int64_t most = std::max({M * std::max({K, N, rank}), N * std::max(K, rank), K * rank});
+    TORCH_CHECK(most < limit, "an operand of the layer has 2^32 numbers or more");
 
     const c10::DeviceGuard guard(x.device());
     const auto copy = [](const Tensor& tensor) { return tensor.clone(at::MemoryFormat::Contiguous); };
@@ -44,8 +48,8 @@ Pair fused(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, con
     if (!x.is_contiguous() || !aligned(x)) {
         rows = x.reshape({-1, K});
         stride = rows.stride(0);  // rows may lie apart, by multiples of 16 bytes
-        const bool fit = rows.stride(1) == 1 && stride >= K && stride % 8 == 0 && aligned(rows);
-        if (!fit) rows = copy(rows), stride = K;
+        const bool near = stride >= K && stride % 8 == 0 && M * stride < limit;
+        if (rows.stride(1) != 1 || !near || !aligned(rows)) rows = copy(rows), stride = K;
     }
     const Tensor W_whole = whole(W), A_whole = whole(A), B_whole = whole(B), b_whole = b ? whole(*b) : Tensor();
 
@@ -54,8 +58,6 @@ Pair fused(const Tensor& x, const Tensor& W, const std::optional<Tensor>& b, con
     const Tensor y = at::empty(shape, x.options());
     shape.back() = rank;
     const Tensor t = at::empty(shape, x.options());
-    const int64_t M = x.numel() / K, limit = int64_t{1} << 32;
-    TORCH_CHECK(M * std::max({stride, N, rank}) < limit, "x, y or t has 2^32 numbers or more");
     if (M == 0) return {y, t};
 
     const Operands operands{.x = data<uint16_t>(rows),

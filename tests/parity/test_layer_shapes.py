@@ -1,0 +1,52 @@
+"""The shapes that the kernel's tests on a GPU go through, beside diffusers': SDXL's UNet is not built here."""
+
+import torch
+from test_kernels_gpu import CONVS, SDXL
+from torch import Tensor, nn
+
+from .helpers import diffusers
+
+SDXL_CONFIG = dict(
+    sample_size=128,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    cross_attention_dim=2048,
+    attention_head_dim=(5, 10, 20),
+    transformer_layers_per_block=(1, 2, 10),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+SD15_CONFIG = dict(sample_size=64, cross_attention_dim=768)
+
+
+def shapes(config: dict) -> tuple[set, set]:
+    """Of linear layers and 1x1 convolutions; of 3x3 convolutions, but for those at the ends and the resamplers."""
+    linear, convolutions = set(), set()
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        N, K, *size = layer.weight.shape
+        if size == [3, 3]:
+            convolutions.add((K, N, inputs[0].shape[-1]))
+        else:
+            linear.add((inputs[0].numel() // K, K, N))
+
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(**config)
+        for name, layer in unet.named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d) and not name.startswith("conv_") and "samplers." not in name:
+                layer.register_forward_pre_hook(note)
+        z_t, context = (
+            torch.empty(1, 4, *2 * [config["sample_size"]]),
+            torch.empty(1, 77, config["cross_attention_dim"]),
+        )
+        conditions = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
+        unet(z_t, torch.empty(1), context, added_cond_kwargs=conditions)
+    return linear, convolutions
+
+
+def test_every_layer_is_there():
+    (linear, convolutions), (_, others) = shapes(SDXL_CONFIG), shapes(SD15_CONFIG)
+    assert linear == set(SDXL) and convolutions | others == set(CONVS)
