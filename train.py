@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidistill import data, images, inject_lora, load, save_lora
-from minidistill.distill import FullStudent, is_lost, learning_rate, student, teacher
+from minidistill.distill import ENOUGH, FullStudent, far_off, learning_rate, student, teacher
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.files import written_whole
 from minidistill.lora import DEFAULT_TARGETS
@@ -38,7 +38,7 @@ from minidistill.settings import ModelSettings, ScaledFile, count, one_sentence,
 EVALUATED = 24  # held-out prompts in the report
 SHOWN = 8  # and in the pictures drawn on the way
 MIN_SNR = 5.0  # of --weighting min-snr, as in its paper
-WINDOW = 10  # updates whose losses are read together; and that show whether the student is lost
+WINDOW = 10  # updates whose losses are read together
 
 
 @dataclass
@@ -224,10 +224,10 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     if args.compile:  # two graphs, the teacher's and the student's, each of one shape; pictures are drawn by sd.unet
         unet = torch.compile(unet, fullgraph=True, dynamic=False)
     examples = len(states) if args.method == "noised" else len(states.examples)
-    ranks.share(min(args.batch, examples))
+    part = ranks.share(min(args.batch, examples))
     order = data.batches(examples, args.batch, args.seed, start=len(losses))
     progress = tqdm(initial=len(losses), total=args.steps, desc="distilling", unit="step", disable=not ranks.first)
-    recent, unread = deque(maxlen=WINDOW), []  # what the last updates saw; losses on the device
+    recent, unread = deque(maxlen=math.ceil(ENOUGH / part)), []  # what the last updates saw; losses on the device
     with stop_signals() as stop:
         for step in range(len(losses), args.steps):
             chosen = next(order)
@@ -261,7 +261,7 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
                 share = (weight * missed).mean() * (len(eps) / len(batch[0]))  # of the batch's mean
                 share.backward()
                 loss += share.detach()
-                seen.append((z_t, t, cond, eps_hat, missed.detach().mean()))
+                seen.append((z_t, t, cond, eps_hat))
             recent.append(seen)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, peak, warmup=max(args.steps // 10, 1))
@@ -285,9 +285,10 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
                 unread.clear()
                 progress.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.5f}", refresh=False)
             if ranks.first and saving:
-                if len(recent) == WINDOW and is_lost(sd.unet, sum(recent, [])):
+                far, most = far_off(sd.unet, sum(recent, []))
+                if not far <= most:  # nor is NaN
                     raise ValueError(
-                        f"At update {step + 1} the loss is {losses[-1]:g}, far above what it was without any LoRA: "
+                        f"At update {step + 1} the loss is {far:g}, far above what it was without any LoRA: "
                         f"lower --lr (it is {peak:g}) or --guidance, in a new --out."
                     )
                 save_checkpoint(out, trainable, optimizer, losses, fixed)

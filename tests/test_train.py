@@ -538,3 +538,26 @@ def test_help_shows_every_setting(command):
 def test_global_defaults_are_untouched(command, flags: Flags, tmp_path: Path):
     command("train.py", *flags(tmp_path / "run"), "--no-report")
     assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+def test_what_runs_away_at_once_is_not_saved_either(command, flags: Flags, tmp_path: Path):
+    """A checkpoint is of the student as it is after the update, which no loss has seen yet."""
+    result = command("train.py", *flags(tmp_path / "run", lr=10, save_every=1), "--no-report")
+    assert re.search(r"At update 1 the loss is \d.*, far above .* lower --lr \(it is 10\)", result.complaint)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_last_update_that_is_no_number(command, flags: Flags, tmp_path: Path):
+    updates = []
+
+    def poison(optimizer: torch.optim.Optimizer, *_) -> None:
+        updates.append(1)
+        if len(updates) == UPDATES:
+            optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    handle = register_optimizer_step_post_hook(poison)
+    result = command("train.py", *flags(tmp_path / "run"), "--no-report")
+    handle.remove()
+    assert f"At update {UPDATES} the loss is nan" in result.complaint
+    assert not (tmp_path / "run/lora.safetensors").exists()
+    assert sorted(file.name for file in (tmp_path / "run/checkpoints").iterdir())[-1] == "step-000004.pt"
+
+
