@@ -176,7 +176,6 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
         network.to("cpu")  # to rest, for they work now and then only
     sd.schedule.timesteps(args.sample_steps)  # a number of steps that DDIM cannot take is refused before any work
     uncond = sd.encode_prompt([args.negative_prompt])  # [1, L, D]
-    out.mkdir(parents=True, exist_ok=True)
     if ranks.first:
         held.enter_context(lock(out))
     ranks.wait()
@@ -197,15 +196,18 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     ranks.as_first([p.data for p in trainable])  # random numbers may differ from one kind of GPU to another
 
     # The teacher draws its own pictures, or is given some; the student learns from them, and from the way to them.
+    folder = args.states or out / "states"
+    filling = held.enter_context(lock(folder, wait=True)) if ranks.first else None  # one of the runs that share it
+    ranks.wait()
     if args.images:
-        states, unusable = images.encode(sd, pictures, captions, args.states or out / "states", ranks)
+        states, unusable = images.encode(sd, pictures, captions, folder, ranks)
         for file, reason in (left_out | unusable).items():
             print(f"Left out: {file}: {reason}.")
     else:
         states = data.generate(
             sd,
             captions,
-            args.states or out / "states",
+            folder,
             count=args.trajectories,
             steps=args.sample_steps,
             guidance=args.guidance,
@@ -216,6 +218,8 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
             keep_states=args.method != "noised",
             ranks=ranks,
         )
+    if filling:
+        filling.close()
     drawn, caption_of = states.prompts(torch.arange(len(states))).unique(return_inverse=True)
     with at_work(sd.text_encoder, sd.device):  # once for all of them
         encoded = [sd.encode_prompt([captions[i] for i in some]).cpu() for some in drawn.split(64)]
