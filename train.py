@@ -181,7 +181,11 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     ranks.wait()
     print(f"{name}: {frozen:,} frozen parameters, and {sum(p.numel() for p in trainable):,} to train.")
     kept = f"only what takes {LOW_MEMORY} multiply-adds a number" if learning.recompute_below else "all activations"
-    print(f"Memory {args.memory}: {kept} kept for the backward pass; text encoder and VAE on the host until used.")
+    learns = str(trainable[0].dtype).removeprefix("torch.")
+    print(
+        f"Memory {args.memory}: W in {args.dtype}, what learns in {learns}; {kept} kept for the backward pass; "
+        "text encoder and VAE on the host until used."
+    )
 
     # Adam's steps are of one size whatever the width; what they add up to over a layer's inputs is not.
     peak = args.lr or (0.02 if full else 0.128) / sd.unet_config.widths[0]
@@ -192,6 +196,7 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     fixed = {flag: str(value) for flag, value in asdict(args).items() if flag not in apart}
     if args.images:
         fixed["images"] += f" ({images.version(pictures)})"  # what is in the folder counts as well
+        fixed["model"] += f" ({data.fingerprint(sd.unet)})"  # and which teacher: no trajectories say it
     losses = resume(out, trainable, optimizer, fixed)  # none, in a new run
     ranks.as_first([p.data for p in trainable])  # random numbers may differ from one kind of GPU to another
 
