@@ -50,7 +50,10 @@ class Settings(ModelSettings):
         metavar="FILE[:SCALE]",
     )
     lora_scale: float = setting(
-        1.0, "strength of the student's LoRA: a dial for its guidance, about 1 + SCALE (s - 1)", "model", type=positive
+        1.0,
+        "strength of the student's LoRA, a dial: at 0.5 it draws about as with half the guidance that it learned",
+        "model",
+        type=positive,
     )
     guidance: float = setting(
         None,

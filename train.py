@@ -65,9 +65,11 @@ class Settings(ModelSettings):
         type=ScaledFile.parse,
         metavar="FILE[:SCALE]",
     )
-    sample_steps: int = setting(25, "DDIM steps of a trajectory", "teacher", type=count)
+    sample_steps: int = setting(25, "DDIM steps from noise to picture", "teacher", type=count)
     stride: int = setting(3, "of these steps, take only every N-th: more pictures in the time", "teacher", type=count)
-    trajectories: int = setting(480, "how many pictures the teacher draws to learn from", "teacher", type=count)
+    trajectories: int = setting(
+        480, "how many pictures the teacher draws; the student learns from the states on the way", "teacher", type=count
+    )
     method: str = setting(
         None,
         "a LoRA learns from the teacher's trajectories, or from its pictures noised afresh, teacher in the loop; "

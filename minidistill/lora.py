@@ -189,6 +189,9 @@ def inject_lora(
         targets: shell-style patterns for the layers' dotted names.
         kernel: "auto", "fused" or "torch": what computes the layers, on the device that the model is on (kernels/).
 
+    Returns:
+        The model in a thin wrapper, whose call takes ``lora_enabled``: with it the student, without it the teacher.
+
     Raises:
         ValueError: a rank below 1, a model that has LoRA already, patterns that match nothing, a grouped convolution.
     """

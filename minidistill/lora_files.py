@@ -38,8 +38,8 @@ def load_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> LoRAMod
 
     At a ``scale`` every alpha is so many times what the file says: of a student, a dial for its guidance.
 
-    Raises CheckpointError, with the model untouched, for a LoRA that belongs to another network: all layers that it
-    names and the model lacks, or that have another shape, are listed.
+    Raises CheckpointError, with the model untouched, for a file that holds no LoRA, and for a LoRA that belongs to
+    another network: all layers that it names and the model lacks, or that have another shape, are listed.
     """
     return inject_file(model, read_lora(path, scale))
 

@@ -36,9 +36,14 @@ def at_work(network: nn.Module, device: torch.device) -> Iterator[None]:
 
 @dataclass
 class StableDiffusion:
-    """The parts of a model, and what is done with them together. ``unet`` may carry LoRA (see lora.py).
+    """The parts of a model, and what is done with them together.
 
-    Text encoder and VAE may rest on the host, as after ``sd.vae.to("cpu")``: they come to ``device`` when used.
+    Attributes:
+        unet: ``(z_t, t, context) -> eps`` or v, as ``schedule.prediction`` says. It may carry LoRA (see lora.py).
+        vae, text_encoder: pictures to latents and back; tokens to embeddings. They may rest on the host, as after
+            ``sd.vae.to("cpu")``, and come to ``device`` when used.
+        schedule: how much noise there is at each time step.
+        folder: where the model was loaded from.
     """
 
     unet: nn.Module
@@ -67,7 +72,10 @@ class StableDiffusion:
         return self.vae.post_quant_conv.weight.dtype
 
     def encode_prompt(self, prompts: list[str]) -> Tensor:
-        """N prompts -> embeddings [N, L, D]; warns of prompts longer than the context of L tokens."""
+        """N prompts -> embeddings [N, L, D]; warns of prompts longer than the context of L tokens.
+
+        Raises CheckpointError when there is no tokenizer.
+        """
         return self.encode_tokens(text.tokenize(self.tokenizer, prompts))
 
     def encode_tokens(self, ids: Tensor) -> Tensor:

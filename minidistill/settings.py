@@ -59,7 +59,7 @@ class ModelSettings:
         "model",
         type=Path,
     )
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute", "model")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute", "model", metavar="DEVICE")
     dtype: str = setting("float32", "dtype of the weights", "model", choices=("float32", "bfloat16", "float16"))
 
     def load_options(self) -> dict[str, Any]:

@@ -212,7 +212,7 @@ class UNet(nn.Module):
         return self.run_block(level.attentions[i], x, context) if level.attends else x
 
     def forward(self, z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """[B, 4, H, W] noisy latents, [B] int64 time steps, [B, L, D] prompt embeddings -> [B, 4, H, W] eps or v.
+        """z_t [B, 4, H, W] noisy latents, t [B] int64 time steps, context [B, L, D] prompts' embeddings -> eps or v.
 
         Computes in the weights' dtype, which is the embeddings' too, and returns in that of z_t, which may be wider.
         """

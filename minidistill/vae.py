@@ -131,7 +131,7 @@ class VAE(nn.Module):
         return mean, log_variance.clamp(-30.0, 20.0)
 
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> scaled latents [B, 4, H / factor, W / factor].
+        """Pictures x [B, 3, H, W] in [-1, 1] -> scaled latents [B, 4, H / factor, W / factor].
 
         The posterior mean; with a ``generator``, a sample of the posterior drawn from it.
         """

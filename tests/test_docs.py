@@ -6,7 +6,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from tiny import ROOT
+import torch
+import torch.nn.functional as F
+from tiny import ROOT, error, tiny_student, unet_inputs
+
+from minidistill.distill import student, teacher
+from minidistill.lora import lora_layers, lora_parameters
 
 MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results/README.md", *ROOT.glob("weights/*/README.md")]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -80,6 +85,32 @@ def test_the_examples_run(monkeypatch: pytest.MonkeyPatch):
     for block in blocks:
         exec(block, namespace)
     assert len(blocks) == 5 and "LoRAEmbedding" in namespace
+
+
+def test_the_reading_order_has_every_file():
+    listed = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Reading order\n")[2].partition("\n## ")[0]
+    files = {f"minidistill/{file.name}" for file in (ROOT / "minidistill").glob("[!_]*.py")}
+    assert not files - set(LINK.findall(listed))
+
+
+def test_the_ten_lines_of_the_method():
+    """The code in README.md computes what teacher, student and a LoRA layer do, and moves the pairs alone."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## The method in ten lines\n")[2]
+    lines = re.search(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[1]
+    assert len(re.findall(r"^ *\w", lines, re.MULTILINE)) == 10
+
+    unet, (z_t, t, cond), x = tiny_student(rank=2, alpha=6), unet_inputs(), torch.randn(3, 128)
+    layer, uncond = lora_layers(unet)["mid_block.resnets.0.time_emb_proj"], torch.zeros_like(cond)
+    with torch.no_grad(), unet.switch.set(True):
+        expected = dict(eps_hat=teacher(unet, z_t, t, cond, uncond, 2.5), eps=student(unet, z_t, t, cond), y=layer(x))
+    before = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    found = dict(torch=torch, F=F, unet=unet, z_t=z_t, t=t, cond=cond, uncond=uncond, guidance=2.5, alpha=6, rank=2)
+    found |= dict(x=x, W=layer.weight, bias=layer.bias, lora_down=layer.lora_down, lora_up=layer.lora_up)
+    found["optimizer"] = torch.optim.SGD(lora_parameters(unet), lr=1.0)
+    exec(lines, found)
+    assert all(error(found[name].detach(), tensor) < 1e-5 for name, tensor in expected.items())
+    moved = {name for name, p in unet.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
 
 
 def test_a_broken_link_is_found(tmp_path: Path):

@@ -112,3 +112,21 @@ def test_claims_and_checks(file: Path):
     assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
     assert sum("**Claim.**" in cell.source for cell in cells if cell.cell_type == "markdown") >= 5
     assert sum("assert" in cell.source for cell in code(file)) >= 4
+
+
+@by_name
+def test_formulas_say_where_they_stand(file: Path):
+    """In their paper, by number or section, or that they are in none; and in the code."""
+    for cell in read(file).cells:
+        if cell.cell_type == "markdown" and "$$" in cell.source:
+            assert re.search(r"eq\. \d|section \d|no number|no equation", cell.source), cell.source
+            assert re.search(r"`[\w.]+` in\s+`[\w/]+\.py`", cell.source), cell.source
+
+
+@by_name
+def test_figures_have_labelled_axes(file: Path):
+    for cell in code(file):
+        assert "plt.subplots" not in cell.source or ("xlabel=" in cell.source and "ylabel=" in cell.source)
+        for call in ast.walk(ast.parse(cell.source)):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "picture_grid":
+                assert len(call.args) > 2 or "xlabel" in [keyword.arg for keyword in call.keywords]

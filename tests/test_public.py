@@ -25,6 +25,8 @@ from minidistill import (
     save_lora,
     unmerge_lora,
 )
+from minidistill.unet import UNet
+from minidistill.vae import VAE
 
 EXPORTED = {name: getattr(minidistill, name) for name in minidistill.__all__}
 METHODS = {
@@ -32,17 +34,19 @@ METHODS = {
     for name, member in vars(StableDiffusion).items()
     if not name.startswith("_") and (callable(member) or hasattr(member, "__get__"))
 }
+CALLED = {"sd.unet": UNet.forward, "sd.vae.encode": VAE.encode, "sd.vae.decode": VAE.decode}
+PUBLIC = EXPORTED | METHODS | CALLED
 
 
-@pytest.mark.parametrize("name", [*EXPORTED, *METHODS])
+@pytest.mark.parametrize("name", PUBLIC)
 def test_it_has_a_docstring(name: str):
-    assert inspect.getdoc((EXPORTED | METHODS)[name])
+    assert inspect.getdoc(PUBLIC[name])
 
 
-@pytest.mark.parametrize("name", [n for n, found in (EXPORTED | METHODS).items() if inspect.isfunction(found)])
+@pytest.mark.parametrize("name", [n for n, found in PUBLIC.items() if inspect.isfunction(found)])
 def test_the_docstring_names_every_parameter(name: str):
     """One alone needs no name: what the function does is done to it."""
-    found = (EXPORTED | METHODS)[name]
+    found = PUBLIC[name]
     parameters = [parameter for parameter in inspect.signature(found).parameters if parameter != "self"]
     missing = [parameter for parameter in parameters if not re.search(rf"\b{parameter}\b", inspect.getdoc(found))]
     assert len(parameters) == 1 or not missing
@@ -114,27 +118,37 @@ def steps_of(sampler: Callable, sd: StableDiffusion) -> Tensor:
     return next(sampler(sd.denoiser(sd.encode_prompt(["x"])), sd.schedule, sd.starting_noise([0]), 1001))
 
 
-ERRORS: dict[str, tuple[type[Exception], Callable[[StableDiffusion, Path], object]]] = {
-    "no such model": (CheckpointError, lambda sd, tmp: load(tmp / "nowhere")),
-    "no such device": (ValueError, lambda sd, tmp: load(sd.folder, device="abacus")),
-    "no tokenizer": (CheckpointError, lambda sd, tmp: load(sd.folder, tokenizer=tmp).tokenizer),
-    "half a latent": (ValueError, lambda sd, tmp: sd.starting_noise([0], height=15)),
-    "too many steps": (ValueError, lambda sd, tmp: sd.sample(["x"], steps=1001)),
-    "selective": (ValueError, lambda sd, tmp: sd.sample(["x"], steps=2, selective=1.5)),
-    "half a picture": (ValueError, lambda sd, tmp: sd.sample(["x"], steps=2, width=15)),
-    "too many steps of DDIM": (ValueError, lambda sd, tmp: steps_of(ddim_sample, sd)),
-    "too many steps back": (ValueError, lambda sd, tmp: steps_of(ddim_invert, sd)),
-    "no rank": (ValueError, lambda sd, tmp: inject_lora(sd.unet, rank=0)),
-    "LoRA twice": (ValueError, lambda sd, tmp: inject_lora(inject_lora(sd.unet))),
-    "LoRA of nothing": (ValueError, lambda sd, tmp: inject_lora(sd.unet, targets=["nothing"])),
-    "no LoRA to save": (ValueError, lambda sd, tmp: save_lora(sd.unet, tmp / "lora.safetensors")),
-    "another network's LoRA": (CheckpointError, lambda sd, tmp: load_lora(sd.unet, other_lora(tmp))),
-    "no such LoRA": (CheckpointError, lambda sd, tmp: load_lora(sd.unet, tmp / "nowhere.safetensors")),
+ERRORS: dict[str, tuple[str, type[Exception], Callable[[StableDiffusion, Path], object]]] = {
+    "no such model": ("load", CheckpointError, lambda sd, tmp: load(tmp / "nowhere")),
+    "no such device": ("load", ValueError, lambda sd, tmp: load(sd.folder, device="abacus")),
+    "no tokenizer": (
+        "StableDiffusion.tokenizer",
+        CheckpointError,
+        lambda sd, tmp: load(sd.folder, tokenizer=tmp).tokenizer,
+    ),
+    "no tokenizer for a prompt": (
+        "StableDiffusion.encode_prompt",
+        CheckpointError,
+        lambda sd, tmp: load(sd.folder, tokenizer=tmp).encode_prompt(["x"]),
+    ),
+    "half a latent": ("StableDiffusion.starting_noise", ValueError, lambda sd, tmp: sd.starting_noise([0], height=15)),
+    "too many steps": ("StableDiffusion.sample", ValueError, lambda sd, tmp: sd.sample(["x"], steps=1001)),
+    "selective": ("StableDiffusion.sample", ValueError, lambda sd, tmp: sd.sample(["x"], steps=2, selective=1.5)),
+    "half a picture": ("StableDiffusion.sample", ValueError, lambda sd, tmp: sd.sample(["x"], steps=2, width=15)),
+    "too many steps of DDIM": ("ddim_sample", ValueError, lambda sd, tmp: steps_of(ddim_sample, sd)),
+    "too many steps back": ("ddim_invert", ValueError, lambda sd, tmp: steps_of(ddim_invert, sd)),
+    "no rank": ("inject_lora", ValueError, lambda sd, tmp: inject_lora(sd.unet, rank=0)),
+    "LoRA twice": ("inject_lora", ValueError, lambda sd, tmp: inject_lora(inject_lora(sd.unet))),
+    "LoRA of nothing": ("inject_lora", ValueError, lambda sd, tmp: inject_lora(sd.unet, targets=["nothing"])),
+    "no LoRA to save": ("save_lora", ValueError, lambda sd, tmp: save_lora(sd.unet, tmp / "lora.safetensors")),
+    "another network's LoRA": ("load_lora", CheckpointError, lambda sd, tmp: load_lora(sd.unet, other_lora(tmp))),
+    "no such LoRA": ("load_lora", CheckpointError, lambda sd, tmp: load_lora(sd.unet, tmp / "nowhere.safetensors")),
 }
 
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors(case: str, sd: StableDiffusion, tmp_path: Path):
-    kind, wrong = ERRORS[case]
+    name, kind, wrong = ERRORS[case]
     with pytest.raises(kind):
         wrong(sd, tmp_path)
+    assert kind.__name__ in inspect.getdoc(PUBLIC[name])  # as its docstring says

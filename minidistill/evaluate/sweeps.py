@@ -1,6 +1,6 @@
 """What matters for a student: one setting of train.py at a time, all others alike, and a figure for each.
 
-  python -m minidistill.evaluate.sweeps                    all of them: an hour on two CPU cores, short runs each
+  python -m minidistill.evaluate.sweeps                    all of them, in short runs: 75 minutes on two CPU cores
   python -m minidistill.evaluate.sweeps rank --updates 400 --out runs/longer
 
 Run from the repository's folder. Every value is a run of train.py under --runs, measured by the noise error share on
@@ -42,6 +42,7 @@ VALUES = {
     "lr": (0.0005, 0.001, 0.002, 0.004, 0.008),
     "weighting": ("even", "min-snr"),
 }
+NAMED = ("layers", "weighting")  # whose values are no numbers: nothing lies between them
 
 
 @dataclass
@@ -131,7 +132,7 @@ def plot(sweep: str, rows: Sequence[dict], path: Path) -> None:
     figure = Figure(figsize=(4.5, 3), layout="constrained")
     axes = figure.subplots()
     names = [str(row["value"]) for row in rows]
-    axes.errorbar(names, [x["value"] for x in shares], apart, fmt="ko-" if sweep != "layers" else "ko", capsize=3)
+    axes.errorbar(names, [x["value"] for x in shares], apart, fmt="ko" if sweep in NAMED else "ko-", capsize=3)
     axes.set(xlabel=sweep, ylabel="noise error share", ylim=(0, None))
     figure.savefig(path, format="png", dpi=120)
 
