@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidistill import data, images, inject_lora, load, save_lora
-from minidistill.distill import FullStudent, is_lost, learning_rate, student, teacher
+from minidistill.distill import ENOUGH, FullStudent, far_off, learning_rate, student, teacher
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.files import written_whole
 from minidistill.lora import DEFAULT_TARGETS
@@ -38,7 +38,7 @@ from minidistill.settings import ModelSettings, ScaledFile, count, one_sentence,
 EVALUATED = 24  # held-out prompts in the report
 SHOWN = 8  # and in the pictures drawn on the way
 MIN_SNR = 5.0  # of --weighting min-snr, as in its paper
-WINDOW = 10  # updates whose losses are read together; and that show whether the student is lost
+WINDOW = 10  # updates whose losses are read together
 
 
 @dataclass
@@ -178,13 +178,16 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
         network.to("cpu")  # to rest, for they work now and then only
     sd.schedule.timesteps(args.sample_steps)  # a number of steps that DDIM cannot take is refused before any work
     uncond = sd.encode_prompt([args.negative_prompt])  # [1, L, D]
-    out.mkdir(parents=True, exist_ok=True)
     if ranks.first:
         held.enter_context(lock(out))
     ranks.wait()
     print(f"{name}: {frozen:,} frozen parameters, and {sum(p.numel() for p in trainable):,} to train.")
     kept = f"only what takes {LOW_MEMORY} multiply-adds a number" if learning.recompute_below else "all activations"
-    print(f"Memory {args.memory}: {kept} kept for the backward pass; text encoder and VAE on the host until used.")
+    learns = str(trainable[0].dtype).removeprefix("torch.")
+    print(
+        f"Memory {args.memory}: W in {args.dtype}, what learns in {learns}; {kept} kept for the backward pass; "
+        "text encoder and VAE on the host until used."
+    )
 
     # Adam's steps are of one size whatever the width; what they add up to over a layer's inputs is not.
     peak = args.lr or (0.02 if full else 0.128) / sd.unet_config.widths[0]
@@ -195,19 +198,23 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     fixed = {flag: str(value) for flag, value in asdict(args).items() if flag not in apart}
     if args.images:
         fixed["images"] += f" ({images.version(pictures)})"  # what is in the folder counts as well
+        fixed["model"] += f" ({data.fingerprint(sd.unet)})"  # and which teacher: no trajectories say it
     losses = resume(out, trainable, optimizer, fixed)  # none, in a new run
     ranks.as_first([p.data for p in trainable])  # random numbers may differ from one kind of GPU to another
 
     # The teacher draws its own pictures, or is given some; the student learns from them, and from the way to them.
+    folder = args.states or out / "states"
+    filling = held.enter_context(lock(folder, wait=True)) if ranks.first else None  # one of the runs that share it
+    ranks.wait()
     if args.images:
-        states, unusable = images.encode(sd, pictures, captions, args.states or out / "states", ranks)
+        states, unusable = images.encode(sd, pictures, captions, folder, ranks)
         for file, reason in (left_out | unusable).items():
             print(f"Left out: {file}: {reason}.")
     else:
         states = data.generate(
             sd,
             captions,
-            args.states or out / "states",
+            folder,
             count=args.trajectories,
             steps=args.sample_steps,
             guidance=args.guidance,
@@ -218,6 +225,8 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
             keep_states=args.method != "noised",
             ranks=ranks,
         )
+    if filling:
+        filling.close()
     drawn, caption_of = states.prompts(torch.arange(len(states))).unique(return_inverse=True)
     with at_work(sd.text_encoder, sd.device):  # once for all of them
         encoded = [sd.encode_prompt([captions[i] for i in some]).cpu() for some in drawn.split(64)]
@@ -226,10 +235,10 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     if args.compile:  # two graphs, the teacher's and the student's, each of one shape; pictures are drawn by sd.unet
         unet = torch.compile(unet, fullgraph=True, dynamic=False)
     examples = len(states) if args.method == "noised" else len(states.examples)
-    ranks.share(min(args.batch, examples))
+    part = ranks.share(min(args.batch, examples))
     order = data.batches(examples, args.batch, args.seed, start=len(losses))
     progress = tqdm(initial=len(losses), total=args.steps, desc="distilling", unit="step", disable=not ranks.first)
-    recent, unread = deque(maxlen=WINDOW), []  # what the last updates saw; losses on the device
+    recent, unread = deque(maxlen=math.ceil(ENOUGH / part)), []  # what the last updates saw; losses on the device
     with stop_signals() as stop:
         for step in range(len(losses), args.steps):
             chosen = next(order)
@@ -263,7 +272,7 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
                 share = (weight * missed).mean() * (len(eps) / len(batch[0]))  # of the batch's mean
                 share.backward()
                 loss += share.detach()
-                seen.append((z_t, t, cond, eps_hat, missed.detach().mean()))
+                seen.append((z_t, t, cond, eps_hat))
             recent.append(seen)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, peak, warmup=max(args.steps // 10, 1))
@@ -287,9 +296,10 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
                 unread.clear()
                 progress.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.5f}", refresh=False)
             if ranks.first and saving:
-                if len(recent) == WINDOW and is_lost(sd.unet, sum(recent, [])):
+                far, most = far_off(sd.unet, sum(recent, []))
+                if not far <= most:  # nor is NaN
                     raise ValueError(
-                        f"At update {step + 1} the loss is {losses[-1]:g}, far above what it was without any LoRA: "
+                        f"At update {step + 1} the loss is {far:g}, far above what it was without any LoRA: "
                         f"lower --lr (it is {peak:g}) or --guidance, in a new --out."
                     )
                 save_checkpoint(out, trainable, optimizer, losses, fixed)

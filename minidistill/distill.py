@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from minidistill.guidance import batched_guided_noise, guided_noise
 from minidistill.lora import LoRAModel
 
+ENOUGH = 10  # examples to judge a student by
+
 
 class FullStudent(nn.Module):
     """Plain distillation: beside the frozen teacher ``base`` a second UNet learns, in all its weights.
@@ -54,16 +56,23 @@ def student(unet: LoRAModel | FullStudent, z_t: Tensor, t: Tensor, cond: Tensor)
 
 
 @torch.no_grad()
-def is_lost(unet: LoRAModel | FullStudent, batches: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]) -> bool:
-    """Whether the student has diverged, by its last batches: z_t, t, cond and eps_hat of each, and its loss there.
+def far_off(
+    unet: LoRAModel | FullStudent, batches: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
+) -> tuple[float, float]:
+    """How far the student, as it is now, is from the teacher, and how far one can be that has not diverged.
 
-    It has when it is twice as far from the teacher as W alone, from which it set out (four times the squared error), or
-    further than an answer of zeros. On the same batches: how much guidance changes differs greatly with t.
+    Mean squared errors on its last batches: z_t, t, cond and eps_hat of each. It has diverged when it is further than
+    an answer of zeros, or twice as far as W alone, from which it set out (four times the squared error). The latter
+    takes ``ENOUGH`` examples to tell: how much guidance changes differs greatly with t.
     """
-    missed = sum(loss for *_, loss in batches)
-    without = sum(F.mse_loss(unet(z_t, t, cond), eps_hat) for z_t, t, cond, eps_hat, _ in batches)
-    zeros = sum(eps_hat.square().mean() for *_, eps_hat, _ in batches)
-    return bool(missed > min(4 * without, zeros))
+
+    def missed(lora_enabled: bool) -> Tensor:
+        return sum(F.mse_loss(unet(*x, lora_enabled=lora_enabled), eps_hat) for *x, eps_hat in batches) / len(batches)
+
+    most = sum(eps_hat.square().mean() for *_, eps_hat in batches) / len(batches)
+    if sum(len(t) for _, t, *_ in batches) >= ENOUGH:
+        most = min(most, 4 * missed(lora_enabled=False))
+    return missed(lora_enabled=True).item(), most.item()
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:

@@ -36,6 +36,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield beside
+        with beside.open("r+b") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the new name without its contents
         os.replace(beside, path)
     except OSError as error:
         if error.errno and not error.filename:  # "No space left on device" by itself does not say for what

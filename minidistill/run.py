@@ -24,17 +24,22 @@ KEPT = 2  # checkpoints; the older one is for when the newer turns out damaged
 DIGEST = 32  # bytes of SHA-256, at the end of a checkpoint: torch.load itself does not notice a flipped bit
 
 
-def lock(out: Path) -> IO[str]:
-    """Have ``out`` to oneself for as long as the returned file is open; raises ValueError where another run has it.
+def lock(folder: Path, wait: bool = False) -> IO[str]:
+    """Have a folder, made if it is not there, to oneself for as long as the returned file is open.
 
-    The kernel lets go of it when a process ends, whatever ends it, so no lock is ever left over.
+    Where another run has it, waits for that one, or raises ValueError. The kernel lets go of it when a process ends,
+    whatever ends it, so no lock is ever left over.
     """
-    file = (out / "lock").open("a")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ("filling" if wait else "lock")).open("a")  # --out and --states may be the same folder
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"Another run is at work in {out}: let it end, or name another --out.") from None
+        if not wait:
+            raise ValueError(f"Another run is at work in {folder}: let it end, or name another --out.") from None
+        print(f"Another run is at work in {folder}: waiting for it.", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
     return file
 
 
@@ -89,6 +94,12 @@ def save_checkpoint(
         other.unlink()
 
 
+def is_whole(file: Path) -> bool:
+    """Whether the checkpoint is as it was written."""
+    contents = memoryview(file.read_bytes())
+    return hashlib.sha256(contents[:-DIGEST]).digest() == contents[-DIGEST:]
+
+
 def resume(
     out: Path, trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, settings: dict[str, str]
 ) -> list[float]:
@@ -98,11 +109,10 @@ def resume(
     from those the checkpoint was made with.
     """
     for file in reversed(checkpoint_files(out)):
-        contents = memoryview(file.read_bytes())
-        if hashlib.sha256(contents[:-DIGEST]).digest() != contents[-DIGEST:]:
+        if not is_whole(file):
             warnings.warn(f"{file} is damaged and passed over: its checksum differs.", stacklevel=2)
             continue
-        state = torch.load(io.BytesIO(contents[:-DIGEST]), weights_only=True, map_location="cpu")
+        state = torch.load(file, weights_only=True, map_location="cpu")  # which does not mind a digest after the end
         found = state["settings"]
         flags = [
             f"--{name.replace('_', '-')} {found.get(name)}" for name in settings if settings[name] != found.get(name)

@@ -1,6 +1,7 @@
 """images.py: pictures of your own become latents, once, as the VAE makes them, and what is left out is named."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import error
+from tiny import error, write_tiny
 from torch import Tensor
 
 from minidistill import StableDiffusion
@@ -245,6 +246,16 @@ def test_train_learns_from_pictures(command, tiny_model: Path, folder: Path, tmp
 
     write(folder / "5.png", 50)  # after which it would be another run
     assert f"--images {folder} (" in command("train.py", *flags(tiny_model, folder, out, "--resume")).complaint
+
+
+def test_resuming_with_another_teacher_is_refused(command, tiny_model: Path, folder: Path, tmp_path: Path):
+    """Other weights under the same name: there are no trajectories that would say so."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    run = flags(model, folder, tmp_path / "run", "--no-report")
+    assert command("train.py", *run).code == 0
+    name = "unet/diffusion_pytorch_model.safetensors"
+    shutil.copy(write_tiny(tmp_path / "other", seed=1) / name, model / name)
+    assert f"--model {model} (" in command("train.py", *run, "--resume").complaint
 
 
 def test_which_picture_is_learned_is_what_counts(command, tiny_model: Path, folder: Path, tmp_path: Path):

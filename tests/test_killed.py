@@ -3,6 +3,7 @@
 PYTHONPATH=. python tests/test_killed.py 20    kills so many, and says what came of it
 """
 
+import errno
 import itertools
 import os
 import random
@@ -20,7 +21,7 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, write_tiny
 
-from minidistill.files import folder_written_whole
+from minidistill.files import folder_written_whole, written_whole
 
 SHARDS, UPDATES = 4, 12  # a checkpoint after each of these
 
@@ -64,7 +65,7 @@ def stage(out: Path) -> str:
         return "after all"
     if list(out.glob("checkpoints/*.pt")):
         return "learning"
-    return "drawing trajectories" if list(out.glob("states/*")) else "loading"
+    return "drawing trajectories" if list(out.glob("states/trajectories*")) else "loading"
 
 
 def same_result(one: Path, other: Path) -> bool:
@@ -110,6 +111,20 @@ def test_killed_at_any_moment(points: int):
     print(run.stdout)
     tried, identical = re.match(r"(\d+) points tried .*, (\d+) runs", run.stdout).groups()
     assert int(tried) > points and tried == identical
+
+
+def test_a_file_gets_its_name_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """So a power cut leaves the old contents or the new. Some disks say only then that they are full."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "file").write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    said = f"No space left on device: '{tmp_path}/file'"
+    with pytest.raises(OSError, match=said), written_whole(tmp_path / "file") as beside:
+        beside.write_text("new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
 
 
 def test_what_a_killed_process_left_of_a_folder(tmp_path: Path):

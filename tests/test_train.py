@@ -8,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from minidistill import data, inject_lora, load, load_lora, save_lora
 from minidistill.lora import lora_parameters
 from minidistill.lora_files import merge_file
 from minidistill.lora_formats import read_lora
-from minidistill.run import lock
+from minidistill.run import lock, resume, save_checkpoint
 from minidistill.tensor_files import read_tensors
 
 UPDATES = 6
@@ -439,6 +441,37 @@ def test_a_second_run_beside_the_first_is_refused(full, command, flags: Flags, t
     assert same_result(tmp_path / "run", full[0])
 
 
+def test_runs_that_share_states_take_turns(full, command, flags: Flags, tmp_path: Path, monkeypatch):
+    """One draws, the other waits; neither keeps the other from learning."""
+    fcntl = pytest.importorskip("fcntl")
+    states, flock = tmp_path / "states", fcntl.flock
+    other = lock(states, wait=True)
+
+    def let_the_other_end(file: IO[str], how: int) -> None:
+        if not how & fcntl.LOCK_NB:
+            other.close()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", let_the_other_end)
+    handle = register_optimizer_step_pre_hook(lambda *_: lock(states, wait=True).close())
+    result = command("train.py", *flags(tmp_path / "run", states=states), "--no-report")
+    handle.remove()
+    assert result.out.count(f"Another run is at work in {states}: waiting") == 1
+    assert same_result(tmp_path / "run", full[0])
+
+
+def test_a_checkpoint_is_in_memory_once(tmp_path: Path):
+    """That of a full copy is several times W. Beside its tensors, which are not counted here."""
+    weight = torch.nn.Parameter(torch.zeros(10**6))
+    optimizer = torch.optim.AdamW([weight])
+    save_checkpoint(tmp_path, [weight], optimizer, [0.5], {})
+    tracemalloc.start()
+    assert resume(tmp_path, [weight], optimizer, {}) == [0.5]
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 4e6 < most < 6e6
+
+
 BAD = {
     "unknown flag": (dict(rnak=4), "--rnak"),
     "flag without a number": (dict(rank="many"), "many"),
@@ -526,6 +559,29 @@ def test_a_loss_that_runs_away(command, flags: Flags, tmp_path: Path):
     result = command("train.py", *run, "--no-report")
     assert re.search(r"At update 20 the loss is 0\.\d+, far above .* lower --lr \(it is 0\.3\)", result.complaint)
     assert not (tmp_path / "run/lora.safetensors").exists() and not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_what_runs_away_at_once_is_not_saved_either(command, flags: Flags, tmp_path: Path):
+    """A checkpoint is of the student as it is after the update, which no loss has seen yet."""
+    result = command("train.py", *flags(tmp_path / "run", lr=10, save_every=1), "--no-report")
+    assert re.search(r"At update 1 the loss is \d.*, far above .* lower --lr \(it is 10\)", result.complaint)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_last_update_that_is_no_number(command, flags: Flags, tmp_path: Path):
+    updates = []
+
+    def poison(optimizer: torch.optim.Optimizer, *_) -> None:
+        updates.append(1)
+        if len(updates) == UPDATES:
+            optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    handle = register_optimizer_step_post_hook(poison)
+    result = command("train.py", *flags(tmp_path / "run"), "--no-report")
+    handle.remove()
+    assert f"At update {UPDATES} the loss is nan" in result.complaint
+    assert not (tmp_path / "run/lora.safetensors").exists()
+    assert sorted(file.name for file in (tmp_path / "run/checkpoints").iterdir())[-1] == "step-000004.pt"
 
 
 def test_help_shows_every_setting(command):
