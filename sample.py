@@ -51,7 +51,7 @@ class Settings(ModelSettings):
     )
     lora_scale: float = setting(
         1.0,
-        "strength of the student's LoRA, a dial: at 0.5 it draws about as with half the guidance that it learned",
+        "strength of the student's LoRA, a dial: 0.5 draws about as guidance 1 + 0.5 (s - 1) would",
         "model",
         type=positive,
     )

@@ -98,7 +98,7 @@ class Settings(ModelSettings):
     )
     weighting: str = setting(
         "even",
-        "what the squared error counts at each time step: the same, or min-SNR-5's weight, less where noise is little",
+        "what the squared error counts at each time step: the same, or as the picture's does by min-SNR-5",
         "student",
         choices=("even", "min-snr"),
     )
@@ -196,9 +196,9 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     apart = ("out", "states", "resume", "no_report", "save_every", "device")
     apart += ("kernel", "memory", "accumulate", "compile", "batched_teacher")
     fixed = {flag: str(value) for flag, value in asdict(args).items() if flag not in apart}
+    fixed["model"] += f" ({data.fingerprint(sd.unet)})"  # other weights may lie under the same name
     if args.images:
-        fixed["images"] += f" ({images.version(pictures)})"  # what is in the folder counts as well
-        fixed["model"] += f" ({data.fingerprint(sd.unet)})"  # and which teacher: no trajectories say it
+        fixed["images"] += f" ({images.version(pictures)})"  # and other pictures
     losses = resume(out, trainable, optimizer, fixed)  # none, in a new run
     ranks.as_first([p.data for p in trainable])  # random numbers may differ from one kind of GPU to another
 
@@ -254,9 +254,10 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
                 trajectory, taken = states.examples[chosen].T
                 z_t, eps_hat, t = states.states(trajectory, taken)
                 batch = z_t, t, embeddings[caption_of[trajectory]], eps_hat
-            # Even over t: on trajectories the loss is then the very noise error that is asked of the student.
-            even = args.weighting == "even"
-            weight = torch.ones(len(t), 1, 1, 1) if even else min_snr_weight(sd.schedule, t, MIN_SNR)
+            if args.weighting == "min-snr":
+                weight = min_snr_weight(sd.schedule, t, MIN_SNR)
+            else:  # on trajectories the loss is then the very noise error that is asked of the student
+                weight = torch.ones(len(t), 1, 1, 1)
             batch = [data.to_device(ranks.part(x), sd.device) for x in (weight, *batch)]
 
             loss, seen = 0.0, []
@@ -299,8 +300,8 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
                 far, most = far_off(sd.unet, sum(recent, []))
                 if not far <= most:  # nor is NaN
                     raise ValueError(
-                        f"At update {step + 1} the loss is {far:g}, far above what it was without any LoRA: "
-                        f"lower --lr (it is {peak:g}) or --guidance, in a new --out."
+                        f"After update {step + 1} the student's squared error is {far:g}, where {most:g} is the most "
+                        f"that is saved: lower --lr (it is {peak:g}) or --guidance, in a new --out."
                     )
                 save_checkpoint(out, trainable, optimizer, losses, fixed)
                 if not args.no_report and not stopping:

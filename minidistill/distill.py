@@ -66,13 +66,13 @@ def far_off(
     takes ``ENOUGH`` examples to tell: how much guidance changes differs greatly with t.
     """
 
-    def missed(lora_enabled: bool) -> Tensor:
+    def squared_error(lora_enabled: bool) -> Tensor:
         return sum(F.mse_loss(unet(*x, lora_enabled=lora_enabled), eps_hat) for *x, eps_hat in batches) / len(batches)
 
     most = sum(eps_hat.square().mean() for *_, eps_hat in batches) / len(batches)
     if sum(len(t) for _, t, *_ in batches) >= ENOUGH:
-        most = min(most, 4 * missed(lora_enabled=False))
-    return missed(lora_enabled=True).item(), most.item()
+        most = min(most, 4 * squared_error(lora_enabled=False))
+    return squared_error(lora_enabled=True).item(), most.item()
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:

@@ -36,8 +36,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield beside
-        with beside.open("r+b") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name without its contents
+        to_disk(beside)
         os.replace(beside, path)
     except OSError as error:
         if error.errno and not error.filename:  # "No space left on device" by itself does not say for what
@@ -47,6 +46,12 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         raise OSError(f"{path} could not be written. {error}") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def to_disk(file: Path) -> None:
+    """Before it is renamed: or a power cut could leave the new name without its contents."""
+    with file.open("r+b") as handle:
+        os.fsync(handle.fileno())
 
 
 @contextmanager
@@ -60,6 +65,9 @@ def folder_written_whole(folder: str | Path) -> Iterator[Path]:
     try:
         beside.mkdir(parents=True)
         yield beside
+        for file in beside.rglob("*"):
+            if file.is_file():
+                to_disk(file)
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -74,12 +74,12 @@ def velocity(schedule: Schedule, z_0: Tensor, noise: Tensor, t: Tensor) -> Tenso
 
 
 def min_snr_weight(schedule: Schedule, t: Tensor, most: float) -> Tensor:
-    """[B] time steps -> [B, 1, 1, 1]: what a prediction's squared error counts ("Min-SNR Weighting", arXiv 2303.09556).
+    """What a prediction's squared error counts at time steps t [B], [B, 1, 1, 1] ("Min-SNR", arXiv 2303.09556).
 
-    Such that of z_0 counts min(SNR, ``most``). Steps of little noise are many, easy and alike; where all errors of eps
-    count the same, they take most of the gradient.
+    min(SNR, most) / SNR of eps, and / (SNR + 1) of v: the squared error of z_0 then counts min(SNR, most). Steps of
+    little noise are many, easy and alike, and where every error of eps counts the same they take most of the gradient.
     """
-    alpha_bar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+    alpha_bar = schedule.alphas_cumprod[t.cpu()].view(-1, 1, 1, 1)
     snr = alpha_bar / (1 - alpha_bar)
     return snr.clamp(max=most) / (snr if schedule.prediction == "eps" else snr + 1)
 

@@ -246,7 +246,7 @@ def test_accumulated_gradients_are_those_of_the_batch(
 
 def test_the_loss_is_weighted_over_t(command, flags: Flags, tiny_model: Path, prompts_file: Path, tmp_path: Path):
     """The first loss, of the LoRA that does nothing yet, on all states at once: worked out again from the files."""
-    every = dict(trajectories=8, stride=1, batch=24, steps=1)
+    every = dict(trajectories=8, stride=1, batch=24, accumulate=2, steps=1)
     command("train.py", *flags(tmp_path / "run", **every, weighting="min-snr"), "--no-report")
     (line,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     sd, captions = load(tiny_model), data.prompt_split(tiny_model, prompts_file)[0]
@@ -452,8 +452,12 @@ def test_runs_that_share_states_take_turns(full, command, flags: Flags, tmp_path
             other.close()
         flock(file, how)
 
+    def have_it(*_) -> None:
+        with (states / "filling").open("a") as file:
+            flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which raises if it is not let go of
+
     monkeypatch.setattr(fcntl, "flock", let_the_other_end)
-    handle = register_optimizer_step_pre_hook(lambda *_: lock(states, wait=True).close())
+    handle = register_optimizer_step_pre_hook(have_it)
     result = command("train.py", *flags(tmp_path / "run", states=states), "--no-report")
     handle.remove()
     assert result.out.count(f"Another run is at work in {states}: waiting") == 1
@@ -557,14 +561,18 @@ def test_a_loss_that_runs_away(command, flags: Flags, tmp_path: Path):
     """It stays a number: stopped before a checkpoint is made of it."""
     run = flags(tmp_path / "run", lr=0.3, steps=50, save_every=20)
     result = command("train.py", *run, "--no-report")
-    assert re.search(r"At update 20 the loss is 0\.\d+, far above .* lower --lr \(it is 0\.3\)", result.complaint)
+    assert re.search(
+        r"After update 20 the student's squared error is 0\.\d+, .* lower --lr \(it is 0\.3\)", result.complaint
+    )
     assert not (tmp_path / "run/lora.safetensors").exists() and not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_what_runs_away_at_once_is_not_saved_either(command, flags: Flags, tmp_path: Path):
     """A checkpoint is of the student as it is after the update, which no loss has seen yet."""
     result = command("train.py", *flags(tmp_path / "run", lr=10, save_every=1), "--no-report")
-    assert re.search(r"At update 1 the loss is \d.*, far above .* lower --lr \(it is 10\)", result.complaint)
+    assert re.search(
+        r"After update 1 the student's squared error is \d.*, .* lower --lr \(it is 10\)", result.complaint
+    )
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
@@ -579,7 +587,7 @@ def test_a_last_update_that_is_no_number(command, flags: Flags, tmp_path: Path):
     handle = register_optimizer_step_post_hook(poison)
     result = command("train.py", *flags(tmp_path / "run"), "--no-report")
     handle.remove()
-    assert f"At update {UPDATES} the loss is nan" in result.complaint
+    assert f"After update {UPDATES} the student's squared error is nan" in result.complaint
     assert not (tmp_path / "run/lora.safetensors").exists()
     assert sorted(file.name for file in (tmp_path / "run/checkpoints").iterdir())[-1] == "step-000004.pt"
 

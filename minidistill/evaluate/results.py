@@ -63,9 +63,8 @@ def plot_shares(shares: Mapping[str, ErrorShare], timesteps: Sequence[int], path
     """The noise error share at each time step, one line a student; the guidance gap behind, in grey."""
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
-    for (label, found), look in zip(
-        shares.items(), cycle(["o-", "s--", "^:", "D-."])
-    ):  # told apart without colours too
+    looks = cycle(["o-", "s--", "^:", "D-."])  # told apart without colours too
+    for (label, found), look in zip(shares.items(), looks):
         axes.plot(timesteps, found.per_step, look, markersize=4, label=f"{label} ({found.pooled:.2f} pooled)")
     gaps = next(iter(shares.values())).gaps.sum(0)
     behind = axes.twinx()

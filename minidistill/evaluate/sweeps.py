@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def training(args: Settings, **swept: object) -> list[str]:
-    """The command line of a run; two runs that are alike have the same."""
+    """The command line of a run; with the same settings it is the same."""
     s = vars(args) | swept
     name = f"rank {s['rank']}, {s['layers']}, guidance {s['guidance']:g}, {s['trajectories']}, {s['updates']} updates"
     states = args.runs / f"states of guidance {s['guidance']:g}"
