@@ -196,7 +196,8 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     apart = ("out", "states", "resume", "no_report", "save_every", "device")
     apart += ("kernel", "memory", "accumulate", "compile", "batched_teacher")
     fixed = {flag: str(value) for flag, value in asdict(args).items() if flag not in apart}
-    fixed["model"] += f" ({data.fingerprint(sd.unet)})"  # other weights may lie under the same name
+    weights = data.fingerprint(sd.unet)
+    fixed["model"] += f" ({weights})"  # other weights may lie under the same name
     if args.images:
         fixed["images"] += f" ({images.version(pictures)})"  # and other pictures
     losses = resume(out, trainable, optimizer, fixed)  # none, in a new run
@@ -223,6 +224,7 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
             batch=args.batch,
             stride=args.stride,
             keep_states=args.method != "noised",
+            weights=weights,
             ranks=ranks,
         )
     if filling:

@@ -94,6 +94,7 @@ def generate(
     batch: int = 16,
     stride: int = 1,
     keep_states: bool = True,
+    weights: str | None = None,
     ranks: Ranks = ALONE,
 ) -> "States":
     """Have the teacher draw ``count`` trajectories of ``steps`` DDIM steps, in shards of ``batch`` under ``folder``.
@@ -101,7 +102,7 @@ def generate(
     Captions are taken in a shuffled order, again and again. Shards that are there already are kept, so an interrupted
     run goes on where it stopped, and one that asks for more adds to them; damaged ones are made again. Several
     ``ranks`` divide among them what is missing: each shard is made once, and is the same whoever makes it. Without
-    ``keep_states`` only the ends z_0 are stored.
+    ``keep_states`` only the ends z_0 are stored. ``weights`` is the UNet's fingerprint, where that is known already.
 
     The states of one trajectory are much alike. With a ``stride`` n the teacher takes the first step, then only every
     n-th, at offsets that shift from shard to shard: n times the pictures for the time, and among them every t.
@@ -109,7 +110,7 @@ def generate(
     Raises ValueError when the folder holds shards that were made with other settings.
     """
     settings = dict(
-        weights=fingerprint(sd.unet),
+        weights=weights or fingerprint(sd.unet),
         prediction=sd.schedule.prediction,
         captions=digest("\n".join(captions).encode()),
         steps=steps,

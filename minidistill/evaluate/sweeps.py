@@ -42,7 +42,6 @@ VALUES = {
     "lr": (0.0005, 0.001, 0.002, 0.004, 0.008),
     "weighting": ("even", "min-snr"),
 }
-NAMED = ("layers", "weighting")  # whose values are no numbers: nothing lies between them
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Settings:
     trajectories: int = setting(240, "likewise", "elsewhere", type=count)
     updates: int = setting(200, "likewise", "elsewhere", type=count)
     lr: float = setting(None, "likewise (default: as train.py sets it)", "elsewhere", type=positive)
-    weighting: str = setting(None, "likewise (default: as train.py sets it)", "elsewhere", choices=("even", "min-snr"))
+    weighting: str = setting(None, "likewise (default: as train.py sets it)", "elsewhere", choices=VALUES["weighting"])
     prompts: int = setting(24, "held-out prompts", "how", type=count)
     runs: Path = setting(Path("runs/sweeps"), "folder of the runs", "how")
     out: Path = setting(Path("results"), "folder for sweeps.json and the figures", "how")
@@ -132,7 +131,8 @@ def plot(sweep: str, rows: Sequence[dict], path: Path) -> None:
     figure = Figure(figsize=(4.5, 3), layout="constrained")
     axes = figure.subplots()
     names = [str(row["value"]) for row in rows]
-    axes.errorbar(names, [x["value"] for x in shares], apart, fmt="ko" if sweep in NAMED else "ko-", capsize=3)
+    look = "ko" if isinstance(rows[0]["value"], str) else "ko-"  # between two names lies nothing
+    axes.errorbar(names, [x["value"] for x in shares], apart, fmt=look, capsize=3)
     axes.set(xlabel=sweep, ylabel="noise error share", ylim=(0, None))
     figure.savefig(path, format="png", dpi=120)
 

@@ -38,10 +38,8 @@ def shapes(config: dict) -> tuple[set, set]:
         for name, layer in unet.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d) and not name.startswith("conv_") and "samplers." not in name:
                 layer.register_forward_pre_hook(note)
-        z_t, context = (
-            torch.empty(1, 4, *2 * [config["sample_size"]]),
-            torch.empty(1, 77, config["cross_attention_dim"]),
-        )
+        z_t = torch.empty(1, 4, config["sample_size"], config["sample_size"])
+        context = torch.empty(1, 77, config["cross_attention_dim"])
         conditions = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
         unet(z_t, torch.empty(1), context, added_cond_kwargs=conditions)
     return linear, convolutions
