@@ -19,7 +19,7 @@ from minidistill.layout import MODEL_INDEX, published_schedule, published_unet, 
 from minidistill.pocket.autoencoder import encode_all, normalise_latents, psnr, train_vae
 from minidistill.pocket.clip import held_out_accuracy, save_clip, train_clip, tune_pictures
 from minidistill.pocket.compositions import all_compositions, write_compositions
-from minidistill.pocket.denoiser import ROUNDS, train_unet
+from minidistill.pocket.denoiser import ROUNDS, WEAK, WEAKENING, Captioned, train_unet, weaken
 from minidistill.pocket.pictures import render
 from minidistill.pocket.tokenizer import CONTEXT, write_tokenizer
 from minidistill.unet import UNet
@@ -67,7 +67,8 @@ def main() -> None:
     print(f"CLIP: nearest of {len(compositions)} captions right for {accuracy:.1%} of the held-out pictures")
 
     if not (args.out / "vae/config.json").exists():
-        vae = train_vae(POCKET_VAE, trained, args.work / "vae-state.pt", args.vae_steps)
+        torch.manual_seed(0)
+        vae = train_vae(POCKET_VAE, trained, args.work / "vae.pt", args.vae_steps)
         normalise_latents(vae, encode_all(vae, trained[::8]))
         write_part(args.out / "vae", published_vae(POCKET_VAE, pictures.shape[-1]), vae.state_dict())
     vae = VAE(POCKET_VAE).to(memory_format=torch.channels_last)
@@ -80,11 +81,13 @@ def main() -> None:
         ids = tokenizer(prompts, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
         contexts = text_encoder(ids).last_hidden_state  # [M + 1, L, D]
     if not (args.out / "unet/config.json").exists():
-        data = encode_all(vae, trained), index[~held_out], contexts[:-1], contexts[-1]
+        data = Captioned(encode_all(vae, trained), index[~held_out], contexts[:-1], contexts[-1])
         torch.manual_seed(0)
+        weak = train_unet(UNet(POCKET_UNET), data, args.work / "unet-weak.pt", *WEAK, dropout=1.0)
         unet = UNet(POCKET_UNET)
         for number, (steps, lr) in enumerate(ROUNDS, start=1):
-            unet = train_unet(unet, *data, args.work / f"unet-state-{number}.pt", steps, lr, seed=number)
+            unet = train_unet(unet, data, args.work / f"unet-{number}.pt", steps, lr)
+        unet = weaken(unet, weak, data, args.work / "unet.pt", *WEAKENING)
         write_part(args.out / "unet", published_unet(POCKET_UNET), unet.state_dict())
     write_json(args.out / "model_index.json", MODEL_INDEX)
 

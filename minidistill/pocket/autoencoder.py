@@ -8,9 +8,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidistill.config import VAEConfig
-from minidistill.distill import learning_rate
 from minidistill.pocket.pictures import to_pixels
-from minidistill.pocket.stage import Average, resume, save_state
+from minidistill.pocket.stage import fit
 from minidistill.vae import VAE
 
 KL_WEIGHT = 1e-5  # keeps the latents near the origin; the pictures must come first
@@ -23,20 +22,15 @@ def train_vae(
     steps: int,
     batch: int = 4,
     lr: float = 2e-3,
-    save_every: int = 500,
 ) -> VAE:
     """Train on uint8 pictures [N, 3, H, W]; returns the averaged weights. Resumes from ``state`` where that exists.
 
     The loss is squared error (which the PSNR asked of it measures), a little absolute error for the edges, and the KL
     divergence of the posterior from the unit Gaussian ("Auto-Encoding Variational Bayes", appendix B).
     """
-    torch.manual_seed(0)
-    vae = VAE(config).to(memory_format=torch.channels_last)
-    average = Average(vae, 0.998)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    start = resume(state, vae, average, optimizer)
-    progress = tqdm(range(start, steps), initial=start, total=steps, desc="vae", unit="step", mininterval=1)
-    for step in progress:
+    vae = VAE(config)
+
+    def loss_of_batch() -> tuple[Tensor, dict[str, Tensor]]:
         x = to_pixels(pictures[torch.randint(len(pictures), (batch,))])
         mean, log_variance = vae.posterior(x)
         z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
@@ -44,18 +38,9 @@ def train_vae(
         squared = F.mse_loss(reconstruction, x)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         loss = squared + 0.1 * F.l1_loss(reconstruction, x) + KL_WEIGHT * kl
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr, warmup=200)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        average.update(vae, step)
-        if step % 20 == 0:
-            progress.set_postfix(psnr=f"{-10 * torch.log10(squared.detach() / 4):.2f}", kl=f"{kl.item():.0f}")
-        if (step + 1) % save_every == 0:
-            save_state(state, step + 1, vae, average, optimizer)
-    return average.model
+        return loss, {"psnr": -10 * torch.log10(squared / 4), "kl": kl}
+
+    return fit(vae, loss_of_batch, state, steps, lr, weight_decay=1e-3)
 
 
 @torch.no_grad()

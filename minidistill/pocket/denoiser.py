@@ -1,68 +1,89 @@
-"""Stage 3: the latent UNet, with captions dropped now and then so that it can be guided."""
+"""Stage 3: the latent UNet, with captions dropped now and then so that it can be guided, and a weak empty prompt."""
 
+import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from minidistill.config import ScheduleConfig
-from minidistill.distill import learning_rate
-from minidistill.pocket.stage import Average, resume, save_state
+from minidistill.pocket.stage import fit
 from minidistill.schedule import Schedule, add_noise, min_snr_weight
 from minidistill.unet import UNet
 
-CAPTION_DROPOUT = (
-    0.25  # 0.1 to 0.2 is usual; more keeps the unconditional half from lagging where there is little noise
-)
+CAPTION_DROPOUT = 0.25
 MIN_SNR = 20.0
-ROUNDS = ((5000, 1e-3), (4700, 8e-4))  # updates and peak rate; the second starts from the averaged weights of the first
+WEIGHT_DECAY = 1e-2
+# Updates, and the peak learning rate.
+ROUNDS = ((5000, 1e-3), (4700, 8e-4))  # the second starts from the averaged weights of the first
+WEAK = (400, 1e-3)  # of the UNet that the empty prompt is to predict like
+WEAKENING = (1200, 5e-4)
+
+
+@dataclass
+class Captioned:
+    """Latents [N, 4, h, w], and the embedding of each one's caption: a row, int64 [N], of contexts [M, L, D]."""
+
+    latents: Tensor
+    captions: Tensor
+    contexts: Tensor
+    empty: Tensor  # [L, D], that of the empty prompt
+    schedule: Schedule = Schedule.from_config(ScheduleConfig())
+
+    def noised(self, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A batch at random times: z_t and its noise [B, 4, h, w], t [B], context [B, L, D]."""
+        some = torch.randint(len(self.latents), (batch,))
+        z_0 = self.latents[some].contiguous(memory_format=torch.channels_last)
+        t = torch.randint(self.schedule.train_steps, (batch,))
+        noise = torch.randn_like(z_0)
+        return add_noise(self.schedule, z_0, noise, t), noise, t, self.contexts[self.captions[some]]
 
 
 def train_unet(
     unet: UNet,
-    latents: Tensor,
-    captions: Tensor,
-    contexts: Tensor,
-    empty: Tensor,
+    data: Captioned,
     state: Path,
     steps: int,
     lr: float,
-    seed: int,
+    dropout: float = CAPTION_DROPOUT,
     batch: int = 32,
-    save_every: int = 200,
 ) -> UNet:
     """Train eps-prediction on cached latents; returns the averaged weights. Resumes from ``state`` where that exists.
 
-    Args:
-        latents: [N, 4, h, w].  captions: [N] int64, the row of ``contexts`` that describes each.
-        contexts: [M, L, D] caption embeddings.  empty: [L, D], that of the empty prompt.
+    A share ``dropout`` of the captions gives way to the empty prompt ("Classifier-Free Diffusion Guidance", alg. 1).
     """
-    torch.manual_seed(seed)
-    schedule = Schedule.from_config(ScheduleConfig())
-    unet = unet.to(memory_format=torch.channels_last).train().requires_grad_(True)
-    average = Average(unet, 0.998)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
-    start = resume(state, unet, average, optimizer)
-    progress = tqdm(range(start, steps), initial=start, total=steps, desc="unet", unit="step", mininterval=1)
-    for step in progress:
-        some = torch.randint(len(latents), (batch,))
-        z_0 = latents[some].contiguous(memory_format=torch.channels_last)
-        t = torch.randint(schedule.train_steps, (batch,))
-        noise = torch.randn_like(z_0)
-        dropped = torch.rand(batch, 1, 1) < CAPTION_DROPOUT
-        context = torch.where(dropped, empty, contexts[captions[some]])
-        eps = unet(add_noise(schedule, z_0, noise, t), t, context)
-        loss = (min_snr_weight(schedule, t, MIN_SNR) * (eps - noise).square()).mean()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr, warmup=200)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        average.update(unet, step)
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % save_every == 0:
-            save_state(state, step + 1, unet, average, optimizer)
-    return average.model
+
+    def loss_of_batch() -> tuple[Tensor, dict[str, Tensor]]:
+        z_t, noise, t, context = data.noised(batch)
+        dropped = torch.rand(batch, 1, 1) < dropout
+        eps = unet(z_t, t, torch.where(dropped, data.empty, context))
+        loss = (min_snr_weight(data.schedule, t, MIN_SNR) * (eps - noise).square()).mean()
+        return loss, {"loss": loss}
+
+    return fit(unet, loss_of_batch, state, steps, lr, WEIGHT_DECAY)
+
+
+def weaken(strong: UNet, weak: UNet, data: Captioned, state: Path, steps: int, lr: float, batch: int = 16) -> UNet:
+    """Teach the empty prompt to predict as ``weak`` does, while captions are held to what ``strong`` predicts.
+
+    Guidance leads away from what the empty prompt predicts. A weak model errs as the strong one does, only more: to go
+    away from it mends errors, and makes the caption count ("Guiding a Diffusion Model with a Bad Version of Itself",
+    arXiv 2406.02507, where the weak one is a second network).
+
+    Returns the averaged weights of a UNet that began as a copy of ``strong``.
+    """
+    unet = copy.deepcopy(strong)
+
+    def loss_of_batch() -> tuple[Tensor, dict[str, Tensor]]:
+        z_c, _, t_c, context = data.noised(batch)
+        z_u, _, t_u, _ = data.noised(batch)
+        empty = data.empty.expand_as(context)
+        with torch.no_grad():
+            targets = strong(z_c, t_c, context), weak(z_u, t_u, empty)
+        found = unet(torch.cat([z_c, z_u]), torch.cat([t_c, t_u]), torch.cat([context, empty])).chunk(2)
+        losses = [F.mse_loss(eps, target) for eps, target in zip(found, targets)]
+        return sum(losses), dict(zip(("captions", "empty"), losses))
+
+    return fit(unet, loss_of_batch, state, steps, lr, WEIGHT_DECAY)

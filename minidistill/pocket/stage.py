@@ -1,11 +1,14 @@
-"""What the training stages share: an average of the weights, and a state to resume from."""
+"""What the training stages share: their loop, an average of the weights, and a state to resume from."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
 
+from minidistill.distill import learning_rate
 from minidistill.files import written_whole
 
 
@@ -45,3 +48,37 @@ def resume(path: Path, model: nn.Module, average: Average, optimizer: torch.opti
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
     return state["step"]
+
+
+def fit(
+    model: nn.Module,
+    loss_of_batch: Callable[[], tuple[Tensor, dict[str, Tensor]]],
+    state: Path,
+    steps: int,
+    lr: float,
+    weight_decay: float,
+    save_every: int = 200,
+) -> nn.Module:
+    """Train with AdamW, and return the averaged weights. Resumes from ``state`` where that exists.
+
+    ``loss_of_batch()`` draws a batch and gives the model's loss on it, and what is shown beside the bar.
+    """
+    model.to(memory_format=torch.channels_last).train().requires_grad_(True)
+    average = Average(model, 0.998)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    start = resume(state, model, average, optimizer)
+    progress = tqdm(range(start, steps), initial=start, total=steps, desc=state.stem, unit="step", mininterval=1)
+    for step in progress:
+        loss, shown = loss_of_batch()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr, warmup=200)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update(model, step)
+        if step % 20 == 0:
+            progress.set_postfix({name: f"{value.item():.4g}" for name, value in shown.items()})
+        if (step + 1) % save_every == 0:
+            save_state(state, step + 1, model, average, optimizer)
+    return average.model

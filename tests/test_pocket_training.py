@@ -1,0 +1,47 @@
+"""How the embedded model is trained: a stage goes on where it stopped, and the empty prompt becomes a weak one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TINY_SIZE
+from torch import Tensor, nn
+
+from minidistill.pocket.denoiser import Captioned, weaken
+from minidistill.pocket.stage import fit
+from minidistill.unet import UNet
+
+
+def test_a_stage_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    def train(state: Path, stop_at: int | None = None) -> Tensor:
+        torch.manual_seed(0)
+        model, drawn = nn.Conv2d(3, 3, 1), iter(range(100))
+
+        def loss_of_batch() -> tuple[Tensor, dict[str, Tensor]]:
+            if next(drawn) == stop_at:
+                raise KeyboardInterrupt
+            loss = model(torch.randn(2, 3, 4, 4)).square().mean()
+            return loss, {"loss": loss}
+
+        return fit(model, loss_of_batch, state, steps=9, lr=0.1, weight_decay=0.0, save_every=2).weight
+
+    whole = train(tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped.pt", stop_at=5)
+    assert torch.equal(train(tmp_path / "stopped.pt"), whole)
+
+
+def test_the_empty_prompt_learns_from_the_weak_model_and_captions_stay(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    strong, weak = (UNet(TINY_SIZE.unet).eval().requires_grad_(False) for _ in range(2))
+    contexts, empty = torch.randn(3, 5, 12), torch.randn(5, 12)
+    data = Captioned(torch.randn(8, 4, 8, 8), torch.arange(8) % 3, contexts, empty)
+    before = {name: x.clone() for name, x in strong.state_dict().items()}
+    found = weaken(strong, weak, data, tmp_path / "state.pt", steps=80, lr=2e-2, batch=8)
+
+    z_t, _, t, context = data.noised(8)
+    nothing = empty.expand_as(context)
+    gap = (strong(z_t, t, nothing) - weak(z_t, t, nothing)).square().mean()
+    assert (found(z_t, t, nothing) - weak(z_t, t, nothing)).square().mean() < 0.5 * gap
+    assert (found(z_t, t, context) - strong(z_t, t, context)).square().mean() < 0.5 * gap
+    assert all(torch.equal(x, before[name]) for name, x in strong.state_dict().items())
