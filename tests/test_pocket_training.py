@@ -7,8 +7,10 @@ import torch
 from tiny import TINY_SIZE
 from torch import Tensor, nn
 
-from minidistill.pocket.denoiser import Captioned, weaken
+from minidistill.config import ScheduleConfig
+from minidistill.pocket.denoiser import Captioned, train_unet, weaken
 from minidistill.pocket.stage import fit
+from minidistill.schedule import Schedule
 from minidistill.unet import UNet
 
 
@@ -29,6 +31,7 @@ def test_a_stage_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "stopped.pt", stop_at=5)
     assert torch.equal(train(tmp_path / "stopped.pt"), whole)
+    assert torch.equal(train(tmp_path / "whole.pt", stop_at=0), whole)  # what is done draws nothing
 
 
 def test_the_empty_prompt_learns_from_the_weak_model_and_captions_stay(tmp_path: Path) -> None:
@@ -45,3 +48,23 @@ def test_the_empty_prompt_learns_from_the_weak_model_and_captions_stay(tmp_path:
     assert (found(z_t, t, nothing) - weak(z_t, t, nothing)).square().mean() < 0.5 * gap
     assert (found(z_t, t, context) - strong(z_t, t, context)).square().mean() < 0.5 * gap
     assert all(torch.equal(x, before[name]) for name, x in strong.state_dict().items())
+
+
+def test_each_latent_comes_with_its_own_caption() -> None:
+    contexts = torch.arange(3.0).view(3, 1, 1).expand(3, 5, 12)
+    captions = torch.tensor([2, 0, 1, 2])
+    latents = captions.view(4, 1, 1, 1).expand(4, 4, 8, 8) * 100.0  # so far apart that no noise hides which it is
+    torch.manual_seed(0)
+    z_t, noise, t, context = Captioned(latents, captions, contexts, contexts[0]).noised(64)
+    alpha = Schedule.from_config(ScheduleConfig()).alphas_cumprod[t].view(-1, 1, 1, 1)
+    z_0 = (z_t - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+    assert torch.equal((z_0.mean((1, 2, 3)) / 100).round(), context[:, 0, 0])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_dropped_captions_give_way_to_the_empty_prompt(tmp_path: Path, dropout: float) -> None:
+    unet, seen = UNet(TINY_SIZE.unet), []
+    unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
+    data = Captioned(torch.randn(8, 4, 8, 8), torch.arange(8) % 3, torch.ones(3, 5, 12), torch.zeros(5, 12))
+    train_unet(unet, data, tmp_path / "state.pt", steps=2, lr=1e-3, dropout=dropout, batch=4)
+    assert len(seen) == 2 and all((context == 1 - dropout).all() for context in seen)

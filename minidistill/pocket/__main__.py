@@ -1,8 +1,8 @@
 """Make the embedded model from scratch: ``python -m minidistill.pocket --out weights/pocket-emoji``.
 
-Draws the pictures, then trains a CLIP, a VAE and a UNet, as Stable Diffusion was made, and writes the official folder
-layout. A stage that is whole in the folder is done; VAE and UNet go on from where they were stopped; the CLIP, a matter
-of minutes, starts again.
+Draws the pictures, then trains a CLIP, a VAE and a UNet, as Stable Diffusion was made, makes the UNet's empty prompt
+weak (denoiser.py says why), and writes the official folder layout. A stage that is whole in the folder is done; VAE and
+UNet go on from where they were stopped; the CLIP, a matter of minutes, starts again.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def main() -> None:
         unet = UNet(POCKET_UNET)
         for number, (steps, lr) in enumerate(ROUNDS, start=1):
             unet = train_unet(unet, data, args.work / f"unet-{number}.pt", steps, lr)
-        unet = weaken(unet, weak, data, args.work / "unet.pt", *WEAKENING)
+        unet = weaken(unet, weak, data, args.work / "unet-weakened.pt", *WEAKENING)
         write_part(args.out / "unet", published_unet(POCKET_UNET), unet.state_dict())
     write_json(args.out / "model_index.json", MODEL_INDEX)
 

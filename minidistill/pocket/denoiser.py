@@ -1,4 +1,4 @@
-"""Stage 3: the latent UNet, with captions dropped now and then so that it can be guided, and a weak empty prompt."""
+"""Stage 3: the latent UNet: trained with captions dropped now and then; then its empty prompt is made weak."""
 
 import copy
 from dataclasses import dataclass
@@ -13,23 +13,23 @@ from minidistill.pocket.stage import fit
 from minidistill.schedule import Schedule, add_noise, min_snr_weight
 from minidistill.unet import UNet
 
-CAPTION_DROPOUT = 0.25
+CAPTION_DROPOUT = 0.25  # as these weights were trained; what the empty prompt learns by it, weaken() replaces
 MIN_SNR = 20.0
 WEIGHT_DECAY = 1e-2
-# Updates, and the peak learning rate.
+# (updates, peak learning rate)
 ROUNDS = ((5000, 1e-3), (4700, 8e-4))  # the second starts from the averaged weights of the first
-WEAK = (400, 1e-3)  # of the UNet that the empty prompt is to predict like
-WEAKENING = (1200, 5e-4)
+WEAK = (400, 1e-3)  # trains the UNet that the empty prompt is to imitate
+WEAKENING = (1200, 5e-4)  # teaches the empty prompt to imitate it
 
 
 @dataclass
 class Captioned:
-    """Latents [N, 4, h, w], and the embedding of each one's caption: a row, int64 [N], of contexts [M, L, D]."""
+    """Latents, and the embeddings of their captions and of the empty prompt."""
 
-    latents: Tensor
-    captions: Tensor
-    contexts: Tensor
-    empty: Tensor  # [L, D], that of the empty prompt
+    latents: Tensor  # [N, 4, h, w]
+    captions: Tensor  # int64 [N], each one's row of contexts
+    contexts: Tensor  # [M, L, D]
+    empty: Tensor  # [L, D]
     schedule: Schedule = Schedule.from_config(ScheduleConfig())
 
     def noised(self, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -66,11 +66,13 @@ def train_unet(
 
 
 def weaken(strong: UNet, weak: UNet, data: Captioned, state: Path, steps: int, lr: float, batch: int = 16) -> UNet:
-    """Teach the empty prompt to predict as ``weak`` does, while captions are held to what ``strong`` predicts.
+    """Teach the empty prompt u to predict as ``weak`` does, while captions c are held to what ``strong`` predicts:
 
-    Guidance leads away from what the empty prompt predicts. A weak model errs as the strong one does, only more: to go
-    away from it mends errors, and makes the caption count ("Guiding a Diffusion Model with a Bad Version of Itself",
-    arXiv 2406.02507, where the weak one is a second network).
+    |eps(z_t, t, c) - eps_strong(z_t, t, c)|^2 + |eps(z_t', t', u) - eps_weak(z_t', t', u)|^2.
+
+    Guidance leads away from what the empty prompt predicts. A weak model errs as the strong one does, only more: going
+    away from it mends errors ("Guiding a Diffusion Model with a Bad Version of Itself", arXiv 2406.02507). There it is
+    a second network, and is told the caption; here it is not, so that this is classifier-free guidance as well.
 
     Returns the averaged weights of a UNet that began as a copy of ``strong``.
     """
@@ -81,9 +83,9 @@ def weaken(strong: UNet, weak: UNet, data: Captioned, state: Path, steps: int, l
         z_u, _, t_u, _ = data.noised(batch)
         empty = data.empty.expand_as(context)
         with torch.no_grad():
-            targets = strong(z_c, t_c, context), weak(z_u, t_u, empty)
-        found = unet(torch.cat([z_c, z_u]), torch.cat([t_c, t_u]), torch.cat([context, empty])).chunk(2)
-        losses = [F.mse_loss(eps, target) for eps, target in zip(found, targets)]
-        return sum(losses), dict(zip(("captions", "empty"), losses))
+            target_c, target_u = strong(z_c, t_c, context), weak(z_u, t_u, empty)
+        eps_c, eps_u = unet(torch.cat([z_c, z_u]), torch.cat([t_c, t_u]), torch.cat([context, empty])).chunk(2)
+        held, learned = F.mse_loss(eps_c, target_c), F.mse_loss(eps_u, target_u)
+        return held + learned, {"captions": held, "empty": learned}
 
     return fit(unet, loss_of_batch, state, steps, lr, WEIGHT_DECAY)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from tqdm import tqdm
 
 from minidistill.distill import learning_rate
 from minidistill.files import written_whole
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Average:
@@ -51,14 +54,14 @@ def resume(path: Path, model: nn.Module, average: Average, optimizer: torch.opti
 
 
 def fit(
-    model: nn.Module,
+    model: Model,
     loss_of_batch: Callable[[], tuple[Tensor, dict[str, Tensor]]],
     state: Path,
     steps: int,
     lr: float,
     weight_decay: float,
     save_every: int = 200,
-) -> nn.Module:
+) -> Model:
     """Train with AdamW, and return the averaged weights. Resumes from ``state`` where that exists.
 
     ``loss_of_batch()`` draws a batch and gives the model's loss on it, and what is shown beside the bar.
@@ -71,7 +74,7 @@ def fit(
     for step in progress:
         loss, shown = loss_of_batch()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr, warmup=200)
+            group["lr"] = learning_rate(step, steps, lr, warmup=min(200, steps // 10 + 1))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -79,6 +82,6 @@ def fit(
         average.update(model, step)
         if step % 20 == 0:
             progress.set_postfix({name: f"{value.item():.4g}" for name, value in shown.items()})
-        if (step + 1) % save_every == 0:
+        if (step + 1) % save_every == 0 or step + 1 == steps:
             save_state(state, step + 1, model, average, optimizer)
     return average.model
