@@ -7,10 +7,9 @@ import torch
 from tiny import TINY_SIZE
 from torch import Tensor, nn
 
-from minidistill.config import ScheduleConfig
 from minidistill.pocket.denoiser import Captioned, train_unet, weaken
 from minidistill.pocket.stage import fit
-from minidistill.schedule import Schedule
+from minidistill.schedule import clean_and_noise
 from minidistill.unet import UNet
 
 
@@ -55,9 +54,9 @@ def test_each_latent_comes_with_its_own_caption() -> None:
     captions = torch.tensor([2, 0, 1, 2])
     latents = captions.view(4, 1, 1, 1).expand(4, 4, 8, 8) * 100.0  # so far apart that no noise hides which it is
     torch.manual_seed(0)
-    z_t, noise, t, context = Captioned(latents, captions, contexts, contexts[0]).noised(64)
-    alpha = Schedule.from_config(ScheduleConfig()).alphas_cumprod[t].view(-1, 1, 1, 1)
-    z_0 = (z_t - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+    data = Captioned(latents, captions, contexts, contexts[0])
+    z_t, noise, t, context = data.noised(64)
+    z_0, _ = clean_and_noise("eps", noise, z_t, *data.schedule.alpha_sigma(t, z_t))
     assert torch.equal((z_0.mean((1, 2, 3)) / 100).round(), context[:, 0, 0])
 
 

@@ -15,14 +15,7 @@ from minidistill.vae import VAE
 KL_WEIGHT = 1e-5  # keeps the latents near the origin; the pictures must come first
 
 
-def train_vae(
-    config: VAEConfig,
-    pictures: Tensor,
-    state: Path,
-    steps: int,
-    batch: int = 4,
-    lr: float = 2e-3,
-) -> VAE:
+def train_vae(config: VAEConfig, pictures: Tensor, state: Path, steps: int, batch: int = 4, lr: float = 2e-3) -> VAE:
     """Train on uint8 pictures [N, 3, H, W]; returns the averaged weights. Resumes from ``state`` where that exists.
 
     The loss is squared error (which the PSNR asked of it measures), a little absolute error for the edges, and the KL
