@@ -88,7 +88,7 @@ class Settings(ModelSettings):
         nargs="+",
     )
     alpha: float = setting(None, "the LoRA is scaled by alpha / rank (default: the rank)", "student", type=positive)
-    steps: int = setting(400, "updates of the LoRA", "student", type=count)
+    steps: int = setting(300, "updates of the LoRA", "student", type=count)
     batch: int = setting(16, "examples an update, in all processes; pictures drawn at once", "student", type=count)
     lr: float = setting(
         None,
