@@ -22,7 +22,7 @@ from tqdm import tqdm
 from minidistill import data, images, inject_lora, load, save_lora
 from minidistill.distill import ENOUGH, FullStudent, far_off, learning_rate, student, teacher
 from minidistill.evaluate import comparison_grid, draw
-from minidistill.files import written_whole
+from minidistill.files import digest, written_whole
 from minidistill.lora import DEFAULT_TARGETS
 from minidistill.lora_files import merge_file
 from minidistill.lora_formats import read_lora
@@ -140,8 +140,11 @@ def in_parts(number: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     name = args.model.resolve().name
     out = args.out or Path("runs") / name
+    saved = checkpoint_files(out)
     results = [out / "lora.safetensors", out / "student", out / "student.safetensors"]
-    if any(path.exists() for path in [*checkpoint_files(out), *results]) and not args.resume:
+    if any(path.exists() for path in results) and not saved:
+        raise ValueError(f"{out} holds a result, and no checkpoint to go on from: name another --out.")
+    if saved and not args.resume:
         raise ValueError(f"{out} holds a run already: add --resume to go on with it, or name another --out.")
     if args.guidance == 1:
         raise ValueError("--guidance 1 is no guidance, which takes one pass as it is: there is nothing to distil.")
@@ -155,7 +158,12 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     style = ""
     if args.teacher_lora:  # into W itself, which is the student's too
         file, scale = args.teacher_lora
-        merge_file(sd.unet, read_lora(file, scale))
+        lora = read_lora(file, scale)
+        if lora.is_student:
+            raise ValueError(
+                f"--teacher-lora {file} has learned guidance, which the student would learn once more: name a style."
+            )
+        merge_file(sd.unet, lora)
         style = f"{file.name}:{scale:g}"
     if args.images:
         pictures, left_out = images.read_folder(args.images)
@@ -196,10 +204,11 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     apart = ("out", "states", "resume", "no_report", "save_every", "device")
     apart += ("kernel", "memory", "accumulate", "compile", "batched_teacher")
     fixed = {flag: str(value) for flag, value in asdict(args).items() if flag not in apart}
-    weights = data.fingerprint(sd.unet)
+    weights = data.fingerprint(sd.unet, sd.text_encoder)
     fixed["model"] += f" ({weights})"  # other weights may lie under the same name
     if args.images:
         fixed["images"] += f" ({images.version(pictures)})"  # and other pictures
+    fixed["prompts"] += f" ({digest(str(captions).encode())})"  # or prompts
     losses = resume(out, trainable, optimizer, fixed)  # none, in a new run
     ranks.as_first([p.data for p in trainable])  # random numbers may differ from one kind of GPU to another
 

@@ -1,9 +1,8 @@
 """What the student learns from: the teacher's own guided trajectories, on disk.
 
 A trajectory is what DDIM passes through on its way from noise to picture. Its states z_t and the guided predictions
-eps_hat made there are ready pairs of input and target; its end z_0 is a latent that the teacher generated. So one set
-of shards serves both ways to learn: from the states as they are (no teacher in the loop), or from z_0 noised afresh
-(the paper's way).
+eps_hat made there are ready pairs of input and target, with no teacher in the loop; its end z_0 is a latent that the
+teacher generated, to be noised afresh (the paper's way, for which shards hold the ends alone).
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidistill.files import digest, written_whole
+from minidistill.files import blamed, digest, written_whole
 from minidistill.parallel import ALONE, Ranks
 from minidistill.pipeline import StableDiffusion
 from minidistill.prompts import prompts, read_prompts
@@ -34,12 +33,17 @@ def prompt_split(model_folder: Path, file: Path | None = None) -> tuple[list[str
     """Prompts to learn from, and others kept for evaluation.
 
     Those of a text ``file`` (one a line); or the captions in the model folder's ``compositions.json``, which says
-    itself which are held out; or our own list.
+    itself which are held out; or our own list. Raises ValueError for a ``compositions.json`` that has not both.
     """
     compositions = model_folder / "compositions.json"
     if file is None and compositions.is_file():
-        rows = json.loads(compositions.read_text(encoding="utf-8"))
-        return [r["caption"] for r in rows if not r["held_out"]], [r["caption"] for r in rows if r["held_out"]]
+        with blamed(compositions):
+            rows = json.loads(compositions.read_text(encoding="utf-8"))
+            learned = [r["caption"] for r in rows if not r["held_out"]]
+            held_out = [r["caption"] for r in rows if r["held_out"]]
+        if not (learned and held_out):
+            raise ValueError(f"{compositions} should have captions to learn from and captions that are held out.")
+        return learned, held_out
     return every_tenth_held_out(read_prompts(file) if file else prompts())
 
 
@@ -73,10 +77,10 @@ def teacher_trajectory(
     return torch.stack(states, 1), torch.stack(targets, 1), z_t
 
 
-def fingerprint(network: nn.Module) -> str:
+def fingerprint(*networks: nn.Module) -> str:
     """A hash of the frozen weights, down to the last bit: other weights, other trajectories."""
     found = hashlib.sha256()
-    for weight in (p for p in network.parameters() if not p.requires_grad):
+    for weight in (p for network in networks for p in network.parameters() if not p.requires_grad):
         found.update(weight.cpu().contiguous().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
 
@@ -102,17 +106,22 @@ def generate(
     Captions are taken in a shuffled order, again and again. Shards that are there already are kept, so an interrupted
     run goes on where it stopped, and one that asks for more adds to them; damaged ones are made again. Several
     ``ranks`` divide among them what is missing: each shard is made once, and is the same whoever makes it. Without
-    ``keep_states`` only the ends z_0 are stored. ``weights`` is the UNet's fingerprint, where that is known already.
+    ``keep_states`` only the ends z_0 are stored. ``weights`` is the fingerprint of UNet and text encoder, where that is
+    known already.
 
     The states of one trajectory are much alike. With a ``stride`` n the teacher takes the first step, then only every
-    n-th, at offsets that shift from shard to shard: n times the pictures for the time, and among them every t.
+    n-th, at offsets that shift from shard to shard: n times the pictures for the time, and from n shards on every t.
 
     Raises ValueError when the folder holds shards that were made with other settings.
     """
+    schedule, every_t = sd.schedule, sd.schedule.timesteps(steps)
+    levels = [schedule.alphas_cumprod.tolist(), schedule.final_alpha.item(), every_t]
+    tokens = [sd.tokenizer(captions).input_ids, sd.tokenizer.pad_token_id]
     settings = dict(
-        weights=weights or fingerprint(sd.unet),
-        prediction=sd.schedule.prediction,
-        captions=digest("\n".join(captions).encode()),
+        weights=weights or fingerprint(sd.unet, sd.text_encoder),
+        prediction=schedule.prediction,
+        schedule=digest(json.dumps(levels).encode()),
+        captions=digest(json.dumps(tokens).encode()),
         steps=steps,
         guidance=guidance,
         negative_prompt=negative_prompt,
@@ -127,7 +136,6 @@ def generate(
         for i in range(-(-count // len(captions)))
     ])[:count]  # fmt: skip
     uncond = sd.encode_prompt([negative_prompt])
-    every_t = sd.schedule.timesteps(steps)
     files = {first: folder / f"trajectories-{first:06d}.safetensors" for first in range(0, count, batch)}
     chosen = dict(zip(files, order.split(batch)))
     missing = [first for first, file in files.items() if not is_shard(file, made_with, len(chosen[first]))]

@@ -152,7 +152,7 @@ class StableDiffusion:
                 Guidance", arXiv 2305.09847): there it changes little.
             height, width: in pixels; the size the model was trained on unless given.
             batch: pictures drawn at once.
-            eta: 0 is deterministic DDIM; more adds fresh noise in each step, 1 as much as DDPM.
+            eta: from 0, deterministic DDIM, to 1, which adds as much fresh noise in each step as DDPM.
             progress: show a bar.
 
         Returns:
@@ -160,7 +160,7 @@ class StableDiffusion:
 
         Raises:
             ValueError: a number of steps that DDIM cannot take, a size that is no whole number of latents, a
-                ``selective`` that is not from 0 to 1.
+                ``selective`` or ``eta`` that is not from 0 to 1.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         noise = self.starting_noise(range(seed, seed + len(prompts)), height, width)

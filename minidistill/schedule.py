@@ -134,9 +134,12 @@ def ddim_sample(
 ) -> Iterator[Tensor]:
     """Denoise z_T [B, 4, h, w] in ``steps`` calls of ``model(z_t, t)``, t [B] int64; yields z_t after each step.
 
-    What the model predicts, eps or v, is what ``schedule`` says. Raises ValueError for more steps than it has.
+    What the model predicts, eps or v, is what ``schedule`` says. Raises ValueError for more steps than it has, and for
+    an eta that is not from 0 to 1 (beyond, more noise would be added than there is at the next step).
     ``generator`` draws the noise that eta > 0 asks for: one for all, or one for each picture of the batch.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is from 0, deterministic, to 1, as much noise as DDPM adds; not {eta:g}.")
     z_t = z_T
     for t in schedule.timesteps(steps):
         t_next = t - schedule.train_steps // steps

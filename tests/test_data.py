@@ -2,7 +2,8 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -51,6 +52,20 @@ def test_a_file_counts_more_than_the_models_captions(tmp_path: Path, prompts_fil
     lines = prompts_file.read_text().splitlines()
     train, held_out = prompt_split(tmp_path, prompts_file)
     assert held_out == lines[::10] and sorted(train + held_out) == sorted(lines)
+
+
+@pytest.mark.parametrize(
+    "contents, complaint",
+    [
+        ("[{", "is damaged"),
+        ('[{"held_out": false}]', "is damaged"),
+        ('[{"caption": "a", "held_out": false}]', "should have captions"),
+    ],
+)
+def test_compositions_that_cannot_be_used(contents: str, complaint: str, tmp_path: Path):
+    (tmp_path / "compositions.json").write_text(contents)
+    with pytest.raises(ValueError, match=f"compositions.json {complaint}"):
+        prompt_split(tmp_path)
 
 
 def test_our_own_list(tmp_path: Path):
@@ -239,9 +254,28 @@ def test_more_are_added_to_what_is_there(sd: StableDiffusion, tmp_path: Path, ca
     assert contents(tmp_path / "grown") == contents(tmp_path / "at once")
 
 
-def test_trajectories_of_other_weights_are_refused(sd: StableDiffusion, tmp_path: Path):
-    made(sd, tmp_path)
+def other_unet(sd: StableDiffusion) -> None:
     sd.unet.conv_out.weight[0, 0, 0, 0] += 1e-6
+
+
+def other_text_encoder(sd: StableDiffusion) -> None:
+    next(sd.text_encoder.parameters()).view(-1)[0] += 1e-6
+
+
+def other_tokenizer(sd: StableDiffusion) -> None:
+    sd.tokenizer.pad_token = "!"
+
+
+def other_schedule(sd: StableDiffusion) -> None:
+    sd.schedule = replace(sd.schedule, final_alpha=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("other", [other_unet, other_text_encoder, other_tokenizer, other_schedule])
+def test_trajectories_of_another_teacher_are_refused(
+    other: Callable[[StableDiffusion], None], sd: StableDiffusion, tmp_path: Path
+):
+    made(sd, tmp_path)
+    other(sd)
     with pytest.raises(ValueError, match="other settings"):
         made(sd, tmp_path)
 

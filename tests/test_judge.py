@@ -110,7 +110,7 @@ def test_mean_distance_is_within_compositions():
 
 
 def test_held_out(tmp_path):
-    path = tmp_path / "compositions.json"
+    path = tmp_path / "new/compositions.json"
     write_compositions(path)
     every = [c for c in all_compositions() if c.held_out]
     assert judge.held_out(path) == every
@@ -182,7 +182,13 @@ def test_main_draws_judges_and_writes(tmp_path, monkeypatch, capsys):
     assert "| student, one pass | " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [["--seeds", "1"], ["--limit", "0"]])
-def test_useless_numbers_are_refused(flags):
-    with pytest.raises(ValueError, match="--seeds"):
-        judge.main(flags)
+@pytest.mark.parametrize("flag", ["--steps", "--seeds", "--limit", "--batch"])
+def test_a_number_below_one_is_refused_by_its_flag(flag, capsys):
+    with pytest.raises(SystemExit):
+        judge.main([flag, "0"])
+    assert f"argument {flag}" in capsys.readouterr().err
+
+
+def test_one_seed_is_refused():
+    with pytest.raises(ValueError, match="--seeds has to be 2"):
+        judge.main(["--seeds", "1"])

@@ -1,16 +1,25 @@
 """How the embedded model is trained: a stage goes on where it stopped, and the empty prompt becomes a weak one."""
 
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY_SIZE
+from tiny import ROOT, TINY_SIZE
 from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPTokenizer
 
+from minidistill import load
+from minidistill.pocket import __main__ as command
+from minidistill.pocket.clip import clip_config
+from minidistill.pocket.compositions import EMOJI, all_compositions
 from minidistill.pocket.denoiser import Captioned, train_unet, weaken
 from minidistill.pocket.stage import fit
 from minidistill.schedule import clean_and_noise
 from minidistill.unet import UNet
+
+FOLDER = ROOT / "weights/pocket-emoji"
 
 
 def test_a_stage_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
@@ -67,3 +76,40 @@ def test_dropped_captions_give_way_to_the_empty_prompt(tmp_path: Path, dropout: 
     data = Captioned(torch.randn(8, 4, 8, 8), torch.arange(8) % 3, torch.ones(3, 5, 12), torch.zeros(5, 12))
     train_unet(unet, data, tmp_path / "state.pt", steps=2, lr=1e-3, dropout=dropout, batch=4)
     assert len(seen) == 2 and all((context == 1 - dropout).all() for context in seen)
+
+
+def test_the_command_makes_a_model_and_does_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its stages, with two updates each, on noise in place of emoji, which need their font."""
+    some = [c for c in all_compositions() if c.emoji in EMOJI[:6]]
+    noise = torch.randint(256, (len(some), 3, 64, 64), dtype=torch.uint8), torch.arange(len(some))
+    monkeypatch.setattr(command, "all_compositions", lambda: some)
+    monkeypatch.setattr(command, "render", lambda *args, **options: noise)
+    for stage in ("train_clip", "tune_pictures"):
+        monkeypatch.setattr(command, stage, partial(getattr(command, stage), steps=2, batch=8))
+    monkeypatch.setattr(command, "ROUNDS", ((2, 1e-3), (2, 1e-3)))
+    for stage in ("WEAK", "WEAKENING"):
+        monkeypatch.setattr(command, stage, (2, 1e-3))
+    flags = ["--out", tmp_path / "new/model", "--work", tmp_path / "work", "--vae-steps", 2]
+    monkeypatch.setattr(sys, "argv", ["pocket", *map(str, flags)])
+
+    command.main()
+    networks = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
+    command.main()
+    assert networks == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
+    (picture,) = load(tmp_path / "new/model").sample(some[0].caption, steps=2, guidance=2.5)
+    assert picture.size == (64, 64)
+
+
+def test_without_the_font_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pocket", "--font", str(tmp_path / "none.ttf"), "--out", str(tmp_path / "model")])
+    with pytest.raises(FileNotFoundError, match=r"none.ttf.*--font"):
+        command.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_clip_that_ships_has_the_recipes_shape() -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")
+    made, shipped = clip_config(tokenizer), CLIPConfig.from_pretrained(FOLDER / "clip")
+    for half in ("text_config", "vision_config"):
+        asked = getattr(made, half).to_dict() | {"dtype": None}
+        assert asked == getattr(shipped, half).to_dict() | {"dtype": None}

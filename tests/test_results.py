@@ -98,6 +98,9 @@ def test_a_sweep(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert Image.open(tmp_path / "out/sweep-layers.png").size[0] > 0
     monkeypatch.setattr(sweeps, "measured", lambda *_: pytest.fail("done again"))
     sweeps.main(flags)
+    monkeypatch.setattr(sweeps, "fingerprint", lambda *networks: "other weights, of the same name")
+    with pytest.raises(pytest.fail.Exception, match="done again"):
+        sweeps.main(flags)
     with pytest.raises(ValueError, match="no sweep called colour"):
         sweeps.main(["colour"])
 

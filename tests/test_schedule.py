@@ -217,6 +217,12 @@ def test_eta_draws_from_the_generator():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
+def test_an_eta_that_is_none(eta: float):
+    with pytest.raises(ValueError, match="eta is from 0"):
+        last(ddim_sample(gaussian_model(schedule()), schedule(), randn(1, 4, 3, 3), 5, eta))
+
+
 def test_inversion_comes_back():
     s, z_0 = schedule(), 0.5 * randn(1, 4, 8, 8, dtype=torch.float64)
 

@@ -133,6 +133,11 @@ def test_plain_distillation_leaves_a_model_of_its_own(command, flags: Flags, tin
     again = command("train.py", *flags(out, method="full"))
     assert "holds a run already" in again.complaint
     assert command("train.py", *flags(out, method="full"), "--resume").code == 0  # as after a stop in the report
+    shutil.rmtree(out / "checkpoints")
+    before = listing(out)
+    afresh = command("train.py", *flags(out, method="full", guidance=5.0), "--resume")
+    assert "holds a result, and no checkpoint" in afresh.complaint
+    assert listing(out) == before
 
 
 def test_learning_lowers_the_loss(command, flags: Flags, tmp_path: Path):
@@ -195,6 +200,11 @@ def test_resuming_with_another_teacher_is_refused(command, flags: Flags, style: 
     shutil.rmtree(tmp_path / "run/states")
     other = flags(tmp_path / "run", teacher_lora=f"{style}:0.5")
     assert f"--teacher-lora {style}:1" in command("train.py", *other, "--no-report", "--resume").complaint
+
+
+def test_a_student_is_no_style(full, command, flags: Flags, tmp_path: Path):
+    result = command("train.py", *flags(tmp_path / "run", teacher_lora=full[0] / "lora.safetensors"))
+    assert "has learned guidance" in result.complaint and not (tmp_path / "run").exists()
 
 
 def test_a_style_for_another_model(command, flags: Flags, tmp_path: Path):
@@ -389,6 +399,16 @@ def test_resume_with_other_settings_is_refused(changes: dict, full, command, fla
     result = command("train.py", *flags(full[0], **changes), "--resume")
     assert "settings" in result.complaint or f"--{next(iter(changes))}" in result.complaint
     assert listing(full[0]) == before
+
+
+def test_resume_with_other_prompts_in_the_file_is_refused(command, flags: Flags, prompts_file: Path, tmp_path: Path):
+    own = tmp_path / "prompts.txt"
+    own.write_text(prompts_file.read_text())
+    command("train.py", *flags(tmp_path / "run", prompts=own), "--no-report")
+    shutil.rmtree(tmp_path / "run/states")
+    own.write_text(prompts_file.read_text() + "a blue boat\n")
+    result = command("train.py", *flags(tmp_path / "run", prompts=own), "--no-report", "--resume")
+    assert f"--prompts {own}" in result.complaint
 
 
 def truncated(contents: bytes) -> bytes:

@@ -18,7 +18,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from minidistill.data import prompt_split, spread
+from minidistill.data import fingerprint, prompt_split, spread
 from minidistill.evaluate.metrics import interval, noise_error_share, with_interval
 from minidistill.files import written_whole
 from minidistill.layout import write_json
@@ -42,6 +42,7 @@ VALUES = {
     "lr": (0.0005, 0.001, 0.002, 0.004, 0.008),
     "weighting": ("even", "min-snr"),
 }
+STAMP = ("command", "prompts", "teacher")  # in each row: what has these is done
 
 
 @dataclass
@@ -67,15 +68,16 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"There is no sweep called {', '.join(sorted(unknown))}: {', '.join(VALUES)}.")
     file, made = args.out / "sweeps.json", made_by("minidistill.evaluate.sweeps", argv)
     report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    done = {(row["command"], row["prompts"]): row for sweep in report.values() for row in sweep["rows"]}
+    sd = load(args.model)
+    teacher = fingerprint(sd.unet, sd.text_encoder)  # other weights may lie under the same name
+    done = {tuple(map(row.get, STAMP)): row for sweep in report.values() for row in sweep["rows"]}
     for sweep in args.sweeps or VALUES:
         rows = []
         for value in tqdm(VALUES[sweep], desc=f"sweep of {sweep}", unit="run"):
             command = training(args, **{sweep: value})
-            stamp = {"command": shlex.join(["python", *command]), "prompts": args.prompts}
-            key = tuple(stamp.values())
+            key = shlex.join(["python", *command]), args.prompts, teacher
             if key not in done:
-                done[key] = stamp | {"commit": made["commit"]} | measured(args, command)
+                done[key] = dict(zip(STAMP, key)) | {"commit": made["commit"]} | measured(args, command)
             rows.append(done[key] | {"value": value})
             report[sweep] = {"command": made["command"], "rows": rows}
             write_json(file, report)  # as far as it is

@@ -1,11 +1,13 @@
-"""Make the embedded model from scratch: ``python -m minidistill.pocket --out weights/pocket-emoji``.
+"""Make the embedded model from scratch.
+
+  python -m minidistill.pocket --out pocket-emoji
 
 Draws the pictures, then trains a CLIP, a VAE and a UNet, as Stable Diffusion was made, makes the UNet's empty prompt
 weak (denoiser.py says why), and writes the official folder layout. A stage that is whole in the folder is done; VAE and
 UNet go on from where they were stopped; the CLIP, a matter of minutes, starts again.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,19 +24,18 @@ from minidistill.pocket.compositions import all_compositions, write_compositions
 from minidistill.pocket.denoiser import ROUNDS, WEAK, WEAKENING, Captioned, train_unet, weaken
 from minidistill.pocket.pictures import render
 from minidistill.pocket.tokenizer import CONTEXT, write_tokenizer
+from minidistill.settings import count, one_sentence, parse, setting
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m minidistill.pocket", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("weights/pocket-emoji"), help="where the model goes")
-    parser.add_argument("--work", type=Path, default=Path("runs/pocket"), help="where unfinished stages are kept")
-    parser.add_argument("--font", help="path of NotoColorEmoji.ttf (found by itself on Debian)")
-    parser.add_argument("--renders", type=int, default=16, help="pictures of each composition (default: %(default)s)")
-    parser.add_argument("--vae-steps", type=int, default=9000, help="updates of the VAE (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    return parser.parse_args()
+@dataclass
+class Settings:
+    out: Path = setting(Path("weights/pocket-emoji"), "folder of the model", "run")
+    work: Path = setting(Path("runs/pocket"), "folder in which unfinished stages are kept", "run")
+    font: str = setting(None, "path of NotoColorEmoji.ttf (found by itself on Debian)", "how", type=str)
+    renders: int = setting(16, "pictures of each composition", "how", type=count)
+    vae_steps: int = setting(9000, "updates of the VAE", "how", type=count)
 
 
 def write_part(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
@@ -46,15 +47,13 @@ def write_part(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
 
 
 def main() -> None:
-    args = parse()
-    torch.set_num_threads(args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
+    args = parse(Settings, __doc__)
     compositions = all_compositions()
+    pictures, index = render(compositions, args.renders, seed=0, font=args.font)
     write_compositions(args.out / "compositions.json")
     write_json(args.out / "scheduler/scheduler_config.json", published_schedule(ScheduleConfig()))
     write_tokenizer([c.caption for c in compositions], args.out / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
-    pictures, index = render(compositions, args.renders, seed=0, font=args.font)
     held_out = torch.tensor([c.held_out for c in compositions])[index]
     trained, unseen = pictures[~held_out], pictures[held_out]
 
@@ -93,4 +92,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_sentence("minidistill.pocket", "stopped. The same command goes on."):
+        main()

@@ -17,33 +17,22 @@ from minidistill.pocket.compositions import Composition
 from minidistill.pocket.pictures import to_pixels
 from minidistill.pocket.tokenizer import CONTEXT
 
-CLIP_CONFIG = CLIPConfig(
-    projection_dim=128,
-    text_config=dict(
-        vocab_size=1236,
-        bos_token_id=1234,
-        eos_token_id=1235,  # where the caption is pooled
-        pad_token_id=1235,
-        max_position_embeddings=CONTEXT,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        projection_dim=128,
-        hidden_act="quick_gelu",
-    ),
-    vision_config=dict(
-        image_size=64,
-        patch_size=16,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        projection_dim=128,
-        hidden_act="quick_gelu",
-    ),
-)
 MAX_LOGIT_SCALE = math.log(100)  # as in CLIP
+
+
+def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
+    """Two transformers for captions and pictures of 64x64, and one embedding of both."""
+    both = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, projection_dim=128)
+    text = dict(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,  # where the caption is pooled
+        pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=CONTEXT,
+        num_hidden_layers=3,
+    )
+    pictures = dict(image_size=64, patch_size=16, num_hidden_layers=4)
+    return CLIPConfig(text_config=text | both, vision_config=pictures | both, projection_dim=128)
 
 
 def tokenize(captions: list[str], tokenizer: CLIPTokenizer) -> Tensor:
@@ -69,7 +58,7 @@ def train_clip(
     compositions, so that no caption is a negative of its own picture.
     """
     torch.manual_seed(seed)
-    model = CLIPModel(CLIP_CONFIG).train()
+    model = CLIPModel(clip_config(tokenizer)).train()
     ids = tokenize([c.caption for c in compositions], tokenizer)  # [C, L]
     trained = torch.tensor([i for i, c in enumerate(compositions) if not c.held_out])
     pictures_of = [(index == i).nonzero().squeeze(1) for i in range(len(compositions))]

@@ -6,6 +6,8 @@ import unicodedata
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from minidistill.files import written_whole
+
 ANIMALS = (
     "🐶🐱🐭🐹🐰🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐔🐧🐦🐤🦉🐺🐗🐴🦄🐝🐛🦋🐌🐞🐜🐢🐍🦎🐙🦑🦀🐡🐠🐟🐬🐳🦈🐊🐘🦒🐪🐏🦌🐓🦃🦜🦢🦩🐿🦔"
 )
@@ -63,4 +65,5 @@ def write_compositions(path: str | Path) -> None:
     """Write all compositions as a JSON list of `name, colour, rgb, caption, held_out`, one to a line."""
     rows = [asdict(c) for c in all_compositions()]
     lines = [json.dumps({key: row[key] for key in row if key != "emoji"}) for row in rows]
-    Path(path).write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    with written_whole(path) as beside:
+        beside.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")

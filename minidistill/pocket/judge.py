@@ -31,7 +31,7 @@ from minidistill.lora_formats import read_lora
 from minidistill.pipeline import StableDiffusion
 from minidistill.pocket.compositions import COLOURS, EMOJI, Composition, all_compositions
 from minidistill.pocket.pictures import DRAWN_SIZE, find_font, glyph, render
-from minidistill.settings import finite, made_by, one_sentence, parse, setting
+from minidistill.settings import count, finite, made_by, one_sentence, parse, setting
 
 TEMPLATE_SIDE = 32  # templates are compared at this size
 TEMPLATE_SIZES = 5  # sizes of each emoji, from the smallest that is drawn to the largest
@@ -47,10 +47,10 @@ class Settings:
     lora: Path = setting(None, "a distilled LoRA: its student is judged too, in one pass", "what", type=Path)
     check: bool = setting(False, "judge the judges instead: rendered pictures, plain and degraded", "what")
     guidance: float = setting(None, "guidance scale (default: the LoRA's own, else 2.5)", "how", type=finite)
-    steps: int = setting(25, "DDIM steps", "how")
-    seeds: int = setting(4, "pictures of each held-out composition", "how")
-    limit: int = setting(None, "judge only this many compositions, evenly chosen", "how", type=int)
-    batch: int = setting(32, "pictures drawn at once", "how")
+    steps: int = setting(25, "DDIM steps", "how", type=count)
+    seeds: int = setting(4, "pictures of each held-out composition", "how", type=count)
+    limit: int = setting(None, "judge only this many compositions, evenly chosen", "how", type=count)
+    batch: int = setting(32, "pictures drawn at once", "how", type=count)
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to draw", "how")
     out: Path = setting(None, "a JSON file for the numbers", "files", type=Path)
     work: Path = setting(Path("runs/pocket"), "folder in which the trained classifier is kept", "files")
@@ -275,8 +275,8 @@ def drawings(sd: StableDiffusion, args: Settings, prompts: list[str]) -> dict[st
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Settings, __doc__, argv)
-    if args.seeds < 2 or (args.limit is not None and args.limit < 1):
-        raise ValueError("--seeds has to be 2 at least, for a distance over seeds, and --limit 1.")
+    if args.seeds < 2:
+        raise ValueError("--seeds has to be 2 at least, for a distance over seeds.")
     compositions = held_out(args.model / "compositions.json", args.limit)
     classifier = load_classifier(args.work, args.font)
     if args.check:

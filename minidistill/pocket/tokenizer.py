@@ -40,8 +40,8 @@ def learn_merges(words: set[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def write_tokenizer(captions: list[str], folder: str | Path) -> int:
-    """Write the files that transformers' CLIPTokenizer reads; returns the number of tokens.
+def write_tokenizer(captions: list[str], folder: str | Path) -> None:
+    """Write the files that transformers' CLIPTokenizer reads.
 
     As in CLIP: 256 bytes, the same 256 at the end of a word, the merges, then the two special tokens. Padding is the
     end token, as in Stable Diffusion 1.x. Captions are lower-case words of ASCII letters between single blanks.
@@ -69,4 +69,3 @@ def write_tokenizer(captions: list[str], folder: str | Path) -> int:
         (folder / name).write_text(text + "\n", encoding="utf-8")
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return len(tokens)
