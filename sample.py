@@ -17,7 +17,7 @@ from minidistill import load, merge_lora
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.files import written_whole
 from minidistill.lora_files import inject_file, merge_file, student_and_styles
-from minidistill.lora_formats import read_lora
+from minidistill.lora_formats import read_lora, read_run
 from minidistill.settings import (
     ModelSettings,
     ScaledFile,
@@ -47,7 +47,7 @@ class Settings(ModelSettings):
         "model",
         type=ScaledFile.parse,
         action="append",
-        metavar="FILE[:SCALE]",
+        metavar="RUN_OR_LORA[:SCALE]",
     )
     lora_scale: float = setting(
         1.0,
@@ -73,9 +73,12 @@ def main() -> None:
     one_file = args.out.suffix == ".png"
     if one_file and len(args.prompt) > 1 and not args.compare:
         raise ValueError(f"--out {args.out} is one file for {len(args.prompt)} pictures: name a folder.")
-    student, styles = student_and_styles([read_lora(*file) for file in args.lora or []])
+    student, styles = student_and_styles([read_run(*file) for file in args.lora or []])
     if args.compare and student is None:
-        student = read_lora(args.model / SHIPPED_LORA)
+        shipped = args.model / SHIPPED_LORA
+        if not shipped.is_file():
+            raise ValueError(f"--compare needs a student: there is no {shipped}, so name one with --lora.")
+        student = read_lora(shipped)
     if student is None and args.lora_scale != 1:
         raise ValueError("--lora-scale is the strength of a student: give its --lora.")
     if student and not args.compare and (args.guidance is not None or args.negative_prompt or args.selective):

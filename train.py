@@ -60,7 +60,7 @@ class Settings(ModelSettings):
     negative_prompt: str = setting("", "what guidance leads away from, which the student learns too", "teacher")
     teacher_lora: ScaledFile = setting(
         None,
-        "a style, any LoRA file, that the teacher draws in: merged into W",
+        "a style, a LoRA file that is no student, that the teacher draws in: merged into W",
         "teacher",
         type=ScaledFile.parse,
         metavar="FILE[:SCALE]",
@@ -92,7 +92,7 @@ class Settings(ModelSettings):
     batch: int = setting(16, "examples an update, in all processes; pictures drawn at once", "student", type=count)
     lr: float = setting(
         None,
-        "peak learning rate (default: 0.128 / the UNet's first width; of a full copy 0.02)",
+        "peak learning rate (default: 0.128 / the UNet's first width; of a full copy 0.02 / that)",
         "student",
         type=positive,
     )
@@ -208,7 +208,8 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     fixed["model"] += f" ({weights})"  # other weights may lie under the same name
     if args.images:
         fixed["images"] += f" ({images.version(pictures)})"  # and other pictures
-    fixed["prompts"] += f" ({digest(str(captions).encode())})"  # or prompts
+    else:
+        fixed["prompts"] += f" ({digest(str(captions).encode())})"  # or prompts
     losses = resume(out, trainable, optimizer, fixed)  # none, in a new run
     ranks.as_first([p.data for p in trainable])  # random numbers may differ from one kind of GPU to another
 
@@ -267,7 +268,7 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
                 batch = z_t, t, embeddings[caption_of[trajectory]], eps_hat
             if args.weighting == "min-snr":
                 weight = min_snr_weight(sd.schedule, t, MIN_SNR)
-            else:  # on trajectories the loss is then the very noise error that is asked of the student
+            else:  # on trajectories the loss is then the noise error that is asked of the student
                 weight = torch.ones(len(t), 1, 1, 1)
             batch = [data.to_device(ranks.part(x), sd.device) for x in (weight, *batch)]
 

@@ -31,6 +31,7 @@ from minidistill.kernels.op import lora_linear
 from minidistill.layout import write_json
 from minidistill.lora import inject_lora, lora_layers
 from minidistill.settings import count, made_by, parse, setting
+from minidistill.timing import markdown_table
 from minidistill.unet import UNet
 
 
@@ -264,7 +265,7 @@ def markdown(rows: list[dict]) -> str:
             line = [layer_of(row), str(row["rank"]), *times, row["dispatched"]]
             line += [f"{row['tflops']['fused']:.0f}", f"{row['of_roofline']['fused']:.2f}"]
             lines.append([*line, *(f"{row['errors'][name]:.1e}" for name in ("fused", "addmm"))])
-        text += "".join("| " + " | ".join(line) + " |\n" for line in lines)
+        text += f"{markdown_table(lines)}\n"
     return text
 
 

@@ -66,8 +66,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def plain_metadata(file: LoRAFile) -> dict[str, str]:
-    """What the file says of itself, less what it says of alpha, which is in the tensors that are written."""
-    return {key: value for key, value in file.metadata.items() if key not in ("alpha", "lora_adapter_metadata")}
+    """What the file says of itself, less what it says of alpha, which is in the tensors that are written.
+
+    The guidance is that of the scale it was read at: half a student of guidance 4 is one of 2.5.
+    """
+    said = {key: value for key, value in file.metadata.items() if key not in ("alpha", "lora_adapter_metadata")}
+    return said | ({"guidance": f"{file.guidance:g}"} if file.is_student else {})
 
 
 SD_VERSIONS = {768: "sd_v1", 1024: "sd_v2"}  # by the width of the context

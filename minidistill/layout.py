@@ -120,7 +120,7 @@ def refuse_others(found: dict, fixed: dict, file: Path) -> None:
 
 Config = TypeVar("Config", UNetConfig, VAEConfig, ScheduleConfig)
 MOST = {"layers": 4, "depth": 10, "mid_depth": 10}  # of these, a large number would be modules without end
-LEAST = {"depth": 0, "steps_offset": 0}
+LEAST = {"depth": 0}
 
 
 def plausible(value: object, like: object, least: int = 1, most: int = 2**16) -> bool:
@@ -164,6 +164,9 @@ def read_unet_config(file: Path) -> UNetConfig:
         side = found.get("sample_size")
         if isinstance(side, list) and side == side[:1] * 2:
             side = side[0]
+        written_by = str(found.get("_diffusers_version", "1.0")).split(".")[:2]
+        if side == 32 and [int(number) for number in written_by] < [0, 9]:
+            side = 64  # early converters wrote 32 for all of SD 1.x; the official pipeline puts 64 in its place too
         depth = per_level(found.get("transformer_layers_per_block", 1), len(widths))
         config = UNetConfig(
             widths=widths,
@@ -174,7 +177,7 @@ def read_unet_config(file: Path) -> UNetConfig:
             heads=per_level(found.get("num_attention_heads") or found.get("attention_head_dim", 8), len(widths)),
             context_width=found.get("cross_attention_dim", 1280),
             linear_projection=found.get("use_linear_projection", False),
-            upcast_attention=found.get("upcast_attention", False),
+            upcast_attention=found.get("upcast_attention") or False,  # of converted checkpoints it is null
             groups=found.get("norm_num_groups", 32),
             sample_size=64 if side is None else side,
         )
@@ -182,7 +185,7 @@ def read_unet_config(file: Path) -> UNetConfig:
 
 
 def published_unet(config: UNetConfig) -> dict:
-    """The inverse of ``read_unet_config``."""
+    """The inverse of ``read_unet_config``, for the one transformer layer a block that SD 1.x and 2.x have."""
     blocks = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.depth]
     return {
         "_class_name": "UNet2DConditionModel",

@@ -90,9 +90,10 @@ def student_and_styles(files: list[LoRAFile]) -> tuple[LoRAFile | None, list[LoR
     if len(students) > 1:
         raise ValueError(f"{' and '.join(str(f.path) for f in students)} have each learned guidance: give one of them.")
     teacher_lora = students[0].metadata.get("teacher_lora") if students else None
-    if teacher_lora and teacher_lora.rpartition(":")[0] not in [f.path.name for f in styles]:
+    if teacher_lora and teacher_lora not in [f"{f.path.name}:{f.scale:g}" for f in styles]:
         warnings.warn(
-            f"{students[0].path} was distilled from a teacher with the LoRA {teacher_lora}: give that one too.",
+            f"{students[0].path} was distilled from a teacher with the LoRA {teacher_lora}: "
+            "give that one too, at that strength.",
             stacklevel=2,
         )
     return (students[0] if students else None), styles

@@ -113,7 +113,7 @@ PARTS = {
     ".lora_up": "up",
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
-    ".lora.down.weight": "down",  # diffusers' training scripts name attention so, and the rest like peft
+    ".lora.down.weight": "down",  # diffusers' former training scripts name attention so, and the rest like peft
     ".lora.up.weight": "up",
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
@@ -172,6 +172,9 @@ def sort_out(path: Path, stored: Mapping[str, StoredTensor]) -> tuple[dict[str, 
     parts: dict[str, dict[str, StoredTensor]] = {}
     of_text_encoder, others = [], []
     for key, tensor in stored.items():
+        # diffusers' first training scripts hung the LoRA on attention's processor.
+        key = re.sub(r"\.processor\.(to_[qkv])_lora\.", r".\1.lora.", key)
+        key = key.replace(".processor.to_out_lora.", ".to_out.0.lora.")
         ending = next((ending for ending in PARTS if key.endswith(ending)), None)
         if key.startswith(("text_encoder", "lora_te")):
             of_text_encoder.append(key)

@@ -37,7 +37,7 @@ from minidistill.distill import student, teacher
 from minidistill.guidance import guided_noise
 from minidistill.layout import write_json
 from minidistill.settings import count, made_by, one_sentence, parse, setting
-from minidistill.timing import device_name
+from minidistill.timing import device_name, markdown_table
 from minidistill.unet import UNet
 
 SIZES = {"sd15": contestants.SIZES["sd15"], "sd21": replace(contestants.SIZES["sd15"], unet=SD21_BASE_UNET)}
@@ -276,7 +276,7 @@ def markdown(size: str, rows: dict[str, dict]) -> str:
         line += [f"{row[column] / 1e6:,.0f}" for column in columns] + [f"{row['peak'] / baseline - 1:+.0%}"]
         found = row["measured"]
         lines.append(line + ([f"{found / 1e6:,.0f}", f"{found / row['peak'] - 1:+.0%}"] if found else ["", ""]))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(lines)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -27,6 +27,7 @@ from minidistill.layout import write_json
 from minidistill.memory import SIZES, Live, Program, counted, lora, sampling
 from minidistill.recompute import LOW_MEMORY, multiply_adds
 from minidistill.settings import count, made_by, one_sentence, parse, setting
+from minidistill.timing import markdown_table
 from minidistill.vae import VAE
 
 RANK = 16
@@ -160,8 +161,7 @@ def card(recipe: Card, size: Size) -> dict[str, int]:
 
 
 def markdown(lines: list[list[str]]) -> str:
-    lines = [lines[0], ["---"] + ["---:"] * (len(lines[0]) - 1), *lines[1:]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table([lines[0], ["---"] + ["---:"] * (len(lines[0]) - 1), *lines[1:]])
 
 
 def table(rows: list[dict], batches: list[int]) -> str:

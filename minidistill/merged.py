@@ -102,6 +102,8 @@ def write_file_of_file(source: Path, change: Change, out: Path, metadata: Mappin
     stored, header = read_tensors(source)
     tensors = loaded({name: tensor for name, tensor in stored.items() if not name.startswith(EMA)})
     tensors |= {unet.called(name): tensor for name, tensor in change(loaded(unet.tensors)).items()}
+    predicts = MODELSPEC.get(metadata.get("prediction"))  # which no tensor shows
+    header = header | ({"modelspec.prediction_type": predicts} if predicts else {})
     write_tensors(out, tensors, {**header, **metadata})
 
 

@@ -1,8 +1,9 @@
-"""A clock, and the name of what it timed: what the benchmarks share."""
+"""A clock, the name of what it timed, and a table of it: what the benchmarks share."""
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
     """Seconds, until the device is done."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
     run()
@@ -24,3 +25,8 @@ def device_name(device: torch.device) -> str:
     info = Path("/proc/cpuinfo")
     models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return models[0].split(": ")[1] if models else platform.processor() or platform.machine()
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """In Markdown: the titles, what lies under them (``---``), and the rows."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

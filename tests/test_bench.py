@@ -173,7 +173,6 @@ def test_memory_of_a_fresh_process() -> None:
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--repeats", "0"], "--repeats is 1 or more"),
         (["--row", "unet/theirs"], "unet/ours"),
         (["--row", "unet/ours", "--size", "pocket", "sd15"], "one --size"),
     ],

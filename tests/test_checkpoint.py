@@ -288,13 +288,26 @@ def test_what_a_text_encoder_does_not_have(changes: dict, folder: Path, sd: Stab
     assert torch.equal(found.encode_prompt(["an apple"]), sd.encode_prompt(["an apple"]))
 
 
-@pytest.mark.parametrize("changes", [dict(sample_size=[8, 8]), dict(only_cross_attention=[False, False])], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [dict(sample_size=[8, 8]), dict(only_cross_attention=[False, False]), dict(upcast_attention=None)],
+    ids=str,
+)
 def test_the_same_said_otherwise(changes: dict, folder: Path, sd: StableDiffusion) -> None:
     config = folder / "unet/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     assert load(folder).unet.config == sd.unet.config
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": None}))
     assert load(folder).unet.config.sample_size == 64
+
+
+@pytest.mark.parametrize("version, side", [("0.4.0.dev0", 64), ("0.8.1", 64), ("0.9.0", 32), ("0.42.1", 32)])
+def test_the_size_that_early_converters_wrote(version: str, side: int, folder: Path) -> None:
+    """diffusers' pipeline takes 64 in its place for what was written before 0.9."""
+    config = folder / "unet/config.json"
+    changes = {"sample_size": 32, "_diffusers_version": version}
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    assert load(folder).unet.config.sample_size == side
 
 
 def test_a_configuration_of_any_length(folder: Path) -> None:

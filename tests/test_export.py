@@ -98,6 +98,7 @@ def test_half_of_it(run: Path):
     export.main([f"{run}:0.5", "--to", "peft"])
     whole, half = (read_lora(run / name).layers for name in ("lora.safetensors", "lora-peft.safetensors"))
     assert all(torch.equal(half[name].up, 0.5 * pair.scale * pair.up) for name, pair in whole.items())
+    assert read_lora(run / "lora-peft.safetensors").guidance == read_lora(run / "lora.safetensors", 0.5).guidance
 
 
 def test_the_command_line(run: Path):
@@ -252,6 +253,15 @@ def test_a_single_file_of_a_single_file(student_of_it: Path, ordinary: Path, tmp
     assert metadata(found)["modelspec.prediction_type"] == "epsilon"
     export.main([str(student_of_it), *flags, str(plain)])
     assert (tmp_path / "lora-checkpoint.safetensors").read_bytes() == found.read_bytes()
+
+
+def test_a_student_knows_what_its_single_file_predicts(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    silent, out = tmp_path / "silent.safetensors", tmp_path / "out.safetensors"
+    export.main([f"{student_of_it}:0", "--to", "checkpoint", "--model", str(ordinary), "--out", str(silent)])
+    save_file(load_file(silent), silent)  # without its header
+    save_file(load_file(student_of_it), student_of_it, metadata(student_of_it) | {"prediction": "v"})
+    export.main([str(student_of_it), "--to", "checkpoint", "--model", str(silent), "--out", str(out)])
+    assert load(out).schedule.prediction == "v"
 
 
 def test_the_averaged_copy_of_a_single_file(student_of_it: Path, ordinary: Path, tmp_path: Path):

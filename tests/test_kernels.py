@@ -21,6 +21,7 @@ from minidistill.kernels.conv import lora_conv
 from minidistill.kernels.dispatch import EVERYWHERE, Region, addmm_chain, dispatched, fits
 from minidistill.kernels.op import lora_linear
 from minidistill.lora import lora_parameters
+from minidistill.recompute import LOW_MEMORY, checkpointed
 
 OPS = torch.ops.minidistill
 CSRC = ROOT / "minidistill/kernels/csrc"
@@ -78,6 +79,17 @@ def test_opcheck(dtype: torch.dtype):
     torch.library.opcheck(OPS.lora_linear.default, (x, W, b, A, B, 0.7))
     dy = randn(2, 7, 16, dtype=dtype)
     torch.library.opcheck(OPS.lora_linear_dx.default, (dy, W, A.detach(), B.detach(), 0.7))
+
+
+def test_the_chain_changes_nothing_that_low_memory_has_kept():
+    """The product with W, dear enough to be kept, is what the pair's is added to."""
+    tensors = layer(4, K=LOW_MEMORY)
+
+    def recomputed(x: Tensor, **others: Tensor | float) -> Tensor:
+        return checkpointed(LOW_MEMORY, lambda x: addmm_chain(x, **others).sin(), x)
+
+    plain = gradients(lambda **of: addmm_chain(**of).sin(), tensors)
+    assert all(torch.equal(found, expected) for found, expected in zip(gradients(recomputed, tensors), plain))
 
 
 def test_rows_that_lie_apart():
@@ -262,6 +274,15 @@ def test_convolutions(kind: str, dtype: torch.dtype):
     )
     for found, expected in zip(fused, plain):
         assert error(found.double(), expected.double()) < 4 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("kind", ["3x3", "1x1"])
+def test_a_convolution_of_no_pictures(kind: str):
+    tensors, how = conv_layer(kind, torch.float32)
+    tensors["x"] = tensors["x"].detach()[:0].requires_grad_()
+    y = lora_conv(EVERYWHERE, *tensors.values(), 0.7, *how)
+    y.sum().backward()
+    assert y.shape == (0, 16, 7, 6) and tensors["x"].grad.shape == (0, 8, 7, 6) and not tensors["A"].grad.any()
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])

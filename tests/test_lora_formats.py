@@ -22,6 +22,9 @@ LAYER, CONV = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "mid_blo
 ENDINGS = {
     "peft": (f"unet.{LAYER}.lora_A.weight", f"unet.{LAYER}.lora_B.weight"),
     "diffusers' scripts": (f"unet.{LAYER}.lora.down.weight", f"unet.{LAYER}.lora.up.weight"),
+    "diffusers' first scripts": tuple(
+        f"{LAYER.replace('.to_q', '.processor.to_q_lora')}.{part}.weight" for part in ("down", "up")
+    ),
     "kohya": tuple(f"lora_unet_{LAYER.replace('.', '_')}.lora_{part}.weight" for part in ("down", "up")),
 }
 
@@ -35,6 +38,12 @@ def one_layer(path: Path, kind: str, extra: dict | None = None, header: dict | N
     """A file with a pair for LAYER in one of the foreign formats."""
     save_file(dict(zip(ENDINGS[kind], pair(rank))) | (extra or {}), path, header)
     return path
+
+
+def test_what_diffusers_first_scripts_call_the_way_out_of_attention(tmp_path: Path):
+    name = LAYER.replace(".to_q", ".processor.to_out_lora")
+    save_file({f"{name}.{part}.weight": x for part, x in zip(("down", "up"), pair())}, tmp_path / "x")
+    assert list(read_lora(tmp_path / "x").layers) == [LAYER.replace(".to_q", ".to_out.0")]
 
 
 def effect(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:

@@ -99,6 +99,12 @@ def test_the_student_is_the_pipelines(sample, tiny_model: Path, lora: Path, tmp_
     assert np.abs(pictures(tmp_path / "out")[0] - expected).max() <= 1
 
 
+def test_a_run_is_named_by_its_folder(sample, lora: Path, tmp_path: Path):
+    for name in (lora, lora.parent):
+        sample(APPLE, "--lora", name, "--out", tmp_path / f"{name.name}.png")
+    assert (tmp_path / f"{lora.name}.png").read_bytes() == (tmp_path / f"{lora.parent.name}.png").read_bytes()
+
+
 def test_batch_does_not_change_the_pictures(sample, calls: list[int], tmp_path: Path):
     for batch in (1, 3):
         sample(APPLE, ROCKET, APPLE, "--batch", batch, "--out", tmp_path / str(batch))
@@ -241,6 +247,8 @@ def test_the_missing_style_of_a_students_teacher_is_named(sample, tiny_model: Pa
     save_lora(student, tmp_path / "student.safetensors", METADATA | dict(teacher_lora="style.safetensors:0.5"))
     with pytest.warns(UserWarning, match="style.safetensors:0.5"):
         sample(APPLE, "--lora", tmp_path / "student.safetensors")
+    with pytest.warns(UserWarning, match="at that strength"):
+        sample(APPLE, "--lora", tmp_path / "student.safetensors", "--lora", style)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         sample(APPLE, "--lora", tmp_path / "student.safetensors", "--lora", f"{style}:0.5")

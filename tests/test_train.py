@@ -406,7 +406,7 @@ def test_resume_with_other_prompts_in_the_file_is_refused(command, flags: Flags,
     own.write_text(prompts_file.read_text())
     command("train.py", *flags(tmp_path / "run", prompts=own), "--no-report")
     shutil.rmtree(tmp_path / "run/states")
-    own.write_text(prompts_file.read_text() + "a blue boat\n")
+    own.write_text(prompts_file.read_text() + "\na blue boat\na red boat\n")
     result = command("train.py", *flags(tmp_path / "run", prompts=own), "--no-report", "--resume")
     assert f"--prompts {own}" in result.complaint
 

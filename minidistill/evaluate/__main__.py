@@ -60,7 +60,7 @@ class Settings(ModelSettings):
         metavar="RUN_OR_LORA[:SCALE]",
     )
     prompts: str = setting("held-out", 'a text file, one prompt a line, or "held-out"', "what")
-    pictures: int = setting(1000, "pictures of each method, as many of each prompt", "what", type=count)
+    pictures: int = setting(1000, "pictures of each method, or more: of each prompt equally many", "what", type=count)
     guidance: float = setting(None, "the teacher's scale (default: what was learned, else 2.5)", "what", type=finite)
     selective: list[float] = setting(
         None,
@@ -77,9 +77,7 @@ class Settings(ModelSettings):
     work: Path = setting(
         Path("runs/evaluation"), "what is drawn is kept here, under kept/: gigabytes at full size", "how"
     )
-    all: bool = setting(
-        False, "make everything in results/ again, with the settings it has; takes no other flag", "how"
-    )
+    all: bool = setting(False, "make results/ again, but for what its README says; takes no other flag", "how")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -227,14 +225,14 @@ def measure(
     return row
 
 
-def frechet_interval(features: Tensor, references: Tensor, each: int, resamples: int = 200) -> Interval:
+def frechet_interval(features: Tensor, references: Tensor, each: int) -> Interval:
     """The distance between two sets of features [P * each, D], of the same prompts in turn, which are resampled.
 
     A resample lacks some prompts, which moves every distance up: it is the width around their mean that counts.
     """
     value = frechet_distance(features, references)
     ours, theirs = (x.view(-1, each, x.shape[-1]) for x in (features, references))
-    again = [frechet_distance(ours[i].flatten(0, 1), theirs[i].flatten(0, 1)) for i in resampled(len(ours), resamples)]
+    again = [frechet_distance(ours[i].flatten(0, 1), theirs[i].flatten(0, 1)) for i in resampled(len(ours), 200)]
     low, high = torch.tensor(again).quantile(torch.tensor([0.025, 0.975])).tolist()
     middle = sum(again) / len(again)
     return Interval(value, max(0.0, value + low - middle), value + high - middle)

@@ -1,4 +1,4 @@
-"""Everything in results/, made again: the commands in their order, and summary.json of what they found."""
+"""results/ made again, as its README says: the commands in their order, and summary.json of what they found."""
 
 import importlib
 import json
@@ -65,7 +65,7 @@ def run() -> None:
         write_json(DONE, done)
     write_json(RESULTS / "summary.json", summary(RESULTS))
     minutes = sum(done[step]["minutes"] for step in STEPS)
-    print(f"\nAll of results/ is made, in {minutes:.0f} minutes. Wrote {RESULTS / 'summary.json'}")
+    print(f"\nresults/ is made, in {minutes:.0f} minutes. Wrote {RESULTS / 'summary.json'}")
 
 
 MEASURES = {

@@ -84,7 +84,6 @@ def noise_error_share(
     guidance: float,
     negative_prompt: str = "",
     noised: bool = False,
-    seed: int = EVALUATION_SEED,
     batch: int = 16,
     progress: bool = False,
     keep: Keep = lambda name, make: make(),
@@ -100,7 +99,7 @@ def noise_error_share(
     found = []  # of each batch: errors, gaps, along, [B, S] each
     for first in tqdm(range(0, len(prompts), batch), desc="noise error", unit="batch", disable=not progress):
         some = list(prompts[first : first + batch])
-        seeds = range(seed + first, seed + first + len(some))
+        seeds = range(EVALUATION_SEED + first, EVALUATION_SEED + first + len(some))
         states = keep(f"{first:06d}", partial(teacher_states, sd, some, seeds, **teacher))
         student = sd.denoiser(sd.encode_prompt(some), lora_enabled=True)
         z_t, eps_hat, eps_cond = (states[name].to(sd.device) for name in ("z_t", "eps_hat", "eps_cond"))
@@ -130,11 +129,11 @@ def resampled(prompts: int, resamples: int) -> Tensor:
     return torch.randint(prompts, (resamples, prompts), generator=torch.Generator().manual_seed(0))
 
 
-def interval(values: Tensor, per: Tensor | None = None, resamples: int = 10_000) -> Interval:
+def interval(values: Tensor, per: Tensor | None = None) -> Interval:
     """sum ``values`` / sum ``per`` (1 each unless given), both [P, ...], with P the prompts that are resampled."""
     per = torch.ones_like(values) if per is None else per
     values, per = values.double().flatten(1).sum(1), per.double().flatten(1).sum(1)
-    chosen = resampled(len(values), resamples)
+    chosen = resampled(len(values), 10_000)
     means = values[chosen].sum(1) / per[chosen].sum(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     return Interval((values.sum() / per.sum()).item(), low, high)

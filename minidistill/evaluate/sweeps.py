@@ -105,7 +105,10 @@ def measured(args: Settings, command: Sequence[str]) -> dict:
     run = Path(command[command.index("--out") + 1])
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)  # with its progress bars
     if done.returncode:
-        raise ValueError(f"python {shlex.join(command)} ended with an error (above).")
+        raise ValueError(
+            f"python {shlex.join(command)} ended with an error (above). If {args.runs} is of another teacher: name "
+            "another --runs."
+        )
     sd, learned = load(args.model, device=ModelSettings.device), read_run(run, 1.0)
     sd.unet = inject_file(sd.unet, learned)
     prompts = spread(prompt_split(args.model)[1], args.prompts)

@@ -35,7 +35,7 @@ def built(capability: tuple[int, int]) -> str | None:
 
     try:
         cpp_extension.load(
-            "minidistill_kernels",
+            "minidistill_kernels_{}{}".format(*capability),  # machines with other cards may share the folder
             [str(CSRC / name) for name in SOURCES],
             extra_cflags=["-O3"],
             extra_cuda_cflags=["-O3", *architecture(capability)],

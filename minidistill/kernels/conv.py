@@ -39,7 +39,7 @@ def to_rows(x: Tensor) -> Tensor:
 def from_rows(rows: Tensor, like: Tensor) -> Tensor:
     """[B * H * W, C] -> [B, C, H, W] in channels_last."""
     B, _, H, W = like.shape
-    return rows.view(B, H, W, -1).permute(0, 3, 1, 2)
+    return rows.view(B, H, W, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 def convolved(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, *how: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -43,10 +43,13 @@ def fits(region: Region, x: Tensor, W: Tensor, A: Tensor) -> bool:
 
 
 def addmm_chain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """The least that cuBLAS needs: y = x W^T + b, t = x A^T, and y += scale t B^T in one call. [..., K] -> [..., N]."""
+    """In three calls of cuBLAS: y = x W^T + b, t = x A^T, y + scale t B^T. [..., K] -> [..., N].
+
+    Not y += ..., which selective checkpointing may have kept.
+    """
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
     y, t = F.linear(rows, W, b), F.linear(rows, A.to(x.dtype))
-    return y.addmm_(t, B.to(y.dtype).T, alpha=scale).view(*x.shape[:-1], len(W))
+    return torch.addmm(y, t, B.to(y.dtype).T, alpha=scale).view(*x.shape[:-1], len(W))
 
 
 def dispatched(region: Region, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
