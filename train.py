@@ -140,11 +140,8 @@ def in_parts(number: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     name = args.model.resolve().name
     out = args.out or Path("runs") / name
-    saved = checkpoint_files(out)
     results = [out / "lora.safetensors", out / "student", out / "student.safetensors"]
-    if any(path.exists() for path in results) and not saved:
-        raise ValueError(f"{out} holds a result, and no checkpoint to go on from: name another --out.")
-    if saved and not args.resume:
+    if any(path.exists() for path in [*checkpoint_files(out), *results]) and not args.resume:
         raise ValueError(f"{out} holds a run already: add --resume to go on with it, or name another --out.")
     if args.guidance == 1:
         raise ValueError("--guidance 1 is no guidance, which takes one pass as it is: there is nothing to distil.")
@@ -211,6 +208,8 @@ def main(args: Settings, ranks: Ranks, held: ExitStack) -> None:
     else:
         fixed["prompts"] += f" ({digest(str(captions).encode())})"  # or prompts
     losses = resume(out, trainable, optimizer, fixed)  # none, in a new run
+    if full and not losses and any(path.exists() for path in results):  # which is not written a second time
+        raise ValueError(f"{out} holds a result, and no checkpoint to go on from: name another --out.")
     ranks.as_first([p.data for p in trainable])  # random numbers may differ from one kind of GPU to another
 
     # The teacher draws its own pictures, or is given some; the student learns from them, and from the way to them.

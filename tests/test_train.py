@@ -133,9 +133,11 @@ def test_plain_distillation_leaves_a_model_of_its_own(command, flags: Flags, tin
     again = command("train.py", *flags(out, method="full"))
     assert "holds a run already" in again.complaint
     assert command("train.py", *flags(out, method="full"), "--resume").code == 0  # as after a stop in the report
-    shutil.rmtree(out / "checkpoints")
+    for file in (out / "checkpoints").iterdir():
+        file.write_bytes(b"")
     before = listing(out)
-    afresh = command("train.py", *flags(out, method="full", guidance=5.0), "--resume")
+    with pytest.warns(UserWarning, match="is damaged and passed over"):
+        afresh = command("train.py", *flags(out, method="full", guidance=5.0), "--resume")
     assert "holds a result, and no checkpoint" in afresh.complaint
     assert listing(out) == before
 
