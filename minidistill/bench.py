@@ -118,9 +118,8 @@ def peak_bytes(make: Callable[[], Callable[[], object]], device: torch.device) -
     """Peak bytes of making something and running it twice, beyond what this process holds before."""
     if cuda := device.type == "cuda":
         torch.cuda.init()
-    before = torch.cuda.memory_allocated(device) if cuda else resident("VmRSS")
-    if cuda:
         torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if cuda else resident("VmRSS")
     run = make()
     run(), run()  # the second update has AdamW's state beside it
     return (torch.cuda.max_memory_allocated(device) if cuda else resident("VmHWM")) - before

@@ -1,4 +1,4 @@
-"""A clock, the name of what it timed, and a table of it: what the benchmarks share."""
+"""A clock, the name of what it timed, and a table of it: what benchmarks and evaluation share."""
 
 import platform
 import time

@@ -11,6 +11,7 @@ from minidistill.evaluate.drawing import Drawn, comparison_grid
 from minidistill.evaluate.metrics import ErrorShare, Interval, with_interval
 from minidistill.files import written_whole
 from minidistill.layout import write_json
+from minidistill.timing import markdown_table
 
 Row = dict[str, Interval]  # what was measured of one method
 
@@ -56,7 +57,7 @@ def markdown(drawn: Sequence[Drawn], rows: Mapping[str, Row]) -> str:
             found = rows[one.method].get(name)
             cells.append(with_interval(found._asdict(), FORMATS.get(name, "{:.1%}")) if found else "")
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(lines)
 
 
 def plot_shares(shares: Mapping[str, ErrorShare], timesteps: Sequence[int], path: Path) -> None:
