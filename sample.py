@@ -15,10 +15,10 @@ from PIL import Image
 
 from minidistill import load, merge_lora
 from minidistill.evaluate import comparison_grid, draw
-from minidistill.files import written_whole
-from minidistill.lora_files import inject_file, merge_file, student_and_styles
-from minidistill.lora_formats import read_lora, read_run
-from minidistill.settings import (
+from minidistill.formats.files import written_whole
+from minidistill.formats.lora_files import inject_file, merge_file, student_and_styles
+from minidistill.formats.lora_formats import read_lora, read_run
+from minidistill.training.settings import (
     ModelSettings,
     ScaledFile,
     count,

@@ -19,21 +19,32 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidistill import data, images, inject_lora, load, save_lora
+from minidistill import inject_lora, load, save_lora
+from minidistill.data import trajectories as data
+from minidistill.data.trajectories import images
 from minidistill.distill import ENOUGH, FullStudent, far_off, learning_rate, student, teacher
 from minidistill.evaluate import comparison_grid, draw
-from minidistill.files import digest, written_whole
+from minidistill.evaluate.report import write_report
+from minidistill.formats.files import digest, written_whole
+from minidistill.formats.lora_files import merge_file
+from minidistill.formats.lora_formats import read_lora
+from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
 from minidistill.lora import DEFAULT_TARGETS
-from minidistill.lora_files import merge_file
-from minidistill.lora_formats import read_lora
-from minidistill.merged import replaced_by, write_checkpoint
-from minidistill.parallel import Ranks, process_group
 from minidistill.pipeline import at_work
-from minidistill.recompute import LOW_MEMORY
-from minidistill.report import write_report
-from minidistill.run import checkpoint_files, lock, resume, save_checkpoint, stop_signals
 from minidistill.schedule import add_noise, min_snr_weight
-from minidistill.settings import ModelSettings, ScaledFile, count, one_sentence, parse, positive, seed_number, setting
+from minidistill.training.ranks import Ranks, process_group
+from minidistill.training.recompute import LOW_MEMORY
+from minidistill.training.run_folder import checkpoint_files, lock, resume, save_checkpoint, stop_signals
+from minidistill.training.settings import (
+    ModelSettings,
+    ScaledFile,
+    count,
+    one_sentence,
+    parse,
+    positive,
+    seed_number,
+    setting,
+)
 
 EVALUATED = 24  # held-out prompts in the report
 SHOWN = 8  # and in the pictures drawn on the way

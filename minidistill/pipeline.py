@@ -13,10 +13,10 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minidistill import text
-from minidistill.checkpoint import read_checkpoint
 from minidistill.config import UNetConfig
+from minidistill.formats.checkpoint import read_checkpoint
+from minidistill.formats.hub import fetch_tokenizer
 from minidistill.guidance import guided_noise, steps_without
-from minidistill.hub import fetch_tokenizer
 from minidistill.schedule import Denoiser, Schedule, ddim_sample
 from minidistill.vae import VAE
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from minidistill.files import CheckpointError, blamed
+from minidistill.formats.files import CheckpointError, blamed
 
 
 def fill_positions(encoder: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minidistill.blocks import Conv2d, ResnetBlock, Upsample, attention, to_picture, to_tokens
 from minidistill.config import UNetConfig
-from minidistill.recompute import checkpointed
+from minidistill.training.recompute import checkpointed
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from minidistill.lora import lora_parameters
-from minidistill.recompute import LOW_MEMORY
+from minidistill.training.recompute import LOW_MEMORY
 
 
 @pytest.fixture(autouse=True)

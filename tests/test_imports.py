@@ -138,13 +138,13 @@ def test_peers_are_for_comparison_only():
     for file in [*SCRIPTS, *PACKAGE, *(ROOT / "tests").glob("*.py")]:
         if file.name != "peers.py":
             assert not {name.split(".")[0] for name in imports(file)} & PEERS, file
-    knowing = [name for name in MODULES if "minidistill.peers" in imports(MODULES[name])]
-    assert knowing == ["minidistill.contestants"]
+    knowing = [name for name in MODULES if "minidistill.bench.peers" in imports(MODULES[name])]
+    assert knowing == ["minidistill.bench.workloads"]
 
 
 def test_the_benchmark_imports_without_the_peers():
     missing = f"import sys; sys.modules.update(dict.fromkeys({sorted(PEERS)}))"  # importing one is an error
-    subprocess.run([sys.executable, "-c", f"{missing}; import minidistill.bench"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", f"{missing}; import minidistill.bench.speed"], cwd=ROOT, check=True)
 
 
 def test_the_public_surface():

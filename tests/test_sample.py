@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny import ROOT, TINY_UNET, fill_up, tiny_tensors, tiny_unet, write_tiny
 
-from minidistill import StableDiffusion, export, inject_lora, load, load_lora, merge_lora, save_lora
+from minidistill import StableDiffusion, inject_lora, load, load_lora, merge_lora, save_lora
+from minidistill.export import __main__ as export
 from minidistill.lora import lora_layers
 from minidistill.unet import UNet
 

@@ -22,12 +22,13 @@ from safetensors.torch import load_file
 from tiny import ROOT, TINY_UNET, fill_up, tiny_unet
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from minidistill import data, inject_lora, load, load_lora, save_lora
+from minidistill import inject_lora, load, load_lora, save_lora
+from minidistill.data import trajectories as data
+from minidistill.formats.lora_files import merge_file
+from minidistill.formats.lora_formats import read_lora
+from minidistill.formats.tensor_files import read_tensors
 from minidistill.lora import lora_parameters
-from minidistill.lora_files import merge_file
-from minidistill.lora_formats import read_lora
-from minidistill.run import lock, resume, save_checkpoint
-from minidistill.tensor_files import read_tensors
+from minidistill.training.run_folder import lock, resume, save_checkpoint
 
 UPDATES = 6
 Flags = Callable[..., list[str]]

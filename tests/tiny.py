@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from minidistill.bench.workloads import Size
 from minidistill.config import UNetConfig, VAEConfig
-from minidistill.contestants import Size
+from minidistill.formats.single_file import to_single_file
 from minidistill.lora import LoRAModel, inject_lora, lora_layers
-from minidistill.single_file import to_single_file
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 

@@ -25,7 +25,8 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from minidistill.data import fingerprint, prompt_split, spread
+from minidistill.data.prompts import read_prompts
+from minidistill.data.trajectories import fingerprint, prompt_split, spread
 from minidistill.evaluate import everything
 from minidistill.evaluate.drawing import Drawn, draw
 from minidistill.evaluate.metrics import (
@@ -42,11 +43,20 @@ from minidistill.evaluate.metrics import (
 )
 from minidistill.evaluate.results import Row, markdown, plot_shares, write_results
 from minidistill.evaluate.students import one_teacher, read_students
-from minidistill.files import digest, written_whole
+from minidistill.formats.files import digest, written_whole
 from minidistill.lora import merge_lora
 from minidistill.pipeline import StableDiffusion, load
-from minidistill.prompts import read_prompts
-from minidistill.settings import ModelSettings, ScaledFile, count, finite, made_by, one_sentence, parse, setting, share
+from minidistill.training.settings import (
+    ModelSettings,
+    ScaledFile,
+    count,
+    finite,
+    made_by,
+    one_sentence,
+    parse,
+    setting,
+    share,
+)
 
 
 @dataclass

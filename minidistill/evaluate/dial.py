@@ -15,15 +15,15 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from minidistill.data import prompt_split, spread
+from minidistill.data.trajectories import prompt_split, spread
 from minidistill.evaluate.drawing import comparison_grid, draw
 from minidistill.evaluate.metrics import EVALUATION_SEED, interval, noise_error_share, psnr, with_interval
 from minidistill.evaluate.students import read_student
-from minidistill.files import written_whole
-from minidistill.layout import write_json
+from minidistill.formats.files import written_whole
+from minidistill.formats.model_configs import write_json
 from minidistill.lora import merge_lora
 from minidistill.pipeline import load
-from minidistill.settings import ModelSettings, count, made_by, one_sentence, parse, positive, setting
+from minidistill.training.settings import ModelSettings, count, made_by, one_sentence, parse, positive, setting
 
 SHOWN = 6  # columns of pictures
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from minidistill.data import spread
+from minidistill.data.trajectories import spread
 from minidistill.evaluate.metrics import EVALUATION_SEED
 from minidistill.guidance import steps_without
 from minidistill.pipeline import StableDiffusion

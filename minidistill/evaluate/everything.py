@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
-from minidistill.contestants import PEERS
-from minidistill.files import digest
-from minidistill.layout import write_json
+from minidistill.bench.workloads import PEERS
+from minidistill.formats.files import digest
+from minidistill.formats.model_configs import write_json
 
 RESULTS = Path("results")
 DONE = Path("runs/all/done.json")  # steps that need not be run again: delete it to begin anew
@@ -31,13 +31,13 @@ STEPS = {
     "the dial": f"-m minidistill.evaluate.dial {SHIPPED} --out results/dial",
     "what was learned": "-m minidistill.evaluate.spectrum runs/all/full runs/all/trajectories --out results/spectrum",
     # What they cost.
-    "memory": "-m minidistill.memory",
-    "memory, step by step": "-m minidistill.memory_steps",
-    "memory, measured": "-m minidistill.memory --size pocket --device cpu --measure --out results/memory-pocket.json",
-    "memory, measured at full size": "-m minidistill.memory --size sd15 --device cpu --dtype float32 --measure "
+    "memory": "-m minidistill.bench.memory",
+    "memory, step by step": "-m minidistill.bench.memory_steps",
+    "memory, measured": "-m minidistill.bench.memory --size pocket --device cpu --measure --out results/memory-pocket.json",
+    "memory, measured at full size": "-m minidistill.bench.memory --size sd15 --device cpu --dtype float32 --measure "
     "--out results/memory-sd15.json",
-    "time, embedded model": "-m minidistill.bench --size pocket --memory --compile --out results/bench-pocket.json",
-    "time, Stable Diffusion 1.5": "-m minidistill.bench --size sd15 --memory --out results/bench-sd15.json",
+    "time, embedded model": "-m minidistill.bench.speed --size pocket --memory --compile --out results/bench-pocket.json",
+    "time, Stable Diffusion 1.5": "-m minidistill.bench.speed --size sd15 --memory --out results/bench-sd15.json",
 }
 
 

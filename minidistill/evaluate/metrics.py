@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from minidistill.data import teacher_trajectory
+from minidistill.data.trajectories import teacher_trajectory
 from minidistill.pipeline import FRESH_NOISE, StableDiffusion
 from minidistill.schedule import Denoiser, add_noise, fresh_noise
 

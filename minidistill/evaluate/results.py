@@ -7,11 +7,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from minidistill.bench.timing import markdown_table
 from minidistill.evaluate.drawing import Drawn, comparison_grid
 from minidistill.evaluate.metrics import ErrorShare, Interval, with_interval
-from minidistill.files import written_whole
-from minidistill.layout import write_json
-from minidistill.timing import markdown_table
+from minidistill.formats.files import written_whole
+from minidistill.formats.model_configs import write_json
 
 Row = dict[str, Interval]  # what was measured of one method
 

@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from minidistill.checkpoint import read_checkpoint
 from minidistill.evaluate.students import full_student, read_full
-from minidistill.files import written_whole
-from minidistill.layout import write_json
+from minidistill.formats.checkpoint import read_checkpoint
+from minidistill.formats.files import written_whole
+from minidistill.formats.lora_formats import read_run
+from minidistill.formats.model_configs import write_json
 from minidistill.lora import low_rank
-from minidistill.lora_formats import read_run
-from minidistill.settings import ModelSettings, made_by, one_sentence, parse, setting
+from minidistill.training.settings import ModelSettings, made_by, one_sentence, parse, setting
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 ENDS = torch.tensor([0.1, 0.5, 0.9])  # the middle 80% of the layers, and the median

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from minidistill.checkpoint import read_checkpoint
 from minidistill.distill import FullStudent
-from minidistill.folder import STEMS, read_weights
-from minidistill.lora_files import inject_file
-from minidistill.lora_formats import read_run
+from minidistill.formats.checkpoint import read_checkpoint
+from minidistill.formats.lora_files import inject_file
+from minidistill.formats.lora_formats import read_run
+from minidistill.formats.model_folder import STEMS, read_weights
+from minidistill.formats.tensor_files import read_tensors
 from minidistill.pipeline import place
-from minidistill.settings import ModelSettings, ScaledFile
-from minidistill.tensor_files import read_tensors
+from minidistill.training.settings import ModelSettings, ScaledFile
 from minidistill.unet import UNet
 
 

@@ -18,15 +18,15 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from minidistill.data import fingerprint, prompt_split, spread
+from minidistill.data.trajectories import fingerprint, prompt_split, spread
 from minidistill.evaluate.metrics import interval, noise_error_share, with_interval
-from minidistill.files import written_whole
-from minidistill.layout import write_json
+from minidistill.formats.files import written_whole
+from minidistill.formats.lora_files import inject_file
+from minidistill.formats.lora_formats import read_run
+from minidistill.formats.model_configs import write_json
 from minidistill.lora import DEFAULT_TARGETS
-from minidistill.lora_files import inject_file
-from minidistill.lora_formats import read_run
 from minidistill.pipeline import load
-from minidistill.settings import ModelSettings, count, made_by, one_sentence, parse, positive, setting
+from minidistill.training.settings import ModelSettings, count, made_by, one_sentence, parse, positive, setting
 
 LAYERS = {  # patterns of layers' names
     "attention": ["*.attn?.to_*"],  # as in the paper's code

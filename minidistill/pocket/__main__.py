@@ -16,15 +16,15 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from minidistill.config import POCKET_UNET, POCKET_VAE, ScheduleConfig
-from minidistill.files import written_whole
-from minidistill.layout import MODEL_INDEX, published_schedule, published_unet, published_vae, write_json
+from minidistill.formats.files import written_whole
+from minidistill.formats.model_configs import MODEL_INDEX, published_schedule, published_unet, published_vae, write_json
 from minidistill.pocket.autoencoder import encode_all, normalise_latents, psnr, train_vae
 from minidistill.pocket.clip import held_out_accuracy, save_clip, train_clip, tune_pictures
 from minidistill.pocket.compositions import all_compositions, write_compositions
 from minidistill.pocket.denoiser import ROUNDS, WEAK, WEAKENING, Captioned, train_unet, weaken
 from minidistill.pocket.pictures import render
 from minidistill.pocket.tokenizer import CONTEXT, write_tokenizer
-from minidistill.settings import count, one_sentence, parse, setting
+from minidistill.training.settings import count, one_sentence, parse, setting
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from minidistill.distill import learning_rate
-from minidistill.files import written_whole
-from minidistill.layout import write_json
+from minidistill.formats.files import written_whole
+from minidistill.formats.model_configs import write_json
 from minidistill.pocket.compositions import Composition
 from minidistill.pocket.pictures import to_pixels
 from minidistill.pocket.tokenizer import CONTEXT

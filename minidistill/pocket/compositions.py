@@ -6,7 +6,7 @@ import unicodedata
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from minidistill.files import written_whole
+from minidistill.formats.files import written_whole
 
 ANIMALS = (
     "🐶🐱🐭🐹🐰🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐔🐧🐦🐤🦉🐺🐗🐴🦄🐝🐛🦋🐌🐞🐜🐢🐍🦎🐙🦑🦀🐡🐠🐟🐬🐳🦈🐊🐘🦒🐪🐏🦌🐓🦃🦜🦢🦩🐿🦔"

@@ -25,13 +25,13 @@ from tqdm import tqdm
 from minidistill import load, load_lora, merge_lora
 from minidistill.evaluate import draw, interval, pixels
 from minidistill.evaluate.metrics import with_interval
-from minidistill.files import written_whole
-from minidistill.layout import write_json
-from minidistill.lora_formats import read_lora
+from minidistill.formats.files import written_whole
+from minidistill.formats.lora_formats import read_lora
+from minidistill.formats.model_configs import write_json
 from minidistill.pipeline import StableDiffusion
 from minidistill.pocket.compositions import COLOURS, EMOJI, Composition, all_compositions
 from minidistill.pocket.pictures import DRAWN_SIZE, find_font, glyph, render
-from minidistill.settings import count, finite, made_by, one_sentence, parse, setting
+from minidistill.training.settings import count, finite, made_by, one_sentence, parse, setting
 
 TEMPLATE_SIDE = 32  # templates are compared at this size
 TEMPLATE_SIZES = 5  # sizes of each emoji, from the smallest that is drawn to the largest

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidistill.distill import learning_rate
-from minidistill.files import written_whole
+from minidistill.formats.files import written_whole
 
 Model = TypeVar("Model", bound=nn.Module)
 

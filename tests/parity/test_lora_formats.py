@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from minidistill import export, inject_lora, load, load_lora, merge_lora, save_lora
+from minidistill import inject_lora, load, load_lora, merge_lora, save_lora
+from minidistill.export import __main__ as export
+from minidistill.formats.lora_files import merge_file
+from minidistill.formats.lora_formats import LoRAFile, Pair, kohya_tensors, peft_tensors, read_lora
+from minidistill.formats.tensor_files import write_tensors
 from minidistill.lora import lora_layers
-from minidistill.lora_files import merge_file
-from minidistill.lora_formats import LoRAFile, Pair, kohya_tensors, peft_tensors, read_lora
-from minidistill.tensor_files import write_tensors
 
 from .helpers import POCKET, PROMPTS, SD1, SD2, diffusers, randn, write_small
 

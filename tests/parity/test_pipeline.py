@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from minidistill import load
-from minidistill.checkpoint import build
-from minidistill.folder import match_text_names, read_weights
-from minidistill.layout import read_json
+from minidistill.formats.checkpoint import build
+from minidistill.formats.model_configs import read_json
+from minidistill.formats.model_folder import match_text_names, read_weights
 from minidistill.schedule import ddim_sample
 from minidistill.text import encode_tokens, fill_positions
 

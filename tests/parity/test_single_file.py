@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from minidistill import load
-from minidistill.checkpoint import read_checkpoint
-from minidistill.layout import read_unet_config, read_vae_config
+from minidistill.formats.checkpoint import read_checkpoint
+from minidistill.formats.model_configs import read_unet_config, read_vae_config
+from minidistill.formats.single_file import to_single_file
 from minidistill.schedule import ddim_sample
-from minidistill.single_file import to_single_file
 
 from .helpers import POCKET, PROMPTS, ddim_scheduler, diffusers, error, randn, shake, small_unet, small_vae
 

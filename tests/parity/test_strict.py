@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minidistill import load
-from minidistill.files import CheckpointError
+from minidistill.formats.files import CheckpointError
 
 from .helpers import write_small
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidistill.checkpoint import build, read_folder
 from minidistill.config import SD15_UNET, SD21_BASE_UNET, SD21_UNET
-from minidistill.folder import read_weights
-from minidistill.layout import read_unet_config
+from minidistill.formats.checkpoint import build, read_folder
+from minidistill.formats.model_configs import read_unet_config
+from minidistill.formats.model_folder import read_weights
 from minidistill.unet import UNet
 
 from .helpers import SD1, SD2, diffusers, error, randn, shake, write_small

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minidistill.checkpoint import build, read_folder
 from minidistill.config import SD15_VAE
-from minidistill.folder import read_weights
-from minidistill.layout import read_vae_config
+from minidistill.formats.checkpoint import build, read_folder
+from minidistill.formats.model_configs import read_vae_config
+from minidistill.formats.model_folder import read_weights
 from minidistill.vae import VAE
 
 from .helpers import diffusers, error, randn, shake, write_small

@@ -1,0 +1,3 @@
+from minidistill.bench.speed import main
+
+main()

@@ -1,0 +1,53 @@
+"""The peers' side of the benchmark: diffusers' UNet and pipeline step, peft's LoRA.
+
+Each function imports the package it uses: this file can then be imported where neither is installed.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minidistill.config import ScheduleConfig, UNetConfig
+from minidistill.formats.model_configs import published_schedule, published_unet
+
+
+def peer_unet(config: UNetConfig, weights: dict[str, Tensor]) -> nn.Module:
+    """diffusers' network of the same configuration, its parameters being ``weights`` themselves."""
+    import diffusers
+
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel.from_config(published_unet(config))
+    unet.load_state_dict(weights, assign=True)
+    return unet.eval().requires_grad_(False)
+
+
+def peer_lora(unet: nn.Module, rank: int, layers: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Have peft add a LoRA to ``layers``; returns its pairs by layer name."""
+    from peft import LoraConfig
+
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers)))
+    found = {name: unet.get_submodule(name) for name in layers}
+    return {n: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for n, layer in found.items()}
+
+
+def peer_guided_picture(
+    unet: nn.Module, z_T: Tensor, contexts: tuple[Tensor, Tensor], guidance: float, steps: int, timed_steps: int
+) -> Callable[[], tuple[Tensor, ...]]:
+    """As diffusers' pipeline does it: both passes in one call, on a batch of two. Returns the latents of each step."""
+    import diffusers
+
+    context = torch.cat(contexts)
+    scheduler = diffusers.DDIMScheduler.from_config(published_schedule(ScheduleConfig()))
+
+    @torch.no_grad()
+    def run() -> tuple[Tensor, ...]:
+        scheduler.set_timesteps(steps, device=z_T.device)
+        latents = [z_T]
+        for t in scheduler.timesteps[:timed_steps]:
+            eps_cond, eps_uncond = unet(latents[-1].expand(2, -1, -1, -1), t, context).sample.chunk(2)
+            eps_hat = torch.lerp(eps_uncond, eps_cond, guidance)
+            latents.append(scheduler.step(eps_hat, t, latents[-1], return_dict=False)[0])
+        return tuple(latents[1:])
+
+    return run

@@ -1,0 +1,99 @@
+"""LoRA between model and file: saved, loaded, merged for good; and which of several is the student."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minidistill.formats.files import CheckpointError
+from minidistill.formats.lora_formats import LoRAFile, read_lora
+from minidistill.formats.tensor_files import write_tensors
+from minidistill.lora import LoRAModel, inject_pairs, lora_layers
+
+
+def save_lora(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write the LoRA of ``model`` to ``path`` as safetensors: ``<layer>.lora_down`` and ``<layer>.lora_up``.
+
+    Rank and alpha go into the header beside ``metadata`` (base, guidance, method, negative_prompt, ...). Raises
+    ValueError when there is no LoRA, or when its layers differ in rank or alpha, as those of foreign files may.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("This model has no LoRA to save: call inject_lora first.")
+    kinds = {(len(layer.lora_down), float(layer.alpha)) for layer in layers.values()}
+    if len(kinds) > 1:
+        raise ValueError(f"Our LoRA files hold one rank and one alpha; the layers of this model have {sorted(kinds)}.")
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{name}.lora_down"] = layer.lora_down.detach().cpu()
+        tensors[f"{name}.lora_up"] = layer.lora_up.detach().cpu()
+    ((rank, alpha),) = kinds
+    write_tensors(path, tensors, {**(metadata or {}), "rank": str(rank), "alpha": repr(alpha).removesuffix(".0")})
+
+
+def load_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> LoRAModel:
+    """Inject and fill: ``model`` with the LoRA in ``path``; ranks, alphas and layers as the file says.
+
+    At a ``scale`` every alpha is so many times what the file says: of a student, a dial for its guidance.
+
+    Raises CheckpointError, with the model untouched, for a file that holds no LoRA, and for a LoRA that belongs to
+    another network: all layers that it names and the model lacks, or that have another shape, are listed.
+    """
+    return inject_file(model, read_lora(path, scale))
+
+
+@torch.no_grad()
+def inject_file(model: nn.Module, file: LoRAFile) -> LoRAModel:
+    """``load_lora`` of a file that has been read."""
+    check_fit(file, dict(model.named_parameters()))
+    model = inject_pairs(model, {name: (pair.rank, pair.alpha) for name, pair in file.layers.items()})
+    for name, layer in lora_layers(model).items():
+        layer.lora_down.copy_(file.layers[name].down)
+        layer.lora_up.copy_(file.layers[name].up)
+    return model
+
+
+@torch.no_grad()
+def merge_file(model: nn.Module, file: LoRAFile) -> None:
+    """W <- W + (alpha / rank) lora_up lora_down for good, with no pair left beside W. Raises as ``load_lora`` does."""
+    weights = dict(model.named_parameters())
+    check_fit(file, weights)
+    for name, pair in file.layers.items():
+        weights[f"{name}.weight"].copy_(pair.added_to(weights[f"{name}.weight"]))
+
+
+def check_fit(file: LoRAFile, weights: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError that lists every layer of ``file`` that ``weights`` lack or have in another shape."""
+    problems = []
+    for name, pair in file.layers.items():
+        weight, shape = weights.get(f"{name}.weight"), (len(pair.up), *pair.down.shape[1:])
+        if weight is None:
+            problems.append(f"no such layer: {name}")
+        elif shape != tuple(weight.shape):
+            problems.append(f"{name} is {list(weight.shape)}, the LoRA is for {list(shape)}")
+    if problems:
+        base = file.metadata.get("base") or file.metadata.get("ss_base_model_version", "an unnamed base")
+        raise CheckpointError(
+            f"{file.path} is a LoRA for another model than this one ({len(problems)} layers differ; "
+            f"it was made for {base}):\n  " + "\n  ".join(problems)
+        )
+
+
+def student_and_styles(files: list[LoRAFile]) -> tuple[LoRAFile | None, list[LoRAFile]]:
+    """Which of several LoRAs is the student, if any; the others belong to W, its teacher's too.
+
+    Raises ValueError for two students. Warns when the student's teacher had a style that is not among the files.
+    """
+    students, styles = [f for f in files if f.is_student], [f for f in files if not f.is_student]
+    if len(students) > 1:
+        raise ValueError(f"{' and '.join(str(f.path) for f in students)} have each learned guidance: give one of them.")
+    teacher_lora = students[0].metadata.get("teacher_lora") if students else None
+    if teacher_lora and teacher_lora not in [f"{f.path.name}:{f.scale:g}" for f in styles]:
+        warnings.warn(
+            f"{students[0].path} was distilled from a teacher with the LoRA {teacher_lora}: "
+            "give that one too, at that strength.",
+            stacklevel=2,
+        )
+    return (students[0] if students else None), styles

@@ -1,0 +1,286 @@
+"""images.py: pictures of your own become latents, once, as the VAE makes them, and what is left out is named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import error, write_tiny
+from torch import Tensor
+
+from minidistill import StableDiffusion
+from minidistill.data.images import Latents, encode, read_folder, read_picture
+from minidistill.formats.lora_formats import read_lora
+
+SIDE = 16  # of the tiny model's pictures
+
+
+def pixels(seed: int, height: int = SIDE, width: int = SIDE) -> np.ndarray:
+    """Smooth and different: [H, W, 3]."""
+    coarse = torch.rand(1, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
+    smooth = F.interpolate(coarse, size=(height, width), mode="bilinear")[0]
+    return (255 * smooth).byte().permute(1, 2, 0).numpy()
+
+
+def write(file: Path, seed: int, caption: str | None = None, **size: int) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels(seed, **size)).save(file)
+    if caption is not None:
+        file.with_suffix(".txt").write_text(caption)
+    return file
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve good ones, in both layouts."""
+    for i in range(6):
+        write(tmp_path / f"pictures/{i}.png", i, f"picture {i}\n")
+    for i in range(6, 12):
+        write(tmp_path / f"pictures/more/{i}.JPG", i)
+    lines = [json.dumps({"file_name": f"{i}.JPG", "text": f"picture {i}", "other": 1}) for i in range(6, 12)]
+    (tmp_path / "pictures/more/metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "pictures"
+
+
+def encoded(sd: StableDiffusion, folder: Path, cache: Path) -> tuple[Latents, dict[Path, str]]:
+    pictures, _ = read_folder(folder)
+    return encode(sd, pictures, [picture.caption for picture in pictures], cache)
+
+
+@pytest.fixture
+def calls(sd: StableDiffusion) -> list[int]:
+    """The batch size of every call of the VAE's encoder."""
+    sizes: list[int] = []
+    sd.vae.encoder.register_forward_hook(lambda module, args, result: sizes.append(len(result)))
+    return sizes
+
+
+# Finding pictures and captions
+
+
+def test_captions_in_text_files_and_in_metadata(folder: Path):
+    (folder / "more/7.txt").write_text("from its\nown file")
+    pictures, left_out = read_folder(folder)
+    assert [p.file.stem for p in pictures] == ["0", "1", "2", "3", "4", "5", "10", "11", "6", "7", "8", "9"]
+    assert not left_out
+    assert all(p.caption == (f"picture {p.file.stem}" if p.file.stem != "7" else "from its own file") for p in pictures)
+
+
+def test_what_has_no_caption_is_named(folder: Path):
+    write(folder / "silent.png", 20)
+    write(folder / "blank.png", 21, " \n")
+    write(folder / "binary.png", 22).with_suffix(".txt").write_bytes(b"\xff\xfe\x00")
+    with (folder / "more/metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "gone.jpg", "text": "a ghost"}\n')
+    pictures, left_out = read_folder(folder)
+    assert len(pictures) == 12
+    reasons = {file.name: reason for file, reason in left_out.items()}
+    assert set(reasons) == {"silent.png", "blank.png", "binary.png", "gone.jpg"}
+    assert "no caption" in reasons["silent.png"] and "no caption" in reasons["blank.png"]
+    assert "utf-8" in reasons["binary.png"] and "metadata.jsonl" in reasons["gone.jpg"]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"file_name": "0.png"}', '{"file_name": "0.png", "text": 3}', '"\xff"'])
+def test_a_bad_line_of_metadata_is_named(line: str, folder: Path):
+    good = '{"file_name": "0.png", "text": "fine"}'
+    (folder / "metadata.jsonl").write_text(f"{good}\n\n{line}\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"metadata.jsonl, line 3 should read like"):
+        read_folder(folder)
+
+
+def test_nothing_to_learn_from(tmp_path: Path, sd: StableDiffusion):
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
+        read_folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"holds no picture \(.bmp, .* with a caption\.$"):
+        read_folder(tmp_path)
+    write(tmp_path / "a.png", 0)
+    with pytest.raises(ValueError, match="of 1 left out, the first is .*a.png: no caption"):
+        read_folder(tmp_path)
+    write(tmp_path / "a.png", 0, "tiny", height=4)
+    with pytest.raises(ValueError, match="No picture is left .* of 1 left out, the first is .*a.png: 16x4 pixels"):
+        encoded(sd, tmp_path, tmp_path / "cache")
+
+
+# From a picture to its latent
+
+
+def resized(file: Path) -> Tensor:
+    """PyTorch's resampling instead of Pillow's, in the other order: first the short side, then the crop. Levels."""
+    x = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)[None].float()
+    size = [SIDE * length // min(x.shape[2:]) for length in x.shape[2:]]
+    x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 255)
+    top, left = ((length - SIDE) // 2 for length in size)
+    return x[:, :, top : top + SIDE, left : left + SIDE]
+
+
+@pytest.mark.parametrize("height, width", [(32, 48), (96, 64), (16, 16), (8, 12)])
+def test_a_latent_is_the_vaes_of_the_resized_picture(height: int, width: int, sd: StableDiffusion, tmp_path: Path):
+    file = write(tmp_path / "pictures/a.png", 3, "one", height=height, width=width)
+    expected = resized(file)
+    found = read_picture(file, SIDE)
+    assert ((found + 1) * 127.5 - expected).abs().max() < 1.5  # Pillow rounds to levels, once a direction
+    latents, _ = encoded(sd, tmp_path / "pictures", tmp_path / "cache")
+    with torch.no_grad():
+        z_0 = sd.vae.encode(expected / 127.5 - 1)
+    assert error(latents.ends(torch.tensor([0])), z_0) < 1e-2
+    assert error(latents.ends(torch.tensor([0])), z_0.flip(-1)) > 0.1  # the picture is not the same everywhere
+
+
+def test_upright(tmp_path: Path):
+    """Orientation 6: the camera lay on its side, and the picture is to be turned clockwise."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels(0)).save(tmp_path / "a.png", exif=exif)
+    expected = torch.from_numpy(np.rot90(pixels(0), -1).copy()).permute(2, 0, 1) / 127.5 - 1
+    assert torch.equal(read_picture(tmp_path / "a.png", SIDE), expected)
+
+
+def test_transparent_is_white(tmp_path: Path):
+    black = np.zeros((SIDE, SIDE, 4), np.uint8)
+    black[8:, :, 3] = 255
+    Image.fromarray(black).save(tmp_path / "a.png")
+    palette = Image.fromarray(black[:, :, 3] // 255, "P")
+    palette.putpalette([255, 0, 0, 0, 0, 0])  # red, where it shows
+    palette.save(tmp_path / "b.png", transparency=0)
+    for name in ("a.png", "b.png"):
+        x = read_picture(tmp_path / name, SIDE)
+        assert x.shape == (3, SIDE, SIDE) and (x[:, :8] == 1).all() and (x[:, 8:] == -1).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK"])
+def test_other_kinds_of_pixels(mode: str, tmp_path: Path):
+    picture = Image.fromarray(pixels(1)).convert(mode)
+    picture.save(tmp_path / "a.tiff")
+    expected = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
+    assert torch.equal(read_picture(tmp_path / "a.tiff", SIDE), expected)
+
+
+def test_what_cannot_be_used_is_left_out_and_named(folder: Path, sd: StableDiffusion, tmp_path: Path):
+    good = (folder / "0.png").read_bytes()
+    write(folder / "tiny.png", 0, "too small", height=7, width=40)
+    write(folder / "just.png", 0, "large enough", height=8, width=40)
+    write(folder / "cut.png", 0, "half of a file").write_bytes(good[: len(good) // 2])
+    write(folder / "empty.jpg", 0, "nothing").write_bytes(b"")
+    write(folder / "vector.jpg", 0, "PostScript").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n")
+    Image.fromarray(np.zeros((SIDE, SIDE), np.uint16)).save(write(folder / "deep.png", 0, "16 bits"))
+    latents, left_out = encoded(sd, folder, tmp_path / "cache")
+    reasons = {file.name: reason for file, reason in left_out.items()}
+    assert set(reasons) == {"tiny.png", "cut.png", "empty.jpg", "vector.jpg", "deep.png"}
+    assert "40x7 pixels" in reasons["tiny.png"] and "16" in reasons["tiny.png"]
+    assert len(latents) == 13 and len(list((tmp_path / "cache").iterdir())) == 13
+
+
+def test_held_out_captions_are_not_learned(folder: Path, sd: StableDiffusion, tmp_path: Path):
+    pictures, _ = read_folder(folder)
+    captions = [p.caption for p in pictures[3:]]
+    latents, _ = encode(sd, pictures, captions, tmp_path / "cache")
+    assert len(latents) == 9 and latents.prompts(torch.tensor([8, 0])).tolist() == [8, 0]
+
+
+# Once
+
+
+def test_a_second_run_encodes_nothing(folder: Path, sd: StableDiffusion, calls: list[int], tmp_path: Path):
+    first, _ = encoded(sd, folder, tmp_path / "cache")
+    assert calls == [1] * 12
+    again, _ = encoded(sd, folder, tmp_path / "cache")
+    assert len(calls) == 12 and torch.equal(again.ends(torch.arange(12)), first.ends(torch.arange(12)))
+
+
+def test_only_what_changed_is_encoded_again(folder: Path, sd: StableDiffusion, calls: list[int], tmp_path: Path):
+    before, _ = encoded(sd, folder, tmp_path / "cache")
+    calls.clear()
+    write(folder / "3.png", 30)
+    write(folder / "00.png", 31, "a new one, which comes second")
+    (folder / "5.txt").write_text("only the caption is new")
+    after, _ = encoded(sd, folder, tmp_path / "cache")
+    assert calls == [1, 1]
+    same = [0, 2, 3, 5]
+    assert torch.equal(after.ends(torch.tensor(same)), before.ends(torch.tensor([0, 1, 2, 4])))
+    assert not torch.equal(after.ends(torch.tensor([4])), before.ends(torch.tensor([3])))
+    with torch.no_grad():
+        sd.vae.quant_conv.weight[0, 0, 0, 0] += 1e-3
+    encoded(sd, folder, tmp_path / "cache")
+    assert len(calls) == 2 + 13
+
+
+def test_damaged_latents_are_made_again(folder: Path, sd: StableDiffusion, calls: list[int], tmp_path: Path):
+    encoded(sd, folder, tmp_path / "cache")
+    before = {file: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
+    first, second, third, fourth, *_ = before
+    first.write_bytes(before[first][:-20])
+    second.write_bytes(b"")
+    third.unlink()
+    fourth.write_bytes(before[fourth][:-1] + bytes([before[fourth][-1] ^ 1]))  # one bit
+    calls.clear()
+    encoded(sd, folder, tmp_path / "cache")
+    assert len(calls) == 4 and {file: file.read_bytes() for file in (tmp_path / "cache").iterdir()} == before
+
+
+# train.py
+
+
+def flags(model: Path, folder: Path, out: Path, *more: object) -> list[object]:
+    short = dict(steps=4, sample_steps=2, batch=4, rank=2, save_every=2, lr=0.01, device="cpu")
+    settings = dict(model=model, images=folder, out=out) | short
+    return [x for name, value in settings.items() for x in (f"--{name.replace('_', '-')}", value)] + list(more)
+
+
+def test_train_learns_from_pictures(command, tiny_model: Path, folder: Path, tmp_path: Path):
+    write(folder / "tiny.png", 0, "too small", height=4)
+    write(folder / "silent.png", 0)
+    out = tmp_path / "run"
+    result = command("train.py", *flags(tiny_model, folder, out))
+    assert result.code == 0, result.err
+    assert f"Left out: {folder / 'tiny.png'}: 16x4 pixels" in result.out
+    assert f"Left out: {folder / 'silent.png'}: no caption" in result.out
+    file = read_lora(out / "lora.safetensors")
+    assert file.metadata["method"] == "noised" and all(pair.up.abs().max() > 0 for pair in file.layers.values())
+    assert "on 2 held-out prompts" in (out / "report.md").read_text()
+    assert len(list((out / "states").glob("picture-*"))) == 12 and not list((out / "states").glob("trajectories-*"))
+
+    write(folder / "5.png", 50)  # after which it would be another run
+    assert f"--images {folder} (" in command("train.py", *flags(tiny_model, folder, out, "--resume")).complaint
+
+
+def test_resuming_with_another_teacher_is_refused(command, tiny_model: Path, folder: Path, tmp_path: Path):
+    """Other weights under the same name: there are no trajectories that would say so."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    run = flags(model, folder, tmp_path / "run", "--no-report")
+    assert command("train.py", *run).code == 0
+    name = "unet/diffusion_pytorch_model.safetensors"
+    shutil.copy(write_tiny(tmp_path / "other", seed=1) / name, model / name)
+    assert f"--model {model} (" in command("train.py", *run, "--resume").complaint
+
+
+def test_which_picture_is_learned_is_what_counts(command, tiny_model: Path, folder: Path, tmp_path: Path):
+    command("train.py", *flags(tiny_model, folder, tmp_path / "one", "--no-report"))
+    for file in sorted(folder.rglob("*.png")):
+        write(file, 100 + int(file.stem))
+    command("train.py", *flags(tiny_model, folder, tmp_path / "other", "--no-report"))
+    one, other = (load_file(tmp_path / name / "lora.safetensors") for name in ("one", "other"))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--method", "trajectories"), "--method"),
+        (("--method", "full"), "--method"),
+        (("--prompts", "prompts.txt"), "--prompts"),
+    ],
+)
+def test_pictures_and_what_they_exclude(more, message, command, tiny_model: Path, folder: Path, tmp_path: Path):
+    result = command("train.py", *flags(tiny_model, folder, tmp_path / "run", *more))
+    assert message in result.complaint and len(result.lines) == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_captions_leaves_nothing(command, tiny_model: Path, tmp_path: Path):
+    write(tmp_path / "pictures/a.png", 0)
+    complaint = command("train.py", *flags(tiny_model, tmp_path / "pictures", tmp_path / "run")).complaint
+    assert "holds no picture" in complaint and not (tmp_path / "run").exists()

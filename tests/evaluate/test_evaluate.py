@@ -1,0 +1,320 @@
+"""evaluate.py: the measures have the values they must have where those are known."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import ROOT, error, fill_up
+from torch import Tensor, nn
+
+from minidistill import StableDiffusion, inject_lora, load, load_lora, save_lora
+from minidistill.evaluate import ClipScore, comparison_grid, draw, interval, metrics, noise_error_share, psnr
+from minidistill.evaluate.__main__ import main
+from minidistill.evaluate.metrics import frechet_distance, ssim
+from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
+from minidistill.formats.tensor_files import write_tensors
+
+PROMPTS = ["a red apple", "a green pear", "a rocket on a purple background"]
+GUIDANCE = 4.0
+
+
+class Imitation(nn.Module):
+    """A UNet whose student misses ``1 - learned`` of the guidance towards ``uncond``, exactly."""
+
+    def __init__(self, learned: float, uncond: Tensor):
+        super().__init__()
+        self.learned, self.uncond = learned, nn.Parameter(uncond, requires_grad=False)
+
+    def forward(self, z_t: Tensor, t: Tensor, context: Tensor, lora_enabled: bool = False) -> Tensor:
+        def eps(c: Tensor) -> Tensor:
+            return 0.3 * torch.tanh(z_t * c.flatten(1).std(1)[:, None, None, None] + c[:, -1, :4, None, None])
+
+        cond, uncond = eps(context), eps(self.uncond.expand_as(context))
+        return cond + self.learned * (GUIDANCE - 1) * (cond - uncond) if lora_enabled else cond
+
+
+@pytest.mark.parametrize("learned, expected", [(1.0, 0.0), (0.0, 1.0), (0.5, 0.25), (-1.0, 4.0)])
+def test_noise_error_share(learned: float, expected: float, sd: StableDiffusion):
+    sd.unet = Imitation(learned, sd.encode_prompt([""]))
+    share = noise_error_share(sd, PROMPTS, steps=4, guidance=GUIDANCE, batch=2)
+    assert abs(share.pooled - expected) < 1e-5
+    assert share.errors.shape == share.gaps.shape == (len(PROMPTS), 4)
+    assert ((share.errors / share.gaps - expected).abs() < 1e-4).all() and share.per_step.shape == (4,)
+    assert ((share.along / share.gaps - learned).abs() < 1e-4).all()
+
+
+def test_noise_error_share_of_a_negative_prompt(sd: StableDiffusion):
+    sd.unet = Imitation(1.0, sd.encode_prompt(["a cat"]))
+    share = noise_error_share(sd, PROMPTS, steps=2, guidance=GUIDANCE, negative_prompt="a cat")
+    assert share.pooled < 1e-5
+
+
+def test_noise_error_share_does_not_depend_on_the_batch(sd: StableDiffusion):
+    sd.unet = inject_lora(sd.unet, rank=2)
+    one, three = (noise_error_share(sd, PROMPTS, steps=2, guidance=GUIDANCE, batch=batch) for batch in (1, 3))
+    assert error(one.errors, three.errors) < 1e-4 and error(one.gaps, three.gaps) < 1e-4
+
+
+def test_an_untrained_student_misses_all_of_the_guidance(sd: StableDiffusion):
+    sd.unet = inject_lora(sd.unet, rank=2)
+    assert abs(noise_error_share(sd, PROMPTS, steps=2, guidance=GUIDANCE).pooled - 1) < 1e-6
+
+
+def flat(level: int) -> Image.Image:
+    return Image.new("RGB", (8, 6), (level, level, level))
+
+
+def test_psnr():
+    found = psnr([flat(100), flat(110), flat(0)], [flat(100), flat(100), flat(255)])
+    assert found[0] >= 99  # the same picture
+    assert math.isclose(found[1], 20 * math.log10(255 / 10), abs_tol=1e-3)
+    assert math.isclose(found[2], 0, abs_tol=1e-3)
+
+
+def test_psnr_sees_every_pixel_and_channel():
+    picture = np.zeros((6, 8, 3), dtype=np.uint8)
+    picture[5, 7, 2] = 255
+    expected = 10 * math.log10(6 * 8 * 3)
+    assert math.isclose(psnr([Image.fromarray(picture)], [flat(0)])[0], expected, abs_tol=1e-3)
+
+
+def test_ssim():
+    """1 for the same picture; of two flat ones only the means differ ("SSIM", eq. 6)."""
+    c1 = (0.01 * 255) ** 2
+    dark, light = (flat(level).resize((8, 8)) for level in (100, 110))  # its window is 7 wide
+    found = ssim([dark, light], [dark, dark])
+    assert math.isclose(found[0], 1, abs_tol=1e-6)
+    assert math.isclose(found[1], (2 * 100 * 110 + c1) / (100**2 + 110**2 + c1), abs_tol=1e-4)
+
+
+def test_frechet_distance():
+    """Of Gaussians whose covariances commute: |m1 - m2|^2 + |s1 - s2|^2."""
+    torch.manual_seed(0)
+    x = torch.randn(20_000, 3, dtype=torch.float64)
+    x = (x - x.mean(0)) @ torch.linalg.cholesky(torch.linalg.inv(x.T.cov()))  # exactly standard
+    turned = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    s1, s2, shift = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 0.5, 3.0]), torch.tensor([0.0, 1.0, -2.0])
+    expected = shift.square().sum() + (s1 - s2).square().sum()
+    assert math.isclose(frechet_distance(x * s1 @ turned, (x * s2 + shift) @ turned), expected, rel_tol=1e-9)
+    assert abs(frechet_distance(x, x)) < 1e-9
+
+
+def test_interval_resamples_prompts():
+    assert interval(torch.ones(10, 4)) == (1, 1, 1)
+    values = torch.tensor([[1.0] * 4, [0.0] * 4]).repeat(50, 1)  # all pictures of a prompt agree
+    value, low, high = interval(values)
+    assert value == 0.5 and abs(high - low - 2 * 1.96 * 0.05) < 0.03  # as 100 independent values, not 400
+
+
+def test_interval_of_a_ratio_pools():
+    """Sums over sums: prompts whose gap is large count more."""
+    errors, gaps = torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [3.0, 3.0]])
+    value, low, high = interval(errors, gaps)
+    assert value == 0.25 and low == 0 and high == 1
+
+
+@pytest.mark.parametrize("method, calls", [("teacher", 6), ("no guidance", 3), ("student", 3)])
+def test_drawn_says_what_a_picture_cost(method: str, calls: int, sd: StableDiffusion):
+    sd.unet = inject_lora(sd.unet, rank=2)
+    counted = []
+    sd.unet.get_submodule("conv_in").register_forward_hook(lambda *_: counted.append(1))
+    drawn = draw(sd, method, PROMPTS[:2], steps=3, guidance=GUIDANCE)
+    assert drawn.unet_calls == len(counted) == calls
+    assert drawn.method == method and len(drawn.images) == 2 and drawn.seconds > 0
+
+
+@pytest.mark.parametrize("selective, calls", [(0.0, 10), (0.2, 9), (0.5, 8), (1.0, 5)])
+def test_selective_guidance_drops_the_last_steps(selective: float, calls: int, sd: StableDiffusion):
+    contexts = []
+    uncond = sd.encode_prompt([""])
+    sd.unet.register_forward_pre_hook(lambda _, args: contexts.append(torch.equal(args[2], uncond)))
+    drawn = draw(sd, "teacher", PROMPTS[:1], steps=5, guidance=GUIDANCE, selective=selective)
+    assert drawn.unet_calls == len(contexts) == calls
+    guided = calls - 5  # cond and uncond in turn, then cond alone
+    assert contexts == [False, True] * guided + [False] * (5 - guided)
+
+
+def test_selective_guidance_of_all_steps_is_none(sd: StableDiffusion):
+    nothing, none = (
+        draw(sd, method, PROMPTS, steps=3, guidance=GUIDANCE, selective=part)
+        for method, part in (("teacher", 1.0), ("no guidance", 0.0))
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(nothing.images, none.images))
+    with pytest.raises(ValueError, match="selective"):
+        sd.sample(PROMPTS, steps=3, selective=1.5)
+
+
+def test_methods_start_from_the_same_noise(sd: StableDiffusion):
+    """An untrained student is the teacher without guidance, pixel by pixel."""
+    sd.unet = inject_lora(sd.unet, rank=2)
+    student, unguided = (draw(sd, method, PROMPTS, steps=2, guidance=GUIDANCE) for method in ("student", "no guidance"))
+    assert all(np.array_equal(a, b) for a, b in zip(student.images, unguided.images))
+
+
+def test_grid_shows_every_picture(sd: StableDiffusion):
+    sd.unet = inject_lora(sd.unet, rank=2)
+    rows = [draw(sd, method, PROMPTS, steps=1, guidance=GUIDANCE) for method in ("teacher", "student")]
+    for i, row in enumerate(rows):
+        row.images = [Image.new("RGB", (16, 16), (10 * i + 50, 10 * j + 50, 200)) for j in range(3)]
+    sheet = np.asarray(comparison_grid(rows, PROMPTS, side=64)).reshape(-1, 3)
+    found = {tuple(pixel) for pixel in sheet[(sheet[:, 2] == 200)].tolist()}
+    assert found >= {(10 * i + 50, 10 * j + 50, 200) for i in range(2) for j in range(3)}
+
+
+def test_grid_takes_any_prompt(sd: StableDiffusion):
+    rows = [draw(sd, "teacher", PROMPTS[:1], steps=1, guidance=1.0)]
+    for prompt in ("", "x" * 500, "a prompt of many words " * 30, "苹果\n\t"):
+        comparison_grid(rows, [prompt])
+
+
+CLIP = ROOT / "weights/pocket-emoji/clip"
+
+
+@pytest.mark.skipif(not (CLIP / "model.safetensors").is_file(), reason="weights/pocket-emoji has no clip")
+def test_clip_score_is_transformers_logit(sd: StableDiffusion):
+    score = ClipScore(CLIP, sd.tokenizer)
+    images = [flat(0), flat(255), Image.linear_gradient("L").convert("RGB")]
+    inputs = score.preprocess(images, return_tensors="pt") | dict(
+        score.tokenizer(PROMPTS, padding="max_length", return_tensors="pt")
+    )
+    with torch.no_grad():
+        reference = score.model(**inputs).logits_per_image.diagonal() / score.model.logit_scale.exp() * 100
+    assert error(score(images, PROMPTS), reference) < 1e-4
+
+
+def test_a_missing_clip_is_an_error(sd: StableDiffusion, tmp_path: Path):
+    with pytest.raises(OSError):
+        ClipScore(tmp_path / "nowhere", sd.tokenizer)
+
+
+@pytest.fixture
+def run(sd: StableDiffusion, tmp_path: Path) -> Path:
+    """A run's folder: all that is asked of it is its LoRA."""
+    save_lora(fill_up(inject_lora(sd.unet, rank=2)), tmp_path / "a run/lora.safetensors", LEARNED)
+    return tmp_path / "a run"
+
+
+LEARNED = dict(base="tiny", guidance="4", negative_prompt="", method="trajectories")
+
+
+@pytest.fixture
+def evaluate(tiny_model: Path, prompts_file: Path, tmp_path: Path) -> Callable[..., Path]:
+    """``evaluate(run, "--flag", ...)`` on four prompts, in two steps."""
+    prompts = tmp_path / "four.txt"
+    prompts.write_text("\n".join(f"{line}, a photo" for line in prompts_file.read_text().splitlines()[:4]))
+    same = ["--model", tiny_model, "--prompts", prompts, "--steps", 2, "--pictures", 7]
+    same += ["--out", tmp_path / "out", "--work", tmp_path / "work"]
+
+    def evaluate(*args: object) -> Path:
+        main([str(arg) for arg in (*args, *same)])
+        return tmp_path / "out"
+
+    return evaluate
+
+
+def test_the_command_measures_every_method(run: Path, evaluate: Callable[..., Path], tiny_model: Path):
+    out = evaluate(run, "--selective", 0.5)
+    found = json.loads((out / "results.json").read_text())
+    rows = {row["method"]: row for row in found["rows"]}
+    assert [(name, row["unet_calls"]) for name, row in rows.items()] == [
+        ("teacher", 4),
+        ("no guidance", 2),
+        ("guided but for the last 50%", 3),
+        ("a run", 2),
+    ]
+    assert (found["prompts"], found["each"]) == (4, 2)  # seven pictures asked for
+    sd = load(tiny_model)
+    sd.unet = load_lora(sd.unet, run / "lora.safetensors")
+    prompts = (out.parent / "four.txt").read_text().splitlines()
+    for name, noised in (("noise error share", False), ("on noised latents", True)):
+        share = noise_error_share(sd, prompts, steps=2, guidance=4.0, noised=noised)
+        assert math.isclose(rows["a run"][name]["value"], share.pooled, rel_tol=1e-4)
+        assert rows["a run"][name]["low"] <= share.pooled <= rows["a run"][name]["high"]
+        assert found["by step"]["a run"][name] == pytest.approx(share.per_step.tolist(), rel=1e-4)
+    assert found["t"] == sd.schedule.timesteps(2)
+    twice = [prompt for prompt in prompts for _ in range(2)]
+    teacher, student = (draw(sd, method, twice, steps=2, guidance=4.0).images for method in ("teacher", "student"))
+    assert math.isclose(rows["a run"]["PSNR"]["value"], psnr(student, teacher).mean(), rel_tol=1e-2)  # merged there
+    table = (out / "table.md").read_text()
+    assert "a run" in table and found["command"] in table
+    assert Image.open(out / "pictures.png").size[0] > 4 * 128 and Image.open(out / "error_by_step.png").size[0] > 0
+
+
+def test_what_is_drawn_is_kept(run: Path, evaluate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    results = [(evaluate(run) / "results.json").read_text()]
+    with monkeypatch.context() as patched:
+        patched.setattr(StableDiffusion, "sample", lambda *_, **__: pytest.fail("drawn again"))
+        results.append((evaluate(run) / "results.json").read_text())
+    assert results[0] == results[1]
+    other = {name: 2 * tensor for name, tensor in load_file(run / "lora.safetensors").items()}
+    write_tensors(run / "lora.safetensors", other, LEARNED | dict(rank="2", alpha="2"))
+    results.append((evaluate(run) / "results.json").read_text())
+    before, after = (json.loads(text)["rows"] for text in results[1:])
+    assert before[:2] == after[:2] and before[2]["PSNR"] != after[2]["PSNR"]
+
+
+def test_a_full_student_is_measured_too(
+    sd: StableDiffusion, tiny_model: Path, evaluate: Callable[..., Path], tmp_path: Path
+):
+    """One that has learned nothing: all of the guidance is missing, whatever its pictures."""
+    write_checkpoint(tiny_model, replaced_by(sd.unet), tmp_path / "a run/student", LEARNED | dict(method="full"))
+    rows = json.loads((evaluate(tmp_path / "a run") / "results.json").read_text())["rows"]
+    assert rows[2]["noise error share"]["value"] == pytest.approx(1, rel=1e-5)
+    assert rows[2]["PSNR"] == rows[1]["PSNR"]
+
+
+def test_the_dial_is_compared_with_the_guidance_it_stands_for(
+    run: Path, evaluate: Callable[..., Path], tiny_model: Path
+):
+    out = evaluate(f"{run}:0.5")
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert rows[2]["method"] == "a run x 0.5"
+    sd = load(tiny_model)
+    sd.unet = load_lora(sd.unet, run / "lora.safetensors", scale=0.5)
+    share = noise_error_share(sd, (out.parent / "four.txt").read_text().splitlines(), steps=2, guidance=1 + 0.5 * 3)
+    assert math.isclose(rows[2]["noise error share"]["value"], share.pooled, rel_tol=1e-4)
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(
+    run: Path, evaluate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(StableDiffusion, "sample", lambda *_, **__: pytest.fail("drawn"))
+    with pytest.raises(ValueError, match="--judge nonsense"):
+        evaluate(run, "--judge", "nonsense")
+    with pytest.raises(ValueError, match="embedded model's captions"):
+        evaluate(run, "--judge", "minidistill.pocket.judge")
+    same = load_file(run / "lora.safetensors")
+    header = LEARNED | dict(rank="2", alpha="2", teacher_lora="ink.safetensors:1")
+    write_tensors(run / "styled.safetensors", same, header)
+    with pytest.raises(ValueError, match="ink.safetensors"):
+        evaluate(run / "styled.safetensors")
+
+
+def test_the_teacher_is_asked_once_for_all_students(
+    run: Path, evaluate: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    batches = []
+    found = metrics.teacher_states
+    monkeypatch.setattr(metrics, "teacher_states", lambda *args, **how: batches.append(how) or found(*args, **how))
+    other = {name: 2 * tensor for name, tensor in load_file(run / "lora.safetensors").items()}
+    write_tensors(tmp_path / "other.safetensors", other, LEARNED | dict(rank="2", alpha="2"))
+    rows = json.loads((evaluate(run, tmp_path / "other.safetensors") / "results.json").read_text())["rows"]
+    assert [how["noised"] for how in batches] == [False, True]  # four prompts are one batch
+    assert rows[2]["noise error share"] != rows[3]["noise error share"]
+
+
+def test_students_of_several_teachers_are_refused(run: Path, evaluate: Callable[..., Path]):
+    with pytest.raises(ValueError, match="one teacher"):
+        evaluate(run, "--guidance", 3)
+    other = load_file(run / "lora.safetensors")
+    write_tensors(run / "other.safetensors", other, LEARNED | dict(guidance="3", rank="2", alpha="2"))
+    with pytest.raises(ValueError, match="one teacher"):
+        evaluate(run, run / "other.safetensors")
+    with pytest.raises(ValueError, match='called "a run"'):
+        evaluate(run, run)

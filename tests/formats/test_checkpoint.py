@@ -1,0 +1,616 @@
+"""What loads, in every shape it comes in; and what is refused, by what name. diffusers' side is in tests/parity."""
+
+import json
+import shutil
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+from tiny import ROOT, tiny_tensors
+from torch import Tensor
+
+from minidistill import CheckpointError, StableDiffusion, load
+from minidistill.formats.checkpoint import read_checkpoint
+from minidistill.formats.model_configs import read_schedule_config
+from minidistill.formats.single_file import UNET, to_single_file
+from minidistill.formats.tensor_files import read_tensors
+
+TOKENIZER = ROOT / "weights/pocket-emoji/tokenizer"
+CONV, LINEAR = UNET + "input_blocks.1.0.in_layers.2.weight", UNET + "time_embed.0.weight"
+
+
+def write(file: Path, tensors: dict[str, Tensor]) -> Path:
+    save_file(tensors, file) if file.suffix == ".safetensors" else torch.save({"state_dict": tensors}, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, Tensor]:
+    return tiny_tensors()
+
+
+@pytest.fixture
+def single(tensors: dict[str, Tensor], tmp_path: Path) -> Path:
+    return write(tmp_path / "model.safetensors", tensors)
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    """One's own copy, to change."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "tiny"))
+
+
+def written_again(sd: StableDiffusion) -> dict[str, Tensor]:
+    return to_single_file(
+        sd.unet.state_dict(),
+        sd.unet.config,
+        sd.vae.state_dict(),
+        sd.vae.config,
+        sd.text_encoder.state_dict(),
+        sd.text_encoder.config,
+    )
+
+
+def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_single_file_and_back(version: int, suffix: str, tmp_path: Path) -> None:
+    tensors = tiny_tensors(version)
+    sd = load(write(tmp_path / f"model{suffix}", tensors), prediction="eps")
+    assert equal(written_again(sd), tensors)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("held", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16])
+def test_dtypes(held: torch.dtype, asked: torch.dtype, suffix: str, tmp_path: Path) -> None:
+    tensors = tiny_tensors(dtype=held)
+    sd = load(write(tmp_path / f"model{suffix}", tensors), dtype=asked)
+    assert equal(written_again(sd), {name: tensor.to(asked) for name, tensor in tensors.items()})
+
+
+def test_weights_stay_mapped(single: Path) -> None:
+    unet = load(single).unet
+    a, b = unet.time_embedding.linear_1.weight, unet.time_embedding.linear_2.weight
+    assert a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()  # parts of one mapping, not copies
+    conv = load(single, dtype=torch.bfloat16).unet.down_blocks[0].resnets[0].conv1.weight
+    assert conv.is_contiguous(memory_format=torch.channels_last)  # what is written anew, in the best layout
+    before = single.read_bytes()
+    with torch.no_grad():
+        a.zero_()
+    assert single.read_bytes() == before  # theirs to write to, and the file is not
+
+
+def test_a_header_of_any_length(single: Path) -> None:
+    """Old files do not pad it, and their tensors lie at odd places."""
+    data = single.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].rstrip() + b" "
+    header += b" " * (1 - len(header) % 2)
+    expected = {name: tensor.clone() for name, tensor in written_again(load(single)).items()}  # not the file's
+    single.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    assert equal(written_again(load(single)), expected)
+
+
+def test_views_in_a_ckpt(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    """Transposed, and in the middle of another's storage."""
+    weight = tensors[LINEAR]
+    around = torch.zeros(3, *weight.T.shape)
+    around[1] = weight.T
+    sd = load(write(tmp_path / "model.ckpt", tensors | {LINEAR: around[1].T, "around": around}))
+    assert equal(written_again(sd), tensors)
+
+
+def test_a_cut_and_an_uncut_openclip(tmp_path: Path) -> None:
+    """A projection says that the last block is one more than is used."""
+    tensors, text = tiny_tensors(version=2), "cond_stage_model.model."
+    first = text + "transformer.resblocks.0."
+    last = {name.replace("blocks.0", "blocks.1"): t + 1 for name, t in tensors.items() if name.startswith(first)}
+    extra = last | {text + "text_projection": torch.zeros(64, 64)}
+    sd = load(write(tmp_path / "uncut.safetensors", tensors | extra), prediction="eps")
+    assert equal(written_again(sd), tensors)
+
+
+def test_23_blocks_are_a_cut_openclip(tmp_path: Path) -> None:
+    """As SD 2.x is published in folders; some of the files that are made of them keep the projection."""
+    tensors, text = tiny_tensors(version=2), "cond_stage_model.model."
+    first = text + "transformer.resblocks.0."
+    others = {
+        n.replace("blocks.0", f"blocks.{i}"): t + i
+        for n, t in tensors.items()
+        if n.startswith(first)
+        for i in range(23)
+    }
+    extra = others | {text + "text_projection": torch.zeros(64, 64)}
+    sd = load(write(tmp_path / "cut.safetensors", tensors | extra), prediction="eps")
+    assert sd.text_encoder.config.num_hidden_layers == 23
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_else_comes_with_a_model(version: int, tmp_path: Path) -> None:
+    """CLIP's other half, a mask, and a stray tensor of a LoRA."""
+    tensors, text = tiny_tensors(version), f"cond_stage_model.{('transformer', 'model')[version - 1]}."
+    extra = {
+        1: ["vision_model.encoder.layers.5.x", "visual_projection.weight"],
+        2: ["attn_mask", "visual.transformer.resblocks.5.x"],
+    }[version]
+    extra = {text + name: torch.zeros(1) for name in extra} | {"lora_te_x.alpha": torch.zeros(1)}
+    sd = load(write(tmp_path / "model.safetensors", tensors | extra), prediction="eps")
+    assert equal(written_again(sd), tensors)
+
+
+def test_neither_version(tmp_path: Path) -> None:
+    one, two = (
+        [{n: t for n, t in tiny_tensors(v).items() if n.startswith("cond_stage") == text} for text in (False, True)]
+        for v in (1, 2)
+    )
+    for mixed in (one[0] | two[1], two[0] | one[1], one[0] | one[1] | two[1]):
+        with pytest.raises(CheckpointError, match="model.safetensors is neither"):
+            load(write(tmp_path / "model.safetensors", mixed), prediction="eps")
+
+
+def test_fused_rows_that_do_not_divide(tmp_path: Path) -> None:
+    tensors = tiny_tensors(version=2)
+    name = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
+    tensors[name] = torch.cat([tensors[name], torch.zeros(2, 64)])
+    with pytest.raises(CheckpointError, match="194 rows"):
+        load(write(tmp_path / "model.safetensors", tensors), prediction="eps")
+
+
+@pytest.mark.parametrize("version, padding", [(1, 1235), (2, 0)])
+def test_padding_is_the_versions(version: int, padding: int, tmp_path: Path) -> None:
+    file = write(tmp_path / "model.safetensors", tiny_tensors(version))
+    sd = load(file, prediction="eps", tokenizer=TOKENIZER)
+    assert sd.tokenizer("a", padding="max_length").input_ids[-1] == padding
+    assert sd.encode_prompt(["a red apple"]).shape == (1, 16, 64)
+
+
+def test_what_a_single_file_cannot_say(tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match=r"heads=\(8, 8\).*heads=\(2, 2\).*Write a folder"):
+        written_again(load(tiny_model))
+
+
+def test_a_misspelt_path_is_not_looked_up_online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two words and a slash are a hub id, unless the first names a folder that is here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minidistill.formats.hub.snapshot_download", lambda *_, **__: pytest.fail("looked up online"))
+    (tmp_path / "models").mkdir()
+    with pytest.raises(CheckpointError, match="There is no models/mine"):
+        load("models/mine")
+
+
+# Folders
+
+
+def as_bin(folder: Path) -> None:
+    for part, old, new in (
+        ("unet", "diffusion_pytorch_model", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model", "diffusion_pytorch_model"),
+        ("text_encoder", "model", "pytorch_model"),
+    ):
+        file = folder / part / f"{old}.safetensors"
+        torch.save(load_file(file), folder / part / f"{new}.bin")
+        file.unlink()
+
+
+def as_shards(folder: Path) -> None:
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    tensors = sorted(load_file(file).items())
+    places = {}
+    for i, half in enumerate((tensors[::2], tensors[1::2])):
+        name = f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
+        save_file(dict(half), file.with_name(name))
+        places |= dict.fromkeys(dict(half), name)
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps({"weight_map": places}))
+    file.unlink()
+
+
+@pytest.mark.parametrize("change", [as_bin, as_shards])
+def test_folders_of_other_files(change: Callable, folder: Path, sd: StableDiffusion) -> None:
+    change(folder)
+    assert equal(load(folder).unet.state_dict(), sd.unet.state_dict())
+    assert equal(load(folder).text_encoder.state_dict(), sd.text_encoder.state_dict())
+
+
+def test_variants(folder: Path, sd: StableDiffusion) -> None:
+    for file in folder.rglob("*.safetensors"):
+        half = {name: tensor.half() for name, tensor in load_file(file).items()}
+        save_file(half, file.with_name(f"{file.stem}.fp16.safetensors"))
+    half = {name: tensor.half().float() for name, tensor in sd.unet.state_dict().items()}
+    assert equal(load(folder, variant="fp16").unet.state_dict(), half)
+    assert equal(load(folder).unet.state_dict(), sd.unet.state_dict())
+    for file in folder.rglob("*model.safetensors"):
+        file.unlink()
+    assert equal(load(folder).unet.state_dict(), half)  # the last resort
+    with pytest.raises(CheckpointError, match=r"no diffusion_pytorch_model\.bf16\.safetensors.*--variant"):
+        load(folder, variant="bf16")
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a\\b.safetensors"])
+def test_an_index_names_no_file_elsewhere(name: str, folder: Path) -> None:
+    as_shards(folder)
+    save_file({"conv_in.weight": torch.zeros(32, 4, 3, 3)}, folder / "secret.safetensors")
+    index = next(folder.rglob("*.index.json"))
+    places = json.loads(index.read_text())["weight_map"] | {"conv_in.weight": name}
+    index.write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(CheckpointError, match="not a file beside it"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "file, changes",
+    [
+        ("unet", dict(layers_per_block=10**9)),
+        ("unet", dict(block_out_channels=["32", 64])),
+        ("unet", dict(block_out_channels=[])),
+        ("unet", dict(attention_head_dim=7)),
+        ("unet", dict(norm_num_groups=0)),
+        ("unet", dict(down_block_types=5)),
+        ("unet", dict(center_input_sample=True)),
+        ("unet", dict(time_embedding_act_fn="silu")),
+        ("unet", dict(mid_block_only_cross_attention=True)),
+        ("unet", dict(only_cross_attention=[False, True])),
+        ("unet", dict(sample_size=[8, 16])),
+        ("vae", dict(scaling_factor=float("nan"))),
+        ("text_encoder", dict(num_hidden_layers=10**9)),
+        ("text_encoder", dict(hidden_act="unheard of")),
+        ("text_encoder", dict(hidden_size="wide")),
+        ("text_encoder", dict(model_type="t5")),
+        ("text_encoder", dict(layer_norm_eps=float("nan"))),
+    ],
+    ids=str,
+)
+def test_impossible_configurations(file: str, changes: dict, folder: Path) -> None:
+    config = folder / file / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=file):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(attn_implementation="someone/kernel@main"), dict(return_dict=False), dict(output_hidden_states="yes")],
+    ids=str,
+)
+def test_what_a_text_encoder_does_not_have(changes: dict, folder: Path, sd: StableDiffusion) -> None:
+    """Transformers obeys some of it: fetches and runs that kernel, returns a tuple."""
+    config = folder / "text_encoder/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    found = load(folder)
+    assert found.text_encoder.config._attn_implementation == "sdpa"
+    assert torch.equal(found.encode_prompt(["an apple"]), sd.encode_prompt(["an apple"]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(sample_size=[8, 8]), dict(only_cross_attention=[False, False]), dict(upcast_attention=None)],
+    ids=str,
+)
+def test_the_same_said_otherwise(changes: dict, folder: Path, sd: StableDiffusion) -> None:
+    config = folder / "unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    assert load(folder).unet.config == sd.unet.config
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": None}))
+    assert load(folder).unet.config.sample_size == 64
+
+
+@pytest.mark.parametrize("version, side", [("0.4.0.dev0", 64), ("0.8.1", 64), ("0.9.0", 32), ("0.42.1", 32)])
+def test_the_size_that_early_converters_wrote(version: str, side: int, folder: Path) -> None:
+    """diffusers' pipeline takes 64 in its place for what was written before 0.9."""
+    config = folder / "unet/config.json"
+    changes = {"sample_size": 32, "_diffusers_version": version}
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    assert load(folder).unet.config.sample_size == side
+
+
+def test_a_configuration_of_any_length(folder: Path) -> None:
+    (folder / "unet/config.json").write_text('{"a": [' + "[]," * 500_000 + "1]}")
+    with pytest.raises(CheckpointError, match="unet/config.json is far too long"):
+        load(folder)
+
+
+def test_a_folder_of_another_kind_is_named(folder: Path) -> None:
+    """SD 3 and Flux have no UNet, and say so in their index."""
+    shutil.rmtree(folder / "unet")
+    index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="StableDiffusion3Pipeline"):
+        load(folder)
+
+
+def test_all_that_does_not_fit_is_listed(folder: Path) -> None:
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    wanted, strange = load_file(file), {f"x.{i}": torch.zeros(1) for i in range(200)}
+    save_file(strange, file)
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    assert all(name in str(caught.value) for name in [*wanted, *strange])
+
+
+@pytest.mark.parametrize(
+    "config, alpha_to_one, beta_end",
+    [
+        (dict(_class_name="PNDMScheduler", skip_prk_steps=True), False, 0.02),
+        (dict(_class_name="DDIMScheduler", steps_offset=0, beta_end=0.012), True, 0.012),
+        (dict(_class_name="DDIMScheduler", set_alpha_to_one=False), False, 0.02),
+    ],
+)
+def test_what_a_sampler_leaves_out(config: dict, alpha_to_one: bool, beta_end: float, folder: Path) -> None:
+    """As its class has it; but the offset is always Stable Diffusion's."""
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(config))
+    found = read_schedule_config(file, None)
+    assert (found.set_alpha_to_one, found.beta_end, found.steps_offset) == (alpha_to_one, beta_end, 1)
+
+
+@pytest.mark.parametrize("changes", [dict(timestep_spacing="trailing"), dict(beta_end=5), dict(beta_start=1)], ids=str)
+def test_other_schedules(changes: dict, folder: Path) -> None:
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "DDIMScheduler"} | changes))
+    with pytest.raises(CheckpointError, match="scheduler_config.json"):
+        load(folder)
+
+
+@pytest.mark.parametrize("length", [-5, "x", 30_000_000])
+def test_a_prompt_is_as_long_as_the_encoder_reads(length: object, folder: Path) -> None:
+    config = folder / "tokenizer/tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": length}))
+    assert load(folder).encode_prompt(["an apple"]).shape == (1, 16, 32)
+
+
+@pytest.mark.parametrize(
+    "changes, kind", [(dict(in_channels=9), "inpainting"), ({"addition_embed_type": "text_time"}, "SDXL")]
+)
+def test_other_folders_are_named(changes: dict, kind: str, folder: Path) -> None:
+    config = folder / "unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=kind):
+        load(folder)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "extra, kind",
+    [
+        ({"conditioner.embedders.0.transformer.x": torch.zeros(1)}, "SDXL"),
+        ({UNET + "input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, "inpainting"),
+        ({UNET + "label_emb.0.0.weight": torch.zeros(1)}, "unCLIP"),
+        ({"conditioner.embedders.0.model.x": torch.zeros(1)}, "SD 2.x in a newer layout"),
+        ({"control_model.time_embed.0.weight": torch.zeros(1)}, "ControlNet"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_other_models_are_named(extra: dict, kind: str, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"model.safetensors is .*{kind}"):
+        load(write(tmp_path / "model.safetensors", tensors | extra))
+
+
+def test_a_part_or_a_lora_is_no_model(folder: Path, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="name the whole folder"):
+        load(folder / "unet/diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match="LoRA"):
+        load(write(tmp_path / "lora.safetensors", {"lora_unet_x.lora_down.weight": torch.zeros(1)}))
+    unet = {name: tensor for name, tensor in tensors.items() if name.startswith(UNET)}
+    with pytest.raises(CheckpointError, match="not a whole Stable Diffusion"):
+        load(write(tmp_path / "unet.safetensors", unet))
+
+
+def test_all_wrong_tensors_are_listed_by_the_files_names(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    changed = dict(tensors)
+    del changed[CONV]
+    changed[LINEAR] = torch.zeros(3, 5)
+    changed[LINEAR.replace("weight", "bias")] = torch.zeros(128, dtype=torch.int32)
+    changed[UNET + "input_blocks.7.0.op.weight"] = torch.zeros(7)
+    with pytest.raises(CheckpointError) as caught:
+        load(write(tmp_path / "model.safetensors", changed))
+    message = str(caught.value)
+    assert str(tmp_path / "model.safetensors") in message and "(4 tensors)" in message
+    assert f"missing: {CONV} [32, 32, 3, 3]" in message
+    assert f"misshapen: {LINEAR} is [3, 5], should be [128, 32]" in message
+    assert "of the wrong kind: model.diffusion_model.time_embed.0.bias holds int32" in message
+    assert "unexpected: model.diffusion_model.input_blocks.7.0.op.weight [7]" in message
+
+
+def test_incomplete(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    name = UNET + "middle_block.1.proj_in.weight"
+    changed = {key: tensor for key, tensor in tensors.items() if key != name}
+    with pytest.raises(CheckpointError, match=f"lacks '{name}'"):
+        load(write(tmp_path / "model.safetensors", changed))
+
+
+def test_flags_that_do_not_fit(single: Path, tiny_model: Path) -> None:
+    with pytest.raises(CheckpointError, match="no EMA copy"):
+        load(single, ema=True)
+    with pytest.raises(CheckpointError, match="folder: leave --ema out"):
+        load(tiny_model, ema=True)
+    with pytest.raises(CheckpointError, match="single file: leave --variant out"):
+        load(single, variant="fp16")
+
+
+def header(**entries: dict) -> bytes:
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def entry(start: int, stop: int, dtype: str = "F32", shape: object = (1,)) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+@pytest.mark.parametrize(
+    "contents, message",
+    {
+        "empty": (b"", "is empty"),
+        "a web page": (b"<!DOCTYPE html><html>404</html>", "web page"),
+        "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "git lfs pull"),
+        "noise": (bytes(range(200, 256)), "not a readable checkpoint"),
+        "short": (b"\x01\x02", "not a readable checkpoint"),
+        "long header": ((2**40).to_bytes(8, "little") + b"{}", "header is said to have"),
+        "no JSON": ((9).to_bytes(8, "little") + b"{'a': 1}}", "damaged"),
+        "deep JSON": ((50_006).to_bytes(8, "little") + b'{"a":' + b"[" * 50_000 + b"}", "damaged"),
+        "past the end": (header(a=entry(0, 4)), "take 4 bytes, and the file has 0"),
+        "overlap": (header(a=entry(0, 4), b=entry(2, 6)) + bytes(6), "overlap"),
+        "gap": (header(a=entry(0, 4), b=entry(8, 12)) + bytes(12), "gap"),
+        "left over": (header(a=entry(0, 4)) + bytes(9), "take 4 bytes, and the file has 9"),
+        "metadata": (header(__metadata__={"modelspec.prediction_type": []}), "metadata are not text"),
+        "unknown dtype": (header(a=entry(0, 4, dtype="X4")) + bytes(4), "unknown dtype X4"),
+        "negative": (header(a=entry(-4, 0)) + bytes(4), "offsets -4 to 0"),
+        "no numbers": (header(a=entry(0, 4, shape=("1",))) + bytes(4), "the shape"),
+        "wrong size": (header(a=entry(0, 4, shape=(7,))) + bytes(4), "takes 4 bytes"),
+        "enormous": (header(a=entry(0, 4, shape=(2**40, 2**40))) + bytes(4), "takes 4 bytes"),
+    }.values(),
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+def test_no_checkpoints(name: str, contents: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_bytes(contents)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(file)
+    assert str(file) in str(caught.value)
+
+
+def test_a_folder_for_a_file(folder: Path) -> None:
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(CheckpointError, match="a folder, where a file should be"):
+        load(folder)
+
+
+def test_safetensors_reads_what_its_library_writes(tmp_path: Path) -> None:
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+    tensors = {str(dtype): torch.ones(2, 3, dtype=dtype) for dtype in dtypes} | {"scalar": torch.tensor(3.0)}
+    tensors |= {"none": torch.zeros(0, 4), "float8": torch.ones(5).to(torch.float8_e4m3fn)}
+    (tmp_path / "all").write_bytes(save(tensors, {"a": "b"}))
+    found, metadata = read_tensors(tmp_path / "all")
+    assert metadata["a"] == "b" and set(found) == set(tensors)
+    assert all(
+        torch.equal(found[name].load(t.dtype).view(torch.uint8), t.view(torch.uint8))
+        for name, t in tensors.items()
+        if t.ndim
+    )
+
+
+# The hub
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and no way out."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def put(cache: Path, repo: str, folder: Path) -> Path:
+    """A repository as the hub's client keeps it."""
+    place = cache / f"models--{repo.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text("0" * 40)
+    return Path(shutil.copytree(folder, place / "snapshots" / ("0" * 40)))
+
+
+def test_a_cached_model_loads_offline(cache: Path, tiny_model: Path, sd: StableDiffusion) -> None:
+    put(cache, "someone/tiny", tiny_model)
+    found = load("someone/tiny")
+    assert equal(found.unet.state_dict(), sd.unet.state_dict())
+    assert torch.equal(found.encode_prompt(["an apple"]), sd.encode_prompt(["an apple"]))
+
+
+def test_offline_and_not_cached(cache: Path) -> None:
+    with pytest.raises(CheckpointError, match="someone/nothing is neither") as caught:
+        load("someone/nothing")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_tokenizer_of_a_single_file_is_the_hubs(cache: Path, single: Path, capsys) -> None:
+    sd = load(single)
+    ids = torch.arange(16)[None]
+    assert sd.encode_tokens(ids).shape == (1, 16, 64)  # needs none
+    assert not capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="openai/clip-vit-large-patch14"):
+        sd.encode_prompt(["an apple"])
+    put(cache, "openai/clip-vit-large-patch14", TOKENIZER)
+    capsys.readouterr()
+    assert sd.encode_prompt(["an apple"]).shape == (1, 16, 64)
+    assert len([line for line in capsys.readouterr().err.splitlines() if "tokenizer" in line]) == 1
+
+
+def served(folder: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``folder`` as if it were the hub's; what is fetched of it goes to ``snapshot``."""
+
+    def download(repo: str, allow_patterns: list[str]) -> Path:
+        for file in (file for file in folder.rglob("*") if file.is_file()):
+            name = str(file.relative_to(folder))
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, snapshot / name)
+        return snapshot
+
+    monkeypatch.setattr("minidistill.formats.hub.snapshot_download", download)
+    return snapshot
+
+
+def test_another_model_is_refused_before_its_weights(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    config = folder / "unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"addition_embed_type": "text_time"}))
+    snapshot = served(folder, tmp_path / "snapshot", monkeypatch)
+    with pytest.raises(CheckpointError, match="SDXL"):
+        read_checkpoint("someone/large")
+    assert not list(snapshot.rglob("*.safetensors"))
+
+
+def test_fp16_as_the_last_resort(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    served(folder, tmp_path / "snapshot", monkeypatch)
+    read_checkpoint("someone/tiny")
+
+
+def test_interrupted_shards_are_fetched_again(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    as_shards(folder)
+    snapshot = served(folder, tmp_path / "snapshot", monkeypatch)
+    read_checkpoint("someone/tiny")
+    next(snapshot.rglob("*-of-*")).unlink()
+    read_checkpoint("someone/tiny")
+
+
+@pytest.mark.parametrize("published", ["everything", "bin", "fp16"])
+def test_only_what_is_needed_is_fetched(
+    published: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if published == "bin":
+        as_bin(folder)
+    suffix = {"everything": ".safetensors", "bin": ".bin", "fp16": ".fp16.safetensors"}[published]
+    for file in [*folder.rglob("*.safetensors"), *folder.rglob("*.bin")]:
+        for other in (".bin", ".fp16.safetensors", ".fp16.bin", ".non_ema.safetensors"):
+            if published != "bin":
+                shutil.copy(file, file.with_name(file.name.split(".")[0] + other))
+    for extra in ("safety_checker/model.safetensors", "v1-5-pruned.ckpt", "README.md"):
+        (folder / extra).parent.mkdir(exist_ok=True)
+        (folder / extra).write_text("not needed")
+    snapshot = served(folder, tmp_path / "snapshot", monkeypatch)
+    read_checkpoint("someone/tiny", variant="fp16" if published == "fp16" else None)
+    weights = [file for file in snapshot.rglob("*") if file.is_file() and file.suffix not in (".json", ".txt")]
+    assert len(weights) == 3 and all("".join(file.suffixes) == suffix for file in weights)
+    assert (snapshot / "tokenizer/vocab.json").exists()
+
+
+def test_a_variant_in_the_cache_does_not_stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in [*folder.rglob("*.safetensors")]:
+        file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
+    asked = []
+    monkeypatch.setattr(
+        "minidistill.formats.hub.snapshot_download", lambda _, allow_patterns: asked.extend(allow_patterns) or folder
+    )
+    read_checkpoint("someone/tiny")
+    assert "unet/diffusion_pytorch_model.safetensors" in asked

@@ -1,0 +1,375 @@
+"""export.py: what it writes is the student, for other tools; nothing is half-written."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import ROOT, TINY_UNET, fill_up, tiny_unet, write_tiny
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from minidistill import CheckpointError, inject_lora, load, load_lora, merge_lora, save_lora
+from minidistill.config import UNetConfig, VAEConfig
+from minidistill.export import __main__ as export
+from minidistill.formats import tensor_files
+from minidistill.formats.lora_formats import peft_tensors, read_lora
+from minidistill.formats.model_configs import published_unet, published_vae, read_json, write_json
+from minidistill.formats.tensor_files import write_tensors
+from minidistill.unet import UNet
+from minidistill.vae import VAE
+
+METADATA = dict(base="tiny", guidance="4", method="trajectories", negative_prompt="a cat")
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A training run's folder."""
+    return write_lora(tmp_path / "run/lora.safetensors").parent
+
+
+def write_lora(path: Path, metadata: dict[str, str] = METADATA, seed: int = 7, **how) -> Path:
+    save_lora(fill_up(inject_lora(tiny_unet(), **(dict(rank=2, alpha=3.0) | how)), seed), path, metadata)
+    return path
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def test_a_run_becomes_a_file_beside_its_lora(run: Path, capsys):
+    for to in ("peft", "kohya"):
+        export.main([str(run), "--to", to])
+        assert f"Wrote {run / f'lora-{to}.safetensors'}" in capsys.readouterr().out
+    assert {path.name for path in run.iterdir()} == {f"lora{to}.safetensors" for to in ("", "-peft", "-kohya")}
+
+
+@pytest.mark.parametrize("to", ["peft", "kohya"])
+def test_they_say_what_they_are(to: str, run: Path):
+    export.main([str(run), "--to", to])
+    found = metadata(run / f"lora-{to}.safetensors")
+    assert found.items() >= (METADATA | {"rank": "2", "format": "pt"}).items()
+    assert "alpha" not in found  # peft's readers know none; kohya's have a tensor
+    assert read_lora(run / f"lora-{to}.safetensors").is_student
+
+
+def test_what_kohyas_readers_look_for(run: Path):
+    export.main([str(run), "--to", "kohya"])
+    wanted = dict(ss_network_dim="2", ss_network_alpha="3", ss_network_module="networks.lora", ss_sd_model_name="tiny")
+    found = metadata(run / "lora-kohya.safetensors")
+    assert found.items() >= wanted.items() and "ss_v2" not in found  # 32 wide: no version of SD
+
+
+@pytest.mark.parametrize(
+    "width, prediction, version, v2",
+    [(768, "eps", "sd_v1", "False"), (1024, "eps", "sd_v2", "True"), (1024, "v", "sd_v2_v", "True")],
+)
+def test_the_version_is_read_off_the_context(width: int, prediction: str, version: str, v2: str, tmp_path: Path):
+    """Without ss_v2, AUTOMATIC1111 takes a LoRA for one of SD 1 and hides it beside SD 2."""
+    unet = inject_lora(tiny_unet(config=replace(TINY_UNET, context_width=width)), rank=1, targets=["*attn2*"])
+    save_lora(unet, tmp_path / "lora.safetensors", METADATA | dict(prediction=prediction))
+    export.main([str(tmp_path), "--to", "kohya"])
+    found = metadata(tmp_path / "lora-kohya.safetensors")
+    assert (found["ss_base_model_version"], found["ss_v2"]) == (version, v2)
+
+
+@pytest.mark.parametrize("to", ["peft", "kohya"])
+def test_equal_students_give_equal_bytes(to: str, run: Path, tmp_path: Path):
+    for name in ("one", "two"):
+        export.main([str(run), "--to", to, "--out", str(tmp_path / name)])
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_from_one_format_to_the_next_and_back(run: Path, tmp_path: Path):
+    """peft -> kohya -> peft leaves every byte of the tensors."""
+    write_tensors(tmp_path / "a", peft_tensors(read_lora(run / "lora.safetensors")), {})
+    export.main([str(tmp_path / "a"), "--to", "kohya", "--out", str(tmp_path / "b")])
+    export.main([str(tmp_path / "b"), "--to", "peft", "--out", str(tmp_path / "c")])
+    before, after = load_file(tmp_path / "a"), load_file(tmp_path / "c")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_half_of_it(run: Path):
+    export.main([f"{run}:0.5", "--to", "peft"])
+    whole, half = (read_lora(run / name).layers for name in ("lora.safetensors", "lora-peft.safetensors"))
+    assert all(torch.equal(half[name].up, 0.5 * pair.scale * pair.up) for name, pair in whole.items())
+    assert read_lora(run / "lora-peft.safetensors").guidance == read_lora(run / "lora.safetensors", 0.5).guidance
+
+
+def test_the_command_line(run: Path):
+    """As README.md gives it; in a process of its own, which says nothing but what it wrote."""
+    command = [sys.executable, "-m", "minidistill.export", str(run), "--to", "kohya"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"Wrote {run / 'lora-kohya.safetensors'}\n"), result.stderr
+    assert not result.stderr
+    command[3] = str(run / "nowhere")
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0 and result.stderr.startswith("minidistill.export: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+# A checkpoint
+
+
+def test_the_checkpoint_is_the_merged_student(run: Path, tiny_model: Path):
+    export.main([str(run), "--to", "checkpoint", "--model", str(tiny_model)])
+    found = load(run / "lora-checkpoint")
+    student = load(tiny_model)
+    student.unet = load_lora(student.unet, run / "lora.safetensors")
+    merge_lora(student.unet)
+    for name, weight in found.unet.state_dict().items():
+        assert torch.equal(weight, student.unet.state_dict()[name]), name
+    options = dict(prompts=["a red apple"], steps=3, height=16, width=16)
+    (one,), (other,) = found.sample(guidance=1, **options), student.sample(lora_enabled=True, **options)
+    assert np.array_equal(one, other)
+
+
+def test_the_rest_of_the_folder_is_copied(run: Path, tiny_model: Path):
+    shutil.copytree(tiny_model, run / "model")
+    (run / "model/unet/diffusion_pytorch_model.fp16.safetensors").touch()  # unmerged, like the next
+    (run / "model/v1-5-pruned.ckpt").touch()
+    (run / "model/clip").mkdir()
+    export.main([str(run), "--to", "checkpoint", "--model", str(run / "model"), "--out", str(run / "out")])
+    files = {str(path.relative_to(tiny_model)) for path in tiny_model.rglob("*") if path.is_file()}
+    found = {str(path.relative_to(run / "out")) for path in (run / "out").rglob("*") if path.is_file()}
+    assert found == files | {"model_index.json"}  # the tiny model has no index: it gets one
+    assert all((run / "out" / name).read_bytes() == (tiny_model / name).read_bytes() for name in files - {UNET})
+    assert read_json(run / "out/model_index.json")["unet"] == ["diffusers", "UNet2DConditionModel"]
+    assert metadata(run / "out" / UNET).items() >= METADATA.items()
+
+
+def test_the_index_names_only_what_is_there(run: Path, tiny_model: Path):
+    """Of a hub's model the safety checker is not fetched, and diffusers opens no folder without a part it names."""
+    named = {name: ["diffusers", "Something"] for name in ("unet", "vae", "safety_checker", "feature_extractor")}
+    shutil.copytree(tiny_model, run / "model")
+    write_json(run / "model/model_index.json", named | {"requires_safety_checker": True})
+    export.main([str(run), "--to", "checkpoint", "--model", str(run / "model")])
+    absent = {name: [None, None] for name in ("safety_checker", "feature_extractor")}
+    assert read_json(run / "lora-checkpoint/model_index.json") == named | absent | {"requires_safety_checker": False}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_dtype_is_kept(dtype: torch.dtype, run: Path):
+    model = write_tiny(run / "model")
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(model / UNET).items()}
+    save_file(weights, model / UNET)
+    export.main([str(run), "--to", "checkpoint", "--model", str(model), "--out", str(run / "out")])
+    found, layers = load_file(run / "out" / UNET), read_lora(run / "lora.safetensors").layers
+    for name, weight in weights.items():
+        pair = layers.get(name.removesuffix(".weight"))
+        assert found[name].dtype == dtype
+        assert torch.equal(found[name], pair.added_to(weight) if pair else weight), name
+
+
+def test_a_style_is_merged_with_the_student(run: Path, tiny_model: Path):
+    style = write_lora(run / "style.safetensors", {}, seed=70, targets=["*attn*"])
+    flags = ["--to", "checkpoint", "--model", str(tiny_model), "--out"]
+    export.main([str(run), f"{style}:0.5", *flags, str(run / "both")])
+    export.main([str(style) + ":0.5", *flags, str(run / "styled")])
+    export.main([str(run), "--to", "checkpoint", "--model", str(run / "styled"), "--out", str(run / "then")])
+    both, then = load_file(run / "both" / UNET), load_file(run / "then" / UNET)
+    assert all(torch.equal(both[name], then[name]) for name in both)
+    assert metadata(run / "styled" / UNET) == {"format": "pt"}
+
+
+def test_a_student_of_a_styled_teacher_misses_the_style(run: Path, tiny_model: Path):
+    write_lora(run / "lora.safetensors", METADATA | dict(teacher_lora="style.safetensors:0.5"))
+    with pytest.warns(UserWarning, match="style.safetensors:0.5"):
+        export.main([str(run), "--to", "checkpoint", "--model", str(tiny_model)])
+
+
+# A single file
+
+
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that fits into a single file, which holds no configuration: heads and groups as SD 1.x has them."""
+    folder = write_tiny(tmp_path_factory.mktemp("models") / "ordinary")
+    unet = UNetConfig(widths=(32, 64), layers=1, depth=(1, 0), heads=(8, 8), context_width=64, sample_size=8)
+    vae = VAEConfig(widths=(32, 64), layers=1)
+    text = CLIPTextConfig.from_dict(read_json(folder / "text_encoder/config.json"))
+    text.hidden_size, text.num_attention_heads = 64, 1
+    torch.manual_seed(0)
+    save_file(UNet(unet).half().state_dict(), folder / UNET)
+    save_file(VAE(vae).state_dict(), folder / "vae/diffusion_pytorch_model.safetensors")
+    save_file(CLIPTextModel(text).state_dict(), folder / "text_encoder/model.safetensors")
+    write_json(folder / "unet/config.json", published_unet(unet))
+    write_json(folder / "vae/config.json", published_vae(vae, side=16))
+    write_json(folder / "text_encoder/config.json", text.to_dict())
+    return folder
+
+
+@pytest.fixture
+def student_of_it(ordinary: Path, tmp_path: Path) -> Path:
+    student = fill_up(inject_lora(load(ordinary).unet, rank=2))
+    save_lora(student, tmp_path / "lora.safetensors", METADATA)
+    return tmp_path / "lora.safetensors"
+
+
+def test_a_single_file_of_a_folder(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    for name in ("folder", "file.safetensors"):
+        flags = ["--to", "checkpoint", "--model", str(ordinary), "--out", str(tmp_path / name)]
+        export.main([str(student_of_it), *flags])
+    folder, file = (load(tmp_path / n, tokenizer=ordinary / "tokenizer") for n in ("folder", "file.safetensors"))
+    for part in ("unet", "vae", "text_encoder"):
+        expected = getattr(folder, part).state_dict()
+        found = getattr(file, part).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert load_file(tmp_path / "file.safetensors")["model.diffusion_model.out.2.weight"].dtype == torch.float16
+    assert metadata(tmp_path / "file.safetensors").items() >= METADATA.items()
+
+
+@pytest.mark.parametrize("published, ours", [("epsilon", "eps"), ("v_prediction", "v")])
+def test_a_single_file_says_what_it_predicts(
+    published: str, ours: str, student_of_it: Path, ordinary: Path, tmp_path: Path
+):
+    """A folder's scheduler does; of a file it would be guessed, from the version."""
+    model, out = shutil.copytree(ordinary, tmp_path / "model"), tmp_path / "x.safetensors"
+    config = model / "scheduler/scheduler_config.json"
+    write_json(config, read_json(config) | {"prediction_type": published})
+    export.main([str(student_of_it), "--to", "checkpoint", "--model", str(model), "--out", str(out)])
+    assert load(model).schedule.prediction == load(out).schedule.prediction == ours
+    assert metadata(out)["modelspec.prediction_type"] == {"eps": "epsilon", "v": "v"}[ours]
+
+
+def test_a_single_file_of_a_single_file(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    """Everything but the UNet is in it as it was; averaged copies, which nothing was merged into, are not."""
+    plain, found, expected = (tmp_path / f"{name}.safetensors" for name in ("plain", "found", "expected"))
+    flags = ["--to", "checkpoint", "--model"]
+    export.main([f"{student_of_it}:0", *flags, str(ordinary), "--out", str(plain)])
+    extra = {"betas": torch.ones(3), "model_ema.diffusion_modelout2weight": torch.ones(1)}
+    save_file(load_file(plain) | extra, plain, {"modelspec.prediction_type": "epsilon"})
+    export.main([str(student_of_it), *flags, str(plain), "--out", str(found)])
+    export.main([str(student_of_it), *flags, str(ordinary), "--out", str(expected)])
+    tensors = load_file(expected) | {"betas": torch.ones(3)}
+    assert load_file(found).keys() == tensors.keys()
+    assert all(torch.equal(load_file(found)[name], tensor) for name, tensor in tensors.items())
+    assert metadata(found)["modelspec.prediction_type"] == "epsilon"
+    export.main([str(student_of_it), *flags, str(plain)])
+    assert (tmp_path / "lora-checkpoint.safetensors").read_bytes() == found.read_bytes()
+
+
+def test_a_student_knows_what_its_single_file_predicts(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    silent, out = tmp_path / "silent.safetensors", tmp_path / "out.safetensors"
+    export.main([f"{student_of_it}:0", "--to", "checkpoint", "--model", str(ordinary), "--out", str(silent)])
+    save_file(load_file(silent), silent)  # without its header
+    save_file(load_file(student_of_it), student_of_it, metadata(student_of_it) | {"prediction": "v"})
+    export.main([str(student_of_it), "--to", "checkpoint", "--model", str(silent), "--out", str(out)])
+    assert load(out).schedule.prediction == "v"
+
+
+def test_the_averaged_copy_of_a_single_file(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    plain, flags = tmp_path / "plain.safetensors", ["--to", "checkpoint", "--model"]
+    export.main([f"{student_of_it}:0", *flags, str(ordinary), "--out", str(plain)])
+    unet = {name: tensor for name, tensor in load_file(plain).items() if name.startswith("model.")}
+    copies = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": 2 * tensor for name, tensor in unet.items()}
+    save_file(load_file(plain) | copies, plain)
+    export.main([str(student_of_it), *flags, str(plain), "--ema", "--out", str(tmp_path / "found.safetensors")])
+    found = load(
+        tmp_path / "found.safetensors", dtype=torch.float16, tokenizer=ordinary / "tokenizer"
+    ).unet.state_dict()
+    averaged = load(plain, dtype=torch.float16, ema=True, tokenizer=ordinary / "tokenizer").unet.state_dict()
+    layers = read_lora(student_of_it).layers
+    for name, weight in averaged.items():
+        pair = layers.get(name.removesuffix(".weight"))
+        assert torch.equal(found[name], pair.added_to(weight) if pair else weight), name
+    with pytest.raises(ValueError, match="leave --ema out"):
+        export.main([str(student_of_it), *flags, str(ordinary), "--ema"])
+
+
+def test_a_folder_needs_a_folder(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    flags = ["--to", "checkpoint", "--model"]
+    export.main([str(student_of_it), *flags, str(ordinary), "--out", str(tmp_path / "x.safetensors")])
+    with pytest.raises(ValueError, match="tokenizer"):
+        export.main([str(student_of_it), *flags, str(tmp_path / "x.safetensors"), "--out", str(tmp_path / "folder")])
+    assert not (tmp_path / "folder").exists()
+
+
+def test_what_no_single_file_can_say(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    """There is no configuration in one: it would be read with eight heads again."""
+    config = read_json(shutil.copytree(ordinary, tmp_path / "model") / "unet/config.json")
+    write_json(tmp_path / "model/unet/config.json", config | dict(attention_head_dim=4))
+    flags = ["--to", "checkpoint", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "x.safetensors")]
+    with pytest.raises(ValueError, match="Write a folder"):
+        export.main([str(student_of_it), *flags])
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_variant_stays_one(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    """What is read with --variant fp16 is read so again, though .bin comes out as .safetensors."""
+    model = Path(shutil.copytree(ordinary, tmp_path / "model"))
+    for weights in list(model.glob("*/*.safetensors")):
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+    torch.save(
+        load_file(model / "unet/diffusion_pytorch_model.fp16.safetensors"),
+        model / UNET.replace("safetensors", "fp16.bin"),
+    )
+    (model / "unet/diffusion_pytorch_model.fp16.safetensors").unlink()
+    flags = ["--to", "checkpoint", "--model", str(model), "--variant", "fp16", "--out", str(tmp_path / "out")]
+    export.main([str(student_of_it), *flags])
+    assert (tmp_path / "out/unet/diffusion_pytorch_model.fp16.safetensors").exists()
+    load(tmp_path / "out", variant="fp16")
+
+
+# What it says when it cannot
+
+
+def test_a_folder_without_a_part_makes_no_single_file(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    shutil.rmtree(shutil.copytree(ordinary, tmp_path / "model") / "scheduler")
+    flags = ["--to", "checkpoint", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "x.safetensors")]
+    with pytest.raises(CheckpointError, match="not a complete.*scheduler"):
+        export.main([str(student_of_it), *flags])
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_another_model_is_refused_and_nothing_written(run: Path, tmp_path: Path):
+    unet = inject_lora(tiny_unet(config=replace(TINY_UNET, context_width=48)), rank=2)
+    save_lora(unet, run / "lora.safetensors", dict(base="other"))
+    model = write_tiny(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="another model.*made for other"):
+        export.main([str(run), "--to", "checkpoint", "--model", str(model)])
+    assert [path.name for path in run.iterdir()] == ["lora.safetensors"]
+
+
+def test_an_existing_folder_is_left_alone(run: Path, tiny_model: Path):
+    (run / "out").mkdir()
+    with pytest.raises(ValueError, match="exists already"):
+        export.main([str(run), "--to", "checkpoint", "--model", str(tiny_model), "--out", str(run / "out")])
+    assert not list((run / "out").iterdir())
+
+
+@pytest.mark.parametrize("failure", [OSError("No space left on device"), KeyboardInterrupt()])
+def test_an_interrupted_checkpoint_leaves_nothing(failure: BaseException, run: Path, tiny_model: Path, monkeypatch):
+    def save_half(tensors: dict, path: Path, metadata: dict) -> None:
+        path.write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr(tensor_files, "save_file", save_half)
+    with pytest.raises(type(failure)):
+        export.main([str(run), "--to", "checkpoint", "--model", str(tiny_model)])
+    assert [path.name for path in run.iterdir()] == ["lora.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["{run}/unfinished", "--to", "peft"], "unfinished"),
+        (["{run}/nothing.safetensors", "--to", "kohya"], "nothing.safetensors"),
+        (["{run}", "{run}", "--to", "peft"], "one by one"),
+        (["{run}", "{run}", "--to", "checkpoint"], "each learned guidance"),
+        (["{run}", "--to", "checkpoint", "--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_named(flags: list[str], named: str, run: Path):
+    (run / "unfinished").mkdir()
+    with pytest.raises((CheckpointError, ValueError), match=named):
+        export.main([flag.format(run=run) for flag in flags])
+    assert {path.name for path in run.iterdir()} == {"lora.safetensors", "unfinished"}

@@ -1,0 +1,208 @@
+"""lora_files.py: a LoRA file gives back what was saved, belongs to one network, and is never half-written."""
+
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import TINY_UNET, tiny_student, tiny_unet, unet_inputs
+from torch import Tensor
+
+from minidistill import CheckpointError, load_lora, save_lora
+from minidistill.formats import tensor_files
+from minidistill.formats.lora_formats import read_lora
+from minidistill.lora import LoRALayer, lora_layers
+
+METADATA = dict(base="tiny", guidance="5", method="trajectories", negative_prompt="")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The LoRA of the tiny student."""
+    save_lora(tiny_student(), tmp_path / "lora.safetensors", METADATA)
+    return tmp_path / "lora.safetensors"
+
+
+def rewrite(file: Path, header: dict[str, str], tensors: dict[str, Tensor] | None = None) -> None:
+    """The same file with other metadata, or other tensors."""
+    save_file(tensors or load_file(file), file, read_lora(file).metadata | header)
+
+
+def is_untouched(model: torch.nn.Module) -> bool:
+    return all(p.requires_grad for p in model.parameters()) and not any(
+        isinstance(m, LoRALayer) for m in model.modules()
+    )
+
+
+def test_round_trip_is_bit_exact(file: Path):
+    saved, loaded = lora_layers(tiny_student()), lora_layers(load_lora(tiny_unet(), file))
+    assert list(saved) == list(loaded)
+    for name, layer in saved.items():
+        assert torch.equal(loaded[name].lora_down, layer.lora_down)
+        assert torch.equal(loaded[name].lora_up, layer.lora_up)
+        assert loaded[name].scale == layer.scale
+
+
+def test_the_loaded_student_predicts_the_same(file: Path):
+    loaded = load_lora(tiny_unet(), file)
+    for setting in (False, True):
+        expected = tiny_student()(*unet_inputs(), lora_enabled=setting)
+        assert torch.equal(loaded(*unet_inputs(), lora_enabled=setting), expected)
+
+
+@pytest.mark.parametrize("rank, alpha", [(3, 1.0), (3, 0.1), (2, 2.718281828459045), (2, 12345678.0), (2, 0.0)])
+def test_the_scale_is_kept_exactly(rank: int, alpha: float, tmp_path: Path):
+    model = tiny_student(rank, alpha)
+    save_lora(model, tmp_path / "lora.safetensors")
+    layers = lora_layers(load_lora(tiny_unet(), tmp_path / "lora.safetensors")).values()
+    assert {layer.scale for layer in layers} == {alpha / rank}
+
+
+def test_only_the_layers_in_the_file_are_adapted(file: Path):
+    tensors = {name: tensor for name, tensor in load_file(file).items() if "mid_block" in name}
+    rewrite(file, {}, tensors)
+    assert {f"{name}.lora_up" for name in lora_layers(load_lora(tiny_unet(), file))} == {
+        name for name in tensors if name.endswith("up")
+    }
+
+
+def test_metadata(file: Path):
+    assert METADATA | dict(rank="2", alpha="2") == {k: v for k, v in read_lora(file).metadata.items() if k != "format"}
+
+
+def test_metadata_may_be_any_text(tmp_path: Path):
+    text = 'a "quoted" été\n苹果'
+    save_lora(tiny_student(), tmp_path / "lora.safetensors", dict(negative_prompt=text))
+    assert read_lora(tmp_path / "lora.safetensors").metadata["negative_prompt"] == text
+
+
+def test_equal_students_give_equal_files(file: Path, tmp_path: Path):
+    save_lora(tiny_student(), tmp_path / "elsewhere/again.safetensors", METADATA)
+    assert (tmp_path / "elsewhere/again.safetensors").read_bytes() == file.read_bytes()
+
+
+def test_a_bfloat16_network_loads_the_pair_in_float32(file: Path):
+    layers = lora_layers(load_lora(tiny_unet().to(torch.bfloat16), file))
+    assert all(layer.lora_up.dtype == torch.float32 for layer in layers.values())
+
+
+def test_nothing_to_save(tmp_path: Path):
+    with pytest.raises(ValueError, match="inject_lora"):
+        save_lora(tiny_unet(), tmp_path / "lora.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_base_lists_every_layer_that_differs(file: Path):
+    unet = tiny_unet(config=replace(TINY_UNET, context_width=48))
+    expected = [name for name in lora_layers(tiny_student()) if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    with pytest.raises(CheckpointError) as caught:
+        load_lora(unet, file)
+    message = str(caught.value)
+    assert "another model" in message and "made for tiny" in message and str(file) in message
+    assert len(expected) >= 4 and message.count("\n") == len(expected)
+    assert all(f"{name} is [" in message for name in expected)
+    assert is_untouched(unet)
+
+
+def test_another_base_lists_layers_that_it_lacks(file: Path):
+    unet = tiny_unet(config=replace(TINY_UNET, mid_depth=0))
+    with pytest.raises(CheckpointError, match="no such layer: mid_block.attentions.0.transformer_blocks.0.attn1.to_q"):
+        load_lora(unet, file)
+    assert is_untouched(unet)
+
+
+def test_linear_and_convolution_are_not_mixed_up(file: Path):
+    """SD 1 and SD 2 differ so: the attention's way in and out."""
+    with pytest.raises(CheckpointError, match="proj_in"):
+        load_lora(tiny_unet(config=replace(TINY_UNET, linear_projection=True)), file)
+
+
+def test_a_network_with_a_lora_is_refused(file: Path):
+    with pytest.raises(ValueError, match="already"):
+        load_lora(tiny_student(), file)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: b"<html>404</html>", lambda data: b""])
+def test_a_damaged_file_is_named(damage, file: Path):
+    file.write_bytes(damage(file.read_bytes()))
+    unet = tiny_unet()
+    with pytest.raises(CheckpointError, match="lora.safetensors is (not a readable|empty)"):
+        load_lora(unet, file)
+    assert is_untouched(unet)
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="nowhere.safetensors is missing"):
+        load_lora(tiny_unet(), tmp_path / "nowhere.safetensors")
+
+
+def test_weights_that_are_no_lora(tmp_path: Path):
+    save_file(tiny_unet().state_dict(), tmp_path / "unet.safetensors")
+    with pytest.raises(CheckpointError, match="not a LoRA"):
+        load_lora(tiny_unet(), tmp_path / "unet.safetensors")
+
+
+def test_half_a_pair(file: Path):
+    tensors = load_file(file)
+    del tensors["mid_block.resnets.0.conv1.lora_up"]
+    rewrite(file, {}, tensors)
+    with pytest.raises(CheckpointError):
+        load_lora(tiny_unet(), file)
+
+
+def test_a_rank_that_does_not_fit_names_the_layer(file: Path):
+    tensors = load_file(file)
+    tensors["mid_block.resnets.0.conv1.lora_down"] = torch.zeros(3, 64, 3, 3)
+    rewrite(file, {}, tensors)
+    unet = tiny_unet()
+    with pytest.raises(CheckpointError, match="mid_block.resnets.0.conv1"):
+        load_lora(unet, file)
+    assert is_untouched(unet)
+
+
+@pytest.mark.parametrize("header", [dict(rank="4"), dict(rank="two"), dict(alpha="much")])
+def test_a_header_that_does_not_fit(header: dict, file: Path):
+    rewrite(file, header)
+    with pytest.raises(CheckpointError, match="lora.safetensors"):
+        load_lora(tiny_unet(), file)
+
+
+def test_a_misshapen_lora_up(file: Path):
+    tensors = load_file(file)
+    tensors["mid_block.resnets.0.conv1.lora_up"] = torch.zeros(64, 2)
+    rewrite(file, {}, tensors)
+    unet = tiny_unet()
+    with pytest.raises(CheckpointError, match="mid_block.resnets.0.conv1"):
+        load_lora(unet, file)
+    assert is_untouched(unet)
+
+
+@pytest.mark.parametrize("failure", [OSError("No space left on device"), KeyboardInterrupt()])
+def test_writing_that_fails_leaves_the_old_file(failure: BaseException, file: Path, monkeypatch: pytest.MonkeyPatch):
+    before = file.read_bytes()
+
+    def save_half(tensors: dict, path: Path, metadata: dict) -> None:
+        path.write_bytes(before[:1000])
+        raise failure
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tensor_files, "save_file", save_half)
+        with pytest.raises(type(failure)):
+            save_lora(tiny_student(alpha=9), file)
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_full_disk_names_the_file(file: Path):
+    """No file may grow beyond a thousand bytes. What the library raises then is no OSError, which the scripts know."""
+    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=file.name):
+            save_lora(tiny_student(alpha=9), file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]

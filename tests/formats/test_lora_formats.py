@@ -1,0 +1,249 @@
+"""lora_formats.py: names and numbers of each format, and what is said of files that have others."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import TINY_UNET, randn, tiny_student, tiny_unet
+from torch import Tensor, nn
+
+from minidistill import CheckpointError, load_lora, save_lora
+from minidistill.config import UNetConfig
+from minidistill.formats.lora_files import check_fit, inject_file, merge_file
+from minidistill.formats.lora_formats import kohya_tensors, layer_name, peft_tensors, read_lora
+from minidistill.formats.tensor_files import write_tensors
+from minidistill.lora import lora_layers
+from minidistill.unet import UNet
+
+LAYER, CONV = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.resnets.0.conv1"
+ENDINGS = {
+    "peft": (f"unet.{LAYER}.lora_A.weight", f"unet.{LAYER}.lora_B.weight"),
+    "diffusers' scripts": (f"unet.{LAYER}.lora.down.weight", f"unet.{LAYER}.lora.up.weight"),
+    "diffusers' first scripts": tuple(
+        f"{LAYER.replace('.to_q', '.processor.to_q_lora')}.{part}.weight" for part in ("down", "up")
+    ),
+    "kohya": tuple(f"lora_unet_{LAYER.replace('.', '_')}.lora_{part}.weight" for part in ("down", "up")),
+}
+
+
+def pair(rank: int = 2) -> tuple[Tensor, Tensor]:
+    """A LoRA of LAYER."""
+    return randn(rank, 64), randn(64, rank, seed=1)
+
+
+def one_layer(path: Path, kind: str, extra: dict | None = None, header: dict | None = None, rank: int = 2) -> Path:
+    """A file with a pair for LAYER in one of the foreign formats."""
+    save_file(dict(zip(ENDINGS[kind], pair(rank))) | (extra or {}), path, header)
+    return path
+
+
+def test_what_diffusers_first_scripts_call_the_way_out_of_attention(tmp_path: Path):
+    name = LAYER.replace(".to_q", ".processor.to_out_lora")
+    save_file({f"{name}.{part}.weight": x for part, x in zip(("down", "up"), pair())}, tmp_path / "x")
+    assert list(read_lora(tmp_path / "x").layers) == [LAYER.replace(".to_q", ".to_out.0")]
+
+
+def effect(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: layer.pair(torch.float32) for name, layer in lora_layers(model).items()}
+
+
+SD2_UNET = UNetConfig(heads=(5, 10, 20, 20), context_width=1024, linear_projection=True)
+
+
+@pytest.mark.parametrize("config", [TINY_UNET, UNetConfig(), SD2_UNET], ids=["tiny", "sd1", "sd2"])
+def test_every_layer_of_a_unet_is_known_by_its_underscored_name(config: UNetConfig):
+    with torch.device("meta"):
+        unet = UNet(config)
+    layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    assert any("downsamplers" in name for name in layers) and any("conv_shortcut" in name for name in layers)
+    assert [layer_name("lora_unet_" + name.replace(".", "_")) for name in layers] == layers
+    assert [layer_name(f"unet.{name}") for name in layers] == layers
+
+
+@pytest.mark.parametrize("rank, alpha", [(1, None), (3, None), (2, 1.0), (3, 0.1), (3, 7.0), (2, 0.0)])
+@pytest.mark.parametrize("tensors", [peft_tensors, kohya_tensors])
+def test_written_and_read_it_has_the_very_same_effect(tensors, rank: int, alpha: float | None, tmp_path: Path):
+    student = tiny_student(rank, alpha)
+    save_lora(student, tmp_path / "lora.safetensors")
+    written = tensors(read_lora(tmp_path / "lora.safetensors"))
+    write_tensors(tmp_path / "foreign.safetensors", written, {})
+    found, expected = effect(load_lora(tiny_unet(), tmp_path / "foreign.safetensors")), effect(student)
+    assert list(found) == list(expected)
+    for name, (down, up) in expected.items():
+        assert torch.equal(found[name][0], down) and torch.equal(found[name][1], up)
+
+
+def test_with_alpha_the_rank_the_tensors_are_as_they_were(tmp_path: Path):
+    save_lora(tiny_student(), tmp_path / "lora.safetensors")
+    file = read_lora(tmp_path / "lora.safetensors")
+    peft, kohya = peft_tensors(file), kohya_tensors(file)
+    assert len(peft) == 2 * len(file.layers) and len(kohya) == 3 * len(file.layers)
+    for name, found in file.layers.items():
+        assert torch.equal(peft[f"unet.{name}.lora_A.weight"], found.down)
+        assert torch.equal(peft[f"unet.{name}.lora_B.weight"], found.up)
+        name = f"lora_unet_{name.replace('.', '_')}"
+        assert torch.equal(kohya[f"{name}.lora_up.weight"], found.up) and kohya[f"{name}.alpha"].item() == 2
+
+
+def test_convolutions_keep_their_kernel_in_lora_down(tmp_path: Path):
+    save_lora(tiny_student(), tmp_path / "lora.safetensors")
+    kohya = kohya_tensors(read_lora(tmp_path / "lora.safetensors"))
+    name = f"lora_unet_{CONV.replace('.', '_')}"
+    assert kohya[f"{name}.lora_down.weight"].shape == (2, 64, 3, 3)
+    assert kohya[f"{name}.lora_up.weight"].shape == (64, 2, 1, 1)
+    assert kohya[f"{name}.alpha"].shape == () and kohya[f"{name}.alpha"].dtype == torch.float32
+
+
+# Files that others made
+
+
+@pytest.mark.parametrize("kind", ENDINGS)
+def test_without_alpha_the_scale_is_one(kind: str, tmp_path: Path):
+    file = read_lora(one_layer(tmp_path / "x.safetensors", kind))
+    assert list(file.layers) == [LAYER] and file.layers[LAYER].scale == 1
+    assert torch.equal(file.layers[LAYER].down, pair()[0]) and torch.equal(file.layers[LAYER].up, pair()[1])
+
+
+def test_ranks_and_alphas_that_differ(tmp_path: Path):
+    base = f"lora_unet_{CONV.replace('.', '_')}"
+    conv = {f"{base}.lora_down.weight": randn(4, 64, 3, 3), f"{base}.lora_up.weight": randn(64, 4, 1, 1, seed=2)}
+    alphas = {
+        f"{base}.alpha": torch.tensor(1.0),
+        ENDINGS["kohya"][0].replace("lora_down.weight", "alpha"): torch.tensor(8),
+    }
+    file = read_lora(one_layer(tmp_path / "x.safetensors", "kohya", conv | alphas))
+    assert {name: (p.rank, p.alpha) for name, p in file.layers.items()} == {LAYER: (2, 8), CONV: (4, 1)}
+    student, merged = inject_file(tiny_unet(), file), tiny_unet()
+    assert {name: layer.scale for name, layer in lora_layers(student).items()} == {LAYER: 4, CONV: 0.25}
+    merge_file(merged, file)
+    for name, layer in lora_layers(student).items():
+        assert torch.equal(merged.get_submodule(name).weight, layer.weight + layer.delta())
+    with pytest.raises(ValueError, match="one rank"):
+        save_lora(student, tmp_path / "mixed.safetensors")
+
+
+@pytest.mark.parametrize(
+    "config, alpha",
+    [
+        ({"unet.r": 4, "unet.lora_alpha": 6}, 6),
+        ({"lora_alpha": 6}, 6),
+        ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"to_q": 3}}, 3),
+        ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"^" + LAYER: 3}}, 3),
+        ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"to_q": 3, LAYER: 4}}, 3),  # the first that fits
+        ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"to_v": 3}}, 6),
+        ({"unet.lora_alpha": 6, "unet.use_rslora": True}, 12),
+        ({"text_encoder.lora_alpha": 6}, 4),
+    ],
+)
+def test_alpha_of_a_peft_header(config: dict, alpha: float, tmp_path: Path):
+    header = {"lora_adapter_metadata": json.dumps(config)}
+    assert read_lora(one_layer(tmp_path / "x", "peft", header=header, rank=4)).layers[LAYER].alpha == alpha
+
+
+def test_half_precision_is_widened(tmp_path: Path):
+    save_file({name: tensor.half() for name, tensor in zip(ENDINGS["kohya"], pair())}, tmp_path / "x.safetensors")
+    assert read_lora(tmp_path / "x.safetensors").layers[LAYER].down.dtype == torch.float32
+
+
+def test_scale_times_alpha(tmp_path: Path):
+    assert read_lora(one_layer(tmp_path / "x", "peft"), 0.25).layers[LAYER].scale == 0.25
+    assert lora_layers(load_lora(tiny_unet(), tmp_path / "x", -0.5))[LAYER].scale == -0.5
+
+
+def test_the_text_encoders_part_is_left_out_aloud(tmp_path: Path):
+    extra = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": randn(2, 4)}
+    with pytest.warns(UserWarning, match="x.safetensors changes the text encoder too"):
+        file = read_lora(one_layer(tmp_path / "x.safetensors", "kohya", extra))
+    assert list(file.layers) == [LAYER]
+
+
+def test_a_text_encoders_lora_alone(tmp_path: Path):
+    save_file({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": randn(2, 4)}, tmp_path / "x")
+    with pytest.raises(CheckpointError, match="not a LoRA for a UNet.*lora_te_text_model"):
+        read_lora(tmp_path / "x")
+
+
+def test_another_model_is_named_by_kohyas_header(tmp_path: Path):
+    tensors = {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": randn(2, 4)}
+    tensors |= {"lora_unet_input_blocks_4_1_proj_in.lora_up.weight": randn(4, 2)}
+    save_file(tensors, tmp_path / "x", {"ss_base_model_version": "sdxl_base_v1-0"})
+    with pytest.raises(CheckpointError, match="made for sdxl_base_v1-0.*\n.*input.blocks.4.1.proj_in"):
+        load_lora(tiny_unet(), tmp_path / "x")
+
+
+KEY = ENDINGS["kohya"][0].removesuffix(".lora_down.weight")
+DAMAGED = {
+    "DoRA": ({f"{KEY}.dora_scale": randn(64, 1)}, {}, "dora_scale"),
+    "LoHa": ({f"{KEY}.hada_w1_a": randn(64, 1)}, {}, "hada_w1_a"),
+    "half a pair": ({"lora_unet_conv_in.lora_down.weight": randn(2, 4, 3, 3)}, {}, "conv_in"),
+    "alpha alone": ({"lora_unet_conv_in.alpha": torch.tensor(1.0)}, {}, "conv_in"),
+    "two alphas": ({f"{KEY}.alpha": torch.ones(2)}, {}, "damaged"),
+    "endless alpha": ({f"{KEY}.alpha": torch.tensor(float("inf"))}, {}, LAYER),
+    "no alpha": ({f"{KEY}.alpha": torch.tensor(float("nan"))}, {}, LAYER),
+    "other ranks": ({ENDINGS["kohya"][1]: randn(64, 3)}, {}, LAYER),
+    "rank 0": ({ENDINGS["kohya"][0]: randn(0, 64), ENDINGS["kohya"][1]: randn(64, 0)}, {}, LAYER),
+    "header: no JSON": ({}, {"lora_adapter_metadata": "{"}, "damaged"),
+    "header: a list": ({}, {"lora_adapter_metadata": "[1]"}, "damaged"),
+    "header: deep": ({}, {"lora_adapter_metadata": "[" * 100_000}, "damaged"),
+    "header: no number": ({}, {"lora_adapter_metadata": '{"unet.lora_alpha": "much"}'}, "damaged"),
+    "header: a pattern": ({}, {"lora_adapter_metadata": '{"unet.alpha_pattern": {"to_(q|k)": 2}}'}, "to_"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_file_gets_one_sentence(case: str, tmp_path: Path):
+    extra, header, named = DAMAGED[case]
+    one_layer(tmp_path / "x.safetensors", "kohya", extra, header)
+    with pytest.raises(CheckpointError, match=f"x.safetensors.*(?:{named})"):
+        read_lora(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("kind", ENDINGS)
+def test_whatever_happens_to_a_file_it_is_read_or_named(kind: str, tmp_path: Path):
+    header = {"lora_adapter_metadata": '{"unet.lora_alpha": 3, "unet.alpha_pattern": {"to_q": 2}}'}
+    data = one_layer(tmp_path / "whole", kind, header=header).read_bytes()
+    dice, refused, file = random.Random(0), 0, tmp_path / "x.safetensors"
+    weights = dict(tiny_unet().named_parameters())
+    for _ in range(300):
+        damaged = bytearray(data[: dice.choice([len(data), dice.randrange(len(data))])])
+        for _ in range(dice.randrange(4)):
+            if damaged:  # most of it in the header
+                damaged[dice.randrange(min(len(damaged), 600))] = dice.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            check_fit(read_lora(file), weights)
+        except CheckpointError as error:
+            refused += 1
+            assert "x.safetensors" in str(error)
+    assert refused > 100
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.write_text("<!doctype html><p>404")])
+def test_no_safetensors(make, tmp_path: Path):
+    make(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="x.safetensors"):
+        read_lora(tmp_path / "x.safetensors")
+
+
+def test_equal_contents_equal_bytes(tmp_path: Path):
+    tensors, header = (
+        dict(zip("ab", pair())),
+        {key: key for key in ["the", "order", "of", "a", "header", "is", "arbitrary"]},
+    )
+    for name in ("one", "two"):
+        write_tensors(tmp_path / name, tensors, header)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert torch.equal(load_file(tmp_path / "one")["a"], tensors["a"])
+    (tmp_path / "any file").touch()
+    assert (tmp_path / "one").stat().st_mode == (tmp_path / "any file").stat().st_mode
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_what_are_not_floats(dtype: torch.dtype, tmp_path: Path):
+    names = [f"mid_block.attentions.0.proj_in.{part}" for part in ("lora_A.weight", "lora_B.weight")]
+    save_file(dict(zip(names, (torch.zeros(1, 8).to(dtype), torch.zeros(8, 1).to(dtype)))), tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="not floats"):
+        read_lora(tmp_path / "x.safetensors")

@@ -1,0 +1,319 @@
+"""The CUDA kernel's own source on a CPU: against float64, and against faults planted in it (tests/kernels/emulation)."""
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from tiny import ROOT
+from torch import Tensor
+
+CSRC, EMULATION = ROOT / "minidistill/kernels/csrc", ROOT / "tests/kernels/emulation"
+COMPILER = shutil.which("g++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++, to run the kernel on a CPU")
+
+DELIVERIES = ("at once", "late", "at random")  # when asynchronous copies arrive
+
+
+class Operands(ctypes.Structure):
+    """csrc/launch.h"""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "W", "b", "A", "B", "y", "t")),
+        *((name, ctypes.c_int) for name in ("M", "N", "K", "rank", "x_stride")),
+        ("scale", ctypes.c_float),
+        ("bfloat16", ctypes.c_bool),
+        ("transposed", ctypes.c_bool),
+    ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One of the kernels that csrc/lora_gemm.cu launches."""
+
+    dtype: torch.dtype
+    BM: int
+    BN: int
+    R: int
+    transposed: bool
+    sm90: bool = False
+
+    def __str__(self) -> str:
+        """As the sources name it."""
+        name = "PlanSm90" if self.sm90 else "Plan"
+        dtype = "BFloat16" if self.dtype == torch.bfloat16 else "Float16"
+        sizes = [] if self.sm90 else [self.BM, self.BN]
+        return f"{name}<{', '.join(map(str, [dtype, *sizes, self.R, str(self.transposed).lower()]))}>"
+
+    @property
+    def source(self) -> str:
+        return "lora_gemm_sm90.h" if self.sm90 else "lora_gemm.h"
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
+    """``emulated(plan)``: the kernel as a C function; with ``fault=(right, wrong)`` after a change of its source."""
+    built: dict[tuple, ctypes.CDLL] = {}
+
+    def build(plan: Plan, fault: tuple[str, str] | None = None) -> ctypes.CDLL:
+        if (plan, fault) not in built:
+            folder = tmp_path_factory.mktemp("emulation")
+            shutil.copytree(CSRC, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("primitives*"))
+            if fault:
+                source = (CSRC / plan.source).read_text()
+                assert source.count(fault[0]) == 1, f"{fault[0]!r} stands {source.count(fault[0])} times in the kernel"
+                (folder / plan.source).write_text(source.replace(*fault))
+            flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DPLAN=" + str(plan)]
+            flags += ["-DSM90"] if plan.sm90 else []
+            command = [COMPILER, *flags, f"-I{EMULATION}", f"-I{folder}", str(EMULATION / "lora_gemm.cpp")]
+            subprocess.run([*command, "-o", str(folder / "kernel.so")], check=True)
+            library = ctypes.CDLL(str(folder / "kernel.so"))
+            library.run.restype = ctypes.c_char_p
+            built[plan, fault] = library
+        return built[plan, fault]
+
+    return build
+
+
+@dataclass
+class Outcome:
+    error: str
+    conflicts: int
+    y: Tensor
+    t: Tensor
+    expected_y: Tensor  # in float64, of t as the kernel rounded it
+    expected_t: Tensor
+
+    def wrong(self, dtype: torch.dtype) -> str:
+        """What is wrong with it, if anything."""
+        if self.error:
+            return self.error
+        if self.conflicts:
+            return f"{self.conflicts} bank conflicts"
+        for found, expected in ((self.t, self.expected_t), (self.y, self.expected_y)):
+            # One rounding of the result, beside which float32 sums do not count.
+            error = (found.double() - expected).abs().max() / expected.abs().max() if found.numel() else 0
+            if not error <= torch.finfo(dtype).eps / 2 * 1.01:
+                return f"off by {error:.1e} of the largest value"
+        return ""
+
+
+@dataclass(frozen=True)
+class Case:
+    M: int
+    N: int
+    K: int
+    rank: int
+    seed: int = 1
+    delivery: str = "at random"
+    bias: bool = True
+
+
+def random_case(plan: Plan, seed: int) -> Case:
+    """One to four blocks, most of them cut off by the edges of y, and a K that few slabs divide."""
+    dice = Random(f"{plan}{seed}")
+    M, N = dice.randrange(1, 2 * plan.BM), 8 * dice.randrange(1, plan.BN // 4)
+    K, rank = 8 * dice.randrange(1, 25), dice.randrange(plan.R // 2 + 1 if plan.R > 16 else 1, plan.R + 1)
+    return Case(M, N, K, rank, seed, DELIVERIES[seed % 3], bias=dice.random() < 0.7)
+
+
+def run(library: ctypes.CDLL, plan: Plan, case: Case) -> Outcome:
+    """x with rows that lie apart, numbers that do not belong to it NaN, and outputs that begin as NaN."""
+    M, N, K, rank, seed = case.M, case.N, case.K, case.rank, case.seed
+    generator = torch.Generator().manual_seed(seed)
+
+    def array(*shape: int, dtype: torch.dtype, stride: int | None = None) -> Tensor:
+        padded = torch.full((shape[0], stride or shape[-1]), torch.nan, dtype=dtype)
+        padded[:, : shape[-1]] = torch.randn(shape, generator=generator)
+        return padded[:, : shape[-1]]
+
+    def weights(out: int, into: int, dtype: torch.dtype) -> Tensor:
+        return array(into, out, dtype=dtype) if plan.transposed else array(out, into, dtype=dtype)
+
+    stride = K + 8 * (seed % 3)
+    x, W, b = array(M, K, dtype=plan.dtype, stride=stride), weights(N, K, plan.dtype), array(1, N, dtype=plan.dtype)
+    A, B, scale = weights(rank, K, torch.float32), weights(N, rank, torch.float32), 0.75 / K**0.5
+    y, t = (torch.full((M, n), torch.nan, dtype=plan.dtype) for n in (N, rank))
+    tensors = [x, W, b if case.bias else None, A, B, y, t]
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    none = [i is None or not i.numel() for i in tensors]
+    sizes = [0 if no else ((len(i) - 1) * i.stride(0) + i.shape[1]) * i.itemsize for i, no in zip(tensors, none)]
+    operands = Operands(*pointers, M, N, K, rank, stride, scale, plan.dtype == torch.bfloat16, plan.transposed)
+    conflicts = ctypes.c_long()
+    error = library.run(
+        ctypes.byref(operands),
+        (ctypes.c_int64 * 7)(*sizes),
+        DELIVERIES.index(case.delivery),
+        seed,
+        ctypes.byref(conflicts),
+    )
+
+    W, A, B = (m.T if plan.transposed else m for m in (W, A, B))
+    A, B = (m.to(plan.dtype).double() for m in (A, B))  # rounded on load
+    expected_t = scale * (x.double() @ A.T)
+    expected_y = x.double() @ W.double().T + t.double() @ B.T + (b.double() if case.bias else 0)
+    return Outcome(error.decode(), conflicts.value, y, t, expected_y, expected_t)
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+PLANS = [Plan(*sizes) for sizes in product((BF16, FP16), (128, 64), (160, 64), (16, 32, 64, 128), (False, True))]
+PLANS = [plan for plan in PLANS if (plan.BM, plan.BN) in ((128, 160), (64, 64))]
+SM90 = [Plan(*sizes, sm90=True) for sizes in product((BF16, FP16), (128,), (160,), (16, 32, 64, 128), (False, True))]
+PLANS += SM90
+USUAL = [
+    Plan(BF16, 64, 64, 16, False),
+    Plan(BF16, 128, 160, 16, False, sm90=True),
+    Plan(FP16, 128, 160, 128, True, sm90=True),
+    Plan(FP16, 64, 64, 128, True),
+    Plan(FP16, 128, 160, 16, False),
+    Plan(BF16, 128, 160, 64, True),
+]
+
+
+def test_these_are_the_kernels_that_are_launched():
+    source = (CSRC / "lora_gemm.cu").read_text()
+    assert "Plan<Element, 128, 160, R, TRANSPOSED>" in source and "Plan<Element, 64, 64, R, TRANSPOSED>" in source
+    assert "PlanSm90<Element, R, TRANSPOSED>" in source and source.count("Plan") == 3
+    assert set(USUAL) < set(PLANS) and len(PLANS) == 32 + 16
+
+
+def plans(some: list[Plan]) -> list:
+    return [*some, *(pytest.param(plan, marks=pytest.mark.slow) for plan in PLANS if plan not in some)]
+
+
+@pytest.mark.parametrize("plan", plans(USUAL), ids=str)
+def test_agrees_with_float64(plan: Plan, emulated):
+    cases = [Case(plan.BM, plan.BN, 64, plan.R), *(random_case(plan, seed) for seed in range(6))]
+    cases += [Case(plan.BM - 3, plan.BN, 72, rank=0)] if plan.R == 16 else []
+    for case in cases:
+        assert not run(emulated(plan), plan, case).wrong(plan.dtype), case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_agrees_with_float64_on_many_shapes(plan: Plan, emulated):
+    for case in (random_case(plan, seed) for seed in range(6, 60)):
+        assert not run(emulated(plan), plan, case).wrong(plan.dtype), case
+
+
+# What the emulation is worth: it notices these.
+FAULTS = {
+    "a wait too few": ("cp_async_wait<STAGES - 2>();", "cp_async_wait<STAGES - 1>();"),
+    "no barrier before a slab": ("sync_threads();               // and everybody's", "// and everybody's"),
+    "a slab copied over the one in use": ("next = slab + STAGES - 1", "next = slab + STAGES"),
+    "no swizzle": ("column / 8 ^ row / (8 / PERIOD) % PERIOD", "column / 8"),
+    "x read beyond its rows": ("return row < rows && column < columns;", "return row <= rows && column < columns;"),
+    "halves of a fragment confused": ("x.at(row + i * 16 + lane % 16, k", "x.at(row + i * 16 + (lane ^ 8) % 16, k"),
+}
+MORE_FAULTS = {
+    "no commit": ("        cp_async_commit();\n", ""),
+    "no barrier after the last slab": ("    sync_threads();  // the slabs are used up\n", ""),
+    "no barrier before t is read": ("t_row, 0);\n    sync_threads();\n", "t_row, 0);\n"),
+    "no barrier before y takes t's place": ("    sync_threads();\n\n    round_into", "    round_into"),
+    "no barrier before y is read": ("y_sum, row, column);\n    sync_threads();\n", "y_sum, row, column);\n"),
+    "a slab's A for another's": ("weights(0, next * BK)", "weights(0, slab * BK)"),
+    "A stored into the slab in use": ("(i, block.a_tile(next), a_next[i])", "(i, block.a_tile(slab), a_next[i])"),
+    "no scale": ("    scale(t_sum, p.scale);\n", ""),
+    "a swizzle of half the period": ("row / (8 / PERIOD) % PERIOD", "row / (8 / PERIOD) % (PERIOD / 2)"),
+    "rows as far apart as they are long": ("(row * stride + column)", "(row * columns + column)"),
+    "y read beyond its columns": ("&& column < columns; }", "&& column <= columns; }"),
+    "b of the neighbour": ("thread_index() % 4 * 2 + i % 2;\n", "thread_index() % 4 * 2;\n"),
+    "columns of a fragment confused": ("sum[i][j], a[i], b[0], b[1]", "sum[i][j], a[i], b[0], b[2]"),
+    "t of one block's rows only": ("if (n == 0)", "if (m == 0)"),
+    "t not stored whole": ("i < ROWS * COLUMNS; i +=", "i < ROWS * COLUMNS - THREADS; i +="),
+    "y's halves of eight rows exchanged": ("tile.at(r + 8, c), pack", "tile.at(r, c), pack"),
+}
+
+
+WAIT = "        fence_proxy_async();\n        wgmma_wait(y_sum[0], t_sum[0]);\n"
+SM90_FAULTS = {
+    "no wait for the copy engine": ("mbarrier_wait(arrived(slab), slab / STAGES % 2);", ""),
+    "no wait for the products": (WAIT, "        fence_proxy_async();\n"),
+    "A stored without a proxy fence": (WAIT, WAIT.replace("fence_proxy_async();", "")),
+    "panels too near each other": ("Panel::SIZE * 2);", "Panel::SIZE);"),
+}
+MORE_SM90_FAULTS = {
+    "a wait for the wrong phase": ("slab / STAGES % 2", "slab % 2"),
+    "too few bytes announced": ("2 * (P::X::SIZE + P::W::SIZE)", "2 * P::X::SIZE"),
+    "no barrier before a slab": ("sync_threads();  // and A;", "// and A;"),
+    "a slab copied over the one in use": ("next = slab + STAGES - 1", "next = slab + STAGES"),
+    "no swizzle": (".at(row, column % WIDTH)", ".data + row * WIDTH + column % WIDTH"),
+    "panels that do not divide a matrix": ("COLUMNS % 32 == 0 ? 32", "COLUMNS % 32 == 0 ? 64"),
+    "both warpgroups the same rows": ("group_row = warp / 4 * 64", "group_row = 0"),
+    "no fence before the slabs": ("    fence_proxy_async();\n\n", "\n"),
+    "no wgmma.fence before the slabs": ("        wgmma_fence(y_sum[0], t_sum[0]);\n", ""),
+    "no commit": ("        wgmma_commit();\n", ""),
+    "t's columns confused": ("k * 2 + i / 2]", "k * 2 + i % 2]"),
+    "barriers not there": ("mbarrier_init(arrived(stage));", ""),
+    "one barrier too few": ("stage < STAGES; ++stage", "stage < STAGES - 1; ++stage"),
+    "no barrier after the barriers' beginning": ("(arrived(stage));\n    sync_threads();\n", "(arrived(stage));\n"),
+    "y over the last slab": ("    sync_threads();  // the slabs are used up\n", ""),
+    "no wgmma.fence before the last product": ("    wgmma_fence(y_sum[0], t);\n", ""),
+    "no wait for the last product": ("    wgmma_wait(y_sum[0], t);\n", ""),
+    "y over t": ("block.t_tile());\n        sync_threads();\n", "block.t_tile());\n"),
+}
+
+
+def marked(faults: dict, more: dict) -> list:
+    return [*faults, *(pytest.param(name, marks=pytest.mark.slow) for name in more)]
+
+
+def noticed(library: ctypes.CDLL, plan: Plan) -> bool:
+    # As many blocks and slabs as show a mistake in the order of things; then rows and columns to read beyond.
+    cases = [Case(150, 136, 232, 16, 0, delivery) for delivery in DELIVERIES] + [Case(65, 72, 136, 5)]
+    return any(run(library, plan, case).wrong(plan.dtype) for case in cases)
+
+
+@pytest.mark.parametrize("fault", marked(FAULTS, MORE_FAULTS))
+def test_notices(fault: str, emulated):
+    plan = Plan(BF16, 64, 64, 16, False)
+    assert noticed(emulated(plan, (FAULTS | MORE_FAULTS)[fault]), plan)
+
+
+@pytest.mark.parametrize("fault", marked(SM90_FAULTS, MORE_SM90_FAULTS))
+def test_notices_on_hopper(fault: str, emulated):
+    plan = Plan(BF16, 128, 160, 16, True, sm90=True)
+    assert noticed(emulated(plan, (SM90_FAULTS | MORE_SM90_FAULTS)[fault]), plan)
+
+
+# The sources around the kernels, which tests/kernels/emulation/whole.py builds and runs in a process of its own.
+NINJA = pytest.mark.skipif(shutil.which("ninja") is None, reason="needs ninja")
+FAULTS_AROUND = {
+    "x's rows as far apart as they are long": ("binding.cpp", "<unsigned>(stride)", "<unsigned>(K)"),
+    "A and B not exchanged for dx": (
+        "binding.cpp",
+        "std::nullopt, B, A, scale, true",
+        "std::nullopt, A, B, scale, true",
+    ),
+    "rows used where they do not begin at 16 bytes": ("binding.cpp", "|| !aligned(rows)) rows", ") rows"),
+    "W's boxes of x's size": ("lora_gemm.cu", "describe<typename P::W>(&w_map", "describe<typename P::X>(&w_map"),
+    "no more shared memory asked for": (
+        "lora_gemm.cu",
+        "= allow_shared_memory<P>(kernel, where.device)",
+        "= cudaSuccess",
+    ),
+}
+
+
+@pytest.mark.slow
+@NINJA
+@pytest.mark.parametrize("card", ["sm_80", "sm_90a"])
+def test_the_operator_whole(card: str, tmp_path: Path):
+    """Binding, launcher and gradient in C++."""
+    subprocess.run([sys.executable, str(EMULATION / "whole.py"), str(tmp_path), card], check=True)
+
+
+@pytest.mark.slow
+@NINJA
+@pytest.mark.parametrize("fault", FAULTS_AROUND)
+def test_notices_around_the_kernels(fault: str, tmp_path: Path):
+    command = [sys.executable, str(EMULATION / "whole.py"), str(tmp_path), "sm_90a", *FAULTS_AROUND[fault]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "built" in done.stdout, done.stderr

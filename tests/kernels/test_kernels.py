@@ -1,0 +1,445 @@
+"""kernels/: the operator and its gradient, what chooses it, and what happens where it cannot be built."""
+
+import copy
+import shutil
+import subprocess
+import sys
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import ROOT, error, fill_up, randn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minidistill import inject_lora, kernels
+from minidistill.kernels import build, dispatch
+from minidistill.kernels.conv import lora_conv
+from minidistill.kernels.dispatch import EVERYWHERE, Region, addmm_chain, dispatched, fits
+from minidistill.kernels.op import lora_linear
+from minidistill.lora import lora_parameters
+from minidistill.training.recompute import LOW_MEMORY, checkpointed
+
+OPS = torch.ops.minidistill
+CSRC = ROOT / "minidistill/kernels/csrc"
+ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def layer(*rows: int, K: int = 24, N: int = 16, rank: int = 5, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """x [*rows, K] and a layer's tensors; A and B in float32 or wider, and learning."""
+    wide = torch.promote_types(dtype, torch.float32)
+    tensors = {"x": randn(*rows, K, dtype=dtype), "W": randn(N, K, seed=1, dtype=dtype)}
+    tensors |= {"b": randn(N, seed=2, dtype=dtype), "A": randn(rank, K, seed=3, dtype=wide)}
+    tensors |= {"B": randn(N, rank, seed=4, dtype=wide)}
+    for name in ("x", "A", "B"):
+        tensors[name].requires_grad_()
+    return tensors
+
+
+def formula(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """In float64, of whatever it is given."""
+    x, W, A, B = (tensor.double() for tensor in (x, W, A, B))
+    return x @ W.T + (0 if b is None else b.double()) + scale * (x @ A.T) @ B.T
+
+
+def gradients(function, tensors: dict[str, Tensor], scale: float = 0.7) -> list[Tensor]:
+    """y, dx, dA, dB of a loss that weighs every number differently."""
+    y = function(**tensors, scale=scale)
+    loss = (y * randn(*y.shape, seed=9, dtype=y.dtype)).sum()
+    return [y.detach(), *torch.autograd.grad(loss, [tensors[name] for name in ("x", "A", "B")])]
+
+
+# The operator
+
+
+@pytest.mark.parametrize("rows", [(2, 7), (1,), ()], ids=str)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("function", [lora_linear, addmm_chain])
+def test_value_and_gradients(function, dtype: torch.dtype, rows: tuple[int, ...]):
+    tensors = layer(*rows, dtype=dtype)
+    for found, expected in zip(gradients(function, tensors), gradients(formula, tensors)):
+        assert error(found.double(), expected.double()) < 4 * ROUNDING[dtype]
+
+
+def test_gradcheck():
+    tensors = layer(2, 3)
+    x, W, b, A, B = tensors.values()
+    # Its only differentiable output always has a gradient.
+    check = partial(torch.autograd.gradcheck, check_undefined_grad=False)
+    assert check(lambda x, A, B: lora_linear(x, W, b, A, B, 0.7), (x, A, B))
+    assert check(lambda A, B: lora_linear(x.detach(), W, None, A, B, 0.7), (A, B))  # x needs none, as in a first layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype):
+    x, W, b, A, B = layer(2, 7, dtype=dtype).values()
+    torch.library.opcheck(OPS.lora_linear.default, (x, W, b, A, B, 0.7))
+    dy = randn(2, 7, 16, dtype=dtype)
+    torch.library.opcheck(OPS.lora_linear_dx.default, (dy, W, A.detach(), B.detach(), 0.7))
+
+
+def test_the_chain_changes_nothing_that_low_memory_has_kept():
+    """The product with W, dear enough to be kept, is what the pair's is added to."""
+    tensors = layer(4, K=LOW_MEMORY)
+
+    def recomputed(x: Tensor, **others: Tensor | float) -> Tensor:
+        return checkpointed(LOW_MEMORY, lambda x: addmm_chain(x, **others).sin(), x)
+
+    plain = gradients(lambda **of: addmm_chain(**of).sin(), tensors)
+    assert all(torch.equal(found, expected) for found, expected in zip(gradients(recomputed, tensors), plain))
+
+
+def test_rows_that_lie_apart():
+    tensors = layer(6, K=48)
+    tensors["x"] = tensors["x"].detach()[:, ::2].requires_grad_()
+    tensors["W"], tensors["A"] = tensors["W"][:, ::2], tensors["A"].detach()[:, ::2].requires_grad_()
+    for found, expected in zip(gradients(lora_linear, tensors), gradients(formula, tensors)):
+        assert error(found, expected) < 1e-14
+
+
+def test_rank_zero_is_w_alone():
+    tensors = layer(2, 7, rank=0)
+    y, dx, dA, dB = gradients(lora_linear, tensors)
+    assert error(y, F.linear(tensors["x"], tensors["W"], tensors["b"]).detach()) < 1e-14
+    assert error(dx, gradients(formula, tensors)[1]) < 1e-14 and dA.shape == (0, 24) and dB.shape == (16, 0)
+
+
+def test_what_lies_between_the_matmuls_is_kept_and_not_differentiable():
+    x, W, b, A, B = layer(3, 7).values()
+    y, t = OPS.lora_linear(x, W, b, A, B, 0.7)
+    assert y.requires_grad and not t.requires_grad
+    assert error(t, 0.7 * (x @ A.T).detach()) < 1e-14
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_whole(backend: str):
+    torch._dynamo.reset()
+    tensors = layer(2, 7, dtype=torch.float32)
+    compiled = torch.compile(lora_linear, fullgraph=True, backend=backend)
+    for found, expected in zip(gradients(compiled, tensors), gradients(lora_linear, tensors)):
+        assert torch.equal(found, expected)
+    torch._dynamo.reset()
+
+
+def test_under_autocast():
+    tensors = layer(2, 7, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(**tensors, scale=0.7)
+    narrow = {name: x if name in "AB" else x.bfloat16() for name, x in tensors.items()}
+    assert y.dtype == torch.bfloat16 and torch.equal(y, lora_linear(**narrow, scale=0.7))
+    y.float().sum().backward()
+    assert all(tensors[name].grad.dtype == torch.float32 for name in ("x", "A", "B"))
+
+
+def test_under_activation_checkpointing():
+    tensors = layer(2, 7)
+
+    def recomputed(**tensors) -> Tensor:
+        return checkpoint(lora_linear, *tensors.values(), use_reentrant=False)
+
+    for found, expected in zip(gradients(recomputed, tensors), gradients(lora_linear, tensors)):
+        assert torch.equal(found, expected)
+
+
+# What chooses it
+
+
+def test_no_card_is_listed_before_one_was_measured():
+    """ "auto" is plain PyTorch: a kernel that no GPU has run is chosen by "fused" alone."""
+    assert dispatch.FASTER == {}
+
+
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+def test_plain_pytorch_without_a_word(kernel: str, capsys):
+    assert kernels.lora_functions(kernel, torch.device("cpu"), torch.bfloat16) is None
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "cuda, capability, reason",
+    [(None, (9, 0), "is built without CUDA"), ("13.0", (7, 5), "8.0 or newer, not 7.5"), ("13.0", (9, 0), "no nvcc")],
+)
+def test_where_it_cannot_be_had_one_line_says_so(cuda, capability, reason: str, monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(build, "built", lambda capability: "the fused kernel could not be built (no nvcc)")
+    assert kernels.lora_functions("fused", torch.device("cuda"), torch.bfloat16) is None
+    said = capsys.readouterr().err
+    assert said.startswith("LoRA layers run in plain PyTorch: ") and reason in said and said.count("\n") == 1
+
+
+def test_no_compiler_is_no_error(monkeypatch):
+    def load(*args, **kwargs):
+        raise OSError("CUDA_HOME is not set.\nPlease set it.")
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+    assert build.built.__wrapped__((8, 0)) == "the fused kernel could not be built (CUDA_HOME is not set.)"
+
+
+def test_the_cause_is_the_compilers_word():
+    said = "Error building extension:\n[1/4] c++ -MMD -O3\nlaunch.h:3:10: fatal error: no such file\nninja: stopped"
+    assert build.cause(RuntimeError(said)) == "launch.h:3:10: fatal error: no such file"
+    assert build.cause(ImportError()) == "ImportError"
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="of a PyTorch without CUDA")
+def test_the_command_that_builds_it_says_why_not(command):
+    result = command("minidistill/kernels/__main__.py")
+    assert result.code == 0 and "built without CUDA" in result.out and result.out.count("\n") == 1
+
+
+def test_a_measured_card_gets_its_region(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "FASTER", table := {})
+    monkeypatch.setattr(kernels, "FASTER", table)
+    monkeypatch.setattr(kernels, "obstacle", lambda device: None)
+    assert kernels.lora_functions("auto", torch.device("cuda"), torch.bfloat16) is None
+    table[9, 0] = Region(640, 640, 64)
+    for kernel, region in (("auto", table[9, 0]), ("fused", EVERYWHERE)):
+        functions = kernels.lora_functions(kernel, torch.device("cuda"), torch.bfloat16)
+        assert all(function.args == (region,) for function in functions)
+    assert kernels.lora_functions("auto", torch.device("cpu"), torch.bfloat16) is None
+
+
+def test_float32_leaves_it_idle_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "obstacle", lambda device: None)
+    for dtype, words in ((torch.bfloat16, ""), (torch.float32, "in torch.float32 it stays idle")):
+        assert kernels.lora_functions("fused", torch.device("cuda"), dtype)
+        assert words in (said := capsys.readouterr().err) and bool(said) == bool(words)
+
+
+def test_what_fits_the_kernel():
+    def sizes(
+        M: int = 2, K: int = 64, N: int = 64, rank: int = 4, dtype: torch.dtype = torch.bfloat16
+    ) -> tuple[Tensor, ...]:
+        return torch.empty(1, K, dtype=dtype).expand(M, K), torch.empty(N, K, dtype=dtype), torch.empty(rank, K)
+
+    assert fits(EVERYWHERE, *sizes()) and fits(EVERYWHERE, *sizes(K=5120, N=8, rank=128, dtype=torch.float16))
+    for other in (dict(K=60), dict(N=60), dict(rank=129), dict(dtype=torch.float32), dict(M=2**25, N=128)):
+        assert not fits(EVERYWHERE, *sizes(**other))
+    assert fits(Region(64, 64, 4), *sizes()) and not fits(Region(64, 56, 4), *sizes())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fits(EVERYWHERE, *sizes(dtype=torch.float32))
+
+
+@pytest.mark.parametrize("dtype, called", [(torch.bfloat16, 1), (torch.float32, 0)])
+def test_the_dispatcher(dtype: torch.dtype, called: int, monkeypatch):
+    calls = []
+    monkeypatch.setattr(dispatch, "lora_linear", lambda *args: calls.append(1) or lora_linear(*args))
+    tensors = layer(2, 7, dtype=dtype)
+    y = dispatched(EVERYWHERE, **tensors, scale=0.7)
+    assert len(calls) == called
+    assert error(y.double(), formula(**tensors, scale=0.7)) < 4 * ROUNDING[dtype]
+
+
+# Convolutions
+
+HOW = {
+    "3x3": (3, 1, 1, 1),
+    "strided": (3, 2, 1, 1),
+    "dilated": (3, 1, 2, 2),
+    "1x1": (1, 1, 0, 1),
+    "1x1 strided": (1, 2, 0, 1),
+}
+
+
+def conv_formula(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float, *how: tuple[int, int]) -> Tensor:
+    x, W, b, A, B = (tensor.double() for tensor in (x, W, b, A, B))
+    return F.conv2d(x, W, b, *how) + scale * F.conv2d(F.conv2d(x, A, None, *how), B)
+
+
+def conv_layer(kind: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
+    """A convolution's tensors, 8 channels to 16; stride, padding and dilation."""
+    k, *how = HOW[kind]
+    wide = torch.promote_types(dtype, torch.float32)
+    x = randn(2, 8, 7, 6, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    tensors = {"x": x, "W": randn(16, 8, k, k, seed=1, dtype=dtype), "b": randn(16, seed=2, dtype=dtype)}
+    tensors |= {"A": randn(3, 8, k, k, seed=3, dtype=wide), "B": randn(16, 3, 1, 1, seed=4, dtype=wide)}
+    for name in ("x", "A", "B"):
+        tensors[name].requires_grad_()
+    return tensors, [(n, n) for n in how]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", HOW)
+def test_convolutions(kind: str, dtype: torch.dtype):
+    tensors, how = conv_layer(kind, dtype)
+    fused, plain = (
+        gradients(lambda scale, function=function, **of: function(*of.values(), scale, *how), tensors)
+        for function in (partial(lora_conv, EVERYWHERE), conv_formula)
+    )
+    for found, expected in zip(fused, plain):
+        assert error(found.double(), expected.double()) < 4 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("kind", ["3x3", "1x1"])
+def test_a_convolution_of_no_pictures(kind: str):
+    tensors, how = conv_layer(kind, torch.float32)
+    tensors["x"] = tensors["x"].detach()[:0].requires_grad_()
+    y = lora_conv(EVERYWHERE, *tensors.values(), 0.7, *how)
+    y.sum().backward()
+    assert y.shape == (0, 16, 7, 6) and tensors["x"].grad.shape == (0, 8, 7, 6) and not tensors["A"].grad.any()
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_opcheck_of_a_convolution(layout: torch.memory_format):
+    tensors, how = conv_layer("strided", torch.float64)
+    tensors["x"] = tensors["x"].detach().contiguous(memory_format=layout).requires_grad_()
+    torch.library.opcheck(OPS.lora_conv.default, (*tensors.values(), 0.7, *how))
+
+
+def test_a_convolution_compiles_whole_and_under_autocast():
+    torch._dynamo.reset()
+    tensors, how = conv_layer("3x3", torch.float32)
+    compiled = torch.compile(partial(lora_conv, EVERYWHERE), fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (conv(*tensors.values(), 0.7, *how) for conv in (compiled, partial(lora_conv, EVERYWHERE)))
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+    torch._dynamo.reset()
+
+
+def test_a_1x1_convolution_is_the_linear_kernels(monkeypatch):
+    calls = []
+    monkeypatch.setattr(dispatch, "lora_linear", lambda *args: calls.append(1) or lora_linear(*args))
+    tensors, how = conv_layer("1x1", torch.bfloat16)
+    y = lora_conv(EVERYWHERE, *tensors.values(), 0.7, *how)
+    assert calls == [1] and y.is_contiguous(memory_format=torch.channels_last)
+
+
+# In a model
+
+
+def students(monkeypatch, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """The same student twice: in plain PyTorch, and as if its device had the kernel."""
+    convolutions = nn.Conv2d(8, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 8, 1)
+    net = nn.Sequential(*convolutions, nn.Flatten(2), nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 8)).to(dtype)
+    plain = fill_up(inject_lora(copy.deepcopy(net), rank=3, targets=["*"], kernel="torch"))
+    monkeypatch.setattr(kernels, "obstacle", lambda device: None)
+    fused = inject_lora(net, rank=3, targets=["*"], kernel="fused")
+    fused.load_state_dict(plain.state_dict())
+    return plain, fused
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_student_by_the_operator_is_the_same_student(dtype: torch.dtype, monkeypatch):
+    results = []
+    for model in students(monkeypatch, dtype):
+        x = randn(5, 8, 4, 4, dtype=dtype).requires_grad_()
+        y = model(x, lora_enabled=True)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in lora_parameters(model))])
+        assert not torch.equal(model(x), y)
+    for fused, plain in zip(*reversed(results)):
+        assert error(fused, plain) < 8 * ROUNDING[dtype]
+
+
+def test_a_weight_that_learns_after_all_gets_its_gradient(monkeypatch):
+    """The operators would give it none."""
+    model = students(monkeypatch, torch.bfloat16)[1].requires_grad_()
+    model(randn(5, 8, 4, 4, dtype=torch.bfloat16), lora_enabled=True).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_it_compiles_whole_and_can_be_copied(monkeypatch):
+    torch._dynamo.reset()
+    model = copy.deepcopy(students(monkeypatch, torch.bfloat16)[1])
+    x = randn(5, 8, 4, 4, dtype=torch.bfloat16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, lora_enabled=True), model(x, lora_enabled=True))
+    assert torch.equal(compiled(x), model(x))
+    torch._dynamo.reset()
+
+
+def test_hoppers_instructions_are_for_hopper_alone():
+    assert build.architecture((9, 0)) == ["-gencode=arch=compute_90a,code=sm_90a", "-DSM90"]
+    assert build.architecture((8, 6)) == ["-gencode=arch=compute_86,code=sm_86"]
+    assert build.architecture((12, 0)) == ["-gencode=arch=compute_120,code=sm_120"]
+
+
+# Compiling the sources
+
+NVCC = shutil.which("nvcc")
+
+
+def compiled(tmp_path: Path, instances: list[str], capability: tuple[int, int], header: str) -> str:
+    """What ptxas says of these instances of a kernel."""
+    source = f'#include "primitives{header}.h"\n#include "lora_gemm{header}.h"\n'
+    (tmp_path / "kernels.cu").write_text(source + "".join(f"template __global__ void {line};\n" for line in instances))
+    flags = ["-std=c++17", "-O3", f"-I{CSRC}", *build.architecture(capability), "-Xptxas", "-v", "-cubin"]
+    done = subprocess.run([NVCC, *flags, "kernels.cu"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def assert_no_spills(said: str, kernels: int) -> None:
+    spills = [line.strip() for line in said.splitlines() if "spill" in line]
+    assert spills == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"] * kernels
+    assert "warning" not in said and "(C75" not in said  # ptxas tells by a remark when it waits for every wgmma
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90a"])
+@pytest.mark.parametrize("rank", [16, pytest.param(32, marks=pytest.mark.slow), 64, 128])
+def test_no_register_spills(rank: int, capability: tuple[int, int], tmp_path: Path):
+    plans = [
+        f"Plan<BFloat16, {sizes}, {rank}, {transposed}>"
+        for sizes, transposed in product(("128, 160", "64, 64"), ("false", "true"))
+    ]
+    instances = [f"lora_gemm<{plan}>(const GRID_CONSTANT Problem)" for plan in plans]
+    assert_no_spills(compiled(tmp_path, instances, capability, header=""), kernels=4)
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("rank", [16, pytest.param(32, marks=pytest.mark.slow), 64, 128])
+def test_no_register_spills_on_hopper(rank: int, tmp_path: Path):
+    arguments = ", ".join(f"const GRID_CONSTANT {kind}" for kind in ("Problem", "TensorMap", "TensorMap"))
+    instances = [f"lora_gemm_sm90<PlanSm90<BFloat16, {rank}, {way}>>({arguments})" for way in ("false", "true")]
+    assert_no_spills(compiled(tmp_path, instances, (9, 0), header="_sm90"), kernels=2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+def test_the_launcher_compiles(capability: tuple[int, int], tmp_path: Path):
+    command = [NVCC, "-std=c++20", *build.architecture(capability), "-c", str(CSRC / "lora_gemm.cu")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None or shutil.which("ninja") is None, reason="needs g++ and ninja")
+def test_the_gradient_in_cpp(tmp_path: Path, monkeypatch):
+    """In a process of its own: there it takes the place of the one in Python."""
+    script = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch
+from torch.utils import cpp_extension
+import test_kernels as t
+source, folder = {str(CSRC / "autograd.cpp")!r}, {str(tmp_path)!r}
+cpp_extension.load("gradient", [source], build_directory=folder, is_python_module=False)
+x, W, b, A, B = t.layer(2, 7).values()
+assert "LoRALinear" in t.lora_linear(x, W, b, A, B, 0.7).grad_fn.name()
+t.test_gradcheck()
+t.test_opcheck(torch.float64)
+t.test_rank_zero_is_w_alone()
+t.test_what_lies_between_the_matmuls_is_kept_and_not_differentiable()
+for dtype in t.ROUNDING:
+    t.test_value_and_gradients(t.lora_linear, dtype, rows=(2, 7))
+t.test_compiles_whole("aot_eager")
+t.test_under_activation_checkpointing()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("standard", ["c++17", "c++20"])  # of the oldest PyTorch, and the newest
+def test_the_binding_compiles(standard: str):
+    include = Path(torch.__file__).parent / "include"
+    flags = [f"-std={standard}", "-fsyntax-only", "-Wall", f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
+    done = subprocess.run(["g++", *flags, str(CSRC / "binding.cpp")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

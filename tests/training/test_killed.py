@@ -1,0 +1,139 @@
+"""Killed at any moment and then resumed, a run ends as an undisturbed one does, to the last byte.
+
+PYTHONPATH=. python tests/test_killed.py 20    kills so many, and says what came of it
+"""
+
+import errno
+import itertools
+import os
+import random
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, write_tiny
+
+from minidistill.formats.files import folder_written_whole, written_whole
+
+SHARDS, UPDATES = 4, 12  # a checkpoint after each of these
+
+
+def start(out: Path, flags: list[str], half_written: int = 0) -> int:
+    """Run train.py in a fork of this process; returns its number.
+
+    It kills itself over the n-th file it is about to rename, n = ``half_written``, of which only half is there.
+    """
+    if process := os.fork():
+        return process
+    renamed = itertools.count(1)
+
+    def kill(event: str, args: tuple) -> None:
+        if event == "os.rename" and str(out) in str(args[1]) and next(renamed) == half_written:
+            os.truncate(args[0], os.path.getsize(args[0]) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(kill)
+    sys.argv = ["train.py", *flags, "--out", str(out), "--no-report"]
+    with out.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except BaseException as error:
+            log.write(repr(error))
+            log.flush()
+            os._exit(1)
+    os._exit(0)
+
+
+def finish(out: Path, flags: list[str]) -> None:
+    status = os.waitpid(start(out, flags), 0)[1]
+    assert status == 0, out.with_suffix(".log").read_text()
+
+
+def stage(out: Path) -> str:
+    """How far a killed run had come."""
+    if list(out.rglob("*.tmp")):
+        return "writing a file"
+    if (out / "lora.safetensors").exists():
+        return "after all"
+    if list(out.glob("checkpoints/*.pt")):
+        return "learning"
+    return "drawing trajectories" if list(out.glob("states/trajectories*")) else "loading"
+
+
+def same_result(one: Path, other: Path) -> bool:
+    names = ("lora.safetensors", "metrics.jsonl")
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def main(folder: Path, points: int) -> None:
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(f"a {colour} {thing}" for colour in ("red", "blue") for thing in ("cat", "dog")))
+    flags = dict(model=write_tiny(folder / "model"), prompts=prompts, trajectories=2 * SHARDS, sample_steps=3)
+    flags |= dict(steps=UPDATES, batch=2, rank=2, save_every=1, device="cpu")
+    flags = [x for name, value in flags.items() for x in (f"--{name.replace('_', '-')}", str(value))]
+
+    runpy.run_path(str(ROOT / "train.py"))  # imports, once for all forks, what they need
+    before = time.monotonic()
+    finish(undisturbed := folder / "undisturbed", flags)
+    lasted = time.monotonic() - before
+
+    found, identical = Counter(), 0
+    dice = random.Random(0)
+    files = SHARDS + 2 * UPDATES + 1  # with each checkpoint the metrics, and the LoRA
+    over = dice.sample(range(1, files + 1), max(points // 4, 1))
+    for i, half_written in enumerate([*[0] * points, *over]):
+        process = start(out := folder / f"run-{i}", flags, half_written)
+        if not half_written:  # at a random moment of the i-th part of the run
+            time.sleep((i + dice.random()) / points * lasted)
+            os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        found[stage(out)] += 1
+        finish(out, [*flags, "--resume"])
+        identical += same_result(out, undisturbed)
+    where = ", ".join(f"{count} {name}" for name, count in found.items())
+    print(f"{found.total()} points tried ({where}), {identical} runs resumed identical")
+
+
+@pytest.mark.parametrize("points", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(points: int):
+    command = [sys.executable, __file__, str(points)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    print(run.stdout)
+    tried, identical = re.match(r"(\d+) points tried .*, (\d+) runs", run.stdout).groups()
+    assert int(tried) > points and tried == identical
+
+
+def test_a_file_gets_its_name_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """So a power cut leaves the old contents or the new. Some disks say only then that they are full."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "file").write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    said = f"No space left on device: '{tmp_path}/file'"
+    with pytest.raises(OSError, match=said), written_whole(tmp_path / "file") as beside:
+        beside.write_text("new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
+
+
+def test_what_a_killed_process_left_of_a_folder(tmp_path: Path):
+    (tmp_path / "student.tmp/half").mkdir(parents=True)
+    with folder_written_whole(tmp_path / "student") as beside:
+        (beside / "whole").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["student", "whole"]
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        main(Path(folder), int(sys.argv[1]))
