@@ -1,4 +1,4 @@
-"""What the scripts share: flags from a dataclass, each with its default and help in one place; and how they end."""
+"""Command-line flags that the scripts share, and how a script ends: one clear line instead of a traceback."""
 
 import argparse
 import math
@@ -9,78 +9,83 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-T = TypeVar("T")
-
-# The headings of the groups of flags in --help.
-GROUPS = {
-    "what": "what to draw",
-    "model": "which Stable Diffusion, and how it is loaded",
-    "teacher": "the teacher, two UNet calls a step, draws pictures",
-    "student": "the student, one UNet call a step, learns from them",
-    "how": "how it is done",
-    "run": "the run itself",
-}
+DEFAULT_MODEL = Path("weights/pocket-emoji")
+DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def setting(default: Any, help: str, group: str = "options", **how: Any) -> Any:
-    """A dataclass field that is a flag. ``how`` goes to argparse (``type``, ``choices``, ``nargs``, ``metavar``)."""
-    return field(default=default, metadata={"help": help, "group": group, **how})
-
-
-@dataclass
-class ModelSettings:
-    """Which Stable Diffusion, and how it is loaded: what the scripts' settings begin with."""
-
-    model: Path = setting(
-        Path("weights/pocket-emoji"),
-        "Stable Diffusion: a folder in the official layout, a single file, or a hub id",
-        "model",
+def new_parser(description: str | None, positional: str = "", prog: str | None = None) -> argparse.ArgumentParser:
+    """A parser with a one-line usage: ``positional`` followed by "[flags]"."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        usage=f"%(prog)s {positional}[flags]",
+        description=description,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
+        allow_abbrev=False,
     )
-    ema: bool = setting(False, "take the UNet's averaged copy, which some single files hold", "model")
-    variant: str = setting(None, 'which weights of a folder or hub id, for example "fp16"', "model", type=str)
-    prediction: str = setting(
-        None,
-        "what the UNet predicts (default: as the model says; of an SD 2.x single file v)",
-        "model",
-        type=str,
-        choices=("eps", "v"),
-    )
-    tokenizer: Path = setting(
-        None,
-        "folder with vocab.json and merges.txt (default: the model's own; of a single file the hub's)",
-        "model",
+
+
+def add_model_flags(
+    parser: argparse.ArgumentParser, dtypes: Sequence[str] = ("float32", "bfloat16", "float16")
+) -> argparse._ArgumentGroup:
+    """Which Stable Diffusion to load, and how: --model and the flags that ``load_options`` hands on."""
+    flags = parser.add_argument_group("which Stable Diffusion, and how it is loaded")
+    flags.add_argument(
+        "--model",
         type=Path,
+        default=DEFAULT_MODEL,
+        metavar="PATH",
+        help="a folder in the official layout, a single file, or a hub id (default: %(default)s)",
     )
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute", "model", metavar="DEVICE")
-    dtype: str = setting("float32", "dtype of the weights", "model", choices=("float32", "bfloat16", "float16"))
+    flags.add_argument("--ema", action="store_true", help="load the UNet's EMA weights, which some single files hold")
+    flags.add_argument(
+        "--variant", metavar="TEXT", help='which weights of a folder or hub id to load, for example "fp16"'
+    )
+    flags.add_argument(
+        "--prediction",
+        choices=("eps", "v"),
+        help="what the UNet predicts (default: what the model says; v for an SD 2.x single file that says nothing)",
+    )
+    flags.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="folder with vocab.json and merges.txt (default: the model's own; for a single file, CLIP's from the hub)",
+    )
+    flags.add_argument(
+        "--device", default=DEFAULT_DEVICE, metavar="DEVICE", help="where to compute (default: %(default)s)"
+    )
+    flags.add_argument(
+        "--dtype", default="float32", choices=dtypes, help="dtype of the weights (default: %(default)s)"
+    )
+    return flags
 
-    def load_options(self) -> dict[str, Any]:
-        """All but ``model``, as ``minidistill.load`` takes it."""
-        same = ("device", "prediction", "tokenizer", "ema", "variant")
-        return {name: getattr(self, name) for name in same} | {"dtype": getattr(torch, self.dtype)}
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The model flags as keyword arguments of ``minidistill.load``."""
+    same = ("device", "prediction", "tokenizer", "ema", "variant")
+    return {name: getattr(args, name) for name in same} | {"dtype": getattr(torch, args.dtype)}
 
 
-def count(text: str) -> int:
+def positive_int(text: str) -> int:
     """An argparse type: a whole number, 1 or more."""
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"it has to be 1 or more, not {value}")
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {value}")
     return value
 
 
 def seed_number(text: str) -> int:
-    """An argparse type: a whole number that PyTorch takes for a seed, and those counted on from it too."""
+    """An argparse type: a seed that PyTorch accepts, with room to count on from it."""
     value = int(text)
     if abs(value) >= 2**62:
-        raise argparse.ArgumentTypeError(f"a seed has to be within 2**62 of 0, not {text}")
+        raise argparse.ArgumentTypeError(f"a seed must be within 2**62 of 0, not {text}")
     return value
 
 
@@ -88,7 +93,7 @@ def finite(text: str) -> float:
     """An argparse type: any number but inf and nan."""
     value = float(text)
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"it has to be finite, not {text}")
+        raise argparse.ArgumentTypeError(f"must be finite, not {text}")
     return value
 
 
@@ -96,98 +101,63 @@ def positive(text: str) -> float:
     """An argparse type: a number above 0."""
     value = float(text)
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"it has to be a number above 0, not {text}")
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
     return value
 
 
-def share(text: str) -> float:
-    """An argparse type: a part of a whole, from 0 to 1."""
+def fraction(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
     value = float(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"it has to be from 0 to 1, not {text}")
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
     return value
 
 
 class ScaledFile(NamedTuple):
-    """FILE[:SCALE] on a command line: a file, and how much of it counts."""
+    """FILE[:SCALE] on a command line: a LoRA file and its strength."""
 
     path: Path
     scale: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> "ScaledFile":
-        """An argparse type. What follows the last colon is a scale if it is a number, and part of the name if not."""
+        """An argparse type. A number after the last colon is the scale; anything else belongs to the file's name."""
         path, colon, scale = text.rpartition(":")
         try:
-            found = cls(Path(path), float(scale)) if colon else cls(Path(text))
+            file = cls(Path(path), float(scale)) if colon else cls(Path(text))
         except ValueError:
-            found = cls(Path(text))
-        if not math.isfinite(found.scale):
-            raise argparse.ArgumentTypeError(f"a scale has to be finite, not {found.scale}")
-        return found
+            file = cls(Path(text))
+        if not math.isfinite(file.scale):
+            raise argparse.ArgumentTypeError(f"a scale must be finite, not {file.scale}")
+        return file
 
     def __str__(self) -> str:
         return f"{self.path}:{self.scale:g}"
 
 
-METAVARS = {int: "N", count: "N", seed_number: "N", float: "X", finite: "X", positive: "X", share: "SHARE", str: "TEXT"}
-METAVARS |= {Path: "PATH", type(Path()): "PATH"}
+def provenance(command: str, argv: Sequence[str]) -> dict[str, str]:
+    """The command and the git commit that made a file of results; the commit ends in "+" if the code was changed.
 
-
-def parse(settings: type[T], description: str, argv: list[str] | None = None) -> T:
-    """Read the command line into a ``settings`` dataclass. A default of ``...`` makes it positional."""
-    # Positional ones first, and with them their group: fields that are inherited would stand before it.
-    ordered = sorted(fields(settings), key=lambda f: f.default is not ...)
-    positional = "".join(
-        f"{f.metadata.get('metavar', f.name.upper())} {'... ' if 'nargs' in f.metadata else ''}"
-        for f in ordered
-        if f.default is ...
-    )
-    parser = argparse.ArgumentParser(
-        usage=f"%(prog)s {positional}[flags]",  # all of them by name would fill the screen
-        description=description,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
-        allow_abbrev=False,
-    )
-    groups: dict[str, Any] = {}
-    for f in ordered:
-        how = dict(f.metadata)
-        name = how.pop("group")
-        if name not in groups:
-            groups[name] = parser.add_argument_group(GROUPS.get(name, name))
-        if f.default is ...:
-            groups[name].add_argument(f.name, **how)
-            continue
-        if isinstance(f.default, bool):
-            how["action"] = "store_true"
-        elif f.default is not None:
-            how.setdefault("type", type(f.default))
-            how["help"] += " (default: none)" if f.default == "" else " (default: %(default)s)"
-        if "action" not in how and "choices" not in how:
-            how.setdefault("metavar", METAVARS.get(how.get("type")))
-        groups[name].add_argument("--" + f.name.replace("_", "-"), default=f.default, **how)
-    return settings(**vars(parser.parse_args(argv)))
-
-
-def made_by(module: str, argv: Sequence[str]) -> dict[str, str]:
-    """What every file of results says of itself: the command, and the commit of the code; "+" if that was changed."""
-    command = shlex.join(["python", "-m", module, *argv])
+    ``command`` is what follows ``python``, such as "-m minidistill.bench speed".
+    """
+    line = shlex.join(["python", *command.split(), *argv])
     here, code = Path(__file__).parent, (":/minidistill", ":/train.py", ":/weights")
     if not shutil.which("git"):
-        return dict(command=command, commit="unknown")
+        return dict(command=line, commit="unknown")
     head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True)
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=here, capture_output=True).returncode
-    return dict(command=command, commit=head.stdout.strip() + "+" * bool(changed) if head.stdout else "unknown")
+    return dict(command=line, commit=head.stdout.strip() + "+" * bool(changed) if head.stdout else "unknown")
 
 
-OUT_OF_MEMORY = ("DefaultCPUAllocator", "MPS backend out of memory")  # what says so in a plain RuntimeError
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "MPS backend out of memory")  # how a plain RuntimeError says so
 
 
 @contextmanager
-def one_sentence(script: str, stopped: str, less_memory: str = "") -> Iterator[None]:
-    """Run a script: what was wrong with its input, or that it was ``stopped``, is one sentence and no traceback.
+def one_line_errors(script: str, stopped: str, less_memory: str = "") -> Iterator[None]:
+    """Run a script; end with one line when its input is wrong, memory runs out, or somebody stops it.
 
-    SIGTERM stops it as Ctrl-C does. ``less_memory`` says which flags help when memory runs out, the first to try first.
+    SIGTERM stops it as Ctrl-C does, with the line ``stopped``. ``less_memory`` names the flags that help when memory
+    runs out, the first to try first. Other errors keep their traceback: they are bugs.
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -202,6 +172,6 @@ def one_sentence(script: str, stopped: str, less_memory: str = "") -> Iterator[N
     except KeyboardInterrupt:
         sys.exit(f"{script}: {stopped}")
     finally:
-        for bar in list(tqdm._instances):  # that an error left open: what is said of it has a line of its own
+        for bar in list(tqdm._instances):  # bars that the error left open, so that its message starts a new line
             bar.close()
         signal.signal(signal.SIGTERM, before)
