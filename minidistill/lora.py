@@ -15,18 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidistill.kernels import LoRAFunctions, lora_functions
-
 # Every linear and convolution of the UNet's attention and residual blocks.
 DEFAULT_TARGETS = ("*.attentions.*", "*.resnets.*")
 
 
 class Switch:
-    """Says whether the low-rank terms count, and what computes them. One object for all LoRA layers of a model."""
+    """Turns the low-rank terms of a model on and off. All of its LoRA layers share one."""
 
-    def __init__(self, functions: LoRAFunctions | None = None) -> None:
+    def __init__(self) -> None:
         self.enabled = False
-        self.functions = functions  # of whole layers, in place of the lines in their forward()
 
     @contextmanager
     def set(self, enabled: bool) -> Iterator[None]:
@@ -68,18 +65,9 @@ class LoRALayer(nn.Module):
         return self.lora_down.to(dtype), (self.scale * self.lora_up).to(dtype)
 
     @property
-    def counts(self) -> bool:
-        """Whether the low-rank term is to be added: not when switched off, nor when it is in W already."""
+    def active(self) -> bool:
+        """True if enabled and not merged."""
         return self.switch.enabled and not self.merged
-
-    @property
-    def functions(self) -> LoRAFunctions | None:
-        """What computes the whole layer from x and its ``operands``, if there is such a thing. It leaves W frozen."""
-        return self.switch.functions if self.counts and not self.weight.requires_grad else None
-
-    @property
-    def operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
-        return self.weight, self.bias, self.lora_down, self.lora_up, self.scale
 
     def delta(self) -> Tensor:
         """What merging adds to ``weight``, in its shape."""
@@ -117,10 +105,8 @@ class LoRALinear(LoRALayer, nn.Linear):
         self.add_pair((rank, self.in_features), (self.out_features, rank), alpha, switch)
 
     def forward(self, x: Tensor) -> Tensor:
-        if functions := self.functions:
-            return functions.linear(x, *self.operands)
         y = super().forward(x)  # W x
-        if not self.counts:
+        if not self.active:
             return y
         down, up = self.pair(x.dtype)
         return y + F.linear(F.linear(x, down), up)
@@ -139,11 +125,8 @@ class LoRAConv(LoRALayer, nn.Conv2d):
         self.add_pair(down_shape, (self.out_channels, rank, 1, 1), alpha, switch)
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        if plain and (functions := self.functions):
-            return functions.conv(x, *self.operands, self.stride, self.padding, self.dilation)
         y = super().forward(x)  # W * x
-        if not self.counts:
+        if not self.active:
             return y
         down, up = self.pair(x.dtype)
         return y + F.conv2d(self._conv_forward(x, down, None), up)  # the base's stride and padding
@@ -180,14 +163,12 @@ def inject_lora(
     rank: int = 16,
     alpha: float | None = None,
     targets: Sequence[str] = DEFAULT_TARGETS,
-    kernel: str = "auto",
 ) -> LoRAModel:
     """Put a low-rank pair beside the linear layers and convolutions of ``model``, in place; freeze everything else.
 
     Args:
         rank: of every pair.  alpha: the pair is scaled by alpha / rank; ``rank`` unless given.
         targets: shell-style patterns for the layers' dotted names.
-        kernel: "auto", "fused" or "torch": what computes the layers, on the device that the model is on (kernels/).
 
     Returns:
         The model in a thin wrapper, whose call takes ``lora_enabled``: with it the student, without it the teacher.
@@ -204,10 +185,10 @@ def inject_lora(
     ]
     if not names:
         raise ValueError(f"No linear layer or convolution of the model is named like {', '.join(targets)}.")
-    return inject_pairs(model, dict.fromkeys(names, (rank, rank if alpha is None else alpha)), kernel)
+    return inject_pairs(model, dict.fromkeys(names, (rank, rank if alpha is None else alpha)))
 
 
-def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]], kernel: str = "auto") -> LoRAModel:
+def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]]) -> LoRAModel:
     """``inject_lora`` with (rank, alpha) of each layer by its name, for files in which they differ."""
     if any(isinstance(m, LoRALayer) for m in model.modules()):
         raise ValueError("This model has LoRA layers already: load it afresh before giving it others.")
@@ -217,8 +198,7 @@ def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]], kerne
             raise ValueError(
                 f"{name} is a grouped convolution, for which there is no LoRA here: leave it out of targets."
             )
-    weight = next(model.parameters())
-    switch = Switch(lora_functions(kernel, weight.device, weight.dtype))
+    switch = Switch()
     model.requires_grad_(False)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
