@@ -10,7 +10,8 @@ from torch import Tensor
 
 from minidistill import ddim_invert, ddim_sample
 from minidistill.config import ScheduleConfig
-from minidistill.schedule import Schedule, add_noise, clean_and_noise, ddim_step, min_snr_weight, velocity
+from minidistill.samplers import ddim_step
+from minidistill.schedule import Schedule, add_noise, clean_and_noise, min_snr_weight, velocity
 
 
 def schedule(**changes) -> Schedule:

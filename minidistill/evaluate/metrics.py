@@ -15,8 +15,9 @@ from tqdm import tqdm
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from minidistill.data.trajectories import teacher_trajectory
+from minidistill.guidance import Interval, guided, plain
+from minidistill.guidance import student as student_of
 from minidistill.pipeline import FRESH_NOISE, StableDiffusion
-from minidistill.guidance import Interval, guided, plain, student as student_of
 from minidistill.samplers import Predictor, fresh_noise
 from minidistill.schedule import add_noise
 

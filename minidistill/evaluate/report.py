@@ -5,8 +5,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from minidistill.evaluate import ClipScore, Drawn, comparison_grid, draw, noise_error_share, psnr
-from minidistill.guidance import Interval
 from minidistill.formats.files import written_whole
+from minidistill.guidance import Interval
 from minidistill.lora import merge_lora, unmerge_lora
 from minidistill.pipeline import StableDiffusion
 
