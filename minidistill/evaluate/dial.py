@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from minidistill.data.trajectories import prompt_split, spread
+from minidistill.data.prompts import prompt_split, spread
 from minidistill.evaluate.drawing import comparison_grid, draw
 from minidistill.evaluate.metrics import EVALUATION_SEED, format_estimate, interval, noise_error_share, psnr
 from minidistill.evaluate.students import read_student

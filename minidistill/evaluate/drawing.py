@@ -5,9 +5,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from minidistill.data.trajectories import spread
+from minidistill.data.prompts import spread
 from minidistill.evaluate.metrics import EVALUATION_SEED
 from minidistill.guidance import Interval, selective_interval
 from minidistill.pipeline import StableDiffusion
@@ -46,9 +47,11 @@ def draw(
     seconds = (time.perf_counter() - start) / len(prompts)
     if selective:
         interval = selective_interval(sd.schedule, steps, selective)
-    low, high = interval or (0, sd.schedule.train_steps)
-    guided_steps = sum(low <= t <= high for t in sd.schedule.timesteps(steps)) if guides else 0
-    return Drawn(method, images, steps + guided_steps, seconds)
+    unet_calls = steps
+    if guides:
+        timesteps = torch.tensor(sd.schedule.timesteps(steps))
+        unet_calls += int(interval.includes(timesteps).sum()) if interval else steps
+    return Drawn(method, images, unet_calls, seconds)
 
 
 def comparison_grid(rows: Sequence[Drawn], prompts: Sequence[str], columns: int = 8, side: int = 128) -> Image.Image:

@@ -17,8 +17,8 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from minidistill.data.trajectories import teacher_trajectory
 from minidistill.guidance import Interval, guided, plain, student
 from minidistill.pipeline import FRESH_NOISE, StableDiffusion
-from minidistill.samplers import fresh_noise
-from minidistill.schedule import Denoiser, add_noise
+from minidistill.samplers import Predictor, fresh_noise
+from minidistill.schedule import add_noise
 
 EVALUATION_SEED = 1_000_000  # far from the seeds of training
 Make = Callable[[], dict[str, Tensor]]
@@ -46,7 +46,7 @@ class ErrorShare:
         return torch.where(gaps > 0, errors / gaps, torch.nan)
 
 
-def predict_each(model: Denoiser, z_t: Tensor, timesteps: Sequence[int]) -> Tensor:
+def predict_each(model: Predictor, z_t: Tensor, timesteps: Sequence[int]) -> Tensor:
     """The predictions of ``model`` for the states of S steps, [B, S, 4, h, w] -> [B, S, 4, h, w]."""
     times = (torch.full((len(z_t),), t, device=z_t.device) for t in timesteps)
     return torch.stack([model(z_t[:, i], t) for i, t in enumerate(times)], 1)
@@ -127,7 +127,7 @@ class Estimate(NamedTuple):
 
 
 def format_estimate(estimate: Mapping[str, float], form: str) -> str:
-    """"value (low to high)" of ``Estimate._asdict()``; ``form`` formats each number, for example "{:.2f}"."""
+    """ "value (low to high)" of ``Estimate._asdict()``; ``form`` formats each number, for example "{:.2f}"."""
     return "{} ({} to {})".format(*(form.format(estimate[name]) for name in Estimate._fields))
 
 

@@ -21,13 +21,11 @@ from types import ModuleType
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from minidistill.data.prompts import read_prompts
-from minidistill.data.trajectories import fingerprint, prompt_split, spread
+from minidistill.data.prompts import prompt_split, read_prompts, spread
+from minidistill.data.shards import fingerprint, read_shard, write_shard
 from minidistill.evaluate.drawing import Drawn, comparison_grid, draw
 from minidistill.evaluate.metrics import (
     ClipScore,
@@ -48,14 +46,7 @@ from minidistill.formats.files import atomic_write, digest, write_json
 from minidistill.guidance import Interval
 from minidistill.lora import merge_lora
 from minidistill.pipeline import StableDiffusion
-from minidistill.training.settings import (
-    ScaledFile,
-    add_model_flags,
-    finite,
-    fraction,
-    load_options,
-    positive_int,
-)
+from minidistill.training.settings import ScaledFile, add_model_flags, finite, fraction, load_options, positive_int
 
 POSITIONAL = "[RUN_OR_LORA[:SCALE] ...] "
 Row = dict[str, Estimate]  # the measures of one method
@@ -63,72 +54,29 @@ Make = Callable[[], dict[str, Tensor]]
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    what = parser.add_argument_group("what to compare")
-    what.add_argument(
-        "runs",
-        nargs="*",
-        type=ScaledFile.parse,
-        metavar="RUN_OR_LORA[:SCALE]",
-        help="students: folders of runs, or LoRA files",
+    flag = parser.add_argument_group("what to compare").add_argument
+    flag("runs", nargs="*", type=ScaledFile.parse, metavar="RUN_OR_LORA[:SCALE]", help="runs' folders, or LoRA files")
+    flag(
+        "--prompts", default="held-out", metavar="FILE", help='one prompt a line; or "held-out" (default: %(default)s)'
     )
-    what.add_argument(
-        "--prompts",
-        default="held-out",
-        metavar="FILE",
-        help='a text file with one prompt a line, or "held-out" (default: %(default)s)',
+    flag("--pictures", type=positive_int, default=1000, metavar="N",
+         help="images per method, rounded up to the same number for each prompt (default: %(default)s)")  # fmt: skip
+    flag(
+        "--guidance", type=finite, metavar="SCALE", help="the teacher's (default: what the students learned, else 2.5)"
     )
-    what.add_argument(
-        "--pictures",
-        type=positive_int,
-        default=1000,
-        metavar="N",
-        help="images for each method, rounded up to the same number for every prompt (default: %(default)s)",
-    )
-    what.add_argument(
-        "--guidance",
-        type=finite,
-        metavar="SCALE",
-        help="the teacher's guidance scale (default: the one the students learned, else 2.5)",
-    )
-    what.add_argument(
-        "--selective",
-        type=fraction,
-        nargs="+",
-        default=[],
-        metavar="SHARE",
-        help="add teachers without guidance in this share of the steps, the last ones",
-    )
-    what.add_argument(
-        "--interval",
-        type=int,
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("LOW", "HIGH"),
-        help="add a teacher guided only at time steps LOW <= t <= HIGH; may be repeated",
-    )
-    how = parser.add_argument_group("how to measure")
-    how.add_argument(
-        "--clip", metavar="PATH", help="a CLIP model, as a folder or hub id (default: the model's own, if it has one)"
-    )
-    how.add_argument("--judge", metavar="MODULE", help="a module with measures for this model's images")
-    how.add_argument(
-        "--steps", type=positive_int, default=25, metavar="N", help="DDIM steps (default: %(default)s)"
-    )
-    how.add_argument(
-        "--batch", type=positive_int, default=32, metavar="N", help="images to sample at once (default: %(default)s)"
-    )
-    default = Path("runs/evaluation")
-    how.add_argument(
-        "--out", type=Path, default=default, metavar="FOLDER", help="folder for the results (default: %(default)s)"
-    )
-    how.add_argument(
-        "--work",
-        type=Path,
-        default=default,
-        metavar="FOLDER",
-        help="folder for the cache, in cache/: gigabytes for a full-size model (default: %(default)s)",
-    )
+    flag("--selective", type=fraction, nargs="+", default=[], metavar="SHARE",
+         help="add a teacher that is not guided in this share of the steps, counted from the last")  # fmt: skip
+    flag("--interval", type=finite, nargs=2, action="append", default=[], metavar=("LOW", "HIGH"),
+         help="add a teacher that is guided only at time steps LOW <= t <= HIGH; can be repeated")  # fmt: skip
+    flag = parser.add_argument_group("how to measure").add_argument
+    flag("--clip", metavar="PATH", help="a CLIP model, as folder or hub id (default: the model's own, if it has one)")
+    flag("--judge", metavar="MODULE", help="a module with measures for this model's images")
+    flag("--steps", type=positive_int, default=25, metavar="N", help="DDIM steps (default: %(default)s)")
+    flag("--batch", type=positive_int, default=32, metavar="N", help="images to sample at once (default: %(default)s)")
+    out = Path("runs/evaluation")
+    flag("--out", type=Path, default=out, metavar="FOLDER", help="folder for the results (default: %(default)s)")
+    flag("--work", type=Path, default=out, metavar="FOLDER",
+         help="folder for the cache: gigabytes for a full-size model (default: %(default)s)")  # fmt: skip
     add_model_flags(parser)
 
 
@@ -158,12 +106,13 @@ def run(args: Namespace) -> None:
     def images(sd: StableDiffusion, method: str, label: str, learned: str = "", **variant: object) -> Drawn:
         def make() -> dict[str, Tensor]:
             drawn = draw(sd, method, repeated, progress=True, **options | variant)
-            cost = dict(unet_calls=torch.tensor(drawn.unet_calls), seconds=torch.tensor(drawn.seconds))
-            return dict(images=pixels(drawn.images), **cost)
+            cost = torch.tensor([drawn.unet_calls, drawn.seconds], dtype=torch.float64)
+            return dict(images=pixels(drawn.images), cost=cost)
 
         tensors = cache(f"{label} images", make, learned=learned, **variant)
         pil = [Image.fromarray(image) for image in tensors["images"].permute(0, 2, 3, 1).numpy()]
-        return Drawn(label, pil, tensors["unet_calls"].item(), tensors["seconds"].item())
+        unet_calls, seconds = tensors["cost"].tolist()
+        return Drawn(label, pil, int(unet_calls), seconds)
 
     def error_share(sd: StableDiffusion, label: str, learned: str, noised: bool) -> ErrorShare:
         place = "noised latents" if noised else "trajectories"
@@ -181,7 +130,7 @@ def run(args: Namespace) -> None:
         label = f"guided but for the last {100 * share:g}%"
         rows.append(images(sd, "teacher", label, selective=share, interval=None))
     for low, high in dict.fromkeys(map(tuple, args.interval)):
-        rows.append(images(sd, "teacher", f"guided at t from {low} to {high}", interval=Interval(low, high)))
+        rows.append(images(sd, "teacher", f"guided at t from {low:g} to {high:g}", interval=Interval(low, high)))
     shares: dict[str, dict[str, ErrorShare]] = {}
     for label, student in students.items():
         sd = load(args.model, **load_options(args))
@@ -245,15 +194,11 @@ def read_clip(sd: StableDiffusion, name: str | None) -> ClipScore | None:
 def cached(file: Path, made_with: Mapping[str, object], make: Make) -> dict[str, Tensor]:
     """Read the tensors in ``file`` if they were made with the same settings; else make and store them."""
     stamp = json.dumps(made_with)
-    try:
-        with safe_open(file, "pt") as stored:
-            if (stored.metadata() or {}).get("made_with") == stamp:
-                return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
-    except (FileNotFoundError, SafetensorError):
-        pass
-    tensors = {name: tensor.contiguous() for name, tensor in make().items()}
-    with atomic_write(file) as temporary:
-        temporary.write_bytes(save(tensors, {"made_with": stamp}))
+    stored = read_shard(file)
+    if stored and stored[1] == stamp:
+        return stored[0]
+    tensors = {name: x.cpu().contiguous() for name, x in make().items()}
+    write_shard(file, tensors, stamp)
     return tensors
 
 

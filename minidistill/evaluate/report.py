@@ -43,7 +43,7 @@ def write_report(
         for trains in (False, True)
     )
     memory = f"Weights: {frozen:.1f} MB frozen, {trained:.1f} MB trained."
-    where = f" for {interval.low} <= t <= {interval.high}" if interval else ""
+    where = f" for {interval.low:g} <= t <= {interval.high:g}" if interval else ""
 
     with atomic_write(out / "teacher_vs_student.png") as file:
         comparison_grid(rows, prompts).save(file, "png")

@@ -29,7 +29,7 @@ class Teacher(NamedTuple):
     interval: Interval | None = None
 
     def __str__(self) -> str:
-        where = f" for {self.interval.low} <= t <= {self.interval.high}" if self.interval else ""
+        where = f" for {self.interval.low:g} <= t <= {self.interval.high:g}" if self.interval else ""
         return f'guidance {self.guidance:g}{where}, negative prompt "{self.negative_prompt}"'
 
 
@@ -64,8 +64,13 @@ def read_student(path: Path, scale: float, args: Namespace) -> Student:
         )
     with reading(file):
         guidance = float(header["guidance"]) if full else lora.guidance
-        interval = Interval(*map(int, header["interval"].split())) if "interval" in header else None
-    return Student(file, Teacher(guidance, header.get("negative_prompt", ""), interval), install)
+        teacher = Teacher(guidance, header.get("negative_prompt", ""), read_interval(header))
+    return Student(file, teacher, install)
+
+
+def read_interval(header: Mapping[str, str]) -> Interval | None:
+    """The time steps at which a student's teacher was guided, from its header; None: all of them."""
+    return Interval(*map(float, header["interval"].split())) if "interval" in header else None
 
 
 def full_student(run: Path) -> Path | None:

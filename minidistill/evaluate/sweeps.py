@@ -18,7 +18,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from minidistill.data.trajectories import fingerprint, prompt_split, spread
+from minidistill.data.prompts import prompt_split, spread
+from minidistill.data.shards import fingerprint
 from minidistill.evaluate.metrics import format_estimate, interval, noise_error_share
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.checkpoint import load
@@ -61,7 +62,7 @@ def add_flags(parser: ArgumentParser) -> None:
     flag("--trajectories", type=positive_int, default=240, metavar="N", help="(default: %(default)s)")
     flag("--updates", type=positive_int, default=200, metavar="N", help="(default: %(default)s)")
     flag("--lr", type=positive, metavar="RATE", help="(default: train.py's)")
-    flag("--weighting", choices=VALUES["weighting"], help="(default: train.py's)")
+    flag("--weighting", choices=("even", "min-snr"), help="(default: train.py's)")
 
 
 def run(args: Namespace) -> None:
