@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from minidistill.data.prompts import prompt_split, spread
 from minidistill.evaluate.drawing import comparison_grid, draw
-from minidistill.evaluate.metrics import EVALUATION_SEED, format_estimate, interval, noise_error_share, psnr
+from minidistill.evaluate.figures import figure_file
+from minidistill.evaluate.metrics import EVALUATION_SEED, Estimate, interval, noise_error_share, psnr
 from minidistill.evaluate.students import read_student
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.checkpoint import load
@@ -74,8 +74,7 @@ def run(args: Namespace) -> None:
 
     report = args.provenance | {"prompts": len(prompts), "seed": EVALUATION_SEED}
     write_json(args.out / "dial.json", report | {"rows": rows})
-    with atomic_write(args.out / "dial.png") as file:
-        plot(rows, file)
+    plot(rows, args.out / "dial.png")
     with atomic_write(args.out / "dial-pictures.png") as file:
         comparison_grid(images, prompts, columns=COLUMNS, side=96).save(file, "png")
     print(f"\n{table(rows)}\n\nFigure, images and JSON: {args.out}")
@@ -86,22 +85,21 @@ def table(rows: Sequence[dict]) -> str:
     lines = [["strength", "nominal guidance", "measured guidance", "noise error share", "PSNR to that teacher"]]
     lines.append(["---:"] * 5)
     for row in rows:
-        forms = (("found guidance", "{:.2f}"), ("noise error share", "{:.3f}"), ("PSNR", "{:.1f} dB"))
-        estimates = (format_estimate(row[name], form) for name, form in forms)
-        lines.append([f"{row['strength']:g}", f"{row['guidance']:g}", *estimates])
+        found, share, distance = (Estimate(**row[name]) for name in ("found guidance", "noise error share", "PSNR"))
+        strength, guidance = f"{row['strength']:g}", f"{row['guidance']:g}"
+        lines.append([strength, guidance, f"{found:.2f}", f"{share:.3f}", f"{distance:.1f} dB"])
     return markdown_table(lines)
 
 
-def plot(rows: Sequence[dict], file: Path) -> None:
+def plot(rows: Sequence[dict], path: Path) -> None:
     """Plot nominal and measured guidance, and the share of it that the student misses."""
     strengths = [row["strength"] for row in rows]
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(strengths, [row["guidance"] for row in rows], "k--", label="1 + λ (s - 1)")
-    for axes, name, label in ((left, "found guidance", "measured"), (right, "noise error share", None)):
-        value, low, high = torch.tensor([[row[name][end] for end in ("value", "low", "high")] for row in rows]).T
-        axes.errorbar(strengths, value, (value - low, high - value), fmt="ko-", capsize=3, label=label)
-    left.set(xlabel="strength λ of the LoRA", ylabel="guidance scale", xlim=(0, None))
-    right.set(xlabel="strength λ of the LoRA", ylabel="noise error share", xlim=(0, None), ylim=(0, None))
-    left.legend()
-    figure.savefig(file, format="png", dpi=120)
+    with figure_file(path, 8, 3.2) as figure:
+        left, right = figure.subplots(1, 2)
+        left.plot(strengths, [row["guidance"] for row in rows], "k--", label="1 + λ (s - 1)")
+        for axes, name, label in ((left, "found guidance", "measured"), (right, "noise error share", None)):
+            value, low, high = torch.tensor([[row[name][end] for end in Estimate._fields] for row in rows]).T
+            axes.errorbar(strengths, value, (value - low, high - value), fmt="ko-", capsize=3, label=label)
+        left.set(xlabel="strength λ of the LoRA", ylabel="guidance scale", xlim=(0, None))
+        right.set(xlabel="strength λ of the LoRA", ylabel="noise error share", xlim=(0, None), ylim=(0, None))
+        left.legend()

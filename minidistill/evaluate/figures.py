@@ -1,9 +1,23 @@
-"""Labelled images in rows and columns, for the notebooks."""
+"""Figures in files, and labelled images in rows and columns for the notebooks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
+
+from minidistill.formats.files import atomic_write
+
+
+@contextmanager
+def figure_file(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure of ``width`` x ``height`` inches, which is written to ``path`` as PNG when the block ends."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def picture_grid(

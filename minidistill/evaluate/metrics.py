@@ -1,6 +1,6 @@
 """Measure how close a student is to its teacher, and images to other images and to their prompts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,16 +119,15 @@ def noise_error_share(
 
 
 class Estimate(NamedTuple):
-    """A mean and its 95% interval."""
+    """A mean and its 95% interval. f"{estimate:.2f}" is "value (low to high)", each number with two digits."""
 
     value: float
     low: float
     high: float
 
-
-def format_estimate(estimate: Mapping[str, float], form: str) -> str:
-    """ "value (low to high)" of ``Estimate._asdict()``; ``form`` formats each number, for example "{:.2f}"."""
-    return "{} ({} to {})".format(*(form.format(estimate[name]) for name in Estimate._fields))
+    def __format__(self, spec: str) -> str:
+        value, low, high = (format(x, spec) for x in self)
+        return f"{value} ({low} to {high})"
 
 
 def resample(prompts: int, resamples: int) -> Tensor:

@@ -19,26 +19,16 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from minidistill.data.prompts import prompt_split, read_prompts, spread
 from minidistill.data.shards import fingerprint, read_shard, write_shard
+from minidistill.evaluate import metrics
 from minidistill.evaluate.drawing import Drawn, comparison_grid, draw
-from minidistill.evaluate.metrics import (
-    ClipScore,
-    ErrorShare,
-    Estimate,
-    format_estimate,
-    frechet_interval,
-    interval,
-    noise_error_share,
-    pixels,
-    psnr,
-    ssim,
-)
+from minidistill.evaluate.figures import figure_file
+from minidistill.evaluate.metrics import ClipScore, ErrorShare, Estimate, noise_error_share, pixels
 from minidistill.evaluate.students import one_teacher, read_students
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.checkpoint import load
@@ -56,18 +46,14 @@ Make = Callable[[], dict[str, Tensor]]
 def add_flags(parser: ArgumentParser) -> None:
     flag = parser.add_argument_group("what to compare").add_argument
     flag("runs", nargs="*", type=ScaledFile.parse, metavar="RUN_OR_LORA[:SCALE]", help="runs' folders, or LoRA files")
-    flag(
-        "--prompts", default="held-out", metavar="FILE", help='one prompt a line; or "held-out" (default: %(default)s)'
-    )
-    flag("--pictures", type=positive_int, default=1000, metavar="N",
-         help="images per method, rounded up to the same number for each prompt (default: %(default)s)")  # fmt: skip
-    flag(
-        "--guidance", type=finite, metavar="SCALE", help="the teacher's (default: what the students learned, else 2.5)"
-    )
-    flag("--selective", type=fraction, nargs="+", default=[], metavar="SHARE",
-         help="add a teacher that is not guided in this share of the steps, counted from the last")  # fmt: skip
-    flag("--interval", type=finite, nargs=2, action="append", default=[], metavar=("LOW", "HIGH"),
-         help="add a teacher that is guided only at time steps LOW <= t <= HIGH; can be repeated")  # fmt: skip
+    flag("--prompts", default="held-out", metavar="FILE", help="one prompt per line, or %(default)s (the default)")
+    flag("--pictures", type=positive_int, default=1000, metavar="N", help="images per method, rounded up to the same "
+         "number for each prompt (default: %(default)s)")  # fmt: skip
+    flag("--guidance", type=finite, metavar="SCALE", help="of the teacher (default: what the students learned, or 2.5)")
+    flag("--selective", type=fraction, nargs="+", default=[], metavar="SHARE", help="add a teacher that is not guided "
+         "in this share of the steps, counted from the last")  # fmt: skip
+    flag("--interval", type=finite, nargs=2, action="append", default=[], metavar=("LOW", "HIGH"), help="add a teacher "
+         "that is guided only at time steps t from LOW to HIGH; can be repeated")  # fmt: skip
     flag = parser.add_argument_group("how to measure").add_argument
     flag("--clip", metavar="PATH", help="a CLIP model, as folder or hub id (default: the model's own, if it has one)")
     flag("--judge", metavar="MODULE", help="a module with measures for this model's images")
@@ -75,8 +61,8 @@ def add_flags(parser: ArgumentParser) -> None:
     flag("--batch", type=positive_int, default=32, metavar="N", help="images to sample at once (default: %(default)s)")
     out = Path("runs/evaluation")
     flag("--out", type=Path, default=out, metavar="FOLDER", help="folder for the results (default: %(default)s)")
-    flag("--work", type=Path, default=out, metavar="FOLDER",
-         help="folder for the cache: gigabytes for a full-size model (default: %(default)s)")  # fmt: skip
+    flag("--work", type=Path, default=out, metavar="FOLDER", help="folder for the cache: gigabytes for a full-size "
+         "model (default: %(default)s)")  # fmt: skip
     add_model_flags(parser)
 
 
@@ -151,31 +137,10 @@ def run(args: Namespace) -> None:
     measures: dict[str, Row] = {}
     for row in rows:
         print(f"measuring: {row.method}", flush=True)
-        errors = {name: interval(x.errors, x.gaps) for name, x in shares.get(row.method, {}).items()}
+        errors = {name: metrics.interval(x.errors, x.gaps) for name, x in shares.get(row.method, {}).items()}
         measures[row.method] = errors | measure(row, rows[0], repeated, each, clip, judge, references)
 
-    timesteps = sd.schedule.timesteps(args.steps)
-    by_step = {
-        label: {name: [x if x == x else None for x in share.per_step.tolist()] for name, share in both.items()}
-        for label, both in shares.items()
-    }  # None for nan, which JSON lacks
-    results = [
-        dict(method=row.method, unet_calls=row.unet_calls, seconds=row.seconds)
-        | {name: estimate._asdict() for name, estimate in measures[row.method].items()}
-        for row in rows
-    ]
-    report = args.provenance | {"prompts": len(prompts), "each": each, "rows": results}
-    write_json(args.out / "results.json", report | {"t": timesteps, "by step": by_step})
-    table = results_table(rows, measures)
-    with atomic_write(args.out / "table.md") as file:
-        file.write_text(f"{table}\n\n`{args.provenance['command']}`\n", encoding="utf-8")
-    with atomic_write(args.out / "pictures.png") as file:
-        comparison_grid([replace(row, images=row.images[::each]) for row in rows], prompts).save(file, "png")
-    if shares:
-        curves = {label: both["noise error share"] for label, both in shares.items()}
-        with atomic_write(args.out / "error_by_step.png") as file:
-            plot_shares(curves, timesteps, file)
-    print(f"\n{table}\n\nImages, plot and JSON: {args.out}")
+    write_results(args, rows, measures, shares, sd.schedule.timesteps(args.steps), prompts, each)
 
 
 def read_judge(name: str | None) -> ModuleType | None:
@@ -217,9 +182,9 @@ def measure(
     """
     by_image = {}
     if row is not teacher:
-        by_image["PSNR"] = psnr(row.images, teacher.images)
+        by_image["PSNR"] = metrics.psnr(row.images, teacher.images)
         if find_spec("skimage"):  # a development extra
-            by_image["SSIM"] = ssim(row.images, teacher.images)
+            by_image["SSIM"] = metrics.ssim(row.images, teacher.images)
     if clip:
         features = clip.embed_images(row.images)
         by_image["CLIP score"] = 100 * (features * clip.embed_prompts(prompts)).sum(-1)
@@ -227,53 +192,74 @@ def measure(
         by_image["CLIP similarity"] = 100 * (features * references["teacher"]).sum(-1)
     if judge:
         by_image |= judge.measures(pixels(row.images), prompts)
-    estimates = {name: interval(values.view(-1, each)) for name, values in by_image.items()}
+    estimates = {name: metrics.interval(values.view(-1, each)) for name, values in by_image.items()}
     for name, others in references.items():
         if not (name == "teacher" and row is teacher):
-            estimates[f"Fréchet to {name}"] = frechet_interval(features, others, each)
+            estimates[f"Fréchet to {name}"] = metrics.frechet_interval(features, others, each)
     return estimates
 
 
-FORMATS = {
-    "noise error share": "{:.3f}",
-    "on noised latents": "{:.3f}",
-    "PSNR": "{:.1f} dB",
-    "SSIM": "{:.3f}",
-    "CLIP score": "{:.1f}",
-    "CLIP similarity": "{:.1f}",
-    "Fréchet to teacher": "{:.4f}",
-    "Fréchet to rendered": "{:.4f}",
-}  # any other measure is a percentage
+def write_results(
+    args: Namespace,
+    rows: Sequence[Drawn],
+    measures: Mapping[str, Row],
+    shares: Mapping[str, Mapping[str, ErrorShare]],
+    timesteps: list[int],
+    prompts: Sequence[str],
+    each: int,
+) -> None:
+    """Write results.json, table.md, pictures.png (the first image of some prompts) and error_by_step.png; print."""
+    by_step = {
+        label: {name: [x if x == x else None for x in share.per_step.tolist()] for name, share in both.items()}
+        for label, both in shares.items()
+    }  # None for nan, which JSON lacks
+    results = [
+        dict(method=row.method, unet_calls=row.unet_calls, seconds=row.seconds)
+        | {name: estimate._asdict() for name, estimate in measures[row.method].items()}
+        for row in rows
+    ]
+    report = args.provenance | {"prompts": len(prompts), "each": each, "rows": results}
+    write_json(args.out / "results.json", report | {"t": timesteps, "by step": by_step})
+    table = results_table(rows, measures)
+    with atomic_write(args.out / "table.md") as file:
+        file.write_text(f"{table}\n\n`{args.provenance['command']}`\n", encoding="utf-8")
+    with atomic_write(args.out / "pictures.png") as file:
+        comparison_grid([replace(row, images=row.images[::each]) for row in rows], prompts).save(file, "png")
+    if shares:
+        curves = {label: both["noise error share"] for label, both in shares.items()}
+        plot_shares(curves, timesteps, args.out / "error_by_step.png")
+    print(f"\n{table}\n\nImages, plot and JSON: {args.out}")
+
+
+FORMATS = {"noise error share": ".3f", "on noised latents": ".3f", "PSNR": ".1f", "SSIM": ".3f", "CLIP score": ".1f"}
+FORMATS |= {"CLIP similarity": ".1f", "Fréchet to teacher": ".4f", "Fréchet to rendered": ".4f"}  # others: percentages
 
 
 def results_table(rows: Sequence[Drawn], measures: Mapping[str, Row]) -> str:
     """A line for each method; each value with its 95% interval."""
     names = list(dict.fromkeys(name for row in measures.values() for name in row))
-    lines = [["", "UNet calls", *names], ["---", "---:", *["---:"] * len(names)]]
+    heads = ["PSNR, dB" if name == "PSNR" else name for name in names]
+    lines = [["", "UNet calls", *heads], ["---", "---:", *["---:"] * len(names)]]
     for row in rows:
-        estimates = measures[row.method]
-        cells = (
-            format_estimate(estimates[name]._asdict(), FORMATS.get(name, "{:.1%}")) if name in estimates else ""
-            for name in names
-        )
-        lines.append([row.method, str(row.unet_calls), *cells])
+        cells = measures[row.method]
+        texts = (format(cells[name], FORMATS.get(name, ".1%")) if name in cells else "" for name in names)
+        lines.append([row.method, str(row.unet_calls), *texts])
     return markdown_table(lines)
 
 
-def plot_shares(shares: Mapping[str, ErrorShare], timesteps: Sequence[int], file: Path) -> None:
+def plot_shares(shares: Mapping[str, ErrorShare], timesteps: Sequence[int], path: Path) -> None:
     """Plot the noise error share at each time step, a line for each student, over the guidance gap in grey."""
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    styles = cycle(["o-", "s--", "^:", "D-."])  # distinct without colours too
-    for (label, share), style in zip(shares.items(), styles):
-        axes.plot(timesteps, share.per_step, style, markersize=4, label=f"{label} ({share.pooled:.2f} pooled)")
     gaps = next(iter(shares.values())).gaps.sum(0)
-    background = axes.twinx()
-    background.fill_between(timesteps, gaps / gaps.sum(), color="0.9", zorder=0)
-    background.set(ylim=(0, None), ylabel="part of the squared guidance gap")
-    axes.set_zorder(background.get_zorder() + 1)
-    axes.patch.set_visible(False)
-    axes.set(xlabel="time step t", ylabel="noise error share", ylim=(0, None))
-    axes.invert_xaxis()  # from noise to image
-    axes.legend()
-    figure.savefig(file, format="png", dpi=120)
+    with figure_file(path, 7, 3.5) as figure:
+        axes = figure.subplots()
+        styles = cycle(["o-", "s--", "^:", "D-."])  # distinct without colours too
+        for (label, share), style in zip(shares.items(), styles):
+            axes.plot(timesteps, share.per_step, style, markersize=4, label=f"{label} ({share.pooled:.2f} pooled)")
+        background = axes.twinx()
+        background.fill_between(timesteps, gaps / gaps.sum(), color="0.9", zorder=0)
+        background.set(ylim=(0, None), ylabel="part of the squared guidance gap")
+        axes.set_zorder(background.get_zorder() + 1)
+        axes.patch.set_visible(False)
+        axes.set(xlabel="time step t", ylabel="noise error share", ylim=(0, None))
+        axes.invert_xaxis()  # from noise to image
+        axes.legend()

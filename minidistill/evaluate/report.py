@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from minidistill.evaluate.drawing import Drawn, comparison_grid, draw
+from minidistill.evaluate.figures import figure_file
 from minidistill.evaluate.metrics import ClipScore, noise_error_share, psnr
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write
@@ -47,8 +46,7 @@ def write_report(
 
     with atomic_write(out / "teacher_vs_student.png") as file:
         comparison_grid(rows, prompts).save(file, "png")
-    with atomic_write(out / "loss.png") as file:
-        plot_loss(losses, file)
+    plot_loss(losses, out / "loss.png")
     with atomic_write(out / "report.md") as file:
         file.write_text(
             f"# Teacher and student on {len(prompts)} held-out prompts\n\n{table}\n\n{memory}\n\n"
@@ -75,15 +73,14 @@ def report_table(
     return markdown_table(lines)
 
 
-def plot_loss(losses: Sequence[float], file: Path) -> None:
+def plot_loss(losses: Sequence[float], path: Path) -> None:
     """Plot the loss of every update and its running mean."""
     window = max(len(losses) // 40, 1)
     recent = (losses[max(i - window, 0) : i + 1] for i in range(len(losses)))
     means = [sum(some) / len(some) for some in recent]
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(losses, color="0.75", linewidth=0.8, label="each update")
-    axes.plot(means, color="black", label=f"mean of {window + 1}")
-    axes.set(xlabel="update", ylabel="squared error of the guided prediction", yscale="log")
-    axes.legend()
-    figure.savefig(file, format="png", dpi=120)
+    with figure_file(path, 7, 3.5) as figure:
+        axes = figure.subplots()
+        axes.plot(losses, color="0.75", linewidth=0.8, label="each update")
+        axes.plot(means, color="black", label=f"mean of {window + 1}")
+        axes.set(xlabel="update", ylabel="squared error of the guided prediction", yscale="log")
+        axes.legend()

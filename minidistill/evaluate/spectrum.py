@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from minidistill.evaluate.figures import figure_file
 from minidistill.evaluate.students import full_student, read_full
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.checkpoint import load
-from minidistill.formats.files import atomic_write, write_json
+from minidistill.formats.files import write_json
 from minidistill.formats.lora_formats import read_run
 from minidistill.lora import low_rank
 from minidistill.training.settings import add_model_flags
@@ -52,8 +52,7 @@ def run(args: Namespace) -> None:
         rows.append(dict(layer=name, **compare(full, lora)))
 
     write_json(args.out / "spectrum.json", args.provenance | {"rows": rows})
-    with atomic_write(args.out / "spectrum.png") as file:
-        plot(rows, file)
+    plot(rows, args.out / "spectrum.png")
     print(f"{table(rows)}\n\nFigure and JSON: {args.out}")
 
 
@@ -93,22 +92,21 @@ def table(rows: Sequence[Mapping]) -> str:
     return f"{markdown_table(lines)}\n\n{text} Cosine between the two changes: {median:.2f} ({low:.2f} to {high:.2f})."
 
 
-def plot(rows: Sequence[Mapping], file: Path) -> None:
+def plot(rows: Sequence[Mapping], path: Path) -> None:
     """Plot the share within each rank (median and middle 80% over the layers), and the cosine of every layer."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for student, style, label in (("full", "-o", "full student"), ("lora", "--s", "LoRA")):
-        low, median, high = quantiles(rows, student)
-        left.plot(RANKS, median, "k" + style, markersize=4, label=label)
-        left.fill_between(RANKS, low, high, color="0.5", alpha=0.25, linewidth=0)
-    left.set(xlabel="rank", ylabel="share of |dW|²", ylim=(0, 1.02))
-    left.set_xscale("log", base=2)
-    left.set_xticks(RANKS, RANKS)
-    left.legend()
-    for x, block in enumerate(("attentions", "resnets")):
-        cosines = [row["cosine"] for row in rows if f".{block}." in row["layer"]]
-        right.scatter([x] * len(cosines), cosines, s=14, facecolors="none", edgecolors="black")
-    right.axhline(0, color="0.7", linewidth=0.8)
-    right.set(xticks=range(2), xticklabels=["attention", "residual"], ylabel="cosine of full and LoRA dW, by layer")
-    right.margins(x=0.3)
-    figure.savefig(file, format="png", dpi=120)
+    with figure_file(path, 9, 3.4) as figure:
+        left, right = figure.subplots(1, 2)
+        for student, style, label in (("full", "-o", "full student"), ("lora", "--s", "LoRA")):
+            low, median, high = quantiles(rows, student)
+            left.plot(RANKS, median, "k" + style, markersize=4, label=label)
+            left.fill_between(RANKS, low, high, color="0.5", alpha=0.25, linewidth=0)
+        left.set(xlabel="rank", ylabel="share of |dW|²", ylim=(0, 1.02))
+        left.set_xscale("log", base=2)
+        left.set_xticks(RANKS, RANKS)
+        left.legend()
+        for x, block in enumerate(("attentions", "resnets")):
+            cosines = [row["cosine"] for row in rows if f".{block}." in row["layer"]]
+            right.scatter([x] * len(cosines), cosines, s=14, facecolors="none", edgecolors="black")
+        right.axhline(0, color="0.7", linewidth=0.8)
+        right.set(xticks=range(2), xticklabels=["attention", "residual"], ylabel="cosine of full and LoRA dW, by layer")
+        right.margins(x=0.3)

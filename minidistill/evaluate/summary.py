@@ -25,9 +25,7 @@ MEASURES = {
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--results", type=Path, default=Path("results"), metavar="FOLDER", help="(default: %(default)s)"
-    )
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="FOLDER", help="(default: results)")
 
 
 def run(args: Namespace) -> None:

@@ -15,15 +15,15 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from minidistill.data.prompts import prompt_split, spread
 from minidistill.data.shards import fingerprint
-from minidistill.evaluate.metrics import format_estimate, interval, noise_error_share
+from minidistill.evaluate.figures import figure_file
+from minidistill.evaluate.metrics import Estimate, interval, noise_error_share
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.checkpoint import load
-from minidistill.formats.files import atomic_write, write_json
+from minidistill.formats.files import write_json
 from minidistill.formats.lora_files import inject_file
 from minidistill.formats.lora_formats import read_run
 from minidistill.lora import DEFAULT_TARGETS
@@ -83,8 +83,7 @@ def run(args: Namespace) -> None:
             rows.append(done[key] | {"value": value})
             report[sweep] = {"command": args.provenance["command"], "rows": rows}
             write_json(file, report)  # after every run
-        with atomic_write(args.out / f"sweep-{sweep}.png") as figure:
-            plot(sweep, rows, figure)
+        plot(sweep, rows, args.out / f"sweep-{sweep}.png")
     print(f"{table(report)}\n\nFigures and JSON: {args.out}")
 
 
@@ -125,19 +124,17 @@ def table(report: Mapping[str, Mapping]) -> str:
     lines = [["sweep", "value", "trained parameters", "noise error share"], ["---", "---:", "---:", "---:"]]
     for sweep in report:
         for row in report[sweep]["rows"]:
-            share = format_estimate(row["noise error share"], "{:.3f}")
-            lines.append([sweep, str(row["value"]), f"{row['parameters']:,}", share])
+            share = Estimate(**row["noise error share"])
+            lines.append([sweep, str(row["value"]), f"{row['parameters']:,}", f"{share:.3f}"])
     return markdown_table(lines)
 
 
-def plot(sweep: str, rows: Sequence[dict], file: Path) -> None:
+def plot(sweep: str, rows: Sequence[dict], path: Path) -> None:
     """Plot the noise error share by value, with its 95% interval."""
-    shares = [row["noise error share"] for row in rows]
-    errors = [[x["value"] - x["low"] for x in shares], [x["high"] - x["value"] for x in shares]]
-    figure = Figure(figsize=(4.5, 3), layout="constrained")
-    axes = figure.subplots()
-    names = [str(row["value"]) for row in rows]
+    shares = [Estimate(**row["noise error share"]) for row in rows]
+    errors = [[x.value - x.low for x in shares], [x.high - x.value for x in shares]]
     style = "ko" if isinstance(rows[0]["value"], str) else "ko-"  # a line only between numbers
-    axes.errorbar(names, [x["value"] for x in shares], errors, fmt=style, capsize=3)
-    axes.set(xlabel=sweep, ylabel="noise error share", ylim=(0, None))
-    figure.savefig(file, format="png", dpi=120)
+    with figure_file(path, 4.5, 3) as figure:
+        axes = figure.subplots()
+        axes.errorbar([str(row["value"]) for row in rows], [x.value for x in shares], errors, fmt=style, capsize=3)
+        axes.set(xlabel=sweep, ylabel="noise error share", ylim=(0, None))

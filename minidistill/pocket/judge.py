@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from minidistill import load, load_lora, merge_lora
 from minidistill.evaluate import draw, interval, pixels
-from minidistill.evaluate.metrics import format_estimate
+from minidistill.evaluate.metrics import Estimate
 from minidistill.evaluate.students import read_interval
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write, write_json
@@ -244,7 +244,7 @@ def table(rows: Sequence[dict]) -> str:
     """A Markdown table of percentages with their intervals."""
     lines = [["", *MEASURES, "distance over seeds"], ["---"] * (len(MEASURES) + 2)]
     for r in rows:
-        percentages = (format_estimate(r[measure], "{:.1%}") for measure in MEASURES)
+        percentages = (f"{Estimate(**r[measure]):.1%}" for measure in MEASURES)
         lines.append([r["method"], *percentages, f"{r['distance over seeds']:.3f}"])
     return markdown_table(lines)
 
