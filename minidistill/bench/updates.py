@@ -22,7 +22,7 @@ from tqdm import tqdm
 from minidistill.bench.report import device_name, find_device, new_report, save_report
 from minidistill.bench.timing import take_turns
 from minidistill.bench.workloads import GUIDANCE, SIZES, Setup, Update, attention
-from minidistill.data.trajectories import to_device
+from minidistill.data.examples import to_device
 from minidistill.distill import student, teacher
 from minidistill.evaluate.tables import markdown_table
 from minidistill.lora import LoRAModel

@@ -121,7 +121,7 @@ class Setup:
         unet = inject_lora(self.unet(), self.rank)
         if not zero:
             fill_pairs({name: (layer.lora_down, layer.lora_up) for name, layer in lora_layers(unet).items()})
-        getattr(kernels, "install", lambda *_: None)(unet, self.kernel)  # SHIM
+        kernels.install(unet, self.kernel)
         return unet
 
     def peer_unet(self, channels_last: bool = False) -> nn.Module:
