@@ -220,7 +220,7 @@ def test_eta_draws_from_the_generator():
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
 def test_an_eta_that_is_none(eta: float):
-    with pytest.raises(ValueError, match="eta is from 0"):
+    with pytest.raises(ValueError, match="eta runs from 0"):
         last(ddim_sample(gaussian_model(schedule()), schedule(), randn(1, 4, 3, 3), 5, eta))
 
 
