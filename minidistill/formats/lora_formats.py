@@ -22,6 +22,7 @@ from torch import Tensor
 
 from minidistill.formats.files import CheckpointError, reading
 from minidistill.formats.tensor_files import convert, read_tensors
+from minidistill.guidance import Interval
 from minidistill.lora import low_rank
 
 
@@ -59,6 +60,12 @@ class LoRAFile:
     def is_student(self) -> bool:
         """True if the LoRA has learned guidance. Any other LoRA is a style, which teacher and student share."""
         return "guidance" in self.metadata
+
+    @property
+    def interval(self) -> Interval | None:
+        """The time steps at which the student's teacher was guided; None: at all of them."""
+        with reading(self.path):
+            return Interval(*map(float, self.metadata["interval"].split())) if "interval" in self.metadata else None
 
     def scaled(self, scale: float) -> "LoRAFile":
         """The same LoRA with every alpha multiplied by ``scale``."""
