@@ -1,11 +1,12 @@
 """Distil classifier-free guidance into a LoRA: a reference implementation in plain PyTorch."""
 
+from minidistill.formats.checkpoint import load
 from minidistill.formats.files import CheckpointError
 from minidistill.formats.lora_files import load_lora, save_lora
 from minidistill.guidance import guided_noise
 from minidistill.lora import inject_lora, merge_lora, unmerge_lora
-from minidistill.pipeline import StableDiffusion, load
-from minidistill.schedule import ddim_invert, ddim_sample
+from minidistill.pipeline import StableDiffusion
+from minidistill.samplers import ddim_invert, ddim_sample
 
 __all__ = [
     "CheckpointError",

@@ -1,4 +1,4 @@
-"""The shapes of the networks, and the noise schedule: Stable Diffusion 1.5 by default; a preset states differences."""
+"""Shapes of the networks, and the noise schedule. The defaults are Stable Diffusion 1.5; a preset states its changes."""
 
 from dataclasses import dataclass, replace
 
@@ -10,37 +10,37 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     widths: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers: int = 2  # residual blocks a level (one more on the way up)
-    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks in each attention of a level; 0: none
+    layers: int = 2  # residual blocks per level (one more on the way up)
+    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks in each attention of a level; 0: no attention
     mid_depth: int = 1
     heads: tuple[int, ...] = (8, 8, 8, 8)
     context_width: int = 768
-    linear_projection: bool = False  # the attention's way in and out: a linear layer, or a 1x1 convolution
-    upcast_attention: bool = False  # queries and keys in at least float32
+    linear_projection: bool = False  # attention's proj_in and proj_out: linear layers instead of 1x1 convolutions
+    upcast_attention: bool = False  # compute attention in at least float32
     groups: int = 32
-    sample_size: int = 64  # latents' side the model was trained on
+    sample_size: int = 64  # height and width of the latents it was trained on
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The autoencoder between pictures and latents; each level but the last halves the side."""
+    """The autoencoder between images and latents. Every level but the last halves height and width."""
 
-    picture_channels: int = 3
+    image_channels: int = 3
     latent_channels: int = 4
     widths: tuple[int, ...] = (128, 256, 512, 512)
     layers: int = 2
     groups: int = 32
-    scaling_factor: float = 0.18215  # brings the latents to unit variance
+    scaling_factor: float = 0.18215  # scales the latents to unit variance
 
     @property
     def factor(self) -> int:
-        """Pixels a latent, along each side."""
+        """Pixels per latent, along each side."""
         return 2 ** (len(self.widths) - 1)
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The noise schedule; every SD 1.x, 2.x and XL was trained with these betas."""
+    """The noise schedule. SD 1.x, 2.x and XL were all trained with these betas."""
 
     train_steps: int = 1000
     beta_start: float = 0.00085
@@ -48,7 +48,7 @@ class ScheduleConfig:
     beta_schedule: str = "scaled_linear"  # linear in sqrt(beta); or "linear"
     prediction: str = "eps"  # what the UNet returns: "eps" or "v"
     steps_offset: int = 1
-    set_alpha_to_one: bool = False  # what precedes t=0: alpha_bar=1, or alpha_bar of t=0
+    set_alpha_to_one: bool = False  # the step before t=0 has alpha_bar 1, not alpha_bar of t=0
 
 
 SD15_UNET = UNetConfig()
@@ -56,7 +56,7 @@ SD15_VAE = VAEConfig()
 SD21_BASE_UNET = replace(SD15_UNET, heads=(5, 10, 20, 20), context_width=1024, linear_projection=True)
 SD21_UNET = replace(SD21_BASE_UNET, upcast_attention=True, sample_size=96)
 
-# The embedded model: 64x64 pictures, 16x16 latents. A row beside the large ones.
+# The embedded model: 64x64 images, 16x16 latents.
 POCKET_UNET = UNetConfig(
     widths=(64, 128, 160),
     layers=1,

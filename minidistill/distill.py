@@ -1,35 +1,78 @@
-"""Guidance distillation: the teacher calls the frozen UNet twice, the student calls the same UNet once, with its LoRA.
+"""Guidance distillation: the teacher calls the frozen UNet twice; the student calls the same UNet once, with its LoRA.
 
 "LoRA-Enhanced Distillation on Guided Diffusion Models", arXiv 2312.06899.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidistill.guidance import batched_guided_noise, guided_noise
+from minidistill.conditioning import Conditioning
+from minidistill.guidance import Interval, interval_noise
 from minidistill.lora import LoRAModel
 
-ENOUGH = 10  # examples to judge a student by
+ENOUGH = 10  # examples needed to tell whether a student has diverged
 
 
 class FullStudent(nn.Module):
-    """Plain distillation: beside the frozen teacher ``base`` a second UNet learns, in all its weights.
+    """Plain distillation: a second UNet, ``student``, learns in all its weights beside the frozen teacher ``base``.
 
-    Called as a :class:`~minidistill.lora.LoRAModel` is: the flag says which of the two.
+    Called like a :class:`~minidistill.lora.LoRAModel`: ``lora_enabled`` selects the student.
     """
 
     def __init__(self, base: nn.Module, student: nn.Module):
         super().__init__()
         self.base, self.student = base, student
 
-    def forward(self, z_t: Tensor, t: Tensor, context: Tensor, lora_enabled: bool = False) -> Tensor:
+    def forward(self, z_t: Tensor, t: Tensor, cond: Conditioning | Tensor, lora_enabled: bool = False) -> Tensor:
         unet = self.student if lora_enabled else self.base
-        return unet(z_t, t, context.to(next(unet.parameters()).dtype))
+        return unet(z_t, t, cond.to(next(unet.parameters()).dtype))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples to learn from. ``batch[i:j]`` selects some of them.
+
+    Attributes:
+        z_t: noisy latents [B, 4, h, w].  t: time steps [B].  cond: prompts.
+        weight: of each example in the loss, [B, 1, 1, 1].
+        target: the teacher's prediction [B, 4, h, w], where it was stored with the latents; otherwise None.
+    """
+
+    z_t: Tensor
+    t: Tensor
+    cond: Conditioning
+    weight: Tensor
+    target: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor | Conditioning], Tensor | Conditioning]) -> "Batch":
+        values = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(None if value is None else function(value) for value in values))
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def __getitem__(self, index: slice) -> "Batch":
+        return self.map(lambda x: x[index])
+
+    def split(self, parts: int) -> list["Batch"]:
+        """``parts`` equal parts (the last may be smaller), or fewer if the batch has fewer examples."""
+        size = -(-len(self) // parts)
+        return [self[first : first + size] for first in range(0, len(self), size)]
+
+
+# What the student is asked for: a target is a function (unet, batch) -> the teacher's prediction [B, 4, h, w].
+Target = Callable[[nn.Module, Batch], Tensor]
+
+
+def stored_target(unet: nn.Module, batch: Batch) -> Tensor:
+    """The guided prediction that the teacher made when it sampled these latents."""
+    return batch.target
 
 
 @torch.no_grad()
@@ -37,44 +80,47 @@ def teacher(
     unet: LoRAModel | FullStudent,
     z_t: Tensor,
     t: Tensor,
-    cond: Tensor,
-    uncond: Tensor,
+    cond: Conditioning,
+    uncond: Conditioning,
     guidance: float,
+    interval: Interval | None = None,
     batched: bool = False,
 ) -> Tensor:
-    """eps_hat = eps_u + s (eps_c - eps_u), by two calls with the LoRA switched off. [B, 4, h, w] -> [B, 4, h, w].
-
-    By one on a batch of twice the size if ``batched``.
-    """
-    guided = batched_guided_noise if batched else guided_noise
-    return guided(partial(unet, lora_enabled=False), z_t, t, cond, uncond, guidance)
+    """eps_hat = eps_u + s (eps_c - eps_u), by two calls of the frozen UNet, its LoRA switched off. [B, 4, h, w]."""
+    return interval_noise(partial(unet, lora_enabled=False), z_t, t, cond, uncond, guidance, interval, batched)
 
 
-def student(unet: LoRAModel | FullStudent, z_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-    """One call with the LoRA switched on. [B, 4, h, w] -> [B, 4, h, w]."""
+def guided_target(uncond: Conditioning, guidance: float, interval: Interval | None, batched: bool) -> Target:
+    """Ask the teacher now, for latents it has not seen. ``uncond`` is one prompt."""
+    return lambda unet, batch: teacher(
+        unet, batch.z_t, batch.t, batch.cond, uncond.expand(len(batch)), guidance, interval, batched
+    )
+
+
+def student(unet: LoRAModel | FullStudent, z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    """One call of the same UNet, its LoRA switched on. [B, 4, h, w] -> [B, 4, h, w]."""
     return unet(z_t, t, cond, lora_enabled=True)
 
 
 @torch.no_grad()
-def far_off(
-    unet: LoRAModel | FullStudent, batches: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
-) -> tuple[float, float]:
-    """How far the student, as it is now, is from the teacher, and how far one can be that has not diverged.
+def divergence(unet: LoRAModel | FullStudent, batches: Sequence[Batch]) -> tuple[float, float]:
+    """The student's mean squared error on ``batches`` with targets, and the most it can be without having diverged.
 
-    Mean squared errors on its last batches: z_t, t, cond and eps_hat of each. It has diverged when it is further than
-    an answer of zeros, or twice as far as W alone, from which it set out (four times the squared error). The latter
-    takes ``ENOUGH`` examples to tell: how much guidance changes differs greatly with t.
+    A student has diverged if it is further from the teacher than a prediction of zeros, or twice as far (four times the
+    squared error) as W alone, where it started. The second needs ``ENOUGH`` examples, because what guidance changes
+    differs greatly with t.
     """
 
     def squared_error(lora_enabled: bool) -> Tensor:
-        return sum(F.mse_loss(unet(*x, lora_enabled=lora_enabled), eps_hat) for *x, eps_hat in batches) / len(batches)
+        errors = [F.mse_loss(unet(b.z_t, b.t, b.cond, lora_enabled=lora_enabled), b.target) for b in batches]
+        return sum(errors) / len(errors)
 
-    most = sum(eps_hat.square().mean() for *_, eps_hat in batches) / len(batches)
-    if sum(len(t) for _, t, *_ in batches) >= ENOUGH:
+    most = sum(batch.target.square().mean() for batch in batches) / len(batches)
+    if sum(map(len, batches)) >= ENOUGH:
         most = min(most, 4 * squared_error(lora_enabled=False))
     return squared_error(lora_enabled=True).item(), most.item()
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linearly up for ``warmup`` updates, then down half a cosine, reaching zero after ``steps``."""
+    """Rises linearly for ``warmup`` updates, then falls along half a cosine to zero after ``steps``."""
     return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))

@@ -1,48 +1,111 @@
-"""Classifier-free guidance ("Classifier-Free Diffusion Guidance", arXiv 2207.12598, eq. 6, as SD writes it)."""
+"""Classifier-free guidance ("Classifier-Free Diffusion Guidance", arXiv 2207.12598), and predictors made with it.
+
+A predictor is what a sampler calls: ``model(z_t, t) -> eps`` or v, with the prompt already inside.
+"""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minidistill.conditioning import Conditioning, cat
+from minidistill.samplers import Predictor
+from minidistill.schedule import Schedule
 
-def steps_without(selective: float, steps: int) -> int:
-    """How many of ``steps``, the last ones, go without guidance ("Selective Guidance", arXiv 2305.09847)."""
-    return round(selective * steps)
+UNetCall = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (z_t, t, cond) -> eps or v
 
 
-def guided_noise(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor],
-    z_t: Tensor,
-    t: Tensor,
-    cond: Tensor,
-    uncond: Tensor,
-    guidance: float,
-) -> Tensor:
-    """The teacher's prediction: two calls of ``model(z_t, t, context)`` on the same latents.
-
-    Args:
-        z_t: noisy latents [B, 4, h, w].  t: time steps [B].
-        cond, uncond: embeddings [B, L, D] of the prompts, and of the empty or negative prompt.
-        guidance: the scale s. 1 is no guidance at all.
-
-    Returns:
-        eps_hat (or v_hat: the formula is linear, and so are the two) [B, 4, h, w].
-    """
-    eps_cond = model(z_t, t, cond)
-    eps_uncond = model(z_t, t, uncond)
+def guide(eps_cond: Tensor, eps_uncond: Tensor, guidance: float | Tensor) -> Tensor:
+    """eps_hat = eps_u + s (eps_c - eps_u) (eq. 6, as Stable Diffusion writes it). It is linear, so v works as well."""
     return eps_uncond + guidance * (eps_cond - eps_uncond)
 
 
+def guided_noise(
+    model: UNetCall, z_t: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning, guidance: float | Tensor
+) -> Tensor:
+    """The guided prediction eps_hat (or v_hat) [B, 4, h, w], by two calls of ``model(z_t, t, cond)``.
+
+    Args:
+        z_t: noisy latents [B, 4, h, w].  t: time steps [B].
+        cond, uncond: B prompts, and B times the empty or negative prompt; or their token embeddings [B, L, D].
+        guidance: the scale s. 1 is no guidance.
+    """
+    return guide(model(z_t, t, cond), model(z_t, t, uncond), guidance)
+
+
 def batched_guided_noise(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    model: UNetCall, z_t: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning, guidance: float | Tensor
+) -> Tensor:
+    """``guided_noise`` by one call on a batch of 2B: more memory, often less time."""
+    both = model(torch.cat([z_t, z_t]), torch.cat([t, t]), cat([cond, uncond]))  # [2B, 4, h, w]
+    return guide(*both.chunk(2), guidance)
+
+
+class Interval(NamedTuple):
+    """Guide only at time steps low <= t <= high; elsewhere one call without guidance.
+
+    "Applying Guidance in a Limited Interval", arXiv 2404.07724.
+    """
+
+    low: float
+    high: float
+
+    def includes(self, t: Tensor) -> Tensor:
+        """[B] time steps -> [B] bool."""
+        return (self.low <= t) & (t <= self.high)
+
+
+def selective_interval(schedule: Schedule, steps: int, share: float) -> Interval | None:
+    """Selective guidance (arXiv 2305.09847): no guidance in the last ``share`` of the ``steps``. None: guide always.
+
+    Raises ValueError for a share outside 0 to 1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"selective is a share of the steps, from 0 to 1, not {share:g}.")
+    guided_steps = steps - round(share * steps)
+    if guided_steps == steps:
+        return None
+    timesteps = schedule.timesteps(steps)  # the noisiest first
+    return Interval([schedule.train_steps, *timesteps][guided_steps], schedule.train_steps)
+
+
+def interval_noise(
+    model: UNetCall,
     z_t: Tensor,
     t: Tensor,
-    cond: Tensor,
-    uncond: Tensor,
+    cond: Conditioning,
+    uncond: Conditioning,
     guidance: float,
+    interval: Interval | None = None,
+    batched: bool = False,
 ) -> Tensor:
-    """The same by one call of ``model``, on a batch of twice the size: faster where memory and device allow."""
-    both = model(torch.cat([z_t, z_t]), torch.cat([t, t]), torch.cat([cond, uncond]))  # [2B, 4, h, w]
-    halves = iter(both.chunk(2))  # handed out as if they were two calls: the formula stands above, once
-    return guided_noise(lambda *inputs: next(halves), z_t, t, cond, uncond, guidance)
+    """The guided prediction inside ``interval``, the plain one outside it, for time steps t [B] of either kind.
+
+    None guides everywhere. Where no t lies inside there is only one call; ``batched`` guides in one call of 2B.
+    """
+    guided_call = batched_guided_noise if batched else guided_noise
+    if interval is None:
+        return guided_call(model, z_t, t, cond, uncond, guidance)
+    inside = interval.includes(t)  # [B]
+    if not inside.any():
+        return model(z_t, t, cond)
+    scale = 1 + (guidance - 1) * inside.to(z_t.dtype)  # s inside, 1 outside
+    return guided_call(model, z_t, t, cond, uncond, scale[:, None, None, None])
+
+
+def plain(unet: UNetCall, cond: Conditioning) -> Predictor:
+    """One call of the UNet, without guidance."""
+    return lambda z_t, t: unet(z_t, t, cond)
+
+
+def guided(
+    unet: UNetCall, cond: Conditioning, uncond: Conditioning, guidance: float, interval: Interval | None = None
+) -> Predictor:
+    """The teacher: two calls of the UNet, or one outside ``interval``."""
+    return lambda z_t, t: interval_noise(unet, z_t, t, cond, uncond, guidance, interval)
+
+
+def student(unet: Callable[..., Tensor], cond: Conditioning) -> Predictor:
+    """The student: one call of the UNet with its LoRA switched on."""
+    return lambda z_t, t: unet(z_t, t, cond, lora_enabled=True)

@@ -1,32 +1,28 @@
-"""Low-rank adaptation ("LoRA", arXiv 2106.09685): W stays frozen, and beside it two thin matrices learn.
+"""Low-rank adaptation ("LoRA", arXiv 2106.09685): W stays frozen, and two thin matrices beside it learn.
 
     y = W x + (alpha / rank) lora_up lora_down x                                                        (LoRA, eq. 3)
 
-Teacher and student share W: with the switch off a layer is the layer it was, with it on the second term is added.
+Teacher and student share W. With the switch off a layer computes W x, bit for bit; switched on it adds the second term.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidistill.kernels import LoRAFunctions, lora_functions
-
-# Every linear and convolution of the UNet's attention and residual blocks.
+# Every linear layer and convolution of the UNet's attention and residual blocks.
 DEFAULT_TARGETS = ("*.attentions.*", "*.resnets.*")
 
 
 class Switch:
-    """Says whether the low-rank terms count, and what computes them. One object for all LoRA layers of a model."""
+    """Turns the low-rank terms on and off. All LoRA layers of a model share one."""
 
-    def __init__(self, functions: LoRAFunctions | None = None) -> None:
+    def __init__(self) -> None:
         self.enabled = False
-        self.functions = functions  # of whole layers, in place of the lines in their forward()
 
     @contextmanager
     def set(self, enabled: bool) -> Iterator[None]:
@@ -36,25 +32,21 @@ class Switch:
         finally:
             self.enabled = before
 
-    def call(self, enabled: bool, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-        with self.set(enabled):
-            return function(*args)
-
 
 def low_rank(down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """scale * up down: [rank, in, ...] and [out, rank, ...] -> [out, in, ...], the shape of the W it is added to."""
+    """scale * up down: [rank, in, ...] and [out, rank, ...] -> [out, in, ...], the shape of the weight it is added to."""
     return (scale * up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
 
 
 class LoRALayer(nn.Module):
-    """What LoRALinear and LoRAConv share: a frozen ``weight``, a low-rank pair, a scale and a switch."""
+    """Shared by LoRALinear and LoRAConv: a frozen ``weight``, a low-rank pair, a scale and a switch."""
 
     weight: nn.Parameter
     lora_down: nn.Parameter
     lora_up: nn.Parameter
 
     def add_pair(self, down_shape: Sequence[int], up_shape: Sequence[int], alpha: float, switch: Switch) -> None:
-        """lora_down is Gaussian and lora_up zero, so that training starts from W itself (LoRA, section 4.1)."""
+        """Create the pair: lora_down Gaussian and lora_up zero, so that training starts from W (LoRA, section 4.1)."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         down = torch.empty(down_shape, dtype=dtype, device=self.weight.device)
         self.lora_down = nn.Parameter(down.normal_(std=1 / math.sqrt(down[0].numel())))
@@ -64,29 +56,20 @@ class LoRALayer(nn.Module):
         self.merged = False
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """lora_down and scale * lora_up in the dtype of the computation."""
+        """lora_down and scale * lora_up, cast to the dtype of the computation."""
         return self.lora_down.to(dtype), (self.scale * self.lora_up).to(dtype)
 
     @property
-    def counts(self) -> bool:
-        """Whether the low-rank term is to be added: not when switched off, nor when it is in W already."""
+    def active(self) -> bool:
+        """True if the low-rank term must be added: switched on and not merged into W."""
         return self.switch.enabled and not self.merged
-
-    @property
-    def functions(self) -> LoRAFunctions | None:
-        """What computes the whole layer from x and its ``operands``, if there is such a thing. It leaves W frozen."""
-        return self.switch.functions if self.counts and not self.weight.requires_grad else None
-
-    @property
-    def operands(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
-        return self.weight, self.bias, self.lora_down, self.lora_up, self.scale
 
     def delta(self) -> Tensor:
         """What merging adds to ``weight``, in its shape."""
         return low_rank(self.lora_down, self.lora_up, self.scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Casts stop at float32 for the low-rank pair: small updates would be lost in anything narrower."""
+        """Cast the pair to float32 at the narrowest: in anything narrower, small updates would be lost."""
         pair = [x for p in (self.lora_down, self.lora_up) for x in (p, p.grad) if x is not None]
 
         def apply(x: Tensor) -> Tensor:
@@ -97,7 +80,7 @@ class LoRALayer(nn.Module):
         return super()._apply(apply, recurse)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        """A merged W says so in the state dict, lest the pair count twice where that is loaded."""
+        """Record that W is merged, or the pair would be added twice where the state dict is loaded."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             destination[prefix + "merged"] = torch.tensor(True)
@@ -109,116 +92,93 @@ class LoRALayer(nn.Module):
 
 
 class LoRALinear(LoRALayer, nn.Linear):
-    """``base`` with a low-rank pair: lora_down [rank, in], lora_up [out, rank]. [..., in] -> [..., out]."""
+    """A linear layer with a pair: lora_down [rank, in], lora_up [out, rank]. [..., in] -> [..., out]."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, switch: Switch):
         nn.Linear.__init__(self, base.in_features, base.out_features, bias=False, device="meta")
-        self.weight, self.bias = base.weight, base.bias  # the very same Parameters
+        self.weight, self.bias = base.weight, base.bias  # the same Parameter objects, not copies
         self.add_pair((rank, self.in_features), (self.out_features, rank), alpha, switch)
 
     def forward(self, x: Tensor) -> Tensor:
-        if functions := self.functions:
-            return functions.linear(x, *self.operands)
         y = super().forward(x)  # W x
-        if not self.counts:
+        if not self.active:
             return y
         down, up = self.pair(x.dtype)
         return y + F.linear(F.linear(x, down), up)
 
 
 class LoRAConv(LoRALayer, nn.Conv2d):
-    """``base`` with a low-rank pair: lora_down [rank, in, k, k], lora_up [out, rank, 1, 1]."""
+    """A convolution with a pair: lora_down [rank, in, k, k], lora_up [out, rank, 1, 1]."""
 
     def __init__(self, base: nn.Conv2d, rank: int, alpha: float, switch: Switch):
-        shape = {name: getattr(base, name) for name in ("stride", "padding", "dilation", "padding_mode")}
-        nn.Conv2d.__init__(
-            self, base.in_channels, base.out_channels, base.kernel_size, **shape, bias=False, device="meta"
-        )
-        self.weight, self.bias = base.weight, base.bias  # the very same Parameters
+        shape = {name: getattr(base, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+        nn.Conv2d.__init__(self, base.in_channels, base.out_channels, **shape, bias=False, device="meta")
+        self.weight, self.bias = base.weight, base.bias  # the same Parameter objects, not copies
         down_shape = (rank, self.in_channels, *self.kernel_size)
         self.add_pair(down_shape, (self.out_channels, rank, 1, 1), alpha, switch)
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        if plain and (functions := self.functions):
-            return functions.conv(x, *self.operands, self.stride, self.padding, self.dilation)
         y = super().forward(x)  # W * x
-        if not self.counts:
+        if not self.active:
             return y
         down, up = self.pair(x.dtype)
-        return y + F.conv2d(self._conv_forward(x, down, None), up)  # the base's stride and padding
+        return y + F.conv2d(self._conv_forward(x, down, None), up)  # with the stride and padding of W
 
 
 class LoRAModel(nn.Module):
-    """A network whose call takes the flag: ``model(*args, lora_enabled=True)`` is the student, without it the teacher.
+    """A network whose call takes the switch: ``model(..., lora_enabled=True)`` is the student, without it the teacher.
 
-    It shows the network's own parameters and children, so that their names stay. ``base`` is the network: attributes
-    are read and set there, as in ``unet.base.recompute_below = math.inf``. One call at a time: threads share
-    the switch.
+    It shows the parameters and children of the wrapped network, ``base``, under their own names. All calls share one
+    switch, so one thread at a time may call it.
     """
 
     def __init__(self, base: nn.Module, switch: Switch):
         super().__init__()
         self.switch = switch
-        self.__dict__["base"] = base  # not registered as a child: that would put "base." before every name
+        self.__dict__["base"] = base  # not registered as a child, which would put "base." in front of every name
         self._parameters, self._buffers, self._modules = base._parameters, base._buffers, base._modules
-        if hasattr(base, "run_block"):
-            base.run_block = partial(_run_block, base.run_block, switch)
 
     def forward(self, *args, lora_enabled: bool = False, **kwargs):
         with self.switch.set(lora_enabled):
             return self.base(*args, **kwargs)
 
 
-def _run_block(run_block: Callable[..., Tensor], switch: Switch, block: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """Bind the present switch to the block: a recomputation in the backward pass then sees that of its own forward."""
-    return run_block(partial(switch.call, switch.enabled, block), *args)
-
-
 def inject_lora(
-    model: nn.Module,
-    rank: int = 16,
-    alpha: float | None = None,
-    targets: Sequence[str] = DEFAULT_TARGETS,
-    kernel: str = "auto",
+    model: nn.Module, rank: int = 16, alpha: float | None = None, targets: Sequence[str] = DEFAULT_TARGETS
 ) -> LoRAModel:
-    """Put a low-rank pair beside the linear layers and convolutions of ``model``, in place; freeze everything else.
+    """Add a low-rank pair to linear layers and convolutions of ``model``, in place, and freeze everything else.
 
     Args:
-        rank: of every pair.  alpha: the pair is scaled by alpha / rank; ``rank`` unless given.
-        targets: shell-style patterns for the layers' dotted names.
-        kernel: "auto", "fused" or "torch": what computes the layers, on the device that the model is on (kernels/).
+        rank: of every pair.  alpha: the pair is scaled by alpha / rank; default ``rank``.
+        targets: shell-style patterns that select layers by their dotted names.
 
     Returns:
-        The model in a thin wrapper, whose call takes ``lora_enabled``: with it the student, without it the teacher.
+        The model in a thin wrapper whose call takes ``lora_enabled``: True for the student, False for the teacher.
 
     Raises:
-        ValueError: a rank below 1, a model that has LoRA already, patterns that match nothing, a grouped convolution.
+        ValueError: a rank below 1, a model that already has LoRA, patterns that match nothing, a grouped convolution.
     """
     if rank < 1:
-        raise ValueError(f"The rank of a LoRA is 1 or more, not {rank}.")
+        raise ValueError(f"The rank of a LoRA must be 1 or more, not {rank}.")
     names = [
         name
         for name, layer in model.named_modules()
         if name and isinstance(layer, nn.Linear | nn.Conv2d) and any(fnmatchcase(name, pattern) for pattern in targets)
     ]
     if not names:
-        raise ValueError(f"No linear layer or convolution of the model is named like {', '.join(targets)}.")
-    return inject_pairs(model, dict.fromkeys(names, (rank, rank if alpha is None else alpha)), kernel)
+        raise ValueError(f"No linear layer or convolution of the model has a name like {', '.join(targets)}.")
+    return inject_pairs(model, dict.fromkeys(names, (rank, rank if alpha is None else alpha)))
 
 
-def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]], kernel: str = "auto") -> LoRAModel:
-    """``inject_lora`` with (rank, alpha) of each layer by its name, for files in which they differ."""
+def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]]) -> LoRAModel:
+    """``inject_lora`` with (rank, alpha) per layer name, for files in which layers differ."""
     if any(isinstance(m, LoRALayer) for m in model.modules()):
-        raise ValueError("This model has LoRA layers already: load it afresh before giving it others.")
+        raise ValueError("This model already has LoRA layers: load it again before adding others.")
     layers = {name: model.get_submodule(name) for name in pairs}
     for name, layer in layers.items():
         if getattr(layer, "groups", 1) != 1:
-            raise ValueError(
-                f"{name} is a grouped convolution, for which there is no LoRA here: leave it out of targets."
-            )
-    weight = next(model.parameters())
-    switch = Switch(lora_functions(kernel, weight.device, weight.dtype))
+            raise ValueError(f"{name} is a grouped convolution, which LoRA here does not cover: leave it out of targets.")
+    switch = Switch()
     model.requires_grad_(False)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
@@ -228,12 +188,12 @@ def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]], kerne
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The adapted layers by their dotted names."""
+    """The LoRA layers by their dotted names."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALayer)}
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """lora_down and lora_up of every adapted layer: all that is trained."""
+    """lora_down and lora_up of every LoRA layer: everything that is trained."""
     return [p for layer in lora_layers(model).values() for p in (layer.lora_down, layer.lora_up)]
 
 
@@ -241,19 +201,19 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 def _add_to_weights(model: nn.Module, sign: int) -> None:
     for layer in lora_layers(model).values():
         if layer.merged != (sign > 0):
-            layer.weight.copy_(layer.weight + sign * layer.delta())  # summed in float32 or wider, then rounded once
+            layer.weight.copy_(layer.weight + sign * layer.delta())  # summed in at least float32, then rounded once
             layer.merged = sign > 0
 
 
 def merge_lora(model: nn.Module) -> None:
-    """W <- W + scale lora_up lora_down, in place: the student at the price of the plain network.
+    """W <- W + scale lora_up lora_down, in place: the student at the cost of the plain network.
 
-    While merged, the switch has nothing left to add, and the teacher is not there until ``unmerge_lora``.
-    Merging twice is merging once. The state dict of a merged model says that it is, by a ``merged`` for each layer.
+    Until ``unmerge_lora`` the switch has no effect and the teacher is gone. Merging twice merges once. The state dict
+    of a merged model has a ``merged`` entry for each layer.
     """
     _add_to_weights(model, +1)
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """W <- W - scale lora_up lora_down: the teacher's weights again, to rounding."""
+    """W <- W - scale lora_up lora_down: back to the teacher's weights, up to rounding."""
     _add_to_weights(model, -1)

@@ -1,24 +1,25 @@
-"""The denoiser of Stable Diffusion 1.x and 2.x: a UNet of residual and cross-attention blocks, written out.
+"""The denoiser of Stable Diffusion 1.x and 2.x: a UNet of residual blocks and transformers.
 
-Modules carry the names of the folder layout that the official checkpoints are published in, so those load strictly.
+Modules are named as in the official folder layout, so published checkpoints load strictly.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidistill.blocks import Conv2d, ResnetBlock, Upsample, attention, to_picture, to_tokens
+from minidistill.blocks import ResnetBlock, Upsample, attention, to_image, to_tokens
+from minidistill.conditioning import Conditioning
 from minidistill.config import UNetConfig
-from minidistill.training.recompute import checkpointed
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """[B] -> [B, width]: cosines, then sines, of t at ``width / 2`` frequencies from 1 to 1/10000 (DDPM, appendix B).
 
-    In float32 whatever the model's dtype, as Stable Diffusion was trained.
+    Always in float32, as Stable Diffusion was trained.
     """
     half = width // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -27,6 +28,8 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class TimestepMLP(nn.Module):
+    """[B, width] -> [B, out_width]."""
+
     def __init__(self, width: int, out_width: int):
         super().__init__()
         self.linear_1 = nn.Linear(width, out_width)
@@ -37,12 +40,12 @@ class TimestepMLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Tokens attend to ``context``, or to themselves. [B, L, C], [B, L', D] -> [B, L, C]."""
+    """Cross-attention from ``x`` to ``context``; self-attention without one. [B, L, C], [B, L', D] -> [B, L, C]."""
 
     def __init__(self, width: int, context_width: int, heads: int, upcast: bool):
         super().__init__()
         if width % heads:
-            raise ValueError(f"{heads} heads cannot share a width of {width}")
+            raise ValueError(f"a width of {width} cannot be split into {heads} heads")
         self.heads, self.upcast = heads, upcast
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width, width, bias=False)
@@ -59,7 +62,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """x -> a * gelu(b), where a and b are the halves of one projection ("GLU Variants Improve Transformer", eq. 6)."""
+    """x -> a * gelu(b), with a and b the halves of one projection ("GLU Variants Improve Transformer", eq. 6)."""
 
     def __init__(self, width: int, inner: int):
         super().__init__()
@@ -71,9 +74,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """[B, L, C] -> [B, L, C]."""
+
     def __init__(self, width: int):
         super().__init__()
-        # The middle place held a dropout in training; it keeps the published name of the last layer, net.2.
+        # The Identity stands where training had a dropout, so that the last layer keeps its published name, net.2.
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +86,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the prompt, feed-forward; each normalised before and added after."""
+    """Self-attention, cross-attention to the prompt, feed-forward: three pre-norm residual branches."""
 
     def __init__(self, width: int, context_width: int, heads: int, upcast: bool):
         super().__init__()
@@ -99,12 +104,12 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """The latents' pixels as tokens through ``depth`` transformer blocks. [B, C, H, W], [B, L, D] -> [B, C, H, W]."""
+    """``depth`` transformer blocks over the pixels as tokens. [B, C, H, W], [B, L, D] -> [B, C, H, W]."""
 
     def __init__(self, width: int, heads: int, depth: int, config: UNetConfig):
         super().__init__()
         self.linear_projection = config.linear_projection
-        projection = nn.Linear if config.linear_projection else lambda i, o: Conv2d(i, o, kernel_size=1)
+        projection = nn.Linear if config.linear_projection else partial(nn.Conv2d, kernel_size=1)
         self.norm = nn.GroupNorm(config.groups, width, eps=1e-6)
         self.proj_in = projection(width, width)
         self.transformer_blocks = nn.ModuleList(
@@ -118,23 +123,25 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
         if self.linear_projection:
-            return x + to_picture(self.proj_out(tokens), like=x)
-        return x + self.proj_out(to_picture(tokens, like=x))
+            return x + to_image(self.proj_out(tokens), like=x)
+        return x + self.proj_out(to_image(tokens, like=x))
 
 
 class Downsample(nn.Module):
+    """[B, C, H, W] -> [B, C, H/2, W/2]."""
+
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each followed by a transformer where ``depth`` is not 0, then a change of size.
+    """One resolution: residual blocks, each followed by a transformer unless ``depth`` is 0.
 
-    ``in_channels`` lists what goes into each residual block.
+    ``in_channels`` lists the input width of each residual block. The UNet adds a downsampler or an upsampler.
     """
 
     def __init__(self, in_channels: list[int], width: int, heads: int, depth: int, config: UNetConfig):
@@ -147,7 +154,7 @@ class Level(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The lowest resolution once more: a transformer between two residual blocks."""
+    """At the lowest resolution: residual block, transformer, residual block."""
 
     def __init__(self, width: int, heads: int, config: UNetConfig):
         super().__init__()
@@ -157,26 +164,17 @@ class MidBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts the noise (or v) in noisy latents, given the time step and the prompt.
-
-    Args:
-        config: widths, depths and heads; see :class:`minidistill.config.UNetConfig`.
-
-    Attributes:
-        recompute_below: of each block keep for the backward pass only what takes this many multiply-adds a number, and
-            compute the rest again. 0: keep all; ``math.inf``: nothing but what goes into a block.
-    """
+    """Predicts the noise (or v) in noisy latents, given the time step and the prompt."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        self.recompute_below = 0
         widths, n = config.widths, config.layers
-        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepMLP(widths[0], 4 * widths[0])
 
         self.down_blocks = nn.ModuleList()
-        skips = [widths[0]]  # the widths of what the way up will be handed
+        skips = [widths[0]]  # widths of the feature maps that the way up will concatenate
         for i, width in enumerate(widths):
             level = Level([skips[-1]] + [width] * (n - 1), width, config.heads[i], config.depth[i], config)
             skips += [width] * n
@@ -198,24 +196,26 @@ class UNet(nn.Module):
             below = width
 
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
-        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def run_block(self, block: Callable[..., Tensor], *args: Tensor) -> Tensor:
-        """Call one residual block or transformer. The only place that knows of activation checkpointing."""
-        if self.recompute_below and torch.is_grad_enabled():
-            return checkpointed(self.recompute_below, block, *args)
+        """Call one residual block or transformer; training/recompute.py wraps this for activation checkpointing."""
         return block(*args)
 
     def run_layer(self, level: Level, i: int, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        """The i-th residual block of a level and, where there is one, the transformer after it."""
+        """The i-th residual block of a level, and the transformer after it if there is one."""
         x = self.run_block(level.resnets[i], x, emb)
         return self.run_block(level.attentions[i], x, context) if level.attends else x
 
-    def forward(self, z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """z_t [B, 4, H, W] noisy latents, t [B] int64 time steps, context [B, L, D] prompts' embeddings -> eps or v.
+    def forward(self, z_t: Tensor, t: Tensor, cond: Conditioning | Tensor) -> Tensor:
+        """Predict eps or v, [B, 4, H, W].
 
-        Computes in the weights' dtype, which is the embeddings' too, and returns in that of z_t, which may be wider.
+        Args:
+            z_t: noisy latents [B, 4, H, W], in the weights' dtype or a wider one; the result has the dtype of z_t.
+            t: time steps [B], int64.
+            cond: the prompts, or their token embeddings [B, L, D], in the weights' dtype.
         """
+        context = cond if isinstance(cond, Tensor) else cond.tokens  # [B, L, D]
         dtype = self.conv_in.weight.dtype
         emb = self.time_embedding(timestep_embedding(t, self.config.widths[0]).to(dtype))  # [B, 4 * widths[0]]
         x = self.conv_in(z_t.to(dtype))
@@ -238,6 +238,6 @@ class UNet(nn.Module):
                 x = torch.cat([x, skips.pop()], dim=1)
                 x = self.run_layer(level, i, x, emb, context)
             if hasattr(level, "upsamplers"):
-                # [B, C, 2H, 2W], or one less where an odd side was halved on the way down
+                # [B, C, 2H, 2W], or one less where the way down halved an odd side
                 x = level.upsamplers[0](x, skips[-1].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(x))).to(z_t.dtype)

@@ -1,17 +1,17 @@
-"""The autoencoder of Stable Diffusion: pictures to latents an eighth the side (by default), and back."""
+"""The autoencoder of Stable Diffusion: images to latents of an eighth of their height and width, and back."""
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from minidistill.blocks import ResnetBlock, Upsample, attention, to_picture, to_tokens
+from minidistill.blocks import ResnetBlock, Upsample, attention, to_image, to_tokens
 from minidistill.config import VAEConfig
 
-EPS = 1e-6  # of every group norm here
+EPS = 1e-6  # of every group norm in the VAE
 
 
 class PixelAttention(nn.Module):
-    """One head of self-attention over all pixels. [B, C, H, W] -> [B, C, H, W]."""
+    """Single-head self-attention over all pixels. [B, C, H, W] -> [B, C, H, W]."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -24,11 +24,11 @@ class PixelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = to_tokens(self.group_norm(x))  # [B, H*W, C]
         tokens = attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens), heads=1)
-        return x + to_picture(self.to_out(tokens), like=x)
+        return x + to_image(self.to_out(tokens), like=x)
 
 
 class Downsample(nn.Module):
-    """Half the side; the padding lies below and to the right only, as the model was trained."""
+    """[B, C, H, W] -> [B, C, H/2, W/2], padded at the bottom and right only, as the model was trained."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -39,7 +39,7 @@ class Downsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, then a change of size."""
+    """One resolution: residual blocks, then a downsampler or an upsampler."""
 
     def __init__(self, in_channels: int, width: int, layers: int, groups: int):
         super().__init__()
@@ -56,6 +56,8 @@ class Level(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """[B, C, H, W] -> [B, C, H, W]."""
+
     def __init__(self, width: int, groups: int):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(width, width, groups, EPS) for _ in range(2))
@@ -71,7 +73,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.widths, config.groups
-        self.conv_in = nn.Conv2d(config.picture_channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
             level = Level(widths[max(i - 1, 0)], width, config.layers, groups)
@@ -104,7 +106,7 @@ class Decoder(nn.Module):
                 level.upsamplers = nn.ModuleList([Upsample(width)])
             self.up_blocks.append(level)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.picture_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], config.image_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
@@ -114,7 +116,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Pictures in [-1, 1] to latents as the UNet sees them (scaled to unit variance), and back."""
+    """Maps images in [-1, 1] to the latents that the UNet sees, scaled to unit variance, and back."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -126,14 +128,14 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(channels, channels, 1)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of q(z|x), unscaled, each [B, 4, H / factor, W / factor], of pictures [B, 3, H, W]."""
+        """Mean and log variance of q(z|x), unscaled, for images x [B, 3, H, W]; each [B, 4, H/factor, W/factor]."""
         mean, log_variance = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, log_variance.clamp(-30.0, 20.0)
 
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        """Pictures x [B, 3, H, W] in [-1, 1] -> scaled latents [B, 4, H / factor, W / factor].
+        """Images x [B, 3, H, W] in [-1, 1] -> scaled latents [B, 4, H/factor, W/factor].
 
-        The posterior mean; with a ``generator``, a sample of the posterior drawn from it.
+        Returns the posterior mean or, given a ``generator``, a sample from the posterior.
         """
         z, log_variance = self.posterior(x)
         if generator is not None:
@@ -142,5 +144,5 @@ class VAE(nn.Module):
         return z * self.config.scaling_factor
 
     def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents [B, 4, h, w] -> pictures [B, 3, factor * h, factor * w], about [-1, 1]."""
+        """Scaled latents z [B, 4, h, w] -> images [B, 3, factor * h, factor * w], roughly in [-1, 1]."""
         return self.decoder(self.post_quant_conv(z / self.config.scaling_factor))

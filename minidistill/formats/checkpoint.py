@@ -2,19 +2,21 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from minidistill.config import ScheduleConfig
-from minidistill.formats.files import CheckpointError
-from minidistill.formats.hub import find_model
+from minidistill.formats.files import CheckpointError, blamed
+from minidistill.formats.hub import fetch_tokenizer, find_model
 from minidistill.formats.model_folder import match_text_names, read_model_folder
 from minidistill.formats.single_file import read_single_file
 from minidistill.formats.stored import StoredTensor
-from minidistill.text import fill_positions
+from minidistill.pipeline import StableDiffusion
+from minidistill.schedule import Schedule
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 
@@ -123,3 +125,76 @@ def check(
             + "\n  ".join(problems)
             + "\nIt is damaged, or a model of another kind; fetch it again, or use one of SD 1.x or 2.x."
         )
+
+
+def fill_positions(encoder: nn.Module) -> None:
+    """Give an encoder built on the meta device the one buffer that no checkpoint holds: positions 0, 1, 2, ..."""
+    for module in encoder.modules():
+        if "position_ids" in module._buffers:
+            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
+
+
+def read_tokenizer(folder: Path | None, context: int, pad_token: str | None = None) -> CLIPTokenizer:
+    """The tokenizer in ``folder``, or CLIP's from the hub, for a text encoder of ``context`` tokens.
+
+    Raises CheckpointError for a folder without a tokenizer. ``pad_token`` replaces the folder's own.
+    """
+    folder = folder or fetch_tokenizer()
+    # transformers 5 writes everything into one tokenizer.json.
+    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise CheckpointError(
+            f"{folder} holds no tokenizer (vocab.json, merges.txt): fetch it, or name another with --tokenizer FOLDER."
+        )
+    with blamed(folder):
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.model_max_length = context
+    if pad_token:
+        tokenizer.pad_token = pad_token
+    return tokenizer
+
+
+def place(module: nn.Module, device: str | torch.device) -> nn.Module:
+    """Move to the device; on a GPU, convolution weights become channels last."""
+    module = module.to(device)
+    return module.to(memory_format=torch.channels_last) if torch.device(device).type == "cuda" else module
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    prediction: str | None = None,
+    tokenizer: str | Path | None = None,
+    ema: bool = False,
+    variant: str | None = None,
+) -> StableDiffusion:
+    """Load a Stable Diffusion 1.x or 2.x.
+
+    Args:
+        path: a folder in the official layout, a single .safetensors or .ckpt file, or a hub id.
+        dtype: of all weights; other dtypes are cast.  device: where they go.
+        prediction: "eps" or "v", overriding what the folder's scheduler says or a single file implies.
+        tokenizer: a folder with vocab.json and merges.txt, overriding the model's own.
+        ema: load the UNet's EMA weights, which some single files hold.
+        variant: which weights of a folder or hub id to load, for example "fp16".
+
+    Raises:
+        CheckpointError: names the file, what is wrong with it and what to do.
+        ValueError: the device is not available here. (A CheckpointError is a ValueError too.)
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'The device "{device}" is not available here: {str(error).splitlines()[0]}') from error
+    parts = read_checkpoint(path, dtype, prediction=prediction, ema=ema, variant=variant)
+    folder = Path(tokenizer) if tokenizer else parts.tokenizer_folder
+    context = parts.text_encoder.config.max_position_embeddings
+    return StableDiffusion(
+        unet=place(parts.unet, device),
+        vae=place(parts.vae, device),
+        text_encoder=place(parts.text_encoder, device),
+        schedule=Schedule.from_config(parts.schedule),
+        read_tokenizer=partial(read_tokenizer, folder, context, parts.pad_token),
+        path=parts.path,
+    )

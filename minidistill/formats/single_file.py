@@ -256,7 +256,7 @@ def read_vae_shapes(tensors: Tensors) -> VAEConfig:
     """The same of the VAE."""
     levels = number(tensors, VAE + "encoder.down.{}.block.0.conv1.weight")
     return VAEConfig(
-        picture_channels=tensors[f"{VAE}encoder.conv_in.weight"].shape[1],
+        image_channels=tensors[f"{VAE}encoder.conv_in.weight"].shape[1],
         latent_channels=tensors[f"{VAE}post_quant_conv.weight"].shape[0],
         widths=tuple(tensors[f"{VAE}encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)),
         layers=number(tensors, VAE + "encoder.down.0.block.{}.conv1.weight"),

@@ -1,8 +1,9 @@
-"""Activation checkpointing: what a block keeps for its backward pass, and what it computes again there."""
+"""Activation checkpointing: keep what is expensive to compute for the backward pass, recompute the rest there."""
 
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils.checkpoint import (
@@ -12,34 +13,55 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-# Where ``train.py --memory low`` draws the line, in multiply-adds. Of SD 1.5 it keeps the 3x3 convolutions, attention
-# among many pixels and the widest linear layers; results/README.md#memory says what other lines would save and cost.
+from minidistill.lora import LoRAModel, Switch
+from minidistill.unet import UNet
+
+# The threshold of ``train.py --memory low``, in multiply-adds per number. In SD 1.5 it keeps the 3x3 convolutions,
+# attention over many pixels and the widest linear layers; docs/gpus-and-memory.md has the cost of other thresholds.
 LOW_MEMORY = 1000
 
 
+def recompute(model: UNet | LoRAModel, below: float) -> None:
+    """Have each residual block and transformer keep only numbers that took ``below`` multiply-adds or more.
+
+    0 keeps everything; ``math.inf`` keeps only what goes into a block.
+    """
+    unet = model.base if isinstance(model, LoRAModel) else model
+    vars(unet).pop("run_block", None)  # back to the class's own
+    if below:
+        unet.run_block = partial(run_checkpointed, getattr(model, "switch", None), below)
+
+
+def run_checkpointed(switch: Switch | None, below: float, block: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """``block(*args)``, checkpointed if there will be a backward pass."""
+    if not torch.is_grad_enabled():
+        return block(*args)
+    if switch is not None:
+        # The backward pass runs after the switch has been set back: recompute with its present setting.
+        block = partial(call_switched, switch, switch.enabled, block)
+    keep = partial(create_selective_checkpoint_contexts, partial(policy, below))
+    # Nothing in a block is random, so there is no generator state to preserve.
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=keep)
+
+
+def call_switched(switch: Switch, enabled: bool, block: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    with switch.set(enabled):
+        return block(*args)
+
+
+def policy(below: float, _: SelectiveCheckpointContext, operator: OpOverload, *args, **kwargs) -> CheckpointPolicy:
+    """A stored number takes the same memory whatever it cost, so dropping the cheap ones saves most for least."""
+    expensive = multiply_adds(operator, args) >= below
+    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def multiply_adds(operator: OpOverload, args: tuple) -> int:
-    """How many a single number of the operator's result takes; a norm, an activation or a sum counts as one."""
+    """Multiply-adds per number of the operator's result; 1 for a norm, an activation or a sum."""
     name = operator.name()
     if "attention" in name:  # of q, k [B, heads, L', d] and v
-        return 2 * args[1].shape[-2]  # for its share of the weights, and to sum the values by them
+        return 2 * args[1].shape[-2]  # L' for its share of q k^T, L' to sum the values
     if name.endswith(("convolution", "linear", "conv")):  # of x, W [out, in, ...]
         return args[1].shape[1:].numel()
     if name.endswith("mm"):  # of ..., W^T [in, out]
         return args[-1].shape[-2]
     return 1
-
-
-def policy(least: float, _: SelectiveCheckpointContext, operator: OpOverload, *args, **kwargs) -> CheckpointPolicy:
-    """Keep what costs ``least`` or more to compute again, recompute the rest.
-
-    A kept number takes the same memory whatever it cost, so this saves the most for the fewest operations.
-    """
-    dear = multiply_adds(operator, args) >= least
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def checkpointed(least: float, block: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """``block(*args)``, of which only numbers that took ``least`` multiply-adds or more are kept."""
-    keep = partial(create_selective_checkpoint_contexts, partial(policy, least))
-    # Nothing in a block is random.
-    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=keep)

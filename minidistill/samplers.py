@@ -1,0 +1,104 @@
+"""DDIM ("Denoising Diffusion Implicit Models", arXiv 2010.02502) and its inversion.
+
+Samplers are plain functions of ``model(z_t, t)``, which returns eps or v as ``schedule.prediction`` says; guidance.py
+makes such models from a UNet and a prompt. They yield after each step, so callers own progress bars and early stops.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from minidistill.schedule import Schedule, clean_and_noise
+
+Predictor = Callable[[Tensor, Tensor], Tensor]  # (z_t [B, 4, h, w], t [B]) -> eps or v [B, 4, h, w]
+
+
+def ddim_step(
+    schedule: Schedule,
+    prediction: Tensor,
+    z_t: Tensor,
+    t: int,
+    t_next: int,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Step from t to t_next, towards the image or away from it (DDIM, eq. 12). Below 0 is the end of sampling.
+
+    ``eta`` scales the fresh ``noise`` (same shape as z_t): 0 is deterministic, 1 has DDPM's variance (DDIM, eq. 16).
+    """
+    alpha_bar = schedule.alphas_cumprod[t] if t >= 0 else schedule.final_alpha
+    alpha_bar_next = schedule.alphas_cumprod[t_next] if t_next >= 0 else schedule.final_alpha
+    alpha, sigma = alpha_bar.sqrt().to(z_t), (1 - alpha_bar).sqrt().to(z_t)
+    z_0, eps = clean_and_noise(schedule.prediction, prediction, z_t, alpha, sigma)
+    variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
+    spread = eta * variance.sqrt() if eta else torch.zeros(())  # the variance is negative when going back to noise
+    direction = (1 - alpha_bar_next - spread**2).sqrt()
+    z_next = alpha_bar_next.sqrt().to(z_t) * z_0 + direction.to(z_t) * eps
+    return z_next + spread.to(z_t) * noise if eta else z_next
+
+
+def fresh_noise(z_t: Tensor, generator: Generator | Sequence[Generator] | None) -> Tensor:
+    """Standard normal noise of z_t's shape [B, 4, h, w], from one generator or from one per image of the batch."""
+    if isinstance(generator, Sequence):
+        return torch.cat([fresh_noise(own[None], g) for own, g in zip(z_t, generator, strict=True)])
+    device = generator.device if generator else z_t.device
+    return torch.randn(z_t.shape, generator=generator, device=device, dtype=z_t.dtype).to(z_t.device)
+
+
+@torch.no_grad()
+def ddim_loop(
+    model: Predictor,
+    schedule: Schedule,
+    z_t: Tensor,
+    steps: Sequence[tuple[int, int]],
+    eta: float = 0.0,
+    generator: Generator | Sequence[Generator] | None = None,
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Take ``steps``, pairs (t, t_next), from z_t [B, 4, h, w].
+
+    Yields (z, prediction, t) after each step: the latents at t_next, and what the model predicted at t.
+    ``ddim_sample`` has the meaning of the other arguments.
+    """
+    for t, t_next in steps:
+        prediction = model(z_t, torch.full((len(z_t),), max(t, 0), device=z_t.device))
+        noise = fresh_noise(z_t, generator) if eta else None
+        z_t = ddim_step(schedule, prediction, z_t, t, t_next, eta, noise)
+        yield z_t, prediction, t
+
+
+def ddim_sample(
+    model: Predictor,
+    schedule: Schedule,
+    z_T: Tensor,
+    steps: int,
+    eta: float = 0.0,
+    generator: Generator | Sequence[Generator] | None = None,
+) -> Iterator[Tensor]:
+    """Denoise z_T [B, 4, h, w] in ``steps`` calls of ``model(z_t, t)``, t [B] int64; yields z_t after each step.
+
+    ``model`` predicts eps or v, as ``schedule`` says. ``eta`` from 0 (deterministic) to 1 adds fresh noise, drawn from
+    ``generator``: one for the batch, or one per image.
+
+    Raises ValueError for more steps than the schedule has, and for an eta outside 0 to 1, which would add more noise
+    than the next step has.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta runs from 0 (deterministic) to 1 (as much noise as DDPM), not {eta:g}.")
+    stride = schedule.train_steps // max(steps, 1)
+    pairs = [(t, t - stride) for t in schedule.timesteps(steps)]
+    for z_t, _, _ in ddim_loop(model, schedule, z_T, pairs, eta, generator):
+        yield z_t
+
+
+def ddim_invert(model: Predictor, schedule: Schedule, z_0: Tensor, steps: int) -> Iterator[Tensor]:
+    """Run DDIM backwards, from clean latents z_0 [B, 4, h, w] towards their noise; yields after each step.
+
+    ``model``, ``schedule`` and ``steps`` are those of ``ddim_sample``. Each step uses the prediction at the cleaner of
+    its two times in place of the noisier (DDIM, section 4.3), so going there and back is exact only in the limit of many
+    steps. Raises ValueError for more steps than the schedule has.
+    """
+    stride = schedule.train_steps // max(steps, 1)
+    pairs = [(t - stride, t) for t in reversed(schedule.timesteps(steps))]
+    for z_t, _, _ in ddim_loop(model, schedule, z_0, pairs):
+        yield z_t
