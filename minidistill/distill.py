@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -50,9 +50,10 @@ class Batch:
     weight: Tensor
     target: Tensor | None = None
 
-    def map(self, function: Callable[[Tensor | Conditioning], Tensor | Conditioning]) -> "Batch":
-        values = (getattr(self, field.name) for field in fields(self))
-        return Batch(*(None if value is None else function(value) for value in values))
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Apply ``function`` to every tensor."""
+        target = None if self.target is None else function(self.target)
+        return Batch(function(self.z_t), function(self.t), self.cond.map(function), function(self.weight), target)
 
     def __len__(self) -> int:
         return len(self.t)

@@ -6,13 +6,12 @@
 Each way is timed with its forward pass alone and with the backward pass for x, A and B; launched one by one, and in a
 CUDA graph, where launching costs nothing. Times are medians of CUDA's own clock, caches warm; errors, beside float64.
 "base" is cuBLAS without a pair, and "r = 0" the fused kernel without one, which still multiplies sixteen columns of
-zeros. Last come the targets, what the dispatcher makes of it, the line its table should have, and where the kernel is
-not the fastest.
+zeros.
 """
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -27,11 +26,10 @@ from minidistill.bench.timing import markdown_table
 from minidistill.config import SD15_UNET, UNetConfig
 from minidistill.formats.model_configs import write_json
 from minidistill.kernels.build import obstacle
-from minidistill.kernels.dispatch import FASTER, LoRAFunction, addmm_chain
-from minidistill.kernels.measured import WITHOUT_PAIR, chosen, fastest, launched, layer_of, verdict
+from minidistill.kernels.dispatch import LoRAFunction, addmm_chain
 from minidistill.kernels.op import lora_linear
 from minidistill.lora import inject_lora, lora_layers
-from minidistill.training.settings import count, made_by, parse, setting
+from minidistill.training.settings import new_parser, positive_int, provenance
 from minidistill.unet import UNet
 
 
@@ -56,15 +54,7 @@ STUDY = [
     Shape(16384, 1280, 1280),
 ]
 INNER = 20  # launches between two readings of the clock
-
-
-@dataclass
-class Settings:
-    rank: list[int] = setting(None, "ranks (default: 4 16 64 128)", type=count, nargs="+")
-    dtype: str = setting("bfloat16", "of x and W", choices=("bfloat16", "float16"))
-    repeats: int = setting(30, "readings of the clock, of which the median counts", type=count)
-    no_compile: bool = setting(False, "leave torch.compile out, which compiles for every shape and rank")
-    out: Path = setting(Path("results/bench-kernel.json"), "where the measurements go as JSON")
+WITHOUT_PAIR = ("base", "r = 0")
 
 
 def layer_shapes(config: UNetConfig = SD15_UNET, batch: int = 1, tokens: int = 77) -> dict[Shape, int]:
@@ -230,7 +220,7 @@ def limits(dtype: torch.dtype) -> tuple[float, float]:
     return 2 * 8192**3 / matmul, 2 * 2**30 / copy
 
 
-def measure(shape: Shape, rank: int, args: Settings, best: tuple[float, float]) -> list[dict]:
+def measure(shape: Shape, rank: int, args: Namespace, best: tuple[float, float]) -> list[dict]:
     """A row for each pass and way of launching."""
     torch._dynamo.reset()  # which compiles a function for a few shapes only
     layer, base_alone = (Layer.random(shape, r, getattr(torch, args.dtype), "cuda") for r in (rank, 0))
@@ -251,18 +241,24 @@ def measure(shape: Shape, rank: int, args: Settings, best: tuple[float, float]) 
     return rows
 
 
+def fastest(row: dict) -> str:
+    """The fastest contestant that computes the pair."""
+    times = {name: time for name, time in row["seconds"].items() if name not in WITHOUT_PAIR}
+    return min(times, key=times.get)
+
+
 def markdown(rows: list[dict]) -> str:
     """A table for each pass and way of launching; times in microseconds, the fastest with the pair in bold."""
     names = list(rows[0]["seconds"])
     text = ""
     for which, in_graph in product(PASSES, (False, True)):
-        text += f"\n{which.capitalize()}, {launched(in_graph)}, microseconds:\n\n"
-        columns = ["M x K -> N", "rank", *names, "dispatched", "fused TFLOP/s", "of roofline", "error", "of addmm"]
+        text += f"\n{which.capitalize()}, {'in a CUDA graph' if in_graph else 'launched one by one'}, microseconds:\n\n"
+        columns = ["M x K -> N", "rank", *names, "fused TFLOP/s", "of roofline", "error", "of addmm"]
         lines = [columns, ["---"] * len(columns)]
         for row in (row for row in rows if row["pass"] == which and row["graph"] == in_graph):
             first = fastest(row)
             times = [f"**{1e6 * t:.1f}**" if name == first else f"{1e6 * t:.1f}" for name, t in row["seconds"].items()]
-            line = [layer_of(row), str(row["rank"]), *times, row["dispatched"]]
+            line = [f"{row['M']} x {row['K']} -> {row['N']}", str(row["rank"]), *times]
             line += [f"{row['tflops']['fused']:.0f}", f"{row['of_roofline']['fused']:.2f}"]
             lines.append([*line, *(f"{row['errors'][name]:.1e}" for name in ("fused", "addmm"))])
         text += f"{markdown_table(lines)}\n"
@@ -271,24 +267,26 @@ def markdown(rows: list[dict]) -> str:
 
 def main(argv: list[str], distillation_step: Callable[[str], Callable[[], object]]) -> None:
     """``distillation_step(kernel)`` makes a step of SD 1.5 to be timed, whose LoRA "fused" or "torch" computes."""
-    args = parse(Settings, __doc__, argv)
+    parser = new_parser(__doc__)
+    parser.add_argument("--rank", type=positive_int, nargs="+", default=[4, 16, 64, 128], help="ranks of the LoRA")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="dtype of x and W")
+    parser.add_argument("--repeats", type=positive_int, default=30, help="measurements, of which the median counts")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--out", type=Path, default=Path("results/bench-kernel.json"), help="JSON file for the results")
+    args = parser.parse_args(argv)
     if reason := obstacle(torch.device("cuda")):
         raise ValueError(f"there is nothing to measure: {reason}.")
     shapes = list(dict.fromkeys([*STUDY, *layer_shapes()]))
     best = limits(getattr(torch, args.dtype))
-    capability = torch.cuda.get_device_capability()
-    region = FASTER.get(capability)
-    tasks = list(product(shapes, args.rank or (4, 16, 64, 128)))
+    tasks = list(product(shapes, args.rank))
     rows = [row for task in tqdm(tasks, "layers") for row in measure(*task, args, best)]
-    rows = [row | {"dispatched": chosen(region, row)} for row in rows]
     steps = {kernel: seconds(distillation_step(kernel), 10, in_graph=False, inner=1) for kernel in ("torch", "fused")}
 
     device = torch.cuda.get_device_name()
     print(markdown(rows))
-    print(verdict(rows, region, capability))
     print(f"{device}: at best {best[0] / 1e12:.0f} TFLOP/s, {best[1] / 1e12:.2f} TB/s; torch {torch.__version__}.")
     print(f"A distillation step of SD 1.5: {1e3 * steps['torch']:.1f} ms, fused {1e3 * steps['fused']:.1f} ms.")
-    report = made_by("minidistill.bench.speed", ["kernel", *argv]) | {"device": device}
+    report = provenance("-m minidistill.bench kernel", argv) | {"device": device}
     report |= {"torch": torch.__version__, "dtype": args.dtype, "repeats": args.repeats, "inner": INNER}
     report |= {"operations_per_second": best[0], "bytes_per_second": best[1], "step_s": steps, "rows": rows}
     write_json(args.out, report)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidistill import kernels
 from minidistill.bench.peers import peer_guided_picture, peer_lora, peer_unet
 from minidistill.config import POCKET_UNET, POCKET_VAE, SD15_UNET, SD15_VAE, ScheduleConfig, UNetConfig, VAEConfig
 from minidistill.distill import student, teacher
@@ -88,7 +89,8 @@ class Setup:
         return filled(lambda: UNet(self.size.unet), self.weights)
 
     def lora_unet(self, zero: bool = False) -> LoRAModel:
-        unet = inject_lora(self.unet(), self.rank, kernel=self.kernel)  # lora_up is zero
+        unet = inject_lora(self.unet(), self.rank)  # lora_up is zero
+        kernels.install(unet, self.kernel)
         if not zero:
             fill_pairs({name: (layer.lora_down, layer.lora_up) for name, layer in lora_layers(unet).items()})
         return unet

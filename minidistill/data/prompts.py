@@ -1,17 +1,24 @@
-"""Prompts to distil with: four thousand of our own from a small grammar, or anybody's from a text file.
+"""Prompts to distil with: four thousand of our own from a small grammar, or yours from a text file.
 
-A rule is a name and its alternatives, parted by "|"; a {slot} is filled by a random alternative of the rule it names.
-An alternative written twice is drawn twice as often. Every prompt starts from the rule `prompt`. Rules are cut so that
-whatever is drawn goes together: what stands outdoors takes outdoor light, a photo is never told to show its brushwork.
+A rule is a name and its alternatives, separated by "|"; a {slot} is filled by a random alternative of the rule it names.
+An alternative written twice is drawn twice as often. Every prompt starts from the rule `prompt`. Rules are arranged so
+that what is drawn fits together: outdoor scenes get outdoor light, and a photo never shows its brushwork.
 """
 
+import json
 import math
 import random
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
+
+from minidistill.formats.files import reading
+
+T = TypeVar("T")
 
 RULES = {
-    # How a prompt is put together, from two words to about thirty.
+    # The form of a prompt, from two words to about thirty.
     "prompt": """{short} | {any} | {outdoors} {when} | {indoors} {lit} | {any}, {style} | {any}, {style}, {finish}
         | {outdoors}, {weather} | {outdoors}, {weather}, {style}, {finish} | {indoors}, {light}, {style}
         | {indoors}, {light}, {finish} | {medium} of {any} | {medium} of {any}, {finish}
@@ -31,7 +38,7 @@ RULES = {
         | {world} inside {vessel}, {light}, {finish} | a cutaway drawing of a {building}, {finish}
         | a neon sign that says "{word}" {inside} | a {colour} mug with the word "{word}" on {surface}
         | a map of an imaginary island with {number} villages and a {land}""",
-    # Outdoors: whatever is here can take {when} or {weather}.
+    # Outdoors: all of these can take {when} or {weather}.
     "outdoors": """{folk} {deed} {place} | {folk} {deed} {place} | {folk} {place}
         | {number} {persons} {together} {place} | a {animal} {pose} {habitat} | a {mood} {animal} {pose} {habitat}
         | {number} {herd} {meadow} | a {songbird} {perch} | a {waterbird} {shore}
@@ -104,7 +111,7 @@ RULES = {
     "lair": """on a mountain top | guarding an old gate | asleep on a pile of gold | beside a waterfall
         | meeting a traveller | drinking tea | above a medieval town | in a ruined temple""",
     "robot": "robot | tin robot | wooden puppet | scarecrow | snowman | garden gnome | android",
-    # Indoors and on the table: whatever is here can take {lit} or {light}.
+    # Indoors and on the table: all of these can take {lit} or {light}.
     "indoors": """{folk} {work} {inside} | {folk} {work} {inside} | {folk} {work} | a {mood} {robot} {work}
         | a {animal} wearing {costume} and {work} | a {pet} {nook} | a {mood} {pet} {nook}
         | a {pet} and a {friend} {nook} | a {room} with {fitting} | a {air} {room} with {fitting} and {extra}
@@ -151,7 +158,7 @@ RULES = {
     "material": """brass | wooden | glass | porcelain | silver | copper | paper | marble | crystal | knitted | clay
         | ice | velvet | stone | chocolate | felt | wicker | bronze | jade | transparent""",
     "flower": "rose | tulip | sunflower | dandelion | orchid | cornflower | marigold | bluebell | daffodil",
-    # Under water, and what the special forms need.
+    # Under water, and parts of the special forms.
     "undersea": "a {fish} {reef} | a {mood} {fish} {reef} | {number} {fish}s {reef} | a diver and a {fish} {reef}",
     "fish": "sea turtle | seahorse | manta ray | humpback whale | dolphin | seal | lobster | angel shark | hermit crab",
     "reef": "above a coral reef | in a kelp forest | in deep blue water | near the seabed | in a sea cave",
@@ -173,7 +180,7 @@ RULES = {
     "lit": """by candlelight | lit by a single lamp | in soft window light | in warm lamplight | late at night
         | on a grey morning | early in the morning | in bright daylight | in dim light | under neon light""",
     "light": "soft window light | warm lamplight | candlelight | studio lighting | neon glow | dramatic shadows",
-    # Media and styles; every colour word is in {finish}, so that no two of them quarrel.
+    # Media and styles; all words about colour are in {finish}, so that no two contradict each other.
     "medium": "{photo} | {painting} | {drawing} | {drawing} | {craft}",
     "photo": "a photo | a photo | a photograph | a candid photo | an old photo | a film photo | a cinematic shot",
     "view": "wide shot | low angle | high angle | seen from behind | seen through leaves | from a distance",
@@ -197,56 +204,87 @@ RULES = {
 GRAMMAR = {name: " ".join(alternatives.split()).split(" | ") for name, alternatives in RULES.items()}
 
 SLOT = re.compile(r"\{(\w+)\}")
-AN = re.compile(r"\ba (?=(?!unicorn|ukulele)[aeiou]|hour)")  # rules write "a" throughout; this is where it is "an"
+AN = re.compile(r"\ba (?=(?!unicorn|ukulele)[aeiou]|hour)")  # the rules write "a" everywhere; here it becomes "an"
 LONG_WORD = re.compile(r"\w{5,}")
-PATIENCE = 2000  # draws in a row that give nothing new before the grammar counts as used up
+PATIENCE = 2000  # draws in a row without a new prompt before the grammar counts as used up
 
 
 def ways(name: str) -> int:
-    """How many ways the rule can be filled: the distinct prompts that come of it are no more than that."""
+    """How many ways there are to fill the rule: an upper bound on its distinct prompts."""
     return sum(math.prod(ways(slot) for slot in SLOT.findall(text)) for text in GRAMMAR[name])
 
 
 def expand(text: str, rng: random.Random) -> str:
-    """Fill every {slot} of `text`, and the slots of what fills it."""
+    """Fill every {slot} of ``text``, recursively."""
     return SLOT.sub(lambda slot: expand(rng.choice(GRAMMAR[slot[1]]), rng), text)
 
 
 def prompts(count: int = 4000, seed: int = 0) -> list[str]:
-    """`count` distinct English prompts, the same for the same seed; a smaller count gives the first of them.
+    """``count`` distinct English prompts, the same for the same seed; a smaller count gives the first of them.
 
-    None is longer than CLIP's 77 tokens. Raises ValueError when the grammar does not give `count` different ones.
+    All fit in CLIP's 77 tokens. Raises ValueError if the grammar cannot give ``count`` different ones.
     """
     limit = ways("prompt")
     if not 0 <= count <= limit:
         raise ValueError(f"prompts() was asked for {count} distinct prompts; the grammar gives 0 to {limit}")
-    rng, found, misses = random.Random(seed), {}, 0  # found: a dict, for a set that keeps the order
-    while len(found) < count:
+    rng, distinct, misses = random.Random(seed), {}, 0  # distinct: a dict, as a set that keeps the order
+    while len(distinct) < count:
         text = AN.sub("an ", expand("{prompt}", rng))
         words = LONG_WORD.findall(text)
-        if text not in found and len(set(words)) == len(words):  # a long word said twice reads badly: draw again
-            found[text], misses = None, 0
+        if text not in distinct and len(set(words)) == len(words):  # the same long word twice reads badly: draw again
+            distinct[text], misses = None, 0
         elif (misses := misses + 1) == PATIENCE:
-            raise ValueError(f"prompts() was asked for {count} distinct prompts; the grammar ran out at {len(found)}")
-    return list(found)
+            raise ValueError(f"prompts() was asked for {count} distinct prompts; the grammar ran out at {len(distinct)}")
+    return list(distinct)
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a UTF-8 text file, one a line, blank lines skipped.
+    """The prompts of a UTF-8 text file, one per line, blank lines skipped.
 
-    Raises FileNotFoundError when there is no such file, ValueError when it is not UTF-8 text or holds no prompt.
+    Raises FileNotFoundError if there is no such file, ValueError if it is not UTF-8 text or has no prompt.
     """
-    path, wanted = Path(path), "give a UTF-8 text file with one prompt a line"
+    path, advice = Path(path), "give a UTF-8 text file with one prompt per line"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file: {wanted}")
+        raise FileNotFoundError(f"{path} is not a file: {advice}")
     data = path.read_bytes()
     try:
         lines = [line.strip() for line in data.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {wanted}") from error
-    if b"\0" in data:  # valid UTF-8, and yet no text
-        raise ValueError(f"{path} is not UTF-8 text: {wanted}")
+        raise ValueError(f"{path} is not UTF-8 text: {advice}") from error
+    if b"\0" in data:  # valid UTF-8, but not text
+        raise ValueError(f"{path} is not UTF-8 text: {advice}")
     lines = [line for line in lines if line]
     if not lines:
-        raise ValueError(f"{path} holds no prompt: {wanted}")
+        raise ValueError(f"{path} has no prompts: {advice}")
     return lines
+
+
+def prompt_split(model_folder: Path, file: Path | None = None) -> tuple[list[str], list[str]]:
+    """Prompts to learn from, and prompts held out for evaluation.
+
+    They come from a text ``file`` (one per line); else from the captions in the model folder's ``compositions.json``,
+    which says which are held out; else from our own list. Raises ValueError if ``compositions.json`` lacks either kind.
+    """
+    compositions = model_folder / "compositions.json"
+    if file is None and compositions.is_file():
+        with reading(compositions):
+            rows = json.loads(compositions.read_text(encoding="utf-8"))
+            learned = [r["caption"] for r in rows if not r["held_out"]]
+            held_out = [r["caption"] for r in rows if r["held_out"]]
+        if not (learned and held_out):
+            raise ValueError(f"{compositions} must have captions to learn from and captions that are held out.")
+        return learned, held_out
+    return every_tenth_held_out(read_prompts(file) if file else prompts())
+
+
+def every_tenth_held_out(listed: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Distinct prompts to learn from, and every tenth for evaluation. A single prompt serves as both."""
+    distinct = list(dict.fromkeys(listed))
+    held_out = distinct[::10]
+    return [p for i, p in enumerate(distinct) if i % 10] or held_out, held_out
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most ``count`` of the items, evenly spread, because neighbours in a list of prompts are alike."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from minidistill.data.trajectories import spread
+from minidistill.data.prompts import spread
 from minidistill.evaluate.metrics import EVALUATION_SEED
-from minidistill.guidance import steps_without
+from minidistill.guidance import Interval, selective_interval
 from minidistill.pipeline import StableDiffusion
 
 
@@ -31,6 +31,7 @@ def draw(
     steps: int,
     guidance: float,
     selective: float = 0.0,
+    interval: Interval | None = None,
     **options,
 ) -> Drawn:
     """Draw ``prompts`` as the "teacher", with "no guidance", or as the "student"; the same seeds for each.
@@ -42,9 +43,10 @@ def draw(
     options |= dict(steps=steps, guidance=guidance if guided else 1.0, lora_enabled=method == "student")
     options = dict(seed=EVALUATION_SEED) | options
     start = time.perf_counter()
-    images = sd.sample(prompts, selective=selective, **options)
+    images = sd.sample(prompts, selective=selective, interval=interval, **options)
     seconds = (time.perf_counter() - start) / len(prompts)
-    unet_calls = steps + (steps - steps_without(selective, steps) if guided else 0)
+    interval = interval or selective_interval(sd.schedule, steps, selective) or Interval(0, sd.schedule.train_steps)
+    unet_calls = steps + sum(interval.low <= t <= interval.high for t in sd.schedule.timesteps(steps)) * guided
     return Drawn(method, images, unet_calls, seconds)
 
 

@@ -16,7 +16,9 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from minidistill.data.trajectories import teacher_trajectory
 from minidistill.pipeline import FRESH_NOISE, StableDiffusion
-from minidistill.schedule import Denoiser, add_noise, fresh_noise
+from minidistill.guidance import Interval, guided, plain, student as student_of
+from minidistill.samplers import Predictor, fresh_noise
+from minidistill.schedule import add_noise
 
 EVALUATION_SEED = 1_000_000  # the noise of evaluation lies apart from that of training
 Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
@@ -42,7 +44,7 @@ class ErrorShare:
         return self.errors.sum(0) / self.gaps.sum(0)
 
 
-def each_step(model: Denoiser, z_t: Tensor, timesteps: Sequence[int]) -> Tensor:
+def each_step(model: Predictor, z_t: Tensor, timesteps: Sequence[int]) -> Tensor:
     """What ``model`` predicts for the states of S steps, [B, S, 4, h, w] -> [B, S, 4, h, w]."""
     times = (torch.full((len(z_t),), t, device=z_t.device) for t in timesteps)
     return torch.stack([model(z_t[:, i], t) for i, t in enumerate(times)], 1)
@@ -57,6 +59,7 @@ def teacher_states(
     guidance: float,
     negative_prompt: str,
     noised: bool,
+    interval: Interval | None,
 ) -> dict[str, Tensor]:
     """``z_t`` of the teacher's guided trajectories, ``eps_hat`` and ``eps_cond`` there: [B, S, 4, h, w] each.
 
@@ -64,15 +67,15 @@ def teacher_states(
     """
     timesteps = sd.schedule.timesteps(steps)
     cond = sd.encode_prompt(list(prompts))
-    uncond = sd.encode_prompt([negative_prompt]).expand_as(cond)
+    uncond = sd.encode_prompt([negative_prompt]).expand(len(cond))
     z_T = sd.starting_noise(seeds)
-    z_t, eps_hat, z_0 = teacher_trajectory(sd, cond, uncond, guidance, z_T, timesteps)
+    z_t, eps_hat, z_0 = teacher_trajectory(sd, cond, uncond, guidance, z_T, timesteps, interval)
     if noised:
         generators = [torch.Generator().manual_seed(FRESH_NOISE + own) for own in seeds]
         times = (torch.full((len(z_0),), t, device=z_0.device) for t in timesteps)
         z_t = torch.stack([add_noise(sd.schedule, z_0, fresh_noise(z_0, generators), t) for t in times], 1)
-        eps_hat = each_step(sd.denoiser(cond, uncond, guidance), z_t, timesteps)
-    return dict(z_t=z_t, eps_hat=eps_hat, eps_cond=each_step(sd.denoiser(cond), z_t, timesteps))
+        eps_hat = each_step(guided(sd.unet, cond, uncond, guidance, interval), z_t, timesteps)
+    return dict(z_t=z_t, eps_hat=eps_hat, eps_cond=each_step(plain(sd.unet, cond), z_t, timesteps))
 
 
 @torch.no_grad()
@@ -83,6 +86,7 @@ def noise_error_share(
     steps: int,
     guidance: float,
     negative_prompt: str = "",
+    interval: Interval | None = None,
     noised: bool = False,
     batch: int = 16,
     progress: bool = False,
@@ -95,13 +99,13 @@ def noise_error_share(
     keep the tensors that ``make`` makes of the teacher, of a batch called ``name``, for the next student.
     """
     timesteps = sd.schedule.timesteps(steps)
-    teacher = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, noised=noised)
+    teacher = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, noised=noised, interval=interval)
     found = []  # of each batch: errors, gaps, along, [B, S] each
     for first in tqdm(range(0, len(prompts), batch), desc="noise error", unit="batch", disable=not progress):
         some = list(prompts[first : first + batch])
         seeds = range(EVALUATION_SEED + first, EVALUATION_SEED + first + len(some))
         states = keep(f"{first:06d}", partial(teacher_states, sd, some, seeds, **teacher))
-        student = sd.denoiser(sd.encode_prompt(some), lora_enabled=True)
+        student = student_of(sd.unet, sd.encode_prompt(some))
         z_t, eps_hat, eps_cond = (states[name].to(sd.device) for name in ("z_t", "eps_hat", "eps_cond"))
         e, g = (eps.double() - eps_cond for eps in (each_step(student, z_t, timesteps), eps_hat))
         found.append([x.sum((2, 3, 4)).cpu() for x in ((e - g).square(), g.square(), e * g)])

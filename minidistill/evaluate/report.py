@@ -5,6 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from minidistill.evaluate import ClipScore, Drawn, comparison_grid, draw, noise_error_share, psnr
+from minidistill.guidance import Interval
 from minidistill.formats.files import written_whole
 from minidistill.lora import merge_lora, unmerge_lora
 from minidistill.pipeline import StableDiffusion
@@ -19,11 +20,13 @@ def write_report(
     guidance: float,
     steps: int,
     negative_prompt: str,
+    interval: Interval | None,
     batch: int,
 ) -> None:
     """Evaluate the student in ``sd.unet`` on ``prompts`` it never saw; write pictures, plot and table into ``out``."""
     print(f"Evaluating on {len(prompts)} held-out prompts ...")
-    options = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, batch=batch, progress=True)
+    options = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, interval=interval)
+    options |= dict(batch=batch, progress=True)
     share = noise_error_share(sd, prompts, **options).pooled
     sd.sample(prompts[:1], steps=1)  # the first calls of everything are slower: off the clock
     rows = [draw(sd, method, prompts, **options) for method in ("teacher", "no guidance")]
@@ -57,7 +60,7 @@ def write_report(
 
 def markdown_table(sd: StableDiffusion, rows: list[Drawn], shares: dict[str, float], prompts: list[str]) -> str:
     """Cost of a picture, distance to the teacher, and, where the model folder has a CLIP, agreement with the prompt."""
-    clip = ClipScore(sd.folder / "clip", sd.tokenizer) if (sd.folder / "clip").is_dir() else None
+    clip = ClipScore(sd.path / "clip", sd.tokenizer) if (sd.path / "clip").is_dir() else None
     heads = ["", "UNet calls", "s / picture", "noise error share", "PSNR to teacher", *(["CLIP score"] if clip else [])]
     lines = [" | ".join(heads), " | ".join(["---"] + ["---:"] * (len(heads) - 1))]
     for row in rows:

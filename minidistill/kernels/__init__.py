@@ -1,50 +1,57 @@
-"""LoRA layers on a GPU: one fused kernel where it pays, cuBLAS elsewhere. lora.py does without where there is neither.
+"""Fused LoRA layers for GPUs. ``install(model)`` puts them into a LoRA model; without it the model is plain PyTorch.
 
-The kernel is built when it is first asked for; ``python -m minidistill.kernels`` does so ahead, or says why it cannot.
+The CUDA kernel is compiled on first use. ``python -m minidistill.kernels`` compiles it ahead of time, or says why it
+cannot.
 """
 
-import sys
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
-
-import torch
 from torch import Tensor
 
-from minidistill.kernels.build import obstacle
 from minidistill.kernels.conv import lora_conv
-from minidistill.kernels.dispatch import EVERYWHERE, FASTER, Region, dispatched
+from minidistill.kernels.dispatch import Region, choose_region, lora_linear_or_addmm
+from minidistill.lora import LoRAConv, LoRALayer, LoRALinear, LoRAModel, lora_layers
 
 
-class LoRAFunctions(NamedTuple):
-    """What computes a layer, W and b and the pair, from (x, W, b, A, B, scale): linear layers and convolutions.
+def install(model: LoRAModel, kernel: str = "auto") -> None:
+    """Replace the LoRA layers of ``model`` by fused ones, in place, for the device and dtype it has now.
 
-    Convolutions take stride, padding and dilation besides.
+    Args:
+        kernel: "auto" fuses the layers for which the kernel was measured to be faster on this GPU, "fused" every layer
+            the kernel supports, "torch" none. If "fused" is impossible, a line on stderr says why.
     """
+    weight = next(model.parameters())
+    region = choose_region(kernel, weight.device, weight.dtype)
+    if region is None:
+        return
+    for layer in lora_layers(model).values():
+        if isinstance(layer, LoRALinear):
+            layer.__class__, layer.region = FusedLoRALinear, region
+        elif isinstance(layer, LoRAConv) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+            layer.__class__, layer.region = FusedLoRAConv, region
 
-    linear: Callable[..., Tensor]
-    conv: Callable[..., Tensor]
 
-    @classmethod
-    def within(cls, region: Region) -> "LoRAFunctions":
-        return cls(partial(dispatched, region), partial(lora_conv, region))
+def can_fuse(layer: LoRALayer) -> bool:
+    """True if the low-rank pair is active and W is frozen: the operators compute no gradient for W."""
+    return layer.active and not layer.weight.requires_grad
 
 
-def lora_functions(kernel: str, device: torch.device, dtype: torch.dtype) -> LoRAFunctions | None:
-    """What computes the LoRA layers of a network in ``dtype`` on ``device``; None means lora.py's own lines.
+class FusedLoRALinear(LoRALinear):
+    """LoRALinear, computed by one operator while the pair is active."""
 
-    "auto" is the dispatcher where its table has the card, "fused" the fused kernel wherever it can be used, and "torch"
-    is None. Where "fused" is asked for and cannot be had, a line says why.
-    """
-    if kernel == "fused":
-        if reason := obstacle(device):
-            print(f"LoRA layers run in plain PyTorch: {reason}.", file=sys.stderr)
-            return None
-        if dtype not in (torch.float16, torch.bfloat16):  # autocast may still ask for it
-            print(f"The fused kernel is for float16 and bfloat16: in {dtype} it stays idle.", file=sys.stderr)
-        return LoRAFunctions.within(EVERYWHERE)
-    if kernel == "auto" and device.type == "cuda":
-        region = FASTER.get(torch.cuda.get_device_capability(device))
-        if region and not obstacle(device):
-            return LoRAFunctions.within(region)
-    return None
+    region: Region
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not can_fuse(self):
+            return super().forward(x)
+        return lora_linear_or_addmm(self.region, x, self.weight, self.bias, self.lora_down, self.lora_up, self.scale)
+
+
+class FusedLoRAConv(LoRAConv):
+    """LoRAConv, computed by one operator while the pair is active."""
+
+    region: Region
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not can_fuse(self):
+            return super().forward(x)
+        layer = self.weight, self.bias, self.lora_down, self.lora_up, self.scale
+        return lora_conv(self.region, x, *layer, self.stride, self.padding, self.dilation)

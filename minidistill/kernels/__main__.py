@@ -1,4 +1,4 @@
-"""python -m minidistill.kernels: build the fused kernel now, not when a layer first needs it."""
+"""python -m minidistill.kernels: compile the fused kernel ahead of its first use."""
 
 import torch
 

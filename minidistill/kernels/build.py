@@ -1,4 +1,4 @@
-"""Builds the CUDA part on its first use. PyTorch keeps what was built, in TORCH_EXTENSIONS_DIR or its own cache."""
+"""Compiles the CUDA kernel on first use. PyTorch caches the result in TORCH_EXTENSIONS_DIR or its own cache folder."""
 
 from functools import cache
 from pathlib import Path
@@ -7,47 +7,49 @@ import torch
 
 CSRC = Path(__file__).with_name("csrc")
 SOURCES = ("autograd.cpp", "binding.cpp", "lora_gemm.cu")
-LEAST = (8, 0)  # compute capability: mma.sync of bfloat16, cp.async
+MIN_CAPABILITY = (8, 0)  # the first with mma.sync for bfloat16, and with cp.async
 
 
 def obstacle(device: torch.device) -> str | None:
-    """None where the kernel can be used on ``device``, after building it if need be; else the reason in a few words."""
+    """Return None if the kernel can run on ``device``, compiling it if necessary; otherwise a short reason."""
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} is built without CUDA"
     if device.type != "cuda" or not torch.cuda.is_available():
         return "the fused kernel needs a CUDA device"
     capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST:
-        return "the fused kernel needs compute capability {}.{} or newer, not {}.{}".format(*LEAST, *capability)
-    return built(capability)
+    if capability < MIN_CAPABILITY:
+        return "the fused kernel needs compute capability {}.{} or newer, not {}.{}".format(
+            *MIN_CAPABILITY, *capability
+        )
+    return build(capability)
 
 
-def architecture(capability: tuple[int, int]) -> list[str]:
-    """Flags for nvcc. Hopper's own instructions are in sm_90a alone, which is for compute capability 9.0 only."""
-    number = "{}{}".format(*capability) + ("a" if capability == (9, 0) else "")
-    return [f"-gencode=arch=compute_{number},code=sm_{number}", *(["-DSM90"] if capability == (9, 0) else [])]
+def nvcc_flags(capability: tuple[int, int]) -> list[str]:
+    """Target flags for nvcc. TMA and wgmma need sm_90a, which runs on compute capability 9.0 only."""
+    if capability == (9, 0):
+        return ["-gencode=arch=compute_90a,code=sm_90a", "-DSM90"]
+    return ["-gencode=arch=compute_{0}{1},code=sm_{0}{1}".format(*capability)]
 
 
 @cache
-def built(capability: tuple[int, int]) -> str | None:
-    """Build and load it, once a process. Returns None, or the reason why that failed."""
-    from torch.utils import cpp_extension  # looks for compilers as it is imported
+def build(capability: tuple[int, int]) -> str | None:
+    """Compile and load the kernel, once per process. Return None, or the reason for a failure."""
+    from torch.utils import cpp_extension  # searches for compilers when imported
 
     try:
         cpp_extension.load(
-            "minidistill_kernels_{}{}".format(*capability),  # machines with other cards may share the folder
+            "minidistill_kernels_{}{}".format(*capability),  # machines with other GPUs may share the cache folder
             [str(CSRC / name) for name in SOURCES],
             extra_cflags=["-O3"],
-            extra_cuda_cflags=["-O3", *architecture(capability)],
+            extra_cuda_cflags=["-O3", *nvcc_flags(capability)],
             is_python_module=False,
         )
-    except (OSError, RuntimeError, ImportError) as error:  # no nvcc, no ninja, or they fail
-        return f"the fused kernel could not be built ({cause(error)})"
+    except (OSError, RuntimeError, ImportError) as error:  # nvcc or ninja is missing, or fails
+        return f"the fused kernel could not be built ({first_error(error)})"
     return None
 
 
-def cause(error: Exception) -> str:
-    """The line of a compiler's output that says what was wrong; of other errors, the first."""
+def first_error(error: Exception) -> str:
+    """Return the line of a compiler's output that reports the error; for other exceptions, the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    telling = (line for line in lines if "error:" in line or "not found" in line)
-    return next(telling, lines[0])
+    return next((line for line in lines if "error:" in line or "not found" in line), lines[0])

@@ -1,16 +1,17 @@
-"""A convolution and its low-rank pair as one operator, ``torch.ops.minidistill.lora_conv``:
+"""A convolution with its low-rank pair as one operator, ``torch.ops.minidistill.lora_conv``:
 
     y = x * W + b + s t B^T,     t = x * A          x [B, K, H, W], W [N, K, k, k], A [r, K, k, k], B [N, r, 1, 1]
-    dt = s dy B,                 dB = s dy^T t      over the channels, as matrices
-    dx = dx(dy, W) + dx(dt, A),  dA = dA(dt, x)     as of any convolution
+    dt = s dy B,                 dB = s dy^T t      matrix products over the channels
+    dx = dx(dy, W) + dx(dt, A),  dA = dA(dt, x)     the usual gradients of a convolution
 
-In channels_last the convolution of t with B is a matmul, which adds to y in place: one launch for lora_up and the sum.
-Where k is 1, all of it is a linear layer of the channels, and the linear kernel's.
+In channels_last the product t B^T is a matmul that adds to y in place: one launch for lora_up and the sum. If k is 1,
+the whole layer is linear in the channels, and the linear kernel computes it.
 
-Where k is 3 nothing more is fused, for reasons on paper. Of the base's 18 M C^2 operations (M pixels, C channels in and
-out) an implicit GEMM would save reading x once and y twice, 6 M C bytes. On an H200 (790 TFLOP/s, 4.3 TB/s) that is
-61 / C of the base's time, 19% at 320 channels and 5% at 1280. It would lose more to cuDNN: r / 160 more arithmetic, a
-kernel that is expected to reach 70 to 80% of the peak, and for one picture 8 to 64 blocks for 132 processors.
+If k is 3, nothing else is fused, because on paper it would not pay. With M pixels and C channels in and out, the base
+convolution takes 18 M C^2 operations. A fused implicit GEMM would save one pass over x and two over y, 6 M C bytes. On
+an H200 (790 TFLOP/s, 4.3 TB/s) that is 61 / C of the base's time: 19% at 320 channels, 5% at 1280. It would lose more
+against cuDNN: r / 160 more arithmetic, an expected 70 to 80% of peak throughput, and for a single image only 8 to 64
+blocks for 132 multiprocessors.
 """
 
 from collections.abc import Sequence
@@ -19,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidistill.kernels.dispatch import Region, dispatched
-from minidistill.kernels.op import save, value
+from minidistill.kernels.dispatch import Region, lora_linear_or_addmm
+from minidistill.kernels.op import call, setup_context
 
 CONV = "minidistill::lora_conv"
 torch.library.define(
@@ -32,53 +33,53 @@ convolution_backward = torch.ops.aten.convolution_backward
 
 
 def to_rows(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B * H * W, C], which in channels_last is a view."""
+    """[B, C, H, W] -> [B * H * W, C], a view in channels_last."""
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def from_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """[B * H * W, C] -> [B, C, H, W] in channels_last."""
+    """[B * H * W, C] -> [B, C, H, W] in channels_last, with B, H and W of ``like``."""
     B, _, H, W = like.shape
     return rows.view(B, H, W, rows.shape[1]).permute(0, 3, 1, 2)
 
 
-def convolved(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, *how: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """x * W + b and x * A."""
+def base_and_down(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, *window: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """x * W + b and x * A, both in channels_last. ``window``: stride, padding, dilation."""
     return tuple(
-        F.conv2d(x, w, bias, *how).contiguous(memory_format=torch.channels_last)
+        F.conv2d(x, w, bias, *window).contiguous(memory_format=torch.channels_last)
         for w, bias in ((W, b), (A.to(x.dtype), None))
     )
 
 
 def forward(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, *how: Sequence[int]
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, *window: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    y, t = convolved(x, W, b, A, *how)
+    y, t = base_and_down(x, W, b, A, *window)
     to_rows(y).addmm_(to_rows(t), B.flatten(1).to(x.dtype).T, alpha=scale)
     return y, t
 
 
 def fake(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, *how: Sequence[int]
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, *window: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    return convolved(x, W, b, A, *how)
+    return base_and_down(x, W, b, A, *window)
 
 
 def backward(ctx, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
     x, W, A, B, t = ctx.saved_tensors
-    rest = (None, *ctx.how, False, [0, 0], 1)  # no bias, no transposed convolution, one group
+    options = (None, *ctx.window, False, [0, 0], 1)  # no bias, not transposed, one group
     rows = to_rows(dy)
     dt = from_rows(ctx.scale * (rows @ B.flatten(1).to(dy.dtype)), dy)
     dB = ctx.scale * (rows.T @ to_rows(t))
-    dx, dA, _ = convolution_backward(dt, x, A.to(x.dtype), *rest, [ctx.needs_input_grad[0], True, False])
+    dx, dA, _ = convolution_backward(dt, x, A.to(x.dtype), *options, [ctx.needs_input_grad[0], True, False])
     if ctx.needs_input_grad[0]:
-        dx = dx + convolution_backward(dy, x, W, *rest, [True, False, False])[0]
+        dx = dx + convolution_backward(dy, x, W, *options, [True, False, False])[0]
     return dx, None, None, dA.to(A.dtype), dB.view(B.shape).to(B.dtype), None, None, None, None
 
 
 torch.library.impl(CONV, "default", forward)
 torch.library.register_fake(CONV, fake)
-torch.library.register_autograd(CONV, backward, setup_context=save)
+torch.library.register_autograd(CONV, backward, setup_context=setup_context)
 
 
 def lora_conv(
@@ -93,8 +94,8 @@ def lora_conv(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """y = x * W + b + scale (x * A) * B, with W and b frozen. [B, K, H, W] -> [B, N, H', W'] in channels_last."""
+    """y = x * W + b + scale (x * A) * B with W and b frozen. [B, K, H, W] -> [B, N, H', W'] in channels_last."""
     if W.shape[2:] == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
-        y = dispatched(region, to_rows(x), W.flatten(1), b, A.flatten(1), B.flatten(1), scale)
+        y = lora_linear_or_addmm(region, to_rows(x), W.flatten(1), b, A.flatten(1), B.flatten(1), scale)
         return from_rows(y, x)
-    return value(torch.ops.minidistill.lora_conv, x, W, b, A, B, scale, stride, padding, dilation)
+    return call(torch.ops.minidistill.lora_conv, x, W, b, A, B, scale, stride, padding, dilation)

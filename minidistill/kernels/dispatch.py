@@ -1,5 +1,6 @@
-"""Which LoRA layers the fused kernel computes: one table. cuBLAS has the others."""
+"""Chooses between the fused kernel and cuBLAS, layer by layer."""
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minidistill.kernels.build import obstacle
 from minidistill.kernels.op import lora_linear
 
 # (x, W, b, A, B, scale) -> x W^T + b + scale (x A^T) B^T
@@ -14,44 +16,63 @@ LoRAFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], 
 
 
 class Region(NamedTuple):
-    """The largest layer, y [M, N] from x [M, K]."""
+    """The largest layer [M, K] -> [M, N] to fuse; larger ones use cuBLAS."""
 
     K: float
     N: float
     rank: int
 
-    def holds(self, K: int, N: int, rank: int) -> bool:
+    def covers(self, K: int, N: int, rank: int) -> bool:
         return K <= self.K and N <= self.N and rank <= self.rank
 
 
 EVERYWHERE = Region(K=float("inf"), N=float("inf"), rank=128)
 
-# Where the fused kernel was measured to be the faster one, by compute capability: `python -m minidistill.bench kernel`
-# prints the line for a card. It has not run on any GPU yet. So no card is listed, "auto" is plain PyTorch, and only
-# "fused" chooses the kernel.
+# Where the fused kernel was measured to be faster, by compute capability. Empty: no GPU has been measured yet, so
+# "auto" means plain PyTorch, and only "fused" uses the kernel.
 FASTER: dict[tuple[int, int], Region] = {}
 
 
+def choose_region(kernel: str, device: torch.device, dtype: torch.dtype) -> Region | None:
+    """Return the layers that ``install(kernel=...)`` fuses for a model on ``device`` in ``dtype``; None for none."""
+    if kernel == "fused":
+        if reason := obstacle(device):
+            print(f"LoRA layers run in plain PyTorch: {reason}.", file=sys.stderr)
+            return None
+        if dtype not in (torch.float16, torch.bfloat16):
+            print(
+                f"The fused kernel needs float16 or bfloat16: in {dtype} it runs only under autocast.", file=sys.stderr
+            )
+        return EVERYWHERE
+    if kernel == "auto" and device.type == "cuda":
+        region = FASTER.get(torch.cuda.get_device_capability(device))
+        if region and not obstacle(device):
+            return region
+    return None
+
+
 def fits(region: Region, x: Tensor, W: Tensor, A: Tensor) -> bool:
+    """True if the kernel supports this layer and ``region`` covers it."""
     (N, K), rank = W.shape, len(A)
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    narrow = dtype in (torch.float16, torch.bfloat16)
-    whole_chunks = N % 8 == 0 and K % 8 == 0  # 16 bytes are moved at a time
-    within_reach = x.numel() // K * max(K, N, rank) < 2**32  # of the kernel's offsets
-    return narrow and whole_chunks and within_reach and region.holds(K, N, rank)
+    half = dtype in (torch.float16, torch.bfloat16)
+    whole_chunks = N % 8 == 0 and K % 8 == 0  # the kernel moves 16 bytes at a time
+    addressable = x.numel() // K * max(K, N, rank) < 2**32  # the kernel's offsets have 32 bits
+    return half and whole_chunks and addressable and region.covers(K, N, rank)
 
 
 def addmm_chain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """In three calls of cuBLAS: y = x W^T + b, t = x A^T, y + scale t B^T. [..., K] -> [..., N].
-
-    Not y += ..., which selective checkpointing may have kept.
-    """
+    """Three cuBLAS calls: y = x W^T + b, t = x A^T, y + scale t B^T. [..., K] -> [..., N]."""
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
     y, t = F.linear(rows, W, b), F.linear(rows, A.to(x.dtype))
+    # Not in place: selective activation checkpointing may have stored y.
     return torch.addmm(y, t, B.to(y.dtype).T, alpha=scale).view(*x.shape[:-1], len(W))
 
 
-def dispatched(region: Region, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def lora_linear_or_addmm(
+    region: Region, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    """Compute the layer with the fused kernel if it fits, else with cuBLAS."""
     layer = lora_linear if fits(region, x, W, A) else addmm_chain
     return layer(x, W, b, A, B, scale)

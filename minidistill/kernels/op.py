@@ -4,8 +4,9 @@
     dx = dy W + dt A,          dt = s dy B
     dA = dt^T x,               dB = dy^T t
 
-Here are its schema, its reference in plain PyTorch, which serves every device, and its gradient. csrc/ has what takes
-their place where it is built: the kernel, which makes (y, t) and (dx, dt) in one launch each, and the gradient in C++.
+This file has the schema, a reference in plain PyTorch that runs on every device, and the gradient. Once csrc/ is built,
+its CUDA kernel replaces the reference on GPUs, computing (y, t) and (dx, dt) in one launch each, and its C++ gradient
+replaces the one here.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ torch.library.define(DX, "(Tensor dy, Tensor W, Tensor A, Tensor B, float scale)
 
 
 def reference(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Rounds where the kernel does: A and B on load, t before it meets B, and y; sums are in float32 or wider."""
+    """(y, t), rounded where the kernel rounds: A and B on load, t before its product with B, y. Sums in float32+."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x_wide, A, B = x.to(wide), A.to(x.dtype).to(wide), B.to(x.dtype).to(wide)
     t = (scale * F.linear(x_wide, A)).to(x.dtype)
@@ -29,6 +30,7 @@ def reference(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scal
 
 
 def reference_dx(dy: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(dx, dt): the same computation with transposed weights, A and B exchanged."""
     return reference(dy, W.T, None, B.T, A.T, scale)
 
 
@@ -46,8 +48,8 @@ def _(dy: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor
     return dy.new_empty(*dy.shape[:-1], W.shape[1]), dy.new_empty(*dy.shape[:-1], len(A))
 
 
-def save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, W, _, A, B, ctx.scale, *ctx.how = inputs  # of a convolution: stride, padding, dilation
+def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, W, _, A, B, ctx.scale, *ctx.window = inputs  # for a convolution, window is stride, padding and dilation
     ctx.save_for_backward(x, W, A, B, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -63,23 +65,23 @@ def backward(ctx, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
     return dx, None, None, (dt.T @ x).to(A.dtype), (dy.T @ t).to(B.dtype), None
 
 
-torch.library.register_autograd(LAYER, backward, setup_context=save)
+torch.library.register_autograd(LAYER, backward, setup_context=setup_context)
 
 
-def value(layer: Callable[..., tuple[Tensor, Tensor]], x: Tensor, W: Tensor, b: Tensor | None, *rest) -> Tensor:
-    """y of a layer; under autocast, of x, W and b in its dtype."""
+def call(op: Callable[..., tuple[Tensor, Tensor]], x: Tensor, W: Tensor, b: Tensor | None, *rest) -> Tensor:
+    """Return y of ``op``. Under autocast, x, W and b are cast first."""
     device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return layer(x, W, b, *rest)[0]
+        return op(x, W, b, *rest)[0]
     dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        return layer(x.to(dtype), W.to(dtype), None if b is None else b.to(dtype), *rest)[0]
+        return op(x.to(dtype), W.to(dtype), None if b is None else b.to(dtype), *rest)[0]
 
 
 def lora_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """y = x W^T + b + scale (x A^T) B^T, whose gradients reach x, A and B: W and b are taken as frozen.
+    """y = x W^T + b + scale (x A^T) B^T, differentiable in x, A and B; W and b are frozen.
 
-    x [..., K], W [N, K] and b [N] have one dtype; A [r, K] and B [N, r] are float32 (in float64 so are all). Under
-    autocast the computation is in its dtype. The kernel takes r from 0 to 128, and K and N that are multiples of 8.
+    x [..., K], W [N, K] and b [N] have the same dtype. A [r, K] and B [N, r] are float32, or float64 if x is. Under
+    autocast the autocast dtype applies. The kernel supports ranks 0 to 128, and K and N divisible by 8.
     """
-    return value(torch.ops.minidistill.lora_linear, x, W, b, A, B, scale)
+    return call(torch.ops.minidistill.lora_linear, x, W, b, A, B, scale)

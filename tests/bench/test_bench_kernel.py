@@ -6,9 +6,19 @@ from tiny import TINY_UNET
 
 from minidistill.bench import kernel as bench_kernel
 from minidistill.bench import speed as bench
-from minidistill.bench.kernel import CONTESTANTS, PASSES, Layer, Shape, base, cost, eager, error, layer_shapes, markdown
-from minidistill.kernels.dispatch import Region, fits
-from minidistill.kernels.measured import WITHOUT_PAIR, best_region, chosen, verdict
+from minidistill.bench.kernel import (
+    CONTESTANTS,
+    PASSES,
+    WITHOUT_PAIR,
+    Layer,
+    Shape,
+    base,
+    cost,
+    eager,
+    error,
+    layer_shapes,
+    markdown,
+)
 
 
 def test_the_layers_of_sd15():
@@ -51,63 +61,11 @@ def test_cost():
 def test_table():
     times = {"base": 1e-6, "addmm": 3e-6, "fused": 2e-6}
     row = {"M": 64, "K": 32, "N": 16, "rank": 4, "seconds": times, "errors": {"fused": 1e-3, "addmm": 2e-3}}
-    row |= {"tflops": {"fused": 12.3}, "of_roofline": {"fused": 0.5}, "dispatched": "addmm"}
+    row |= {"tflops": {"fused": 12.3}, "of_roofline": {"fused": 0.5}}
     rows = [row | {"pass": which, "graph": graph} for which in PASSES for graph in (False, True)]
     text = markdown(rows)
-    assert text.count("| 64 x 32 -> 16 | 4 | 1.0 | 3.0 | **2.0** | addmm | 12 | 0.50 | 1.0e-03 | 2.0e-03 |\n") == 4
+    assert text.count("| 64 x 32 -> 16 | 4 | 1.0 | 3.0 | **2.0** | 12 | 0.50 | 1.0e-03 | 2.0e-03 |\n") == 4
     assert "Forward and backward, in a CUDA graph, microseconds:" in text
-
-
-def timed(M: int, K: int, N: int, rank: int, which: str, graph: bool, **microseconds: float) -> dict:
-    """A row as if it were measured."""
-    times = {"base": 1, "r = 0": 1.25, "eager": 6, "addmm": 3, "merge": 2.5} | microseconds
-    row = {"M": M, "K": K, "N": N, "rank": rank, "pass": which, "graph": graph}
-    return row | {"seconds": {name: 1e-6 * time for name, time in times.items()}}
-
-
-def a_card() -> list[dict]:
-    """On which the kernel wins up to 640 columns and loses beyond."""
-    layers = [((4096, 320, 320), 2), ((4096, 640, 640), 2), ((4096, 2560, 640), 5)]
-    return [
-        timed(*layer, rank, which, graph, fused=time)
-        for layer, time in layers
-        for rank in (16, 64)
-        for which in PASSES
-        for graph in (False, True)
-    ]
-
-
-def test_the_region_that_belongs_into_the_table():
-    rows = a_card()
-    assert best_region(rows) == Region(640, 640, 64)
-    assert best_region([row for row in rows if row["K"] > 640]) == Region(0, 0, 0)
-    # A layer of the same width at which the kernel loses costs less inside than the others would outside.
-    slower, much_slower = (timed(64, 640, 640, 16, "forward", True, fused=time) for time in (3.3, 30))
-    assert best_region([*rows, slower]) == Region(640, 640, 64)
-    assert best_region([*rows, much_slower]) == Region(320, 320, 64)
-
-
-def test_the_dispatcher_chooses_what_the_bench_says():
-    region = Region(640, 640, 16)
-    for row in a_card():
-        M, K, N, rank = (row[name] for name in ("M", "K", "N", "rank"))
-        x, W, A = (torch.empty(size, dtype=torch.bfloat16) for size in ((M, K), (N, K), (rank, K)))
-        assert (chosen(region, row) == "fused") == fits(region, x, W, A)
-    assert chosen(None, row) == "eager"  # lora.py's lines
-
-
-def test_verdict():
-    said = verdict(a_card(), None, (9, 0))
-    assert (
-        "no region, plain PyTorch: at worst 0.33 of the faster of fused and addmm (4096 x 320 -> 320, rank 16" in said
-    )
-    assert "dispatch.FASTER, (9, 0): Region(K=640, N=640, rank=64): at worst 1.00 of the faster" in said
-    assert (
-        "r = 0, large layers, forward, in a CUDA graph: at worst 0.80 times as fast as base; the target is 0.80" in said
-    )
-    assert "one by one: at worst 1.25 times as fast as merge; the target is 1.30: missed." in said
-    assert "not the fastest in 8 of 24 rows:\n  0.50 of merge: 4096 x 2560 -> 640, rank 16, forward, launched" in said
-    assert said.count("of merge: 4096 x 2560 -> 640") == 8
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")

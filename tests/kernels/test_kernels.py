@@ -1,4 +1,4 @@
-"""kernels/: the operator and its gradient, what chooses it, and what happens where it cannot be built."""
+"""kernels/: the operators, their gradients, the choice between kernel and cuBLAS, and machines without CUDA."""
 
 import copy
 import shutil
@@ -15,12 +15,12 @@ from tiny import ROOT, error, fill_up, randn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minidistill import inject_lora, kernels
-from minidistill.kernels import build, dispatch
+from minidistill import inject_lora
+from minidistill.kernels import FusedLoRAConv, FusedLoRALinear, build, dispatch, install
 from minidistill.kernels.conv import lora_conv
-from minidistill.kernels.dispatch import EVERYWHERE, Region, addmm_chain, dispatched, fits
+from minidistill.kernels.dispatch import EVERYWHERE, Region, addmm_chain, choose_region, fits, lora_linear_or_addmm
 from minidistill.kernels.op import lora_linear
-from minidistill.lora import lora_parameters
+from minidistill.lora import LoRAConv, LoRALinear, LoRAModel, lora_layers, lora_parameters, merge_lora, unmerge_lora
 from minidistill.training.recompute import LOW_MEMORY, checkpointed
 
 OPS = torch.ops.minidistill
@@ -29,7 +29,7 @@ ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, to
 
 
 def layer(*rows: int, K: int = 24, N: int = 16, rank: int = 5, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """x [*rows, K] and a layer's tensors; A and B in float32 or wider, and learning."""
+    """x [*rows, K] and the tensors of a layer. A and B are float32 or wider; x, A and B require gradients."""
     wide = torch.promote_types(dtype, torch.float32)
     tensors = {"x": randn(*rows, K, dtype=dtype), "W": randn(N, K, seed=1, dtype=dtype)}
     tensors |= {"b": randn(N, seed=2, dtype=dtype), "A": randn(rank, K, seed=3, dtype=wide)}
@@ -40,13 +40,13 @@ def layer(*rows: int, K: int = 24, N: int = 16, rank: int = 5, dtype: torch.dtyp
 
 
 def formula(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """In float64, of whatever it is given."""
+    """The layer in float64, whatever the dtypes of its operands."""
     x, W, A, B = (tensor.double() for tensor in (x, W, A, B))
     return x @ W.T + (0 if b is None else b.double()) + scale * (x @ A.T) @ B.T
 
 
 def gradients(function, tensors: dict[str, Tensor], scale: float = 0.7) -> list[Tensor]:
-    """y, dx, dA, dB of a loss that weighs every number differently."""
+    """y, dx, dA, dB for a loss in which every element of y has its own weight."""
     y = function(**tensors, scale=scale)
     loss = (y * randn(*y.shape, seed=9, dtype=y.dtype)).sum()
     return [y.detach(), *torch.autograd.grad(loss, [tensors[name] for name in ("x", "A", "B")])]
@@ -60,17 +60,19 @@ def gradients(function, tensors: dict[str, Tensor], scale: float = 0.7) -> list[
 @pytest.mark.parametrize("function", [lora_linear, addmm_chain])
 def test_value_and_gradients(function, dtype: torch.dtype, rows: tuple[int, ...]):
     tensors = layer(*rows, dtype=dtype)
-    for found, expected in zip(gradients(function, tensors), gradients(formula, tensors)):
-        assert error(found.double(), expected.double()) < 4 * ROUNDING[dtype]
+    for actual, expected in zip(gradients(function, tensors), gradients(formula, tensors)):
+        assert error(actual.double(), expected.double()) < 4 * ROUNDING[dtype]
 
 
 def test_gradcheck():
     tensors = layer(2, 3)
     x, W, b, A, B = tensors.values()
-    # Its only differentiable output always has a gradient.
+    # The only differentiable output always has a gradient.
     check = partial(torch.autograd.gradcheck, check_undefined_grad=False)
     assert check(lambda x, A, B: lora_linear(x, W, b, A, B, 0.7), (x, A, B))
-    assert check(lambda A, B: lora_linear(x.detach(), W, None, A, B, 0.7), (A, B))  # x needs none, as in a first layer
+    assert check(
+        lambda A, B: lora_linear(x.detach(), W, None, A, B, 0.7), (A, B)
+    )  # x requires none, as in a first layer
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -81,23 +83,23 @@ def test_opcheck(dtype: torch.dtype):
     torch.library.opcheck(OPS.lora_linear_dx.default, (dy, W, A.detach(), B.detach(), 0.7))
 
 
-def test_the_chain_changes_nothing_that_low_memory_has_kept():
-    """The product with W, dear enough to be kept, is what the pair's is added to."""
+def test_addmm_chain_leaves_tensors_kept_by_low_memory_unchanged():
+    """Selective checkpointing keeps the product with W, to which addmm_chain adds the pair's product."""
     tensors = layer(4, K=LOW_MEMORY)
 
-    def recomputed(x: Tensor, **others: Tensor | float) -> Tensor:
-        return checkpointed(LOW_MEMORY, lambda x: addmm_chain(x, **others).sin(), x)
+    def recomputed(x: Tensor, **weights: Tensor | float) -> Tensor:
+        return checkpointed(LOW_MEMORY, lambda x: addmm_chain(x, **weights).sin(), x)
 
-    plain = gradients(lambda **of: addmm_chain(**of).sin(), tensors)
-    assert all(torch.equal(found, expected) for found, expected in zip(gradients(recomputed, tensors), plain))
+    plain = gradients(lambda **operands: addmm_chain(**operands).sin(), tensors)
+    assert all(torch.equal(actual, expected) for actual, expected in zip(gradients(recomputed, tensors), plain))
 
 
-def test_rows_that_lie_apart():
+def test_strided_operands():
     tensors = layer(6, K=48)
     tensors["x"] = tensors["x"].detach()[:, ::2].requires_grad_()
     tensors["W"], tensors["A"] = tensors["W"][:, ::2], tensors["A"].detach()[:, ::2].requires_grad_()
-    for found, expected in zip(gradients(lora_linear, tensors), gradients(formula, tensors)):
-        assert error(found, expected) < 1e-14
+    for actual, expected in zip(gradients(lora_linear, tensors), gradients(formula, tensors)):
+        assert error(actual, expected) < 1e-14
 
 
 def test_rank_zero_is_w_alone():
@@ -107,7 +109,7 @@ def test_rank_zero_is_w_alone():
     assert error(dx, gradients(formula, tensors)[1]) < 1e-14 and dA.shape == (0, 24) and dB.shape == (16, 0)
 
 
-def test_what_lies_between_the_matmuls_is_kept_and_not_differentiable():
+def test_t_is_an_output_but_not_differentiable():
     x, W, b, A, B = layer(3, 7).values()
     y, t = OPS.lora_linear(x, W, b, A, B, 0.7)
     assert y.requires_grad and not t.requires_grad
@@ -115,12 +117,12 @@ def test_what_lies_between_the_matmuls_is_kept_and_not_differentiable():
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_whole(backend: str):
+def test_compiles_without_graph_breaks(backend: str):
     torch._dynamo.reset()
     tensors = layer(2, 7, dtype=torch.float32)
     compiled = torch.compile(lora_linear, fullgraph=True, backend=backend)
-    for found, expected in zip(gradients(compiled, tensors), gradients(lora_linear, tensors)):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(gradients(compiled, tensors), gradients(lora_linear, tensors)):
+        assert torch.equal(actual, expected)
     torch._dynamo.reset()
 
 
@@ -140,21 +142,21 @@ def test_under_activation_checkpointing():
     def recomputed(**tensors) -> Tensor:
         return checkpoint(lora_linear, *tensors.values(), use_reentrant=False)
 
-    for found, expected in zip(gradients(recomputed, tensors), gradients(lora_linear, tensors)):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(gradients(recomputed, tensors), gradients(lora_linear, tensors)):
+        assert torch.equal(actual, expected)
 
 
-# What chooses it
+# The choice between the kernel and cuBLAS
 
 
-def test_no_card_is_listed_before_one_was_measured():
-    """ "auto" is plain PyTorch: a kernel that no GPU has run is chosen by "fused" alone."""
+def test_no_gpu_is_listed_before_one_was_measured():
+    """ "auto" is plain PyTorch, and only "fused" uses a kernel that no GPU has run yet."""
     assert dispatch.FASTER == {}
 
 
 @pytest.mark.parametrize("kernel", ["auto", "torch"])
-def test_plain_pytorch_without_a_word(kernel: str, capsys):
-    assert kernels.lora_functions(kernel, torch.device("cpu"), torch.bfloat16) is None
+def test_plain_pytorch_prints_nothing(kernel: str, capsys):
+    assert choose_region(kernel, torch.device("cpu"), torch.bfloat16) is None
     assert capsys.readouterr().err == ""
 
 
@@ -162,83 +164,81 @@ def test_plain_pytorch_without_a_word(kernel: str, capsys):
     "cuda, capability, reason",
     [(None, (9, 0), "is built without CUDA"), ("13.0", (7, 5), "8.0 or newer, not 7.5"), ("13.0", (9, 0), "no nvcc")],
 )
-def test_where_it_cannot_be_had_one_line_says_so(cuda, capability, reason: str, monkeypatch, capsys):
+def test_one_line_says_why_the_kernel_is_unavailable(cuda, capability, reason: str, monkeypatch, capsys):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(build, "built", lambda capability: "the fused kernel could not be built (no nvcc)")
-    assert kernels.lora_functions("fused", torch.device("cuda"), torch.bfloat16) is None
-    said = capsys.readouterr().err
-    assert said.startswith("LoRA layers run in plain PyTorch: ") and reason in said and said.count("\n") == 1
+    monkeypatch.setattr(build, "build", lambda capability: "the fused kernel could not be built (no nvcc)")
+    assert choose_region("fused", torch.device("cuda"), torch.bfloat16) is None
+    line = capsys.readouterr().err
+    assert line.startswith("LoRA layers run in plain PyTorch: ") and reason in line and line.count("\n") == 1
 
 
-def test_no_compiler_is_no_error(monkeypatch):
+def test_a_missing_compiler_is_a_reason_and_not_an_exception(monkeypatch):
     def load(*args, **kwargs):
         raise OSError("CUDA_HOME is not set.\nPlease set it.")
 
     monkeypatch.setattr("torch.utils.cpp_extension.load", load)
-    assert build.built.__wrapped__((8, 0)) == "the fused kernel could not be built (CUDA_HOME is not set.)"
+    assert build.build.__wrapped__((8, 0)) == "the fused kernel could not be built (CUDA_HOME is not set.)"
 
 
-def test_the_cause_is_the_compilers_word():
-    said = "Error building extension:\n[1/4] c++ -MMD -O3\nlaunch.h:3:10: fatal error: no such file\nninja: stopped"
-    assert build.cause(RuntimeError(said)) == "launch.h:3:10: fatal error: no such file"
-    assert build.cause(ImportError()) == "ImportError"
+def test_the_reason_is_the_compilers_error_line():
+    output = "Error building extension:\n[1/4] c++ -MMD -O3\nlaunch.h:3:10: fatal error: no such file\nninja: stopped"
+    assert build.first_error(RuntimeError(output)) == "launch.h:3:10: fatal error: no such file"
+    assert build.first_error(ImportError()) == "ImportError"
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="of a PyTorch without CUDA")
-def test_the_command_that_builds_it_says_why_not(command):
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a PyTorch built without CUDA")
+def test_the_build_command_says_why_it_cannot_build(command):
     result = command("minidistill/kernels/__main__.py")
     assert result.code == 0 and "built without CUDA" in result.out and result.out.count("\n") == 1
 
 
-def test_a_measured_card_gets_its_region(monkeypatch):
+def test_a_measured_gpu_gets_its_region(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "FASTER", table := {})
-    monkeypatch.setattr(kernels, "FASTER", table)
-    monkeypatch.setattr(kernels, "obstacle", lambda device: None)
-    assert kernels.lora_functions("auto", torch.device("cuda"), torch.bfloat16) is None
+    monkeypatch.setattr(dispatch, "obstacle", lambda device: None)
+    assert choose_region("auto", torch.device("cuda"), torch.bfloat16) is None
     table[9, 0] = Region(640, 640, 64)
-    for kernel, region in (("auto", table[9, 0]), ("fused", EVERYWHERE)):
-        functions = kernels.lora_functions(kernel, torch.device("cuda"), torch.bfloat16)
-        assert all(function.args == (region,) for function in functions)
-    assert kernels.lora_functions("auto", torch.device("cpu"), torch.bfloat16) is None
+    for kernel, region in (("auto", table[9, 0]), ("fused", EVERYWHERE), ("torch", None)):
+        assert choose_region(kernel, torch.device("cuda"), torch.bfloat16) == region
+    assert choose_region("auto", torch.device("cpu"), torch.bfloat16) is None
 
 
-def test_float32_leaves_it_idle_and_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "obstacle", lambda device: None)
-    for dtype, words in ((torch.bfloat16, ""), (torch.float32, "in torch.float32 it stays idle")):
-        assert kernels.lora_functions("fused", torch.device("cuda"), dtype)
-        assert words in (said := capsys.readouterr().err) and bool(said) == bool(words)
+def test_float32_leaves_the_kernel_unused_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "obstacle", lambda device: None)
+    for dtype, message in ((torch.bfloat16, ""), (torch.float32, "in torch.float32 it runs only under autocast")):
+        assert choose_region("fused", torch.device("cuda"), dtype)
+        assert message in (line := capsys.readouterr().err) and bool(line) == bool(message)
 
 
-def test_what_fits_the_kernel():
+def test_layers_that_fit_the_kernel():
     def sizes(
         M: int = 2, K: int = 64, N: int = 64, rank: int = 4, dtype: torch.dtype = torch.bfloat16
     ) -> tuple[Tensor, ...]:
         return torch.empty(1, K, dtype=dtype).expand(M, K), torch.empty(N, K, dtype=dtype), torch.empty(rank, K)
 
     assert fits(EVERYWHERE, *sizes()) and fits(EVERYWHERE, *sizes(K=5120, N=8, rank=128, dtype=torch.float16))
-    for other in (dict(K=60), dict(N=60), dict(rank=129), dict(dtype=torch.float32), dict(M=2**25, N=128)):
-        assert not fits(EVERYWHERE, *sizes(**other))
+    for wrong in (dict(K=60), dict(N=60), dict(rank=129), dict(dtype=torch.float32), dict(M=2**25, N=128)):
+        assert not fits(EVERYWHERE, *sizes(**wrong))
     assert fits(Region(64, 64, 4), *sizes()) and not fits(Region(64, 56, 4), *sizes())
     with torch.autocast("cpu", torch.bfloat16):
         assert fits(EVERYWHERE, *sizes(dtype=torch.float32))
 
 
 @pytest.mark.parametrize("dtype, called", [(torch.bfloat16, 1), (torch.float32, 0)])
-def test_the_dispatcher(dtype: torch.dtype, called: int, monkeypatch):
+def test_the_choice_between_kernel_and_addmm(dtype: torch.dtype, called: int, monkeypatch):
     calls = []
     monkeypatch.setattr(dispatch, "lora_linear", lambda *args: calls.append(1) or lora_linear(*args))
     tensors = layer(2, 7, dtype=dtype)
-    y = dispatched(EVERYWHERE, **tensors, scale=0.7)
+    y = lora_linear_or_addmm(EVERYWHERE, **tensors, scale=0.7)
     assert len(calls) == called
     assert error(y.double(), formula(**tensors, scale=0.7)) < 4 * ROUNDING[dtype]
 
 
 # Convolutions
 
-HOW = {
+WINDOWS = {  # kernel size, stride, padding, dilation
     "3x3": (3, 1, 1, 1),
     "strided": (3, 2, 1, 1),
     "dilated": (3, 1, 2, 2),
@@ -247,85 +247,123 @@ HOW = {
 }
 
 
-def conv_formula(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float, *how: tuple[int, int]) -> Tensor:
+def conv_formula(
+    x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float, *window: tuple[int, int]
+) -> Tensor:
     x, W, b, A, B = (tensor.double() for tensor in (x, W, b, A, B))
-    return F.conv2d(x, W, b, *how) + scale * F.conv2d(F.conv2d(x, A, None, *how), B)
+    return F.conv2d(x, W, b, *window) + scale * F.conv2d(F.conv2d(x, A, None, *window), B)
 
 
 def conv_layer(kind: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
-    """A convolution's tensors, 8 channels to 16; stride, padding and dilation."""
-    k, *how = HOW[kind]
+    """The tensors of a convolution from 8 channels to 16, and its stride, padding and dilation."""
+    k, *window = WINDOWS[kind]
     wide = torch.promote_types(dtype, torch.float32)
     x = randn(2, 8, 7, 6, dtype=dtype).contiguous(memory_format=torch.channels_last)
     tensors = {"x": x, "W": randn(16, 8, k, k, seed=1, dtype=dtype), "b": randn(16, seed=2, dtype=dtype)}
     tensors |= {"A": randn(3, 8, k, k, seed=3, dtype=wide), "B": randn(16, 3, 1, 1, seed=4, dtype=wide)}
     for name in ("x", "A", "B"):
         tensors[name].requires_grad_()
-    return tensors, [(n, n) for n in how]
+    return tensors, [(n, n) for n in window]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", HOW)
+@pytest.mark.parametrize("kind", WINDOWS)
 def test_convolutions(kind: str, dtype: torch.dtype):
-    tensors, how = conv_layer(kind, dtype)
+    tensors, window = conv_layer(kind, dtype)
     fused, plain = (
-        gradients(lambda scale, function=function, **of: function(*of.values(), scale, *how), tensors)
+        gradients(lambda scale, function=function, **layer: function(*layer.values(), scale, *window), tensors)
         for function in (partial(lora_conv, EVERYWHERE), conv_formula)
     )
-    for found, expected in zip(fused, plain):
-        assert error(found.double(), expected.double()) < 4 * ROUNDING[dtype]
+    for actual, expected in zip(fused, plain):
+        assert error(actual.double(), expected.double()) < 4 * ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("kind", ["3x3", "1x1"])
-def test_a_convolution_of_no_pictures(kind: str):
-    tensors, how = conv_layer(kind, torch.float32)
+def test_a_convolution_of_an_empty_batch(kind: str):
+    tensors, window = conv_layer(kind, torch.float32)
     tensors["x"] = tensors["x"].detach()[:0].requires_grad_()
-    y = lora_conv(EVERYWHERE, *tensors.values(), 0.7, *how)
+    y = lora_conv(EVERYWHERE, *tensors.values(), 0.7, *window)
     y.sum().backward()
     assert y.shape == (0, 16, 7, 6) and tensors["x"].grad.shape == (0, 8, 7, 6) and not tensors["A"].grad.any()
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_opcheck_of_a_convolution(layout: torch.memory_format):
-    tensors, how = conv_layer("strided", torch.float64)
+def test_opcheck_convolution(layout: torch.memory_format):
+    tensors, window = conv_layer("strided", torch.float64)
     tensors["x"] = tensors["x"].detach().contiguous(memory_format=layout).requires_grad_()
-    torch.library.opcheck(OPS.lora_conv.default, (*tensors.values(), 0.7, *how))
+    torch.library.opcheck(OPS.lora_conv.default, (*tensors.values(), 0.7, *window))
 
 
-def test_a_convolution_compiles_whole_and_under_autocast():
+def test_a_convolution_compiles_under_autocast():
     torch._dynamo.reset()
-    tensors, how = conv_layer("3x3", torch.float32)
+    tensors, window = conv_layer("3x3", torch.float32)
     compiled = torch.compile(partial(lora_conv, EVERYWHERE), fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = (conv(*tensors.values(), 0.7, *how) for conv in (compiled, partial(lora_conv, EVERYWHERE)))
-    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+        actual, expected = (
+            conv(*tensors.values(), 0.7, *window) for conv in (compiled, partial(lora_conv, EVERYWHERE))
+        )
+    assert actual.dtype == torch.bfloat16 and torch.equal(actual, expected)
     torch._dynamo.reset()
 
 
-def test_a_1x1_convolution_is_the_linear_kernels(monkeypatch):
+def test_the_linear_kernel_computes_1x1_convolutions(monkeypatch):
     calls = []
     monkeypatch.setattr(dispatch, "lora_linear", lambda *args: calls.append(1) or lora_linear(*args))
-    tensors, how = conv_layer("1x1", torch.bfloat16)
-    y = lora_conv(EVERYWHERE, *tensors.values(), 0.7, *how)
+    tensors, window = conv_layer("1x1", torch.bfloat16)
+    y = lora_conv(EVERYWHERE, *tensors.values(), 0.7, *window)
     assert calls == [1] and y.is_contiguous(memory_format=torch.channels_last)
 
 
 # In a model
 
 
-def students(monkeypatch, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """The same student twice: in plain PyTorch, and as if its device had the kernel."""
+def network(dtype: torch.dtype) -> nn.Sequential:
     convolutions = nn.Conv2d(8, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 8, 1)
-    net = nn.Sequential(*convolutions, nn.Flatten(2), nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 8)).to(dtype)
-    plain = fill_up(inject_lora(copy.deepcopy(net), rank=3, targets=["*"], kernel="torch"))
-    monkeypatch.setattr(kernels, "obstacle", lambda device: None)
-    fused = inject_lora(net, rank=3, targets=["*"], kernel="fused")
-    fused.load_state_dict(plain.state_dict())
+    return nn.Sequential(*convolutions, nn.Flatten(2), nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 8)).to(dtype)
+
+
+def students(monkeypatch, dtype: torch.dtype) -> tuple[LoRAModel, LoRAModel]:
+    """The same student twice: in plain PyTorch, and fused as if the CPU had the kernel."""
+    plain = fill_up(inject_lora(network(dtype), rank=3, targets=["*"]))
+    fused = copy.deepcopy(plain)
+    monkeypatch.setattr(dispatch, "obstacle", lambda device: None)
+    install(plain, "torch")
+    install(fused, "fused")
     return plain, fused
 
 
+def test_install_replaces_the_classes_and_nothing_else(monkeypatch):
+    plain, fused = students(monkeypatch, torch.bfloat16)
+    assert {type(layer) for layer in lora_layers(plain).values()} == {LoRALinear, LoRAConv}
+    assert {type(layer) for layer in lora_layers(fused).values()} == {FusedLoRALinear, FusedLoRAConv}
+    before, after = plain.state_dict(), fused.state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
+    install(fused, "fused")  # twice is once
+    assert all(layer.region == EVERYWHERE for layer in lora_layers(copy.deepcopy(fused)).values())
+
+
+def test_convolutions_with_other_padding_stay_plain(monkeypatch):
+    """The operator takes zero padding in numbers; these pad circularly, or by name."""
+    monkeypatch.setattr(dispatch, "obstacle", lambda device: None)
+    padding = [dict(padding=1, padding_mode="circular"), dict(padding="same"), dict(padding=1)]
+    model = inject_lora(nn.Sequential(*(nn.Conv2d(8, 8, 3, **kind) for kind in padding)), rank=3, targets=["*"])
+    install(model, "fused")
+    assert [type(layer) for layer in lora_layers(model).values()] == [LoRAConv, LoRAConv, FusedLoRAConv]
+
+
+def test_a_fused_layer_can_be_merged(monkeypatch):
+    """Merged, it computes W alone; unmerged, it is the student again."""
+    _, model = students(monkeypatch, torch.float64)
+    x = randn(5, 8, 4, 4, dtype=torch.float64)
+    student = model(x, lora_enabled=True)
+    merge_lora(model)
+    assert error(model(x, lora_enabled=True), student) < 1e-13 and torch.equal(model(x), model(x, lora_enabled=True))
+    unmerge_lora(model)
+    assert error(model(x, lora_enabled=True), student) < 1e-13
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_student_by_the_operator_is_the_same_student(dtype: torch.dtype, monkeypatch):
+def test_a_fused_student_is_the_same_student(dtype: torch.dtype, monkeypatch):
     results = []
     for model in students(monkeypatch, dtype):
         x = randn(5, 8, 4, 4, dtype=dtype).requires_grad_()
@@ -337,14 +375,14 @@ def test_a_student_by_the_operator_is_the_same_student(dtype: torch.dtype, monke
         assert error(fused, plain) < 8 * ROUNDING[dtype]
 
 
-def test_a_weight_that_learns_after_all_gets_its_gradient(monkeypatch):
-    """The operators would give it none."""
+def test_an_unfrozen_weight_gets_its_gradient(monkeypatch):
+    """The operators compute none for W, so the layer falls back to plain PyTorch."""
     model = students(monkeypatch, torch.bfloat16)[1].requires_grad_()
     model(randn(5, 8, 4, 4, dtype=torch.bfloat16), lora_enabled=True).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_it_compiles_whole_and_can_be_copied(monkeypatch):
+def test_a_fused_model_compiles_and_can_be_copied(monkeypatch):
     torch._dynamo.reset()
     model = copy.deepcopy(students(monkeypatch, torch.bfloat16)[1])
     x = randn(5, 8, 4, 4, dtype=torch.bfloat16)
@@ -354,10 +392,10 @@ def test_it_compiles_whole_and_can_be_copied(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_hoppers_instructions_are_for_hopper_alone():
-    assert build.architecture((9, 0)) == ["-gencode=arch=compute_90a,code=sm_90a", "-DSM90"]
-    assert build.architecture((8, 6)) == ["-gencode=arch=compute_86,code=sm_86"]
-    assert build.architecture((12, 0)) == ["-gencode=arch=compute_120,code=sm_120"]
+def test_only_hopper_gets_hoppers_instructions():
+    assert build.nvcc_flags((9, 0)) == ["-gencode=arch=compute_90a,code=sm_90a", "-DSM90"]
+    assert build.nvcc_flags((8, 6)) == ["-gencode=arch=compute_86,code=sm_86"]
+    assert build.nvcc_flags((12, 0)) == ["-gencode=arch=compute_120,code=sm_120"]
 
 
 # Compiling the sources
@@ -365,20 +403,20 @@ def test_hoppers_instructions_are_for_hopper_alone():
 NVCC = shutil.which("nvcc")
 
 
-def compiled(tmp_path: Path, instances: list[str], capability: tuple[int, int], header: str) -> str:
-    """What ptxas says of these instances of a kernel."""
+def ptxas_report(tmp_path: Path, instances: list[str], capability: tuple[int, int], header: str) -> str:
+    """Compile these instances of a kernel and return what ptxas prints."""
     source = f'#include "primitives{header}.h"\n#include "lora_gemm{header}.h"\n'
     (tmp_path / "kernels.cu").write_text(source + "".join(f"template __global__ void {line};\n" for line in instances))
-    flags = ["-std=c++17", "-O3", f"-I{CSRC}", *build.architecture(capability), "-Xptxas", "-v", "-cubin"]
+    flags = ["-std=c++17", "-O3", f"-I{CSRC}", *build.nvcc_flags(capability), "-Xptxas", "-v", "-cubin"]
     done = subprocess.run([NVCC, *flags, "kernels.cu"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
 
-def assert_no_spills(said: str, kernels: int) -> None:
-    spills = [line.strip() for line in said.splitlines() if "spill" in line]
+def assert_no_spills(report: str, kernels: int) -> None:
+    spills = [line.strip() for line in report.splitlines() if "spill" in line]
     assert spills == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"] * kernels
-    assert "warning" not in said and "(C75" not in said  # ptxas tells by a remark when it waits for every wgmma
+    assert "warning" not in report and "(C75" not in report  # the remark that ptxas serialises wgmma
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
@@ -390,7 +428,7 @@ def test_no_register_spills(rank: int, capability: tuple[int, int], tmp_path: Pa
         for sizes, transposed in product(("128, 160", "64, 64"), ("false", "true"))
     ]
     instances = [f"lora_gemm<{plan}>(const GRID_CONSTANT Problem)" for plan in plans]
-    assert_no_spills(compiled(tmp_path, instances, capability, header=""), kernels=4)
+    assert_no_spills(ptxas_report(tmp_path, instances, capability, header=""), kernels=4)
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
@@ -398,14 +436,14 @@ def test_no_register_spills(rank: int, capability: tuple[int, int], tmp_path: Pa
 def test_no_register_spills_on_hopper(rank: int, tmp_path: Path):
     arguments = ", ".join(f"const GRID_CONSTANT {kind}" for kind in ("Problem", "TensorMap", "TensorMap"))
     instances = [f"lora_gemm_sm90<PlanSm90<BFloat16, {rank}, {way}>>({arguments})" for way in ("false", "true")]
-    assert_no_spills(compiled(tmp_path, instances, (9, 0), header="_sm90"), kernels=2)
+    assert_no_spills(ptxas_report(tmp_path, instances, (9, 0), header="_sm90"), kernels=2)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
 def test_the_launcher_compiles(capability: tuple[int, int], tmp_path: Path):
-    command = [NVCC, "-std=c++20", *build.architecture(capability), "-c", str(CSRC / "lora_gemm.cu")]
+    command = [NVCC, "-std=c++20", *build.nvcc_flags(capability), "-c", str(CSRC / "lora_gemm.cu")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
 
@@ -413,9 +451,9 @@ def test_the_launcher_compiles(capability: tuple[int, int], tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None or shutil.which("ninja") is None, reason="needs g++ and ninja")
 def test_the_gradient_in_cpp(tmp_path: Path, monkeypatch):
-    """In a process of its own: there it takes the place of the one in Python."""
+    """Runs in a separate process, where it replaces the gradient in Python."""
     script = f"""
-import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}, {str(ROOT / "tests/kernels")!r}]
 import torch
 from torch.utils import cpp_extension
 import test_kernels as t
@@ -426,10 +464,10 @@ assert "LoRALinear" in t.lora_linear(x, W, b, A, B, 0.7).grad_fn.name()
 t.test_gradcheck()
 t.test_opcheck(torch.float64)
 t.test_rank_zero_is_w_alone()
-t.test_what_lies_between_the_matmuls_is_kept_and_not_differentiable()
+t.test_t_is_an_output_but_not_differentiable()
 for dtype in t.ROUNDING:
     t.test_value_and_gradients(t.lora_linear, dtype, rows=(2, 7))
-t.test_compiles_whole("aot_eager")
+t.test_compiles_without_graph_breaks("aot_eager")
 t.test_under_activation_checkpointing()
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
@@ -437,7 +475,7 @@ t.test_under_activation_checkpointing()
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.parametrize("standard", ["c++17", "c++20"])  # of the oldest PyTorch, and the newest
+@pytest.mark.parametrize("standard", ["c++17", "c++20"])  # used by the oldest and the newest PyTorch
 def test_the_binding_compiles(standard: str):
     include = Path(torch.__file__).parent / "include"
     flags = [f"-std={standard}", "-fsyntax-only", "-Wall", f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]

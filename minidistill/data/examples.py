@@ -1,0 +1,103 @@
+"""Batches for the training loop. Batch n depends on the seed and n alone, so a resumed run sees what it would have seen."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from minidistill.conditioning import Conditioning, cat
+from minidistill.data.images import ImageLatents
+from minidistill.data.trajectories import Trajectories
+from minidistill.distill import Batch
+from minidistill.pipeline import StableDiffusion, on_device
+from minidistill.schedule import Schedule, add_noise, min_snr_weight
+
+MIN_SNR = 5.0  # gamma of --weighting min-snr, as in its paper
+
+
+@dataclass
+class Examples:
+    """What stored states and noised latents share.
+
+    Attributes:
+        latents: the stored trajectories or encoded images.
+        prompts: embeddings of the distinct prompts; on the CPU, as those of many prompts would fill a small GPU.
+        prompt_of: for each trajectory or image, its row in ``prompts``.
+        batch_size: examples per update, over all processes.  weighting: "even" or "min-snr".
+    """
+
+    latents: Trajectories | ImageLatents
+    prompts: Conditioning
+    prompt_of: Tensor
+    schedule: Schedule
+    batch_size: int
+    seed: int
+    weighting: str
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Of each example in the loss, [B, 1, 1, 1]."""
+        if self.weighting == "min-snr":
+            return min_snr_weight(self.schedule, t, MIN_SNR)
+        return torch.ones(len(t), 1, 1, 1)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def batch(self, step: int) -> Batch:
+        """The batch of update ``step``, on the CPU."""
+        raise NotImplementedError
+
+
+class StoredStates(Examples):
+    """States of the teacher's trajectories, with the guided predictions made there as targets."""
+
+    def __len__(self) -> int:
+        return len(self.latents.examples)
+
+    def batch(self, step: int) -> Batch:
+        trajectory, position = self.latents.examples[batch_indices(len(self), self.batch_size, self.seed, step)].T
+        z_t, target, t = self.latents.states(trajectory, position)
+        return Batch(z_t, t, self.prompts[self.prompt_of[trajectory]], self.weight(t), target)
+
+
+class NoisedLatents(Examples):
+    """Clean latents, noised afresh at random time steps; the teacher is asked in the loop."""
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def batch(self, step: int) -> Batch:
+        chosen = batch_indices(len(self), self.batch_size, self.seed, step)
+        generator = torch.Generator().manual_seed(self.seed + step)
+        t = torch.randint(self.schedule.train_steps, chosen.shape, generator=generator)
+        z_0 = self.latents.ends(chosen)
+        z_t = add_noise(self.schedule, z_0, torch.randn(z_0.shape, generator=generator), t)
+        return Batch(z_t, t, self.prompts[self.prompt_of[chosen]], self.weight(t))
+
+
+def batch_indices(size: int, batch: int, seed: int, step: int) -> Tensor:
+    """The indices below ``size`` in batch number ``step``; every epoch is shuffled anew."""
+    per_epoch = max(size // batch, 1)
+    epoch, i = divmod(step, per_epoch)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed + epoch))
+    return order[i * batch : (i + 1) * batch]
+
+
+def encode_prompts(
+    sd: StableDiffusion, captions: list[str], latents: Trajectories | ImageLatents
+) -> tuple[Conditioning, Tensor]:
+    """The embeddings, on the CPU, of the captions that ``latents`` use; and for each latent its row in them."""
+    used, prompt_of = latents.prompts(torch.arange(len(latents))).unique(return_inverse=True)
+    with on_device(sd.text_encoder, sd.device):  # moved once, for all of them
+        embeddings = [sd.encode_prompt([captions[i] for i in some]).to("cpu") for some in used.split(64)]
+    return cat(embeddings), prompt_of
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Move without waiting: a GPU copies from pinned memory on its own, while the loop goes on."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def batch_to_device(batch: Batch, device: torch.device) -> Batch:
+    return batch.map(partial(to_device, device=device))

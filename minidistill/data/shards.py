@@ -1,0 +1,47 @@
+"""Shards: safetensors files that know how they were made, and notice damage."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from minidistill.formats.files import atomic_write
+from minidistill.formats.tensor_files import sort_header
+
+
+def fingerprint(*networks: nn.Module) -> str:
+    """A hash of the frozen weights, bit for bit: other weights make other trajectories."""
+    digest = hashlib.sha256()
+    for weight in (p for network in networks for p in network.parameters() if not p.requires_grad):
+        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def write_shard(file: Path, tensors: dict[str, Tensor], made_with: str) -> None:
+    with atomic_write(file) as temporary:
+        temporary.write_bytes(save(tensors, {"made_with": made_with, "checksum": checksum(tensors, made_with)}))
+        sort_header(temporary)
+
+
+def read_shard(file: Path) -> tuple[dict[str, Tensor], str] | None:
+    """The tensors of a shard and what it was made with; None if it is damaged."""
+    try:
+        with safe_open(file, "pt") as shard:
+            metadata = shard.metadata() or {}
+        tensors, made_with = load_file(file), metadata["made_with"]
+        return (tensors, made_with) if metadata["checksum"] == checksum(tensors, made_with) else None
+    except (SafetensorError, OSError, KeyError):
+        return None
+
+
+def checksum(tensors: Mapping[str, Tensor], made_with: str) -> str:
+    """A hash of everything in a shard: safetensors itself does not notice a flipped bit."""
+    digest = hashlib.sha256(made_with.encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        digest.update(x.view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,127 @@
+"""What happens around each update: progress bar, learning rate, loss log, signals, checkpoints, preview images."""
+
+import math
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minidistill.distill import ENOUGH, Batch, divergence, learning_rate
+from minidistill.training.ranks import Ranks
+from minidistill.training.run_folder import save_checkpoint
+
+WINDOW = 10  # updates whose losses are read together, because reading them makes a GPU wait
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM in a list instead of dying from them; the loop checks it between updates."""
+    caught: list[int] = []
+    before = {n: signal.signal(n, lambda number, frame: caught.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """The bookkeeping of a training loop over ``for step in progress.steps()``.
+
+    Args:
+        out: the run's folder.  losses: those of earlier updates; the run continues after them.
+        unet: teacher and student.  trained: its parameters that learn.  settings: go into checkpoints.
+        steps: updates of the whole run.  peak: learning rate.  save_every: updates between checkpoints.
+        preview: called with the number of updates after each checkpoint.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        losses: list[float],
+        unet: nn.Module,
+        trained: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        settings: dict[str, str],
+        ranks: Ranks,
+        *,
+        steps: int,
+        peak: float,
+        save_every: int,
+        preview: Callable[[int], None],
+    ):
+        self.out, self.losses, self.settings, self.ranks = out, losses, settings, ranks
+        self.unet, self.trained, self.optimizer = unet, trained, optimizer
+        self.total, self.peak, self.save_every, self.preview = steps, peak, save_every, preview
+        self.recent: deque[Batch] = deque()  # the last ENOUGH examples or more, with their targets
+        self.unread: list[Tensor] = []  # loss and gradient norm of the last updates, still on the device
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the updates still to do; sets the learning rate of each."""
+        with stop_signals() as self.stop:
+            self.bar = tqdm(
+                initial=len(self.losses),
+                total=self.total,
+                desc="distilling",
+                unit="step",
+                disable=not self.ranks.first,
+            )
+            for step in range(len(self.losses), self.total):
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate(step, self.total, self.peak, warmup=max(self.total // 10, 1))
+                yield step
+            self.bar.close()
+
+    def note(self, batch: Batch, target: Tensor) -> None:
+        """Remember examples and targets, to see before a checkpoint whether the student has diverged."""
+        self.recent.append(replace(batch, target=target))
+        while sum(map(len, self.recent)) - len(self.recent[0]) >= ENOUGH:
+            self.recent.popleft()
+
+    def after_update(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """Log the update; save, sample and stop when it is time to.
+
+        Raises ValueError if the loss is not finite or the student has diverged, before a checkpoint is written.
+        """
+        self.bar.update()
+        self.unread.append(torch.stack([loss, norm]))
+        stopping = self.ranks.any(bool(self.stop))  # a signal may reach one process an update before the others
+        saving = stopping or (step + 1) % self.save_every == 0 or step + 1 == self.total
+        if len(self.unread) == WINDOW or saving:
+            self.read_losses()
+        if self.ranks.first and saving:
+            self.check_divergence(step + 1)
+            save_checkpoint(self.out, self.trained, self.optimizer, self.losses, self.settings)
+            if not stopping:
+                self.preview(step + 1)
+        if stopping:
+            self.bar.close()
+            self.ranks.wait()  # until the checkpoint is written: torchrun ends all processes when one ends
+            sys.exit(f"Saved after {step + 1} of {self.total} updates. Continue with the same command and --resume.")
+
+    def read_losses(self) -> None:
+        for loss, norm in torch.stack(self.unread).tolist():
+            if not math.isfinite(loss + norm):
+                raise ValueError(
+                    f"At update {len(self.losses) + 1} the loss is {loss:g} and its gradient's norm {norm:g}: "
+                    f"lower --lr (it is {self.peak:g}) or --guidance, in a new --out."
+                )
+            self.losses.append(loss)
+        self.unread.clear()
+        last = self.losses[-50:]
+        self.bar.set_postfix(loss=f"{sum(last) / len(last):.5f}", refresh=False)
+
+    def check_divergence(self, step: int) -> None:
+        error, most = divergence(self.unet, list(self.recent))
+        if not error <= most:  # NaN is not
+            raise ValueError(
+                f"After update {step} the student's squared error is {error:g}, and at most {most:g} is saved: "
+                f"lower --lr (it is {self.peak:g}) or --guidance, in a new --out."
+            )

@@ -1,0 +1,85 @@
+"""What the student learns from (``train.py --source``): the teacher's trajectories, its images, or your own."""
+
+import argparse
+from pathlib import Path
+
+from minidistill.data import images
+from minidistill.data.examples import Examples, NoisedLatents, StoredStates, encode_prompts
+from minidistill.data.prompts import every_tenth_held_out, prompt_split
+from minidistill.data.trajectories import Trajectories, generate
+from minidistill.formats.files import digest
+from minidistill.pipeline import StableDiffusion
+from minidistill.training.ranks import Ranks
+
+
+class FromTrajectories:
+    """States on the teacher's way from noise to image, each with the guided prediction made there.
+
+    Attributes:
+        captions, held_out: prompts to learn from, and prompts for evaluation.
+        stamp: by flag, what identifies the contents of the prompts or images behind it.
+        asks_teacher: whether the teacher is needed in the loop; otherwise its predictions are stored.
+    """
+
+    asks_teacher = False
+    examples = StoredStates
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.captions, self.held_out = prompt_split(args.model, args.prompts)
+        self.stamp = {"prompts": digest(str(self.captions).encode())}
+
+    def latents(self, sd: StableDiffusion, folder: Path, weights: str, ranks: Ranks) -> Trajectories:
+        """Have the teacher sample what is missing in ``folder``. ``weights`` is the fingerprint of its networks."""
+        args = self.args
+        return generate(
+            sd,
+            self.captions,
+            folder,
+            count=args.trajectories,
+            steps=args.sample_steps,
+            guidance=args.guidance,
+            negative_prompt=args.negative_prompt,
+            interval=args.interval,
+            seed=args.seed,
+            batch=args.batch,
+            stride=args.stride,
+            keep_states=not self.asks_teacher,
+            weights=weights,
+            rank=ranks.rank,
+            world=ranks.world,
+            wait=ranks.wait,
+        )
+
+    def prepare(self, sd: StableDiffusion, folder: Path, weights: str, ranks: Ranks) -> Examples:
+        """Everything to learn from, with the prompts encoded."""
+        latents = self.latents(sd, folder, weights, ranks)
+        prompts, prompt_of = encode_prompts(sd, self.captions, latents)
+        args = self.args
+        return self.examples(latents, prompts, prompt_of, sd.schedule, args.batch, args.seed, args.weighting)
+
+
+class FromNoised(FromTrajectories):
+    """Images the teacher sampled, noised afresh, with the teacher in the loop: the paper's way."""
+
+    asks_teacher = True
+    examples = NoisedLatents
+
+
+class FromImages(FromNoised):
+    """Your own images with captions, noised afresh, with the teacher in the loop."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.images, self.left_out = images.read_folder(args.images)
+        self.captions, self.held_out = every_tenth_held_out(image.caption for image in self.images)
+        self.stamp = {"images": images.version(self.images)}
+
+    def latents(self, sd: StableDiffusion, folder: Path, weights: str, ranks: Ranks) -> images.ImageLatents:
+        latents, unusable = images.encode(sd, self.images, self.captions, folder, ranks.rank, ranks.wait)
+        for file, reason in (self.left_out | unusable).items():
+            print(f"Left out: {file}: {reason}.")
+        return latents
+
+
+SOURCES = {"trajectories": FromTrajectories, "noised": FromNoised, "images": FromImages}

@@ -1,0 +1,100 @@
+"""Which network learns (``train.py --student``), and how its result is saved."""
+
+import argparse
+from copy import deepcopy
+from pathlib import Path
+
+from torch import nn
+
+from minidistill.distill import FullStudent
+from minidistill.formats.lora_files import merge_file, save_lora
+from minidistill.formats.lora_formats import read_lora
+from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
+from minidistill.lora import DEFAULT_TARGETS, LoRAModel, inject_lora
+from minidistill.pipeline import StableDiffusion
+from minidistill.training.recompute import LOW_MEMORY, recompute
+from minidistill.training.settings import ScaledFile
+from minidistill.unet import UNet
+
+
+class LoRAStudent:
+    """Low-rank pairs beside the layers of the one network."""
+
+    learning_rate = 0.128  # peak, divided by the UNet's first width
+
+    @staticmethod
+    def make(unet: UNet, args: argparse.Namespace) -> LoRAModel:
+        model = inject_lora(unet, args.rank, args.alpha, args.targets or DEFAULT_TARGETS)
+        recompute(model, LOW_MEMORY if args.memory == "low" else 0)
+        return model
+
+    @staticmethod
+    def result(out: Path, args: argparse.Namespace) -> Path:
+        return out / "lora.safetensors"
+
+    @staticmethod
+    def save(sd: StableDiffusion, result: Path, args: argparse.Namespace, metadata: dict[str, str]) -> None:
+        save_lora(sd.unet, result, metadata)
+
+
+class FullCopy:
+    """A second network, all of whose weights learn: plain distillation, for comparison."""
+
+    learning_rate = 0.02
+
+    @staticmethod
+    def make(unet: UNet, args: argparse.Namespace) -> FullStudent:
+        student = deepcopy(unet).float().requires_grad_()
+        recompute(student, LOW_MEMORY if args.memory == "low" else 0)
+        return FullStudent(unet, student)
+
+    @staticmethod
+    def result(out: Path, args: argparse.Namespace) -> Path:
+        return out / ("student.safetensors" if args.model.is_file() else "student")
+
+    @staticmethod
+    def save(sd: StableDiffusion, result: Path, args: argparse.Namespace, metadata: dict[str, str]) -> None:
+        if not result.exists():  # it exists if a run is resumed that was stopped during its report
+            change = replaced_by(sd.unet.student)
+            write_checkpoint(args.model, change, result, metadata, variant=args.variant, ema=args.ema)
+
+
+STUDENTS = {"lora": LoRAStudent, "full": FullCopy}
+# --method, the short form of --student and --source
+METHODS = {"trajectories": ("lora", "trajectories"), "noised": ("lora", "noised"), "full": ("full", "trajectories")}
+
+
+def choose_method(args: argparse.Namespace) -> None:
+    """Fill in ``args.student``, ``args.source`` and ``args.method``, each of which may be None, from one another.
+
+    Raises ValueError for flags that contradict each other.
+    """
+    if args.method and (args.student or args.source):
+        raise ValueError("--method is short for --student and --source: give it alone, or leave it out.")
+    if args.method:
+        args.student, args.source = METHODS[args.method]
+    args.student = args.student or "lora"
+    args.source = args.source or ("images" if args.images else "trajectories")
+    if args.images and args.source == "noised":  # as --method noised --images says it
+        args.source = "images"
+    if bool(args.images) != (args.source == "images") or (args.images and args.prompts):
+        raise ValueError(
+            "--images and --source images go together, without --prompts (images have captions) and without a --method "
+            "other than noised."
+        )
+    noised = args.source != "trajectories"
+    args.method = {"lora": ["trajectories", "noised"], "full": ["full", "full noised"]}[args.student][noised]
+
+
+def merge_style(unet: nn.Module, lora: ScaledFile | None) -> dict[str, str]:
+    """Merge the LoRA of a style into W, for teacher and student alike; returns the metadata that says so.
+
+    Raises ValueError for a LoRA that has learned guidance, and CheckpointError as ``read_lora`` and ``merge_file`` do.
+    """
+    if lora is None:
+        return {}
+    file = read_lora(*lora)
+    if file.is_student:
+        raise ValueError(f"--teacher-lora {lora.path} has learned guidance, which must not be learned twice: name a style.")
+    merge_file(unet, file)
+    return {"teacher_lora": f"{lora.path.name}:{lora.scale:g}"}
