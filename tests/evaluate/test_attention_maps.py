@@ -5,7 +5,7 @@ import torch
 from tiny import error, tiny_student, tiny_unet, unet_inputs
 from torch import nn
 
-from minidistill.evaluate import attention_maps
+from minidistill.evaluate.attention_maps import attention_maps
 from minidistill.unet import Attention
 
 

@@ -1,4 +1,4 @@
-"""evaluate.py: the measures have the values they must have where those are known."""
+"""Quality: every measure has its known value where there is one, and the command measures every method."""
 
 import json
 import math
@@ -13,35 +13,40 @@ from safetensors.torch import load_file
 from tiny import ROOT, error, fill_up
 from torch import Tensor, nn
 
-from minidistill import StableDiffusion, inject_lora, load, load_lora, save_lora
+from minidistill import CheckpointError, StableDiffusion, inject_lora, load, load_lora, save_lora
+from minidistill.conditioning import Conditioning
 from minidistill.evaluate import ClipScore, comparison_grid, draw, interval, metrics, noise_error_share, psnr
 from minidistill.evaluate.__main__ import main
 from minidistill.evaluate.metrics import frechet_distance, ssim
 from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
 from minidistill.formats.tensor_files import write_tensors
+from minidistill.guidance import Interval
 
 PROMPTS = ["a red apple", "a green pear", "a rocket on a purple background"]
 GUIDANCE = 4.0
+ALWAYS = Interval(0, 1000)
 
 
 class Imitation(nn.Module):
-    """A UNet whose student misses ``1 - learned`` of the guidance towards ``uncond``, exactly."""
+    """A UNet whose student learned the share ``learned`` of the guidance away from ``uncond``, inside ``interval``."""
 
-    def __init__(self, learned: float, uncond: Tensor):
+    def __init__(self, sd: StableDiffusion, learned: float, negative_prompt: str = "", interval: Interval = ALWAYS):
         super().__init__()
-        self.learned, self.uncond = learned, nn.Parameter(uncond, requires_grad=False)
+        self.config, self.learned, self.interval = sd.unet_config, learned, interval
+        self.uncond = nn.Parameter(sd.encode_prompt([negative_prompt]).tokens, requires_grad=False)
 
-    def forward(self, z_t: Tensor, t: Tensor, context: Tensor, lora_enabled: bool = False) -> Tensor:
+    def forward(self, z_t: Tensor, t: Tensor, cond: Conditioning, lora_enabled: bool = False) -> Tensor:
         def eps(c: Tensor) -> Tensor:
             return 0.3 * torch.tanh(z_t * c.flatten(1).std(1)[:, None, None, None] + c[:, -1, :4, None, None])
 
-        cond, uncond = eps(context), eps(self.uncond.expand_as(context))
-        return cond + self.learned * (GUIDANCE - 1) * (cond - uncond) if lora_enabled else cond
+        eps_cond, eps_uncond = eps(cond.tokens), eps(self.uncond.expand_as(cond.tokens))
+        learned = self.learned * self.interval.includes(t)[:, None, None, None]
+        return eps_cond + learned * (GUIDANCE - 1) * (eps_cond - eps_uncond) if lora_enabled else eps_cond
 
 
 @pytest.mark.parametrize("learned, expected", [(1.0, 0.0), (0.0, 1.0), (0.5, 0.25), (-1.0, 4.0)])
 def test_noise_error_share(learned: float, expected: float, sd: StableDiffusion):
-    sd.unet = Imitation(learned, sd.encode_prompt([""]))
+    sd.unet = Imitation(sd, learned)
     share = noise_error_share(sd, PROMPTS, steps=4, guidance=GUIDANCE, batch=2)
     assert abs(share.pooled - expected) < 1e-5
     assert share.errors.shape == share.gaps.shape == (len(PROMPTS), 4)
@@ -50,9 +55,22 @@ def test_noise_error_share(learned: float, expected: float, sd: StableDiffusion)
 
 
 def test_noise_error_share_of_a_negative_prompt(sd: StableDiffusion):
-    sd.unet = Imitation(1.0, sd.encode_prompt(["a cat"]))
+    sd.unet = Imitation(sd, 1.0, "a cat")
     share = noise_error_share(sd, PROMPTS, steps=2, guidance=GUIDANCE, negative_prompt="a cat")
     assert share.pooled < 1e-5
+
+
+@pytest.mark.parametrize("noised", [False, True])
+def test_noise_error_share_of_a_teacher_guided_in_an_interval(noised: bool, sd: StableDiffusion):
+    """At 751, 501, 251 and 1: nothing is left to learn outside, and whoever guides there is wrong."""
+    interval, options = Interval(251, 600), dict(steps=4, guidance=GUIDANCE, noised=noised)
+    sd.unet = Imitation(sd, 0.5, interval=interval)
+    share = noise_error_share(sd, PROMPTS, interval=interval, **options)
+    assert share.gaps[:, [0, 3]].max() == 0 and share.per_step.isnan().tolist() == [True, False, False, True]
+    assert ((share.per_step[1:3] - 0.25).abs() < 1e-4).all() and abs(share.pooled - 0.25) < 1e-4
+    sd.unet = Imitation(sd, 1.0)
+    share = noise_error_share(sd, PROMPTS, interval=interval, **options)
+    assert share.errors[:, 1:3].max() < 1e-4 < share.errors[:, [0, 3]].min()
 
 
 def test_noise_error_share_does_not_depend_on_the_batch(sd: StableDiffusion):
@@ -133,7 +151,7 @@ def test_drawn_says_what_a_picture_cost(method: str, calls: int, sd: StableDiffu
 def test_selective_guidance_drops_the_last_steps(selective: float, calls: int, sd: StableDiffusion):
     contexts = []
     uncond = sd.encode_prompt([""])
-    sd.unet.register_forward_pre_hook(lambda _, args: contexts.append(torch.equal(args[2], uncond)))
+    sd.unet.register_forward_pre_hook(lambda _, args: contexts.append(torch.equal(args[2].tokens, uncond.tokens)))
     drawn = draw(sd, "teacher", PROMPTS[:1], steps=5, guidance=GUIDANCE, selective=selective)
     assert drawn.unet_calls == len(contexts) == calls
     guided = calls - 5  # cond and uncond in turn, then cond alone
@@ -148,6 +166,18 @@ def test_selective_guidance_of_all_steps_is_none(sd: StableDiffusion):
     assert all(np.array_equal(a, b) for a, b in zip(nothing.images, none.images))
     with pytest.raises(ValueError, match="selective"):
         sd.sample(PROMPTS, steps=3, selective=1.5)
+
+
+@pytest.mark.parametrize("interval, calls", [((0, 1000), 10), ((401, 601), 7), ((402, 600), 5), ((1, 1), 6)])
+def test_guidance_in_an_interval_costs_two_calls_inside(interval: tuple, calls: int, sd: StableDiffusion):
+    """DDIM's five steps are at 801, 601, 401, 201 and 1."""
+    counted = []
+    sd.unet.register_forward_pre_hook(lambda *_: counted.append(1))
+    drawn = draw(sd, "teacher", PROMPTS[:1], steps=5, guidance=GUIDANCE, interval=Interval(*interval))
+    assert drawn.unet_calls == len(counted) == calls
+    assert (
+        draw(sd, "no guidance", PROMPTS[:1], steps=5, guidance=GUIDANCE, interval=Interval(*interval)).unet_calls == 5
+    )
 
 
 def test_methods_start_from_the_same_noise(sd: StableDiffusion):
@@ -243,7 +273,40 @@ def test_the_command_measures_every_method(run: Path, evaluate: Callable[..., Pa
     assert math.isclose(rows["a run"]["PSNR"]["value"], psnr(student, teacher).mean(), rel_tol=1e-2)  # merged there
     table = (out / "table.md").read_text()
     assert "a run" in table and found["command"] in table
+    assert found["command"].startswith("python -m minidistill.evaluate quality ")
     assert Image.open(out / "pictures.png").size[0] > 4 * 128 and Image.open(out / "error_by_step.png").size[0] > 0
+
+
+def test_further_teachers_are_guided_in_intervals(run: Path, evaluate: Callable[..., Path], tiny_model: Path):
+    out = evaluate(run, "--interval", 0, 400, "--interval", 2, 501)
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [(row["method"], row["unet_calls"]) for row in rows[2:]] == [
+        ("guided at t from 0 to 400", 3),
+        ("guided at t from 2 to 501", 3),
+        ("a run", 2),
+    ]
+    prompts = [line for line in (out.parent / "four.txt").read_text().splitlines() for _ in range(2)]
+    sd = load(tiny_model)
+    images, teacher = (
+        draw(sd, "teacher", prompts, steps=2, guidance=4.0, interval=part).images for part in (Interval(2, 501), None)
+    )
+    assert math.isclose(rows[3]["PSNR"]["value"], psnr(images, teacher).mean(), rel_tol=1e-4)
+
+
+def test_a_student_of_a_teacher_guided_in_an_interval(run: Path, evaluate: Callable[..., Path], tiny_model: Path):
+    """Its header says so, and that teacher is what it is compared with."""
+    header = LEARNED | dict(interval="2 501", rank="2", alpha="2")
+    write_tensors(run / "lora.safetensors", load_file(run / "lora.safetensors"), header)
+    out = evaluate(run)
+    results = json.loads((out / "results.json").read_text(), parse_constant=lambda text: pytest.fail(text))
+    assert [row["unet_calls"] for row in results["rows"]] == [3, 2, 2]
+    sd = load(tiny_model)
+    sd.unet = load_lora(sd.unet, run / "lora.safetensors")
+    prompts = (out.parent / "four.txt").read_text().splitlines()
+    share = noise_error_share(sd, prompts, steps=2, guidance=4.0, interval=Interval(2, 501))
+    assert math.isclose(results["rows"][2]["noise error share"]["value"], share.pooled, rel_tol=1e-4)
+    first, last = results["by step"]["a run"]["noise error share"]
+    assert math.isclose(first, share.per_step[0], rel_tol=1e-4) and last is None  # at t = 1 there is no guidance
 
 
 def test_what_is_drawn_is_kept(run: Path, evaluate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
@@ -294,6 +357,9 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(
     write_tensors(run / "styled.safetensors", same, header)
     with pytest.raises(ValueError, match="ink.safetensors"):
         evaluate(run / "styled.safetensors")
+    write_tensors(run / "odd.safetensors", same, LEARNED | dict(rank="2", alpha="2", interval="all"))
+    with pytest.raises(CheckpointError, match="odd.safetensors"):
+        evaluate(run / "odd.safetensors")
 
 
 def test_the_teacher_is_asked_once_for_all_students(
@@ -315,6 +381,9 @@ def test_students_of_several_teachers_are_refused(run: Path, evaluate: Callable[
     other = load_file(run / "lora.safetensors")
     write_tensors(run / "other.safetensors", other, LEARNED | dict(guidance="3", rank="2", alpha="2"))
     with pytest.raises(ValueError, match="one teacher"):
+        evaluate(run, run / "other.safetensors")
+    write_tensors(run / "other.safetensors", other, LEARNED | dict(interval="0 400", rank="2", alpha="2"))
+    with pytest.raises(ValueError, match="one teacher.* for 0 <= t <= 400"):
         evaluate(run, run / "other.safetensors")
     with pytest.raises(ValueError, match='called "a run"'):
         evaluate(run, run)

@@ -1,4 +1,4 @@
-"""pocket/judge.py: it knows colours and emoji in rendered pictures, also in poor ones, and adds up what it saw."""
+"""pocket/judge.py: it recognises colours and emoji in rendered images, degraded ones too, and its totals are right."""
 
 import json
 from types import SimpleNamespace
@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from minidistill.config import ScheduleConfig
 from minidistill.pocket import judge
 from minidistill.pocket.compositions import COLOURS, EMOJI, all_compositions, write_compositions
-from minidistill.pocket.pictures import find_font, render
+from minidistill.pocket.images import find_font, render
+from minidistill.schedule import Schedule
 
 FEW = all_compositions()[::131]  # 12 emoji on all sorts of colours
 
@@ -132,12 +134,14 @@ def test_blur_keeps_flat_pictures_and_smooths_others():
 class Painter:
     """In place of StableDiffusion: paints the caption's background, red with no guidance."""
 
-    unet = object()
+    unet, schedule = object(), Schedule.from_config(ScheduleConfig())
 
     def __init__(self):
         self.calls = []
 
-    def sample(self, prompts, steps, guidance, seed, lora_enabled, negative_prompt, selective, batch, progress):
+    def sample(
+        self, prompts, steps, guidance, seed, lora_enabled, negative_prompt, selective, interval, batch, progress
+    ):
         self.calls.append((len(prompts), steps, guidance, lora_enabled, negative_prompt))
         known = {c.caption: c.rgb for c in all_compositions()}
         red = guidance == 1 and not lora_enabled
@@ -190,5 +194,5 @@ def test_a_number_below_one_is_refused_by_its_flag(flag, capsys):
 
 
 def test_one_seed_is_refused():
-    with pytest.raises(ValueError, match="--seeds has to be 2"):
+    with pytest.raises(ValueError, match="--seeds must be at least 2"):
         judge.main(["--seeds", "1"])

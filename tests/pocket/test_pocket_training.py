@@ -84,7 +84,7 @@ def test_the_command_makes_a_model_and_does_nothing_twice(tmp_path: Path, monkey
     noise = torch.randint(256, (len(some), 3, 64, 64), dtype=torch.uint8), torch.arange(len(some))
     monkeypatch.setattr(command, "all_compositions", lambda: some)
     monkeypatch.setattr(command, "render", lambda *args, **options: noise)
-    for stage in ("train_clip", "tune_pictures"):
+    for stage in ("train_clip", "tune_image_encoder"):
         monkeypatch.setattr(command, stage, partial(getattr(command, stage), steps=2, batch=8))
     monkeypatch.setattr(command, "ROUNDS", ((2, 1e-3), (2, 1e-3)))
     for stage in ("WEAK", "WEAKENING"):
