@@ -10,7 +10,8 @@ from torch import Tensor
 
 from minidistill import ddim_invert, ddim_sample
 from minidistill.config import ScheduleConfig
-from minidistill.schedule import Schedule, add_noise, clean_and_noise, ddim_step, min_snr_weight, velocity
+from minidistill.samplers import ddim_step
+from minidistill.schedule import Schedule, add_noise, clean_and_noise, min_snr_weight, velocity
 
 
 def schedule(**changes) -> Schedule:
@@ -219,7 +220,7 @@ def test_eta_draws_from_the_generator():
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
 def test_an_eta_that_is_none(eta: float):
-    with pytest.raises(ValueError, match="eta is from 0"):
+    with pytest.raises(ValueError, match="eta runs from 0"):
         last(ddim_sample(gaussian_model(schedule()), schedule(), randn(1, 4, 3, 3), 5, eta))
 
 

@@ -1,191 +1,110 @@
 """Where the memory goes: sampling, full fine-tuning, plain and LoRA-enhanced distillation (the paper's Table 1).
 
-  python -m minidistill.bench.memory                            the ledger of SD 1.5, SD 2.1-base and pocket
-  python -m minidistill.bench.memory --size pocket --device cpu --measure
+  python -m minidistill.bench memory                                       a table for SD 1.5, SD 2.1-base and pocket
+  python -m minidistill.bench memory --size pocket --device cpu --measure  measured peaks too
+  python -m minidistill.bench memory --steps                               what each way to save memory saves
+  python -m minidistill.bench memory --cards                               what fits on GPUs of four sizes
 
-The ledger runs the real update on fake tensors, which have shapes but no memory, and follows every storage from the
-operation that makes it to its end: to the byte, for any size, on any machine. What a kernel takes while it runs, such
-as a convolution's workspace, it does not see; the measured peak does. What each way to save memory saves is told by
-``python -m minidistill.bench.memory_steps``.
+The tables are counted, not measured (see ledger.py), and need no GPU. A GPU's libraries take a few hundred megabytes more.
 """
 
 import math
-import sys
-import weakref
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
+from transformers import CLIPTextModel
 
-from minidistill.bench import workloads as contestants
-from minidistill.bench.speed import peak_bytes, printed_elsewhere
-from minidistill.bench.timing import device_name, markdown_table
-from minidistill.bench.workloads import GUIDANCE, Setup, Size, filled
-from minidistill.config import SD21_BASE_UNET, UNetConfig
-from minidistill.distill import student, teacher
-from minidistill.formats.model_configs import write_json
+from minidistill.bench.ledger import Live, count_bytes, count_work
+from minidistill.bench.peak_memory import in_fresh_process, peak_bytes
+from minidistill.bench.report import device_name, find_device, new_report, save_report
+from minidistill.bench.workloads import (
+    GUIDANCE,
+    SIZES,
+    Networks,
+    Setup,
+    Size,
+    Update,
+    attention,
+    decode,
+    frozen,
+    lora_distillation,
+)
+from minidistill.config import UNetConfig
+from minidistill.evaluate.tables import markdown_table
 from minidistill.guidance import guided_noise
-from minidistill.training.settings import count, made_by, one_sentence, parse, setting
+from minidistill.training.recompute import LOW_MEMORY
+from minidistill.training.settings import positive_int
 from minidistill.unet import UNet
+from minidistill.vae import VAE
 
-SIZES = {"sd15": contestants.SIZES["sd15"], "sd21": replace(contestants.SIZES["sd15"], unet=SD21_BASE_UNET)}
-SIZES |= {"pocket": contestants.SIZES["pocket"]}
 DTYPES = ("float32", "bfloat16")
-# Run before anything is measured, for what libraries set up once: as small as can be, with every kind of layer.
-SMALLEST_UNET = UNetConfig(widths=(8, 16), layers=1, depth=(1, 0), heads=(1, 1), groups=8, sample_size=4)
-SMALLEST = replace(contestants.SIZES["pocket"], unet=SMALLEST_UNET, batch=1)
 LARGEST_MEASURED = 16e9  # bytes
-# Left to itself, glibc keeps most of what is freed, and a process holds more than its tensors. With fixed thresholds
-# it hands freed blocks of more than 64 kB back at once.
-HAND_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-NOTES = """Saved is what a forward pass leaves for its backward pass; "to full" is beside the peak of full fine-tuning.
+NOTES = """"saved" is what the forward pass keeps for the backward pass; "to full" compares the peak with that of full fine-tuning.
 In bfloat16, frozen weights and activations are bfloat16, and the LoRA, its gradients and AdamW's state float32. Where
-all weights are trained, they, their gradients and AdamW's state are bfloat16 too: plain PyTorch, no float32 copy.
+all weights are trained, they, their gradients and AdamW's state are bfloat16 too: plain PyTorch without a float32 copy.
 """
 
 
-@dataclass
-class Settings:
-    size: list[str] = setting(None, "which networks (default: all)", type=str, nargs="+", choices=tuple(SIZES))
-    device: str = setting("cuda", "whose memory, and where to measure; for the ledger it need not be there")
-    dtype: list[str] = setting(DTYPES, "of W and activations", type=str, nargs="+", choices=DTYPES)
-    rank: int = setting(16, "of the LoRA", type=count)
-    keep_attention: bool = setting(False, "materialise the attention matrices, as was usual before fused attention")
-    measure: bool = setting(False, "measure peaks too, each in a process of its own; rows above 16 GB are left out")
-    out: Path = setting(Path("results/memory.json"), "where the figures go as JSON")
-    row: str = setting(None, "only print one row's measured peak bytes (full/float32, ...): what --measure runs")
+def add_flags(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--measure", action="store_true", help="also measure peaks, each in a process of its own, of rows up to 16 GB"
+    )
+    what.add_argument("--steps", action="store_true", help="count what each way to save memory saves (sd15, sd21)")
+    what.add_argument("--cards", action="store_true", help="print settings for GPUs of four sizes, and what they take")
+    add("--size", nargs="+", choices=SIZES, help="which networks (default: all)")
+    add("--device", default="cuda", help="whose memory; it need not be present unless measured (default: %(default)s)")
+    add("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="dtypes of W and activations (default: both)")
+    add(
+        "--batch",
+        type=positive_int,
+        nargs="+",
+        default=[1, 8],
+        metavar="N",
+        help="batch sizes of --steps (default: 1 8)",
+    )
+    add("--rank", type=positive_int, default=16, metavar="N", help="rank of the LoRA (default: %(default)s)")
+    add("--keep-attention", action="store_true", help="keep attention matrices, as before fused attention was common")
+    add("--out", type=Path, metavar="FILE", help="JSON (default: results/memory.json, or memory-steps.json)")
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of the storages that operations within the block made and that are still there.
-
-    A storage counts once, however many tensors are views of it, until the last of them is gone.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.peak = 0
-        self.storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        made = [x.untyped_storage() for x in tree_leaves(result) if isinstance(x, Tensor) and not x.is_meta]
-        for storage in made:
-            if storage not in self.storages:
-                self.storages.add(storage)
-                self.bytes += storage.nbytes()
-                weakref.finalize(storage, self.forget, storage.nbytes())
-        self.peak = max(self.peak, self.bytes)
-        return result
-
-    def forget(self, size: int) -> None:
-        self.bytes -= size
-
-
-class Program:
-    """What a row runs: one call of the guided teacher, or one update of what asks for gradients in ``networks``.
-
-    Args:
-        forward: gives the loss or, where nothing is trained, the guided noise.
-        foreach: AdamW on all tensors at once, torch's default on CUDA; on CPU it takes them in turn.
-        parts: gradients of so many calls of ``forward`` are summed in an update.
-    """
-
-    def __init__(self, networks: list[nn.Module], forward: Callable[[], Tensor], foreach: bool, parts: int = 1):
-        self.forward, self.parts = forward, parts
-        self.weights = [p for network in networks for p in network.parameters()]
-        self.trained = [p for p in self.weights if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, foreach=foreach) if self.trained else None
-
-    def start(self) -> None:
-        """Have AdamW's state in place, as after a first update."""
-        if self.optimizer:
-            for p in self.trained:
-                p.grad = torch.zeros_like(p)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-    def update(self, loss: Tensor) -> None:
-        for _ in range(self.parts - 1):
-            loss.backward()
-            loss = self.forward()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
-
-    def run(self) -> None:
-        if self.optimizer:
-            self.optimizer.zero_grad()
-            self.update(self.forward())
-        else:
-            self.forward()
-
-
-class Inputs(NamedTuple):
-    """Random ones, in the dtypes that train.py computes in."""
-
-    z_t: Tensor  # [B, 4, h, w]
-    t: Tensor  # [B]
-    cond: Tensor  # [B, L, D]
-    uncond: Tensor  # [B, L, D]
-    target: Tensor  # [B, 4, h, w]: the noise that was added, or what the teacher predicted when it drew the picture
-
-
-def inputs(setup: Setup) -> Inputs:
-    batch = setup.size.batch
-    t = torch.linspace(999, 1, batch, device=setup.device).long()
-    return Inputs(setup.latents(batch).float(), t, *setup.contexts(batch), setup.latents(batch, seed=5).float())
-
-
-# The rows: networks, and what is computed with them.
-Networks = tuple[list[nn.Module], Callable[[], Tensor]]
+# The rows of the table: networks, and what sampling or each kind of training computes with them.
 
 
 def sampling(setup: Setup) -> Networks:
-    unet, (*given, _) = setup.unet(), inputs(setup)
-    return [unet], torch.no_grad()(partial(guided_noise, unet, *given, GUIDANCE))
+    unet, (z_t, t, cond, uncond, _) = setup.unet(), setup.inputs()
+    return [unet], torch.no_grad()(partial(guided_noise, unet, z_t, t, cond, uncond, GUIDANCE))
 
 
 def full(setup: Setup) -> Networks:
-    """The paper's baseline: all weights learn from noised pictures, and there is no teacher."""
-    unet, (z_t, t, cond, _, noise) = setup.unet().requires_grad_(), inputs(setup)
+    """The paper's baseline: all weights learn from noised images, without a teacher."""
+    unet, (z_t, t, cond, _, noise) = setup.unet().requires_grad_(), setup.inputs()
     return [unet], lambda: F.mse_loss(unet(z_t, t, cond), noise)
 
 
 def plain(setup: Setup) -> Networks:
     """The student is a whole copy of its frozen teacher."""
-    unet, (*given, _) = setup.unet(), inputs(setup)
-    copy = filled(lambda: UNet(setup.size.unet), {name: x.clone() for name, x in setup.weights.items()})
+    unet, (z_t, t, cond, uncond, _) = setup.unet(), setup.inputs()
+    copy = frozen(lambda: UNet(setup.size.unet), {name: x.clone() for name, x in setup.weights.items()})
     copy.requires_grad_()
 
     def loss() -> Tensor:
         with torch.no_grad():
-            eps_hat = guided_noise(unet, *given, GUIDANCE)
-        return F.mse_loss(copy(*given[:3]), eps_hat)
+            eps_hat = guided_noise(unet, z_t, t, cond, uncond, GUIDANCE)
+        return F.mse_loss(copy(z_t, t, cond), eps_hat)
 
     return [unet, copy], loss
-
-
-def lora(setup: Setup, teacher_in_loop: bool) -> Networks:
-    unet, (*given, stored) = setup.lora_unet(), inputs(setup)
-
-    def loss() -> Tensor:
-        eps_hat = teacher(unet, *given, GUIDANCE) if teacher_in_loop else stored
-        return F.mse_loss(student(unet, *given[:3]), eps_hat)
-
-    return [unet], loss
 
 
 class Row(NamedTuple):
@@ -197,126 +116,225 @@ ROWS = {
     "sampling": Row("sampling with guidance", sampling),
     "full": Row("full fine-tuning", full),
     "plain": Row("plain distillation", plain),
-    "noised": Row("LoRA-enhanced distillation", partial(lora, teacher_in_loop=True)),
-    "trajectories": Row("the same from stored trajectories", partial(lora, teacher_in_loop=False)),
+    "noised": Row("LoRA-enhanced distillation", partial(lora_distillation, teacher_in_loop=True)),
+    "trajectories": Row("the same from stored trajectories", partial(lora_distillation, teacher_in_loop=False)),
 }
 
 
 class Case(NamedTuple):
+    """A row in one dtype, and its activation checkpointing."""
+
     row: str
-    dtype: str  # of the weights
-    recompute: bool  # activation checkpointing of whole blocks
+    dtype: str = "bfloat16"  # of W and activations
+    below: float = 0  # recompute what took fewer multiply-adds; math.inf: whole blocks
+    parts: int = 1  # into which the batch is split, one after the other (`--accumulate`)
 
-    def __str__(self) -> str:
-        return f"{self.row}/{self.dtype}" + "/recompute" * self.recompute
-
-
-CASES = {str(case): case for case in map(Case._make, product(ROWS, DTYPES, (False, True)))}
-del CASES["sampling/float32/recompute"], CASES["sampling/bfloat16/recompute"]  # there is no backward pass
-
-
-def program(case: Case, size: Size, device: torch.device, rank: int, foreach: bool) -> Program:
-    setup = Setup(size, device, getattr(torch, case.dtype), rank, timed_steps=1)
-    networks, forward = ROWS[case.row].make(setup)
-    for network in networks:
-        getattr(network, "base", network).recompute_below = math.inf if case.recompute else 0.0
-    return Program(networks, forward, foreach)
+    def update(self, size: Size, device: torch.device, rank: int, foreach: bool) -> Update:
+        part = replace(size, batch=size.batch // self.parts)
+        setup = Setup(part, device, getattr(torch, self.dtype), rank)
+        return Update(*ROWS[self.row].make(setup), self.below, foreach)
 
 
-def size_of(tensors: Iterable[Tensor]) -> int:
-    return sum(x.nbytes for x in tensors)
+CASES = {
+    f"{row}/{dtype}" + ("/recompute" if below else ""): Case(row, dtype, below)
+    for row, dtype, below in product(ROWS, DTYPES, (0, math.inf))
+    if row != "sampling" or not below  # sampling has no backward pass
+}
 
 
 def ledger(case: Case, size: Size, rank: int = 16, foreach: bool = False) -> dict[str, int]:
-    """Bytes, by what they are for, and the most there are at one time."""
-    return counted(partial(program, case, size, torch.device("cpu"), rank, foreach))
+    """Bytes by purpose, and the peak. A third part of a batch takes no more than the second."""
+    return count_bytes(partial(case.update, size, torch.device("cpu"), rank, foreach), min(case.parts, 2))
 
 
-def counted(make: Callable[[], Program]) -> dict[str, int]:
-    """The ledger of any program."""
-    with FakeTensorMode(), Live() as live:
-        what = make()
-        what.start()
-        before = live.bytes
-        result = what.forward()
-        columns = {"weights": size_of(what.weights), "gradients": 0, "optimizer": 0}
-        columns["saved"] = live.bytes - before - result.nbytes  # for the backward pass
-        if what.optimizer:
-            what.update(result)
-            columns["gradients"] = size_of(p.grad for p in what.trained)
-            columns["optimizer"] = size_of(x for state in what.optimizer.state.values() for x in state.values())
-        return columns | {"peak": live.peak}
+# Measured peaks, each in a fresh process. The first update is as small as can be, with every kind of layer: it makes
+# the libraries allocate what they need once.
+SMALLEST_UNET = UNetConfig(widths=(8, 16), layers=1, depth=(1, 0), heads=(1, 1), groups=8, sample_size=4)
+SMALLEST = replace(SIZES["pocket"], unet=SMALLEST_UNET, batch=1)
+# By default glibc keeps most freed memory, and a process holds more than its tensors. With fixed thresholds it returns
+# freed blocks above 64 kB at once.
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def measured(case: Case, size: Size, device: torch.device, rank: int) -> int:
-    """Peak bytes in this process, beyond what it holds once its libraries are set up."""
+def measured(case: Case, size: Size, device: torch.device, rank: int, keep_attention: bool = False) -> int:
+    """Peak bytes of this process, beyond what it holds once its libraries are set up."""
     foreach = device.type == "cuda"
-    program(case, SMALLEST, device, rank, foreach).run()
-    return peak_bytes(lambda: program(case, size, device, rank, foreach).run, device)
+    with attention(fused=not keep_attention):
+        case.update(SMALLEST, device, rank, foreach)()
+        return peak_bytes(lambda: case.update(size, device, rank, foreach), device)
 
 
-def attention(keep: bool) -> AbstractContextManager:
-    """Fused, without a matrix of attention weights; or in separate operations, which keep theirs for the backward."""
-    return sdpa_kernel(SDPBackend.MATH) if keep else nullcontext()
-
-
-def measured_elsewhere(args: Settings, size: str, case: str) -> int:
-    flags = ["--row", case, "--size", size, "--device", args.device, "--rank", str(args.rank)]
-    return printed_elsewhere(
-        "minidistill.bench.memory", flags + ["--keep-attention"] * args.keep_attention, **HAND_BACK
-    )
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f}"
 
 
 def markdown(size: str, rows: dict[str, dict]) -> str:
-    """Megabytes; beside each peak how far it is from full fine-tuning's, which is how the paper states it."""
+    """Megabytes; the peak is compared with full fine-tuning's, as in the paper."""
     columns = ("weights", "gradients", "optimizer", "saved", "peak")
     titles = [size, "dtype", "recompute", *columns, "to full", "measured", "to ledger"]
-    lines = [titles, ["---"] * len(titles)]
-    for row in rows.values():
-        baseline = rows[str(Case("full", row["dtype"], row["recompute"]))]["peak"]
+    lines = [titles, ["---"] * 3 + ["---:"] * (len(columns) + 3)]
+    for key, row in rows.items():
+        baseline = rows[key.replace(row["row"], "full")]["peak"]
         line = [ROWS[row["row"]].label, row["dtype"], "yes" if row["recompute"] else "no"]
-        line += [f"{row[column] / 1e6:,.0f}" for column in columns] + [f"{row['peak'] / baseline - 1:+.0%}"]
+        line += [*(megabytes(row[column]) for column in columns), f"{row['peak'] / baseline - 1:+.0%}"]
         found = row["measured"]
-        lines.append(line + ([f"{found / 1e6:,.0f}", f"{found / row['peak'] - 1:+.0%}"] if found else ["", ""]))
+        lines.append([*line, megabytes(found), f"{found / row['peak'] - 1:+.0%}"] if found else [*line, "", ""])
     return markdown_table(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse(Settings, __doc__, argv)
-    device, sizes = torch.device(args.device), args.size or list(SIZES)
-    if (args.measure or args.row) and device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("There is no CUDA device here to measure on: use --device cpu.")
-    if args.row:
-        if args.row not in CASES or len(sizes) > 1:
-            raise ValueError(f"--row takes one --size and one of {', '.join(CASES)}.")
-        with attention(args.keep_attention):
-            print(measured(CASES[args.row], SIZES[sizes[0]], device, args.rank))
-        return
-
-    report = made_by("minidistill.bench.memory", argv) | {
-        "device": device_name(device) if args.measure else device.type,
-        "torch": torch.__version__,
-        "rank": args.rank,
-        "keep_attention": args.keep_attention,
-        "sizes": {},
-    }
-    cases = {name: case for name, case in CASES.items() if case.dtype in args.dtype}
-    for size in sizes:
-        rows = {}
-        for name, case in tqdm(cases.items(), size):
-            with attention(args.keep_attention):
-                row = ledger(case, SIZES[size], args.rank, foreach=device.type == "cuda")
-            fits = args.measure and row["peak"] <= LARGEST_MEASURED
-            row["measured"] = measured_elsewhere(args, size, name) if fits else None
-            rows[name] = case._asdict() | row
-        report["sizes"][size] = {"batch": SIZES[size].batch, "rows": rows}
-        print(f"\n{markdown(size, rows)}\n\nMB, batch {SIZES[size].batch}.\n", flush=True)
-        write_json(args.out, report)  # after each size, as all of them take a while
+def run_ledger(args: Namespace) -> None:
+    device = find_device(args.device) if args.measure else torch.device(args.device)
+    machine = device_name(device) if args.measure else device.type
+    report = new_report(args, machine, rank=args.rank, keep_attention=args.keep_attention, sizes={})
+    out = args.out or Path("results/memory.json")
+    for name in args.size or ("sd15", "sd21", "pocket"):
+        size, rows = SIZES[name], {}
+        for key, case in tqdm([item for item in CASES.items() if item[1].dtype in args.dtype], name):
+            with attention(fused=not args.keep_attention):
+                row = ledger(case, size, args.rank, foreach=device.type == "cuda")
+            row["measured"] = None
+            if args.measure and row["peak"] <= LARGEST_MEASURED:
+                how = (case, size, device, args.rank, args.keep_attention)
+                row["measured"] = in_fresh_process(measured, *how, **RETURN_FREED_MEMORY)
+            rows[key] = {"row": case.row, "dtype": case.dtype, "recompute": case.below > 0} | row
+        report["sizes"][name] = {"batch": size.batch, "rows": rows}
+        print(f"\n{markdown(name, rows)}\n\nMB, batch {size.batch}.\n", flush=True)
+        save_report(report, out)
     print(NOTES)
-    print(f"Wrote {args.out}")
 
 
-if __name__ == "__main__":
-    with one_sentence("minidistill.bench.memory", "stopped."):
-        main()
+# --steps: what each way to save memory saves, in an update with the teacher in the loop.
+
+
+class Step(NamedTuple):
+    label: str
+    case: Case
+    all_on_device: bool = False  # text encoder, VAE and the captions' embeddings are on the device too
+    one_by_one: bool = False  # gradients are accumulated, one example at a time
+
+
+LOW = Case("noised", below=LOW_MEMORY)
+STEPS = (  # each includes the ones before it
+    Step("float32; text encoder, VAE and embeddings on the device", Case("noised", "float32"), all_on_device=True),
+    Step("W and activations in bfloat16", Case("noised"), all_on_device=True),
+    Step("text encoder, VAE and embeddings on the host", Case("noised")),
+    Step("`--memory low`", LOW),
+    Step("`--accumulate`, one example at a time", LOW, one_by_one=True),
+)
+INSTEAD = (
+    Step("instead of low: recompute norms, activations and sums", Case("noised", below=100)),
+    Step("instead of low: recompute whole blocks", Case("noised", below=math.inf)),
+)
+CAPTIONS = 480  # as many as train.py has trajectories
+
+
+def step_peak(step: Step, size: Size, rank: int = 16) -> int:
+    case = step.case._replace(parts=size.batch if step.one_by_one else 1)
+    peak = ledger(case, size, rank, foreach=True)["peak"]
+    return peak + (other_bytes(size, getattr(torch, case.dtype)) if step.all_on_device else 0)
+
+
+def other_bytes(size: Size, dtype: torch.dtype) -> int:
+    """Bytes of the text encoder, the VAE and the embeddings [captions, L, D]."""
+    with torch.device("meta"):
+        networks = CLIPTextModel(size.text), VAE(size.vae)
+    numbers = sum(p.numel() for network in networks for p in network.parameters())
+    return (numbers + CAPTIONS * size.tokens * size.text.hidden_size) * dtype.itemsize
+
+
+@cache
+def work(size: Size, below: float) -> tuple[int, int]:
+    """Multiply-adds of the student's call and of its backward pass."""
+    return count_work(partial(Case("trajectories", below=below).update, size, torch.device("cpu"), 16, False))
+
+
+def recomputed(size: Size, below: float) -> float:
+    """The share of the student's call, in multiply-adds, that the backward pass computes again."""
+    forward, backward = work(size, below)
+    return (backward - work(size, 0)[1]) / forward
+
+
+def steps_markdown(rows: list[dict], batches: list[int]) -> str:
+    """Megabytes; after each peak what the step saved."""
+    titles = ["", *(title for batch in batches for title in (f"batch {batch}", "saves")), "recomputed"]
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
+    for before, row in zip([None, *rows], rows):
+        line = [row["label"]]
+        for batch in map(str, batches):
+            saved = before["peak"][batch] - row["peak"][batch] if before and row["cumulative"] else None
+            line += [megabytes(row["peak"][batch]), "" if saved is None else megabytes(saved)]
+        lines.append([*line, f"{row['recomputed']:.0%}"])
+    return markdown_table(lines)
+
+
+def large_sizes(args: Namespace) -> list[str]:
+    """The sizes of --steps and --cards: those with a text encoder to count."""
+    names = args.size or ["sd15", "sd21"]
+    if small := [name for name in names if SIZES[name].text is None]:
+        raise ValueError(f"--steps and --cards are for sd15 and sd21, not for {small[0]}.")
+    return names
+
+
+def run_steps(args: Namespace) -> None:
+    report = new_report(args, "cuda", rank=args.rank, sizes={})
+    for name in large_sizes(args):
+        rows = []
+        for step in tqdm([*STEPS, *INSTEAD], name, unit="step"):
+            peaks = {str(batch): step_peak(step, replace(SIZES[name], batch=batch), args.rank) for batch in args.batch}
+            again = recomputed(replace(SIZES[name], batch=1), step.case.below)
+            rows.append({"label": step.label, "cumulative": step in STEPS, "peak": peaks, "recomputed": again})
+        report["sizes"][name] = rows
+        print(f"\n{name}\n\n{steps_markdown(rows, args.batch)}\n\nMB.\n", flush=True)
+        save_report(report, args.out or Path("results/memory-steps.json"))
+
+
+# --cards: settings of train.py for GPUs of four sizes.
+
+
+class Card(NamedTuple):
+    gigabytes: int
+    batch: int
+    accumulate: int = 1
+    memory: str = "normal"
+
+    def __str__(self) -> str:
+        flags = f"--dtype bfloat16 --batch {self.batch}"
+        flags += f" --accumulate {self.accumulate}" if self.accumulate > 1 else ""
+        return flags + (" --memory low" if self.memory == "low" else "")
+
+
+CARDS = (Card(4, 8, 8, "low"), Card(8, 8, 1, "low"), Card(24, 16), Card(80, 64))
+
+
+def card_peaks(card: Card, size: Size, rank: int = 16) -> dict[str, int]:
+    """Peak bytes of each thing train.py does. The LoRA and AdamW's state are in memory all the time."""
+    size = replace(size, batch=card.batch)
+    case = Case("noised", below=LOW_MEMORY if card.memory == "low" else 0, parts=card.accumulate)
+    training, sample = (ledger(case, size, rank, foreach=True) for case in (case, Case("sampling")))
+    with FakeTensorMode(), Live() as decoding:
+        decode(Setup(size, torch.device("cpu"), torch.bfloat16, rank), "ours")()  # one image
+    resident = training["weights"] + training["optimizer"]
+    return {
+        "training": training["peak"],
+        "sampling": resident + sample["peak"] - sample["weights"],
+        "decoding": resident + decoding.peak,
+    }
+
+
+def run_cards(args: Namespace) -> None:
+    sizes = large_sizes(args)
+    titles = ["GPU", "flags", *(f"{size}: {what}" for size in sizes for what in ("training", "sampling", "decoding"))]
+    lines = [titles, ["---"] * 2 + ["---:"] * (len(titles) - 2)]
+    for card in tqdm(CARDS, "cards", unit="card"):
+        peaks = [peak for size in sizes for peak in card_peaks(card, SIZES[size], args.rank).values()]
+        lines.append([f"{card.gigabytes} GB", f"`{card}`", *(f"{peak / 1e9:.2f}" for peak in peaks)])
+    print(f"\n{markdown_table(lines)}\n\nGB, at 512x512, LoRA rank {args.rank}.")
+
+
+def run(args: Namespace) -> None:
+    if args.steps:
+        run_steps(args)
+    elif args.cards:
+        run_cards(args)
+    else:
+        run_ledger(args)

@@ -1,6 +1,6 @@
-"""The peers' side of the benchmark: diffusers' UNet and pipeline step, peft's LoRA.
+"""The other side of the benchmark: diffusers' UNet and pipeline step, peft's LoRA.
 
-Each function imports the package it uses: this file can then be imported where neither is installed.
+Each function imports the package it needs, so this file can be imported without them.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from minidistill.config import ScheduleConfig, UNetConfig
 from minidistill.formats.model_configs import published_schedule, published_unet
 
+PEERS = ("diffusers", "peft")
+
 
 def peer_unet(config: UNetConfig, weights: dict[str, Tensor]) -> nn.Module:
-    """diffusers' network of the same configuration, its parameters being ``weights`` themselves."""
+    """diffusers' UNet of the same configuration, which uses the tensors in ``weights`` without copying them."""
     import diffusers
 
     with torch.device("meta"):
@@ -23,18 +25,23 @@ def peer_unet(config: UNetConfig, weights: dict[str, Tensor]) -> nn.Module:
 
 
 def peer_lora(unet: nn.Module, rank: int, layers: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Have peft add a LoRA to ``layers``; returns its pairs by layer name."""
+    """Let peft add a LoRA to ``layers``. Returns the (down, up) pairs by layer name."""
     from peft import LoraConfig
 
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers)))
-    found = {name: unet.get_submodule(name) for name in layers}
-    return {n: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for n, layer in found.items()}
+    adapted = {name: unet.get_submodule(name) for name in layers}
+    return {name: (x.lora_A["default"].weight, x.lora_B["default"].weight) for name, x in adapted.items()}
 
 
-def peer_guided_picture(
+def peer_call(unet: nn.Module, z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    """A call of diffusers' UNet in its weights' dtype, which is the context's."""
+    return unet(z_t.to(context.dtype), t, context, return_dict=False)[0]
+
+
+def peer_guided_image(
     unet: nn.Module, z_T: Tensor, contexts: tuple[Tensor, Tensor], guidance: float, steps: int, timed_steps: int
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """As diffusers' pipeline does it: both passes in one call, on a batch of two. Returns the latents of each step."""
+    """As diffusers' pipeline does it, with both passes in one call on a batch of two. Returns each step's latents."""
     import diffusers
 
     context = torch.cat(contexts)

@@ -1,16 +1,15 @@
-"""A clock, the name of what it timed, and a table of it: what benchmarks and evaluation share."""
+"""The clock that all benchmarks share."""
 
-import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds, until the device is done."""
+    """Seconds that ``run()`` takes, until the device has finished."""
     synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
@@ -19,14 +18,12 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return models[0].split(": ")[1] if models else platform.processor() or platform.machine()
-
-
-def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """In Markdown: the titles, what lies under them (``---``), and the rows."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def take_turns(
+    runs: Mapping[Hashable, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[Hashable, list[float]]:
+    """Seconds of every run, ``repeats`` times in turn (A, B, A, B, ...): what slows the machine slows all alike."""
+    seconds: dict[Hashable, list[float]] = {name: [] for name in runs}
+    for _ in tqdm(range(repeats), "timing"):
+        for name, run in runs.items():
+            seconds[name].append(timed(run, device))
+    return seconds

@@ -1,72 +1,68 @@
-"""How fast an update of the distillation is: the plain loop beside each technique alone, and beside all together.
+"""How fast a training step is: the plain loop, each technique alone, and all of them together.
 
-  python -m minidistill.bench train                              the embedded model's size
-  python -m minidistill.bench train --size sd15 --device cuda
+  python -m minidistill.bench updates                              the embedded model's size
+  python -m minidistill.bench updates --size sd15 --device cuda
 
-The plain loop computes in float32, channels first, attention in separate operations, the teacher in two calls, and
-reads every loss as it comes. All ways take turns (A, B, C, A, B, C, ...) in one run, and medians are compared, after
-their losses were found to agree.
+The plain loop computes in float32 with channels first and attention in separate operations; it calls the teacher twice
+and reads every loss at once. Nothing is timed before all losses agree. Then the techniques take turns (A, B, C, A, B,
+C, ...), and medians are compared.
 """
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 from tqdm import tqdm
 
-from minidistill.bench.timing import device_name, timed
-from minidistill.bench.workloads import GUIDANCE, SIZES, Setup
-from minidistill.data.trajectories import to_device
+from minidistill.bench.report import device_name, find_device, new_report, save_report
+from minidistill.bench.timing import take_turns
+from minidistill.bench.workloads import GUIDANCE, SIZES, Setup, Update, attention
+from minidistill.data.examples import to_device
 from minidistill.distill import student, teacher
-from minidistill.formats.model_configs import write_json
+from minidistill.evaluate.tables import markdown_table
 from minidistill.lora import LoRAModel
-from minidistill.training.settings import count, made_by, parse, setting
+from minidistill.training.settings import DEFAULT_DEVICE, positive_int
 
-TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1}  # of a loss, relative; a GPU's float32 is TF32 in convolutions
+# Relative differences of a loss. Convolutions in float32 use TF32 on a GPU.
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1}
 
 
-@dataclass
-class Settings:
-    size: list[str] = setting(None, "what to measure (default: pocket)", type=str, nargs="+", choices=tuple(SIZES))
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to compute")
-    rank: int = setting(16, "of the LoRA", type=count)
-    repeats: int = setting(None, "turns of each way (default: 10; on a CPU pocket 9, sd15 2)", type=count)
-    no_compile: bool = setting(False, "leave out what takes torch.compile, and so minutes before the first turn")
-    out: Path = setting(Path("results/bench-train.json"), "where the measurements go as JSON")
+def add_flags(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--size", nargs="+", choices=SIZES, default=["pocket"], help="which networks (default: pocket)")
+    add("--device", default=DEFAULT_DEVICE, help="where to compute (default: %(default)s)")
+    add("--rank", type=positive_int, default=16, metavar="N", help="rank of the LoRA (default: %(default)s)")
+    add("--repeats", type=positive_int, metavar="N", help="turns of each way (default: 10; on a CPU pocket 9, sd15 2)")
+    add("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes before the first turn")
+    add(
+        "--out", type=Path, default=Path("results/bench-train.json"), metavar="FILE", help="JSON (default: %(default)s)"
+    )
 
 
 @dataclass(frozen=True)
 class Way:
-    """How an update is computed: plainly, but for these."""
+    """How a training step is computed. The defaults are the plain loop."""
 
     channels_last: bool = False
     fused_attention: bool = False
-    autocast: bool = False  # computes in bfloat16, from weights in float32
+    autocast: bool = False  # computes in bfloat16 from float32 weights
     weights: torch.dtype = torch.float32
-    ahead: bool = False  # never waits for the GPU: pinned memory, and losses that are read when the turn is over
+    ahead: bool = False  # never waits for the GPU: pinned memory, and losses are read at the end of the turn
     batched_teacher: bool = False
     compiled: bool = False
-    graphs: bool = False  # in CUDA graphs
+    graphs: bool = False  # compiled into CUDA graphs
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.autocast else self.weights
 
 
-ALL = Way(
-    channels_last=True,
-    fused_attention=True,
-    weights=torch.bfloat16,
-    ahead=True,
-    batched_teacher=True,
-    compiled=True,
-)
+ALL = Way(channels_last=True, fused_attention=True, weights=torch.bfloat16, ahead=True, batched_teacher=True)
 WAYS = {
     "plain": Way(),
     "channels last": Way(channels_last=True),
@@ -77,14 +73,14 @@ WAYS = {
     "teacher in one call": Way(batched_teacher=True),
     "compiled": Way(compiled=True),
     "compiled, in CUDA graphs": Way(compiled=True, graphs=True),
-    "all, not compiled": replace(ALL, compiled=False),
-    "all": ALL,
+    "all, not compiled": ALL,
+    "all": replace(ALL, compiled=True),
 }
-METHODS = ("trajectories", "noised")
+METHODS = {"trajectories": "from trajectories", "noised": "teacher in the loop"}
 
 
 def ways(method: str, device: torch.device, compiled: bool) -> list[str]:
-    """Those that make a difference here."""
+    """Names of the ways that make a difference for this method on this device."""
     return [
         name
         for name, way in WAYS.items()
@@ -95,113 +91,90 @@ def ways(method: str, device: torch.device, compiled: bool) -> list[str]:
 
 
 def network(setup: Setup, way: Way) -> LoRAModel:
-    """The same numbers for every way, in its dtype and layout. ``setup`` is of float32."""
+    """The float32 weights of ``setup`` in the dtype and memory layout of ``way``."""
     weights = setup.weights if way.channels_last else setup.peer_weights
-    own = replace(setup, dtype=way.weights)
-    own.weights = {name: x.to(way.weights) for name, x in weights.items()}  # the very same where nothing is to change
-    return own.lora_unet()
+    converted = replace(setup, dtype=way.weights)
+    converted.weights = {name: x.to(way.weights) for name, x in weights.items()}  # no copies where nothing changes
+    return converted.lora_unet()
 
 
 def updates(setup: Setup, way: Way, method: str, number: int) -> Callable[[], Tensor]:
-    """A turn: this many updates as in train.py, on batches that wait in the host's memory. Returns their losses."""
-    unet = network(setup, way)
-    trainable = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0)
+    """A turn: ``number`` updates as in train.py, on batches that wait in the host's memory. It returns their losses."""
+    unet, device, inputs = network(setup, way), setup.device, setup.inputs()
+    cond, uncond = inputs.cond.to(way.weights), inputs.uncond.to(way.weights)
+    size = len(inputs.t)
+    batches = [
+        tuple(x.cpu() for x in (setup.latents(size, seed=10 + i), inputs.target, inputs.t)) for i in range(number)
+    ]
+    model = unet
     if way.compiled:
-        unet = torch.compile(unet, fullgraph=True, dynamic=False, mode="reduce-overhead" if way.graphs else None)
-    size, device = setup.size.batch, setup.device
-    cond, uncond = (x.to(way.weights) for x in setup.contexts(size))
-    t = torch.linspace(999, 1, size).long()
-    batches = [(setup.latents(size, seed=10 + i).cpu(), setup.latents(size, seed=5).cpu(), t) for i in range(number)]
+        model = torch.compile(unet, fullgraph=True, dynamic=False, mode="reduce-overhead" if way.graphs else None)
 
-    def update(z_t: Tensor, stored: Tensor, t: Tensor) -> Tensor:
+    def loss(z_t: Tensor, stored: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=way.autocast):
-            noised = method == "noised"
-            eps_hat = teacher(unet, z_t, t, cond, uncond, GUIDANCE, way.batched_teacher) if noised else stored
-            eps = student(unet, z_t, t, cond)
-        loss = F.mse_loss(eps, eps_hat)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+            eps_hat = stored
+            if method == "noised":
+                eps_hat = teacher(model, z_t, t, cond, uncond, GUIDANCE, batched=way.batched_teacher)
+            eps = student(model, z_t, t, cond)
+        return F.mse_loss(eps, eps_hat)
+
+    update = Update([unet], loss)
 
     def turn() -> Tensor:
         losses = []
-        with nullcontext() if way.fused_attention else sdpa_kernel(SDPBackend.MATH):
+        with attention(way.fused_attention):
             for batch in batches:
                 if way.graphs:
-                    torch.compiler.cudagraph_mark_step_begin()  # what the graphs returned before may be overwritten
-                batch = (to_device(x, device) if way.ahead else x.to(device) for x in batch)
-                loss = update(*batch)
-                losses.append(loss if way.ahead else loss.cpu())
+                    torch.compiler.cudagraph_mark_step_begin()  # the results of earlier graphs may be overwritten
+                value, _ = update(*(to_device(x, device) if way.ahead else x.to(device) for x in batch))
+                losses.append(value if way.ahead else value.cpu())
         return torch.stack(losses).cpu()
 
     return turn
 
 
 def measure(setup: Setup, repeats: int, number: int, compiled: bool) -> dict[str, dict[str, dict]]:
-    """Method -> way -> seconds of an update, beside the plain loop's, and how well the losses agree."""
+    """Method -> way -> seconds of an update, their ratio to the plain loop's, and how far the losses differ."""
     names = [(method, name) for method in METHODS for name in ways(method, setup.device, compiled)]
-    turns = {key: updates(setup, WAYS[key[1]], key[0], number) for key in names}
+    turns = {(method, name): updates(setup, WAYS[name], method, number) for method, name in names}
     with torch._dynamo.config.patch(recompile_limit=4 * len(names)):  # all of them compile the same lines
         losses = {key: turn() for key, turn in tqdm(turns.items(), "warming up and comparing")}
-        differences = {key: (found / losses[key[0], "plain"] - 1).abs().max().item() for key, found in losses.items()}
+        differences = {key: (loss / losses[key[0], "plain"] - 1).abs().max().item() for key, loss in losses.items()}
         for (method, name), difference in differences.items():
-            if not difference <= TOLERANCE[WAYS[name].dtype]:  # NaN is no agreement either
+            if not difference <= TOLERANCE[WAYS[name].dtype]:  # also refuses NaN
                 raise ValueError(f"{method}, {name}: the loss differs from the plain loop's by {difference:.1%}.")
-        times: dict[tuple[str, str], list[float]] = {key: [] for key in turns}
-        for _ in tqdm(range(repeats), "timing"):
-            for key, turn in turns.items():
-                times[key].append(timed(turn, setup.device) / number)
-    seconds = {key: median(taken) for key, taken in times.items()}
+        times = take_turns(turns, repeats, setup.device)
     rows: dict[str, dict[str, dict]] = {method: {} for method in METHODS}
     for method, name in names:
-        rows[method][name] = {
-            "seconds": seconds[method, name],
-            "to_plain": seconds[method, name] / seconds[method, "plain"],
-            "difference": differences[method, name],
-            "turns_s": times[method, name],
-        }
+        each = [seconds / number for seconds in times[method, name]]
+        rows[method][name] = {"seconds": median(each), "difference": differences[method, name], "turns_s": each}
+        rows[method][name]["to_plain"] = median(each) / rows[method]["plain"]["seconds"]
     return rows
 
 
 def markdown(size: str, rows: dict[str, dict[str, dict]]) -> str:
-    lines = [
-        f"| {size} | from trajectories | of plain | teacher in the loop | of plain |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
+    """Milliseconds of an update, and their ratio to the plain loop's."""
+    lines = [[size], ["---", *["---:"] * 2 * len(METHODS)]]
+    lines[0] += [title for method in METHODS.values() for title in (method, "/ plain")]
     for name in WAYS:
         cells = [rows[method].get(name) for method in METHODS]
         if any(cells):
-            shown = [(f"{1e3 * row['seconds']:.1f} ms", f"{row['to_plain']:.2f}") if row else ("", "") for row in cells]
-            lines.append(f"| {' | '.join([name, *shown[0], *shown[1]])} |")
-    return "\n".join(lines)
+            texts = [(f"{1e3 * row['seconds']:.1f} ms", f"{row['to_plain']:.2f}") if row else ("", "") for row in cells]
+            lines.append([name, *texts[0], *texts[1]])
+    return markdown_table(lines)
 
 
-def main(argv: list[str]) -> None:
-    args = parse(Settings, __doc__, argv)
-    device = torch.device(args.device)
+def run(args: Namespace) -> None:
+    device = find_device(args.device)
     cuda = device.type == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise ValueError("There is no CUDA device here: use --device cpu.")
-    report = made_by("minidistill.bench.speed", ["train", *argv]) | {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "rank": args.rank,
-        "guidance": GUIDANCE,
-        "sizes": {},
-    }
-    for name in args.size or ["pocket"]:
+    report = new_report(args, device_name(device), rank=args.rank, guidance=GUIDANCE, sizes={})
+    for name in args.size:
         size = SIZES[name]
         repeats, number = args.repeats or (10 if cuda else size.cpu_repeats), 5 if cuda else 1
-        setup = Setup(size, device, torch.float32, args.rank, timed_steps=1)
-        rows = measure(setup, repeats, number, not args.no_compile)
+        rows = measure(Setup(size, device, torch.float32, args.rank), repeats, number, not args.no_compile)
         report["sizes"][name] = {"batch": size.batch, "repeats": repeats, "updates": number, "methods": rows}
-        print(f"\n{markdown(name, rows)}\n", flush=True)
+        print(f"\n{markdown(name, rows)}\n")
         turns = f"{repeats} interleaved turns of {number} update{'s' if number > 1 else ''}"
-        print(f"Time of an update on a batch of {size.batch}, medians of {turns}.")
+        print(f"Time of an update on a batch of {size.batch}, medians of {turns}.", flush=True)
+        save_report(report, args.out)
     print(f"{report['device']}, {report['threads']} threads, rank {args.rank}; torch {report['torch']}")
-    write_json(args.out, report)
-    print(f"Wrote {args.out}")

@@ -1,57 +1,77 @@
-"""What is timed: the UNet, a picture and a distillation step, ours and the peers', on the same random weights."""
+"""What is measured: networks with random weights, a UNet call, an image, a training step; ours and the peers'."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property, partial
-from importlib.util import find_spec
 from itertools import islice
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTextConfig
 
-from minidistill import kernels
-from minidistill.bench.peers import peer_guided_picture, peer_lora, peer_unet
-from minidistill.config import POCKET_UNET, POCKET_VAE, SD15_UNET, SD15_VAE, ScheduleConfig, UNetConfig, VAEConfig
+from minidistill import config, kernels
+from minidistill.bench.peers import peer_call, peer_guided_image, peer_lora, peer_unet
 from minidistill.distill import student, teacher
-from minidistill.guidance import batched_guided_noise, guided_noise
+from minidistill.guidance import batched_guided_noise, guided, guided_noise
+from minidistill.guidance import student as student_predictor
 from minidistill.lora import LoRAModel, inject_lora, lora_layers, merge_lora
-from minidistill.schedule import Schedule, ddim_sample
-from minidistill.training.recompute import LOW_MEMORY
+from minidistill.samplers import ddim_sample
+from minidistill.schedule import Schedule
+from minidistill.training.recompute import LOW_MEMORY, recompute
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 
 GUIDANCE = 7.5
+SD15_TEXT = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+SD21_TEXT = CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
 
 
 @dataclass(frozen=True)
 class Size:
-    unet: UNetConfig
-    vae: VAEConfig
-    tokens: int  # of a prompt
-    steps: int  # DDIM steps of a picture
-    batch: int  # of a distillation step; pictures are drawn one by one
-    cpu_steps: int  # how many of a picture's steps are timed on a CPU
+    """Networks of one size, and how much of their work is measured."""
+
+    unet: config.UNetConfig
+    vae: config.VAEConfig
+    tokens: int  # L, the length of a prompt
+    steps: int  # DDIM steps of an image
+    batch: int  # of a training step; images are sampled one by one
+    cpu_steps: int  # how many of an image's steps are timed on a CPU
     cpu_repeats: int
+    text: CLIPTextConfig | None = field(default=None, compare=False)
 
 
+_LARGE = partial(Size, vae=config.SD15_VAE, tokens=77, steps=50, batch=1, cpu_steps=1, cpu_repeats=2)
 SIZES = {
-    "pocket": Size(POCKET_UNET, POCKET_VAE, tokens=16, steps=25, batch=16, cpu_steps=25, cpu_repeats=9),
-    "sd15": Size(SD15_UNET, SD15_VAE, tokens=77, steps=50, batch=1, cpu_steps=1, cpu_repeats=2),
+    "pocket": Size(config.POCKET_UNET, config.POCKET_VAE, 16, steps=25, batch=16, cpu_steps=25, cpu_repeats=9),
+    "sd15": _LARGE(config.SD15_UNET, text=SD15_TEXT),
+    "sd21": _LARGE(config.SD21_BASE_UNET, text=SD21_TEXT),
 }
+
+
+class Inputs(NamedTuple):
+    """The inputs of a training step."""
+
+    z_t: Tensor  # [B, 4, h, w]
+    t: Tensor  # [B]
+    cond: Tensor  # [B, L, D]
+    uncond: Tensor  # [B, L, D]
+    target: Tensor  # [B, 4, h, w]: the noise that was added, or the teacher's stored prediction
 
 
 @dataclass
 class Setup:
-    """Weights and inputs of one size, from seeds: ours, the peers' and another process's are the same numbers."""
+    """Weights and inputs of one size. They depend on seeds alone: each side and each process gets the same numbers."""
 
     size: Size
     device: torch.device
     dtype: torch.dtype
     rank: int
-    timed_steps: int
-    kernel: str = "auto"  # of the LoRA
+    timed_steps: int = 1
+    kernel: str = "auto"  # which kernel computes the LoRA layers
 
     def randn(self, *shape: int, seed: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -62,12 +82,18 @@ class Setup:
         return self.randn(batch, self.size.unet.in_channels, side, side, seed=seed)
 
     def contexts(self, batch: int) -> tuple[Tensor, Tensor]:
-        """In place of the embeddings of prompts and of the empty prompt, each [B, L, D]."""
+        """Stand-ins for the embeddings of prompts and of the empty prompt, each [B, L, D]."""
         shape = (batch, self.size.tokens, self.size.unet.context_width)
         return self.randn(*shape, seed=2), self.randn(*shape, seed=3)
 
+    def inputs(self) -> Inputs:
+        """As in train.py: latents in float32 or wider, embeddings in the dtype of the weights."""
+        batch, wide = self.size.batch, torch.promote_types(self.dtype, torch.float32)
+        t = torch.linspace(999, 1, batch, device=self.device).long()
+        return Inputs(self.latents(batch).to(wide), t, *self.contexts(batch), self.latents(batch, seed=5).to(wide))
+
     def random_weights(self, make: Callable[[], nn.Module], layout: torch.memory_format) -> dict[str, Tensor]:
-        """Matrices that keep the variance; norms near 1 and biases near 0, but not there."""
+        """Matrices that keep the variance of their input; norms close to 1 and biases close to 0, but not equal."""
         with torch.device("meta"):
             shapes = {name: x.shape for name, x in make().state_dict().items()}
         weights = {}
@@ -79,20 +105,23 @@ class Setup:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        return self.random_weights(lambda: UNet(self.size.unet), torch.channels_last)  # as load() converts them
+        """The UNet's weights in the memory layout that load() gives them."""
+        return self.random_weights(lambda: UNet(self.size.unet), torch.channels_last)
 
     @cached_property
     def peer_weights(self) -> dict[str, Tensor]:
-        return self.random_weights(lambda: UNet(self.size.unet), torch.contiguous_format)  # as from_pretrained() does
+        """The same in the memory layout that diffusers' from_pretrained() gives them."""
+        return self.random_weights(lambda: UNet(self.size.unet), torch.contiguous_format)
 
     def unet(self) -> UNet:
-        return filled(lambda: UNet(self.size.unet), self.weights)
+        return frozen(lambda: UNet(self.size.unet), self.weights)
 
     def lora_unet(self, zero: bool = False) -> LoRAModel:
-        unet = inject_lora(self.unet(), self.rank)  # lora_up is zero
-        kernels.install(unet, self.kernel)
+        """The UNet with a random LoRA, or with one whose lora_up is zero."""
+        unet = inject_lora(self.unet(), self.rank)
         if not zero:
             fill_pairs({name: (layer.lora_down, layer.lora_up) for name, layer in lora_layers(unet).items()})
+        kernels.install(unet, self.kernel)
         return unet
 
     def peer_unet(self, channels_last: bool = False) -> nn.Module:
@@ -106,8 +135,8 @@ class Setup:
         return unet
 
 
-def filled(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
-    """A frozen module of these very tensors, not of copies."""
+def frozen(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
+    """A frozen module that uses the tensors in ``weights`` without copying them."""
     with torch.device("meta"):
         module = make()
     module.load_state_dict(weights, assign=True)
@@ -116,23 +145,30 @@ def filled(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Modu
 
 @torch.no_grad()
 def fill_pairs(pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """The same random LoRA for all models whose layers have the same names."""
+    """Fill (down, up) pairs at random; models whose layers have the same names get the same LoRA."""
     generator = torch.Generator(next(iter(pairs.values()))[0].device).manual_seed(4)
     for _, (down, up) in sorted(pairs.items()):
         down.normal_(std=down[0].numel() ** -0.5, generator=generator)
         up.normal_(std=0.1, generator=generator)
 
 
-# The contestants. Each function below returns one: a function to be timed, whose results can be compared.
-Contestant = Callable[[], tuple[Tensor, ...]]
+def attention(fused: bool) -> AbstractContextManager:
+    """Attention in PyTorch's fused kernels, or in separate operations that keep the matrix of attention weights."""
+    return nullcontext() if fused else sdpa_kernel(SDPBackend.MATH)
 
 
-def peer_call(unet: nn.Module, z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-    return unet(z_t, t, context, return_dict=False)[0]
+# Each function below returns a workload: a function whose time or memory is measured and whose results are compared.
+Workload = Callable[[], tuple[Tensor, ...]]
 
 
-def forward(setup: Setup, who: str, alike: bool = False, compiled: bool = False) -> Contestant:
-    """Each in the memory layout it comes in; with ``alike`` both channels last."""
+def error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference relative to the largest value, in the worst of the tensors; NaN if any value is NaN."""
+    pairs = zip(outputs, expected, strict=True)
+    return torch.stack([(a.double() - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()
+
+
+def forward(setup: Setup, who: str, alike: bool = False, compiled: bool = False) -> Workload:
+    """One call of the UNet. Each side uses its own memory layout; with ``alike`` both use channels_last."""
     unet = setup.unet() if who == "ours" else setup.peer_unet(channels_last=alike)
     unet = torch.compile(unet) if compiled else unet
     model = unet if who == "ours" else partial(peer_call, unet)
@@ -140,105 +176,123 @@ def forward(setup: Setup, who: str, alike: bool = False, compiled: bool = False)
     return torch.no_grad()(lambda: (model(*inputs),))
 
 
-def decode(setup: Setup, who: str) -> Contestant:
+def decode(setup: Setup, who: str) -> Workload:
+    """The VAE's decoder, on the latents of one image."""
     weights = setup.random_weights(lambda: VAE(setup.size.vae), torch.channels_last)
-    vae = filled(lambda: VAE(setup.size.vae), weights)
-    z = setup.latents(1)
+    vae, z = frozen(lambda: VAE(setup.size.vae), weights), setup.latents(1)
     return torch.no_grad()(lambda: (vae.decode(z),))
 
 
-def picture(setup: Setup, who: str, how: str) -> Contestant:
-    """The first ``timed_steps`` of a picture: the latents after each. A peer guides in one call on a batch of two."""
+def sample(setup: Setup, who: str, how: str) -> Workload:
+    """The first ``timed_steps`` DDIM steps of an image. Returns the latents after each step."""
+    z_T, steps, timed_steps = setup.latents(1), setup.size.steps, setup.timed_steps
     if who == "peer":
-        size = setup.size
-        return peer_guided_picture(
-            setup.peer_unet(), setup.latents(1), setup.contexts(1), GUIDANCE, size.steps, setup.timed_steps
-        )
+        return peer_guided_image(setup.peer_unet(), z_T, setup.contexts(1), GUIDANCE, steps, timed_steps)
     cond, uncond = setup.contexts(1)
     unet = setup.unet() if how in ("guided", "batched") else setup.lora_unet(zero=how == "merged")
     if how == "merged":
-        merge_lora(unet)  # of zeros: the shared weights keep every bit, and the time is that of any merged LoRA
-
-    def model(z_t: Tensor, t: Tensor) -> Tensor:
-        if how == "guided":
-            return guided_noise(unet, z_t, t, cond, uncond, GUIDANCE)
-        if how == "batched":
-            return batched_guided_noise(unet, z_t, t, cond, uncond, GUIDANCE)
-        return unet(z_t, t, cond, lora_enabled=True)
-
-    schedule, z_T = Schedule.from_config(ScheduleConfig()), setup.latents(1)
-    return lambda: tuple(islice(ddim_sample(model, schedule, z_T, setup.size.steps), setup.timed_steps))
+        merge_lora(unet)  # adds zero: the shared weights stay as they are, and any merged LoRA takes the same time
+    models = {"guided": guided(unet, cond, uncond, GUIDANCE)}
+    models["batched"] = lambda z_t, t: batched_guided_noise(unet, z_t, t, cond, uncond, GUIDANCE)
+    model = models.get(how) or student_predictor(unet, cond)
+    schedule = Schedule.from_config(config.ScheduleConfig())
+    return lambda: tuple(islice(ddim_sample(model, schedule, z_T, steps), timed_steps))
 
 
-def distil(setup: Setup, who: str, teacher_in_loop: bool, recompute: bool = False) -> Contestant:
-    """One update as in train.py, towards a stored prediction of the teacher's or one made in the step.
+class Update:
+    """One update as in train.py: loss, backward pass, clipping, AdamW. A workload.
 
-    To ``recompute`` is ``--memory low`` here; the peer's own way computes whole blocks again.
+    Args:
+        networks: all their weights that require gradients are trained. If none does, a call only computes ``loss``.
+        loss: computes the loss from the arguments of the call.
+        below: the backward pass recomputes numbers that took fewer multiply-adds than this.
+        foreach: whether AdamW handles all tensors at once; by default it does so on CUDA alone.
     """
-    batch = setup.size.batch
-    z_t, stored, (cond, uncond) = setup.latents(batch), setup.latents(batch, seed=5), setup.contexts(batch)
-    t = torch.linspace(999, 1, batch, device=setup.device).long()
-    unet = setup.lora_unet() if who == "ours" else setup.peer_lora_unet()
-    if recompute and who == "ours":
-        unet.base.recompute_below = LOW_MEMORY
-    elif recompute:
-        unet.enable_gradient_checkpointing()
-    trainable = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0)
 
-    def ask_teacher() -> Tensor:
-        if who == "ours":
-            return teacher(unet, z_t, t, cond, uncond, GUIDANCE)
-        unet.disable_adapters()
-        with torch.no_grad():
-            eps_hat = guided_noise(partial(peer_call, unet), z_t, t, cond, uncond, GUIDANCE)
-        unet.enable_adapters()
-        return eps_hat
+    def __init__(
+        self, networks: list[nn.Module], loss: Callable[..., Tensor], below: float = 0, foreach: bool | None = None
+    ):
+        self.loss = loss
+        self.weights = [p for network in networks for p in network.parameters()]
+        self.trained = [p for p in self.weights if p.requires_grad]
+        adamw = partial(torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, foreach=foreach)
+        self.optimizer = adamw(self.trained) if self.trained else None
+        for network in networks if below else ():
+            recompute(network, below)
 
-    def step() -> tuple[Tensor, Tensor]:
-        eps_hat = ask_teacher() if teacher_in_loop else stored
-        eps = student(unet, z_t, t, cond) if who == "ours" else peer_call(unet, z_t, t, cond)
-        loss = F.mse_loss(eps.float(), eps_hat.float())
+    def step(self, loss: Tensor) -> Tensor:
+        """Everything after the loss. The gradients stay until ``zero_grad``. Returns their norm."""
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        norm = nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        return norm
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        loss = self.loss(*inputs)
+        if not self.trained:
+            return (loss,)
+        norm = self.step(loss)
+        self.optimizer.zero_grad()
         return loss.detach(), norm
 
-    return step
+
+Networks = tuple[list[nn.Module], Callable[[], Tensor]]  # and the loss, or what else is computed with them
 
 
-def sd15_step(kernel: str) -> Contestant:
-    setup = Setup(SIZES["sd15"], torch.device("cuda"), torch.bfloat16, rank=16, timed_steps=1, kernel=kernel)
-    return distil(setup, "ours", teacher_in_loop=False)
+def lora_distillation(setup: Setup, teacher_in_loop: bool) -> Networks:
+    """The loss against the teacher's stored prediction, or against one that it makes in the step."""
+    unet, (z_t, t, cond, uncond, stored) = setup.lora_unet(), setup.inputs()
+
+    def loss() -> Tensor:
+        eps_hat = teacher(unet, z_t, t, cond, uncond, GUIDANCE) if teacher_in_loop else stored
+        return F.mse_loss(student(unet, z_t, t, cond), eps_hat)
+
+    return [unet], loss
+
+
+def distil(setup: Setup, who: str, teacher_in_loop: bool, low_memory: bool = False) -> Update:
+    """One update of the LoRA. With ``low_memory`` as in `--memory low`; the peer then recomputes whole blocks."""
+    if who == "ours":
+        return Update(*lora_distillation(setup, teacher_in_loop), below=LOW_MEMORY if low_memory else 0)
+    unet, (z_t, t, cond, uncond, stored) = setup.peer_lora_unet(), setup.inputs()
+    model = partial(peer_call, unet)
+    if low_memory:
+        unet.enable_gradient_checkpointing()
+
+    def ask_teacher() -> Tensor:
+        unet.disable_adapters()
+        with torch.no_grad():
+            eps_hat = guided_noise(model, z_t, t, cond, uncond, GUIDANCE)
+        unet.enable_adapters()
+        return eps_hat.to(z_t.dtype)
+
+    def loss() -> Tensor:
+        eps_hat = ask_teacher() if teacher_in_loop else stored
+        return F.mse_loss(model(z_t, t, cond).to(z_t.dtype), eps_hat)
+
+    return Update([unet], loss)
 
 
 class Row(NamedTuple):
     label: str
-    calls: int  # of the UNet; of a picture, a step
-    make: Callable[[Setup, str], Contestant]
+    calls: int  # of the UNet; for an image, in each step
+    make: Callable[[Setup, str], Workload]
+    peer: bool = True  # whether the peers have it too
 
 
 ROWS = {
     "unet": Row("UNet forward", 1, forward),
     "unet_alike": Row("UNet forward, both channels last", 1, partial(forward, alike=True)),
-    "unet_compiled": Row("the same, both compiled", 1, partial(forward, alike=True, compiled=True)),
-    "decode": Row("VAE decoder", 0, decode),
-    "guided": Row("guided picture", 2, partial(picture, how="guided")),
-    "batched": Row("guided picture, a call on a batch of two", 1, partial(picture, how="batched")),
-    "merged": Row("one-pass picture, LoRA merged", 1, partial(picture, how="merged")),
-    "unmerged": Row("one-pass picture, LoRA beside", 1, partial(picture, how="unmerged")),
-    "trajectories": Row("distillation step, trajectories", 1, partial(distil, teacher_in_loop=False)),
-    "recomputed": Row("the same, activations recomputed", 1, partial(distil, teacher_in_loop=False, recompute=True)),
-    "noised": Row("distillation step, teacher in the loop", 3, partial(distil, teacher_in_loop=True)),
+    "unet_compiled": Row("UNet forward, also compiled", 1, partial(forward, alike=True, compiled=True)),
+    "decode": Row("VAE decoder", 0, decode, peer=False),
+    "guided": Row("guided image", 2, partial(sample, how="guided")),
+    "batched": Row("guided image, one call on a batch of two", 1, partial(sample, how="batched")),
+    "merged": Row("one-pass image, LoRA merged", 1, partial(sample, how="merged"), peer=False),
+    "unmerged": Row("one-pass image, LoRA not merged", 1, partial(sample, how="unmerged"), peer=False),
+    "trajectories": Row("training step, from trajectories", 1, partial(distil, teacher_in_loop=False)),
+    "recomputed": Row(
+        "training step, activations recomputed", 1, partial(distil, teacher_in_loop=False, low_memory=True)
+    ),
+    "noised": Row("training step, teacher in the loop", 3, partial(distil, teacher_in_loop=True)),
 }
-PICTURES = ("guided", "batched", "merged", "unmerged")
-WITH_PEER = ("unet", "unet_alike", "unet_compiled", "guided", "batched", "trajectories", "recomputed", "noised")
-PEERS = ("diffusers", "peft")
-
-
-def contestants(compiled: bool = False) -> list[tuple[str, str]]:
-    """(row, "ours") and, where there is one and its packages are installed, (row, "peer")."""
-    rows = [row for row in ROWS if compiled or row != "unet_compiled"]
-    rows_with_peer = WITH_PEER if all(map(find_spec, PEERS)) else ()
-    return [(row, who) for row in rows for who in ("ours", "peer") if who == "ours" or row in rows_with_peer]
+IMAGES = ("guided", "batched", "merged", "unmerged")

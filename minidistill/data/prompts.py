@@ -1,8 +1,8 @@
 """Prompts to distil with: four thousand of our own from a small grammar, or yours from a text file.
 
-A rule is a name and its alternatives, separated by "|"; a {slot} is filled by a random alternative of the rule it names.
-An alternative written twice is drawn twice as often. Every prompt starts from the rule `prompt`. Rules are arranged so
-that what is drawn fits together: outdoor scenes get outdoor light, and a photo never shows its brushwork.
+A rule is a name and its alternatives, separated by "|"; a {slot} is filled by a random alternative of the rule it
+names. An alternative written twice is drawn twice as often. Every prompt starts from the rule `prompt`. The rules keep
+what does not fit together apart: outdoor scenes get outdoor light, and a photo never shows its brushwork.
 """
 
 import json
@@ -234,7 +234,9 @@ def prompts(count: int = 4000, seed: int = 0) -> list[str]:
         if text not in distinct and len(set(words)) == len(words):  # the same long word twice reads badly: draw again
             distinct[text], misses = None, 0
         elif (misses := misses + 1) == PATIENCE:
-            raise ValueError(f"prompts() was asked for {count} distinct prompts; the grammar ran out at {len(distinct)}")
+            raise ValueError(
+                f"prompts() was asked for {count} distinct prompts; the grammar ran out at {len(distinct)}"
+            )
     return list(distinct)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from minidistill.formats.files import CheckpointError, blamed
 from minidistill.formats.stored import StoredTensor
 from minidistill.formats.tensor_files import read_tensors
+from minidistill.guidance import Interval
 from minidistill.lora import low_rank
 
 
@@ -61,6 +62,11 @@ class LoRAFile:
     def is_student(self) -> bool:
         """Whether it has learned guidance, and says so. Any other changes W, for teacher and student alike: a style."""
         return "guidance" in self.metadata
+
+    @property
+    def interval(self) -> Interval | None:
+        """The time steps at which the student's teacher was guided; None: at all of them."""
+        return Interval(*map(float, self.metadata["interval"].split())) if "interval" in self.metadata else None
 
     def scaled(self, scale: float) -> "LoRAFile":
         """As much more or less of it: every alpha ``scale`` times what it was."""

@@ -13,7 +13,7 @@ from minidistill import load
 from minidistill.formats.checkpoint import build
 from minidistill.formats.model_configs import read_json
 from minidistill.formats.model_folder import match_text_names, read_weights
-from minidistill.schedule import ddim_sample
+from minidistill.samplers import ddim_sample
 from minidistill.text import encode_tokens, fill_positions
 
 from .helpers import POCKET, PROMPTS, SD1, SD2, diffusers, error, shake, write_small

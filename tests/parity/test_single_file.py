@@ -13,7 +13,7 @@ from minidistill import load
 from minidistill.formats.checkpoint import read_checkpoint
 from minidistill.formats.model_configs import read_unet_config, read_vae_config
 from minidistill.formats.single_file import to_single_file
-from minidistill.schedule import ddim_sample
+from minidistill.samplers import ddim_sample
 
 from .helpers import POCKET, PROMPTS, ddim_scheduler, diffusers, error, randn, shake, small_unet, small_vae
 

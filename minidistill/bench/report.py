@@ -1,0 +1,38 @@
+"""The JSON file that a benchmark writes, and the machine it was measured on."""
+
+import platform
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from minidistill.formats.model_configs import write_json
+from minidistill.training.settings import provenance
+
+
+def find_device(name: str) -> torch.device:
+    """The device called ``name``. Raises ValueError for a CUDA device on a machine without one."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("There is no CUDA device here: use --device cpu.")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU or CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return models[0].split(": ")[1] if models else platform.processor() or platform.machine()
+
+
+def new_report(args: Namespace, device: str, **facts: object) -> dict:
+    """What every report begins with: the command, the git commit, the machine; then ``facts``."""
+    machine = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return provenance(f"-m minidistill.bench {args.command}", args.argv) | machine | facts
+
+
+def save_report(report: dict, out: Path) -> None:
+    write_json(out, report)
+    print(f"Wrote {out}", flush=True)
