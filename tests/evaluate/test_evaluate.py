@@ -62,7 +62,7 @@ def test_noise_error_share_of_a_negative_prompt(sd: StableDiffusion):
 
 @pytest.mark.parametrize("noised", [False, True])
 def test_noise_error_share_of_a_teacher_guided_in_an_interval(noised: bool, sd: StableDiffusion):
-    """Four steps, at t = 751, 501, 251 and 1. Outside the interval no guidance is missing, and any guidance is an error."""
+    """Steps at t = 751, 501, 251 and 1: outside the interval no guidance is missing, and any guidance is an error."""
     interval, options = Interval(251, 600), dict(steps=4, guidance=GUIDANCE, noised=noised)
     sd.unet = Imitation(sd, 0.5, interval=interval)
     share = noise_error_share(sd, PROMPTS, interval=interval, **options)
