@@ -47,7 +47,7 @@ def add_flags(parser: ArgumentParser) -> None:
         type=Path,
         default=Path("results/bench-kernel.json"),
         metavar="FILE",
-        help="JSON (default: %(default)s)",
+        help="default: %(default)s",
     )
 
 

@@ -39,7 +39,7 @@ def add_flags(parser: ArgumentParser) -> None:
         "(default: float32 float16)")  # fmt: skip
     add("--dtype", choices=DTYPES, default="float32", help="the dtype to load them in (default: %(default)s)")
     add("--repeats", type=positive_int, default=3, metavar="N", help="turns of each loader (default: %(default)s)")
-    add("--out", type=Path, default=Path("results/load.json"), metavar="FILE", help="JSON (default: %(default)s)")
+    add("--out", type=Path, default=Path("results/load.json"), metavar="FILE", help="default: %(default)s")
 
 
 def write_files(folder: Path, dtype: torch.dtype, size: Size = SIZES["sd15"]) -> list[Path]:

@@ -47,7 +47,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--repeats", type=positive_int, metavar="N", help="turns of each row (default: 10; on a CPU pocket 9, sd15 2)")
     add("--memory", action="store_true", help="also measure each row's peak memory, in a process of its own")
     add("--compile", action="store_true", help="also time the UNet under torch.compile (the row unet_compiled)")
-    add("--out", type=Path, default=Path("results/bench.json"), metavar="FILE", help="JSON (default: %(default)s)")
+    add("--out", type=Path, default=Path("results/bench.json"), metavar="FILE", help="default: %(default)s")
 
 
 def contestants(rows: Sequence[str], peers: bool = True) -> list[tuple[str, str]]:
@@ -107,7 +107,7 @@ def measure(setup: Setup, repeats: int, rows: Sequence[str], peers: bool = True)
 
 
 def selective_rows(table: dict[str, dict], steps: int) -> dict[str, dict]:
-    """Rows of selective guidance, computed: some steps cost what a guided image's do, the last what a one-pass image's do."""
+    """Rows of selective guidance, computed from the time of a guided step and of a one-pass step."""
     if not {"guided", "merged"} <= set(table):
         return {}
     guided, merged = table["guided"]["ours_s"], table["merged"]["ours_s"]
