@@ -38,8 +38,8 @@ from minidistill.vae import VAE
 
 DTYPES = ("float32", "bfloat16")
 LARGEST_MEASURED = 16e9  # bytes
-NOTES = """"saved" is what the forward pass keeps for the backward pass; "to full" compares peaks with full fine-tuning's. In
-bfloat16, frozen weights and activations are bfloat16, and the LoRA, its gradients and AdamW's state float32. Where
+NOTES = """"saved" is what the forward pass keeps for the backward pass; "to full" compares the peak with full fine-tuning.
+In bfloat16, frozen weights and activations are bfloat16, and the LoRA, its gradients and AdamW's state float32. Where
 all weights are trained, they, their gradients and AdamW's state are bfloat16 too: plain PyTorch without a float32 copy.
 """
 

@@ -11,7 +11,6 @@ C, ...), and medians are compared.
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from minidistill.bench.report import device_name, find_device, new_report, save_report
+from minidistill.bench.report import add_out_flag, device_name, find_device, new_report, save_report
 from minidistill.bench.timing import take_turns
 from minidistill.bench.workloads import GUIDANCE, SIZES, Setup, Update, attention
 from minidistill.data.examples import to_device
@@ -39,7 +38,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--rank", type=positive_int, default=16, metavar="N", help="rank of the LoRA (default: %(default)s)")
     add("--repeats", type=positive_int, metavar="N", help="turns of each way (default: 10; on a CPU pocket 9, sd15 2)")
     add("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes at first")
-    add("--out", type=Path, default=Path("results/bench-train.json"), metavar="FILE", help="default: %(default)s")
+    add_out_flag(parser, "results/bench-train.json")
 
 
 @dataclass(frozen=True)
