@@ -42,10 +42,10 @@ def add_model_flags(
         "(default: %(default)s)")
     add("--ema", action="store_true", help="load the UNet's EMA weights, which some single files hold")
     add("--variant", metavar="TEXT", help='which weights of a folder or hub id to load, for example "fp16"')
-    add("--prediction", choices=("eps", "v"), help="what the UNet predicts (default: what the model says; v for an SD 2.x "
-        "single file that says nothing)")
-    add("--tokenizer", **path, help="folder with vocab.json and merges.txt (default: the model's own; for a single file, "
-        "CLIP's from the hub)")
+    add("--prediction", choices=("eps", "v"), help="what the UNet predicts (default: what the model says; v for an "
+        "SD 2.x single file that says nothing)")
+    add("--tokenizer", **path, help="folder with vocab.json and merges.txt (default: the model's own; for a single "
+        "file, CLIP's from the hub)")
     add("--device", default=DEFAULT_DEVICE, metavar="DEVICE", help="where to compute (default: %(default)s)")
     add("--dtype", default="float32", choices=dtypes, help="dtype of the weights (default: %(default)s)")
     # fmt: on
