@@ -24,12 +24,10 @@ from minidistill.evaluate.report import write_report
 from minidistill.formats.files import atomic_write
 from minidistill.guidance import Interval
 from minidistill.pipeline import StableDiffusion
+from minidistill.training import settings
 from minidistill.training.progress import Progress
 from minidistill.training.ranks import Ranks, process_group
 from minidistill.training.run_folder import checkpoint_files, lock, resume
-from minidistill.training.settings import (
-    ScaledFile, add_model_flags, finite, load_options, new_parser, one_line_errors, positive, positive_int, seed_number,
-)  # fmt: skip
 from minidistill.training.sources import SOURCES
 from minidistill.training.students import METHODS, STUDENTS, choose_method, merge_style
 
@@ -47,7 +45,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     ranks.share(args.batch)  # raises for a batch that the processes cannot share
 
     # One network: W is the teacher, and W with its LoRA switched on the student.
-    sd = load(args.model, **load_options(args))
+    sd = load(args.model, **settings.load_options(args))
     metadata = merge_style(sd.unet, args.teacher_lora)
     source, student = SOURCES[args.source](args), STUDENTS[args.student]
     torch.manual_seed(args.seed)
@@ -67,10 +65,10 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     peak = args.lr or student.learning_rate / sd.unet_config.widths[0]
     optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     weights = fingerprint(sd.unet, sd.text_encoder)
-    settings = {flag: str(value) for flag, value in vars(args).items() if flag not in FREE}
+    recorded = {flag: str(value) for flag, value in vars(args).items() if flag not in FREE}
     for flag, contents in {"model": weights, **source.stamp}.items():
-        settings[flag] += f" ({contents})"  # other weights, prompts or images may lie under the same name
-    losses = resume(out, trained, optimizer, settings)  # empty in a new run
+        recorded[flag] += f" ({contents})"  # other weights, prompts or images may lie under the same name
+    losses = resume(out, trained, optimizer, recorded)  # empty in a new run
     result = student.result(out, args)
     if args.student == "full" and result.exists() and not losses:
         raise ValueError(f"{out} holds a result, and no checkpoint to go on from: name another --out.")
@@ -90,7 +88,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
         unet = torch.compile(unet, fullgraph=True, dynamic=False)
     schedule = dict(steps=args.steps, peak=peak, save_every=args.save_every)
     show = partial(preview, sd, args, out, spread(source.held_out, 8))
-    progress = Progress(out, losses, sd.unet, trained, optimizer, settings, ranks, **schedule, preview=show)
+    progress = Progress(out, losses, sd.unet, trained, optimizer, recorded, ranks, **schedule, preview=show)
     for step in progress.steps():
         batch = batch_to_device(ranks.part(examples.batch(step)), sd.device)
         batch_loss = 0.0
@@ -143,16 +141,17 @@ def describe(name: str, args: argparse.Namespace, unet: nn.Module) -> str:
     dtype = str(learning[0].dtype).removeprefix("torch.")
     kept = {"normal": "all activations", "low": "only activations that are expensive to compute again"}[args.memory]
     return (
-        f"{name}: {frozen:,} frozen parameters, {trained:,} to train.\nMemory {args.memory}: W in {args.dtype}, what learns "
-        f"in {dtype}; {kept} kept for the backward pass; text encoder and VAE on the CPU until used."
+        f"{name}: {frozen:,} frozen parameters, {trained:,} to train.\nMemory {args.memory}: W in {args.dtype}, what "
+        f"learns in {dtype}; {kept} kept for the backward pass; text encoder and VAE on the CPU until used."
     )
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line. Raises ValueError for flags that contradict each other."""
-    parser = new_parser(__doc__)
-    add_model_flags(parser, dtypes=("float32", "bfloat16", "float64"))
-    n, x, path = dict(type=positive_int, metavar="N"), dict(type=positive, metavar="X"), dict(type=Path, metavar="PATH")
+    parser = settings.new_parser(__doc__)
+    settings.add_model_flags(parser, dtypes=("float32", "bfloat16", "float64"))
+    n, x = dict(type=settings.positive_int, metavar="N"), dict(type=settings.positive, metavar="X")
+    path = dict(type=Path, metavar="PATH")
     # fmt: off
     add = parser.add_argument_group("the teacher, two UNet calls a step, samples images").add_argument
     add("--prompts", **path, help="text file, one prompt per line (default: the model's own, or ours)")
@@ -160,10 +159,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "from these, noised, instead of images that the teacher samples")
     add("--guidance", **x, default=2.5, help="guidance scale; 7.5 is usual for large models (default: %(default)s)")
     add("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from (default: none)")
-    add("--interval", type=finite, nargs=2, metavar=("LOW", "HIGH"), help="guide only at time steps t from LOW to HIGH, "
-        "with one UNet call elsewhere (default: guide at every step)")
-    add("--teacher-lora", type=ScaledFile.parse, metavar="FILE[:SCALE]", help="a style for the teacher: a LoRA file "
-        "that has not learned guidance, merged into W")
+    add("--interval", type=settings.finite, nargs=2, metavar=("LOW", "HIGH"), help="guide only at time steps t "
+        "from LOW to HIGH, with one UNet call elsewhere (default: guide at every step)")
+    add("--teacher-lora", type=settings.ScaledFile.parse, metavar="FILE[:SCALE]", help="a style for the "
+        "teacher: a LoRA file that has not learned guidance, merged into W")
     add("--sample-steps", **n, default=25, help="DDIM steps from noise to image (default: %(default)s)")
     add("--stride", **n, default=3, help="use every N-th DDIM step, for more images per minute (default: %(default)s)")
     add("--trajectories", **n, default=480, help="images the teacher samples; the student learns from the states on "
@@ -193,7 +192,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "(on a GPU, in bfloat16), or with PyTorch (default: %(default)s)")
     add = parser.add_argument_group("the run itself").add_argument
     add("--out", **path, help="folder of this run (default: runs/<name of the model>)")
-    add("--seed", type=seed_number, default=0, metavar="N", help="seed of everything random (default: %(default)s)")
+    add("--seed", type=settings.seed_number, default=0, metavar="N", help="random seed (default: %(default)s)")
     add("--states", **path, help="folder of trajectories or encoded images, which runs may share (default: in --out)")
     add("--save-every", **n, default=100, help="updates between checkpoints (default: %(default)s)")
     add("--resume", action="store_true", help="continue from the last checkpoint in --out, if there is one")
@@ -212,7 +211,7 @@ if __name__ == "__main__":
         "Try, in this order: --memory low, which takes more time; --accumulate with the number of --batch; "
         "--dtype bfloat16; a smaller --batch; a lower --rank."
     )
-    with one_line_errors("train.py", "stopped. Continue with the same command and --resume.", less_memory):
+    with settings.one_line_errors("train.py", "stopped. Continue with the same command and --resume.", less_memory):
         args = parse()
         with process_group(args.device) as ranks, ExitStack() as resources:
             args.device = ranks.device  # with several processes, each has its own GPU

@@ -44,4 +44,6 @@ def cat(conds: list[Conditioning] | list[Tensor]) -> Conditioning | Tensor:
     if isinstance(conds[0], Tensor):
         return torch.cat(conds)
     pooled = [cond.pooled for cond in conds]
-    return Conditioning(torch.cat([cond.tokens for cond in conds]), torch.cat(pooled) if pooled[0] is not None else None)
+    return Conditioning(
+        torch.cat([cond.tokens for cond in conds]), torch.cat(pooled) if pooled[0] is not None else None
+    )

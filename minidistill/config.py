@@ -1,4 +1,4 @@
-"""Shapes of the networks, and the noise schedule. The defaults are Stable Diffusion 1.5; a preset states its changes."""
+"""Shapes of the networks, and the noise schedule. Defaults are Stable Diffusion 1.5; a preset states its changes."""
 
 from dataclasses import dataclass, replace
 

@@ -34,7 +34,7 @@ class Switch:
 
 
 def low_rank(down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """scale * up down: [rank, in, ...] and [out, rank, ...] -> [out, in, ...], the shape of the weight it is added to."""
+    """scale * up down: [rank, in, ...] and [out, rank, ...] -> [out, in, ...], the shape of the weight."""
     return (scale * up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
 
 
@@ -177,7 +177,9 @@ def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]]) -> Lo
     layers = {name: model.get_submodule(name) for name in pairs}
     for name, layer in layers.items():
         if getattr(layer, "groups", 1) != 1:
-            raise ValueError(f"{name} is a grouped convolution, which LoRA here does not cover: leave it out of targets.")
+            raise ValueError(
+                f"{name} is a grouped convolution, which LoRA here does not cover: leave it out of targets."
+            )
     switch = Switch()
     model.requires_grad_(False)
     for name, layer in layers.items():

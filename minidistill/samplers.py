@@ -95,8 +95,8 @@ def ddim_invert(model: Predictor, schedule: Schedule, z_0: Tensor, steps: int) -
     """Run DDIM backwards, from clean latents z_0 [B, 4, h, w] towards their noise; yields after each step.
 
     ``model``, ``schedule`` and ``steps`` are those of ``ddim_sample``. Each step uses the prediction at the cleaner of
-    its two times in place of the noisier (DDIM, section 4.3), so going there and back is exact only in the limit of many
-    steps. Raises ValueError for more steps than the schedule has.
+    its two times in place of the noisier (DDIM, section 4.3), so going there and back is exact only in the limit of
+    many steps. Raises ValueError for more steps than the schedule has.
     """
     stride = schedule.train_steps // max(steps, 1)
     pairs = [(t - stride, t) for t in reversed(schedule.timesteps(steps))]

@@ -1,6 +1,6 @@
 """The noise schedule, and how z_0, eps and v follow from one another.
 
-    z_t = alpha z_0 + sigma eps,    v = alpha eps - sigma z_0,    alpha = sqrt(alpha_bar_t), sigma = sqrt(1 - alpha_bar_t)
+    z_t = alpha z_0 + sigma eps,  v = alpha eps - sigma z_0,  alpha = sqrt(alpha_bar_t),   sigma = sqrt(1 - alpha_bar_t)
 
 alpha_bar is ``alphas_cumprod`` ("Denoising Diffusion Implicit Models", arXiv 2010.02502, writes it alpha).
 """

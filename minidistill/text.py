@@ -15,7 +15,9 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     for ids in tokenizer(prompts).input_ids:
         if len(ids) > length:
             cut = tokenizer.decode(ids[length - 1 : -1])
-            warnings.warn(f'A prompt is longer than the {length} tokens the model reads. Cut off: "{cut}"', stacklevel=3)
+            warnings.warn(
+                f'A prompt is longer than the {length} tokens the model reads. Cut off: "{cut}"', stacklevel=3
+            )
     padded = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     return padded.input_ids
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from minidistill import CheckpointError, StableDiffusion, inject_lora, load, merge_lora, pipeline
 from minidistill.pipeline import at_work, to_images
-from minidistill.schedule import ddim_sample
+from minidistill.samplers import ddim_sample
 
 APPLE, ROCKET = "a red apple", "a rocket on a purple background"
 
@@ -145,7 +145,7 @@ def test_another_tokenizer(tiny_model: Path, tmp_path: Path):
 def test_a_tokenizer_of_bare_vocabulary_pads_to_the_encoders_context(sd: StableDiffusion, tmp_path: Path):
     for name in ("vocab.json", "merges.txt"):  # neither says how many tokens a prompt has
         shutil.copy(sd.tokenizer_folder / name, tmp_path)
-    bare = load(sd.folder, tokenizer=tmp_path)
+    bare = load(sd.path, tokenizer=tmp_path)
     assert torch.equal(bare.encode_prompt([APPLE, ""]), sd.encode_prompt([APPLE, ""]))
     with pytest.warns(UserWarning, match="16 tokens"):
         bare.encode_prompt([" ".join(["apple"] * 15)])

@@ -120,16 +120,16 @@ def steps_of(sampler: Callable, sd: StableDiffusion) -> Tensor:
 
 ERRORS: dict[str, tuple[str, type[Exception], Callable[[StableDiffusion, Path], object]]] = {
     "no such model": ("load", CheckpointError, lambda sd, tmp: load(tmp / "nowhere")),
-    "no such device": ("load", ValueError, lambda sd, tmp: load(sd.folder, device="abacus")),
+    "no such device": ("load", ValueError, lambda sd, tmp: load(sd.path, device="abacus")),
     "no tokenizer": (
         "StableDiffusion.tokenizer",
         CheckpointError,
-        lambda sd, tmp: load(sd.folder, tokenizer=tmp).tokenizer,
+        lambda sd, tmp: load(sd.path, tokenizer=tmp).tokenizer,
     ),
     "no tokenizer for a prompt": (
         "StableDiffusion.encode_prompt",
         CheckpointError,
-        lambda sd, tmp: load(sd.folder, tokenizer=tmp).encode_prompt(["x"]),
+        lambda sd, tmp: load(sd.path, tokenizer=tmp).encode_prompt(["x"]),
     ),
     "half a latent": ("StableDiffusion.starting_noise", ValueError, lambda sd, tmp: sd.starting_noise([0], height=15)),
     "too many steps": ("StableDiffusion.sample", ValueError, lambda sd, tmp: sd.sample(["x"], steps=1001)),

@@ -1,4 +1,4 @@
-"""Batches for the training loop. Batch n depends on the seed and n alone, so a resumed run sees what it would have seen."""
+"""Batches for the training loop. Batch n depends on the seed and n alone, so a resumed run sees the same data."""
 
 from dataclasses import dataclass
 from functools import partial

@@ -83,7 +83,7 @@ def version(images: list[CaptionedImage]) -> str:
 
 
 def read_image(file: Path, side: int) -> Tensor:
-    """[3, side, side] in [-1, 1]: rotated upright, on white where transparent, resized and cropped to the centre square.
+    """[3, side, side] in [-1, 1]: rotated upright, on white where transparent, resized and cropped to a centred square.
 
     Raises ValueError for an image that would have to be enlarged more than twofold or does not have 8 bits per channel;
     and whatever a decoder raises at a damaged file.

@@ -1,8 +1,8 @@
 """The teacher's own guided trajectories, stored in shards: what the student learns from by default.
 
-A trajectory is the path of DDIM from noise to image. Its states z_t, each with the guided prediction eps_hat made there,
-are ready pairs of input and target, so no teacher is needed in the training loop. Its end z_0 is an image the teacher
-generated; the paper's way noises those afresh, and then shards hold the ends alone.
+A trajectory is the path of DDIM from noise to image. Its states z_t, each with the guided prediction eps_hat made
+there, are ready pairs of input and target, so no teacher is needed in the training loop. Its end z_0 is an image the
+teacher generated; the paper's way noises those afresh, and then shards hold the ends alone.
 """
 
 import json
@@ -126,7 +126,7 @@ def generate(
 
 
 def is_shard(file: Path, made_with: str, size: int) -> bool:
-    """True for an intact shard of ``size`` trajectories or more. Raises ValueError if it was made with other settings."""
+    """True for an intact shard of at least ``size`` trajectories. Raises ValueError if made with other settings."""
     if not file.exists():
         return False
     shard = read_shard(file)

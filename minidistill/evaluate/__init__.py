@@ -1,4 +1,4 @@
-"""How good is the student: its distance to the teacher, its agreement with the prompt, and pictures side by side."""
+"""How good a student is: its distance to the teacher, its agreement with the prompt, and images side by side."""
 
 from minidistill.evaluate.drawing import Drawn, comparison_grid, draw
 from minidistill.evaluate.metrics import ClipScore, interval, noise_error_share, pixels, psnr

@@ -1,117 +1,105 @@
-"""The LoRA's strength as a guidance dial: at lambda times the LoRA, how much guidance is there?
+"""Measure the LoRA's strength as a guidance dial: how much guidance is there at lambda times the LoRA?
 
-  python -m minidistill.evaluate.dial runs/NAME --strengths 0.25 0.5 0.75 1 1.25
+  python -m minidistill.evaluate dial runs/NAME --strengths 0.25 0.5 0.75 1 1.25
 
-A student of guidance s at the strength lambda should be the teacher at w = 1 + lambda (s - 1). Two measures say whether
-it is: the share of that teacher's guidance which it misses, and how far along the whole gap eps_hat - eps_cond it goes.
+A student of guidance s at strength lambda should match the teacher at w = 1 + lambda (s - 1). We measure the share of
+that teacher's guidance which the student misses, and how far along the gap eps_hat - eps_cond its predictions are.
 """
 
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from minidistill.data.trajectories import prompt_split, spread
+from minidistill.data.prompts import prompt_split, spread
 from minidistill.evaluate.drawing import comparison_grid, draw
-from minidistill.evaluate.metrics import EVALUATION_SEED, interval, noise_error_share, psnr, with_interval
+from minidistill.evaluate.figures import figure_file
+from minidistill.evaluate.metrics import EVALUATION_SEED, Estimate, interval, noise_error_share, psnr
 from minidistill.evaluate.students import read_student
-from minidistill.formats.files import written_whole
-from minidistill.formats.model_configs import write_json
+from minidistill.evaluate.tables import markdown_table
+from minidistill.formats.checkpoint import load
+from minidistill.formats.files import atomic_write, write_json
 from minidistill.lora import merge_lora
-from minidistill.pipeline import load
-from minidistill.training.settings import ModelSettings, count, made_by, one_sentence, parse, positive, setting
+from minidistill.training.settings import add_model_flags, load_options, positive, positive_int
 
-SHOWN = 6  # columns of pictures
-
-
-@dataclass
-class Settings(ModelSettings):
-    run: Path = setting(..., "the student: a run's folder, or a LoRA file", "what", type=Path, metavar="RUN_OR_LORA")
-    strengths: list[float] = setting(
-        None, "strengths of the LoRA (default: 0.25 0.5 0.75 1 1.25)", "what", type=positive, nargs="+"
-    )
-    prompts: int = setting(24, "held-out prompts", "what", type=count)
-    steps: int = setting(25, "DDIM steps", "how", type=count)
-    batch: int = setting(24, "pictures drawn at once", "how", type=count)
-    out: Path = setting(Path("runs/dial"), "folder for the results", "how")
+POSITIONAL = "RUN_OR_LORA "
+STRENGTHS = [0.25, 0.5, 0.75, 1.0, 1.25]
+COLUMNS = 6  # of images
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse(Settings, __doc__, argv)
+def add_flags(parser: ArgumentParser) -> None:
+    flag = parser.add_argument
+    flag("run", type=Path, metavar="RUN_OR_LORA", help="the student: a run's folder, or a LoRA file")
+    flag("--strengths", type=positive, nargs="+", default=STRENGTHS, metavar="STRENGTH",
+         help="strengths of the LoRA (default: 0.25 0.5 0.75 1 1.25)")  # fmt: skip
+    flag("--prompts", type=positive_int, default=24, metavar="N", help="held-out prompts (default: %(default)s)")
+    flag("--steps", type=positive_int, default=25, metavar="N", help="DDIM steps (default: %(default)s)")
+    flag("--batch", type=positive_int, default=24, metavar="N", help="images to sample at once (default: %(default)s)")
+    flag("--out", type=Path, default=Path("runs/dial"), metavar="FOLDER", help="results (default: %(default)s)")
+    add_model_flags(parser)
+
+
+def run(args: Namespace) -> None:
     prompts = spread(prompt_split(args.model)[1], args.prompts)
-    learned = read_student(args.run, 1.0, args)
+    learned = read_student(args.run, 1.0, args).teacher
     s = learned.guidance
-    options = dict(steps=args.steps, batch=args.batch, negative_prompt=learned.negative_prompt)
-    whole: dict[str, dict[str, Tensor]] = {}  # the states of the teacher at guidance s, the same for every strength
-
-    def keep(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        if name not in whole:
-            whole[name] = make()
-        return whole[name]
-
-    rows, drawn = [], []
-    for strength in args.strengths or (0.25, 0.5, 0.75, 1.0, 1.25):
-        turned = read_student(args.run, strength, args)
-        w = turned.guidance
+    states: dict[str, dict[str, Tensor]] = {}  # of the teacher at guidance s, the same for every strength
+    rows, images = [], []
+    for strength in args.strengths:
+        scaled = read_student(args.run, strength, args)
+        w = scaled.teacher.guidance
         print(f"strength {strength:g}, guidance {w:g}", flush=True)
-        sd = load(args.model, **args.load_options())
-        teacher = draw(sd, "teacher", prompts, guidance=w, **options)
-        sd.unet = turned.beside(sd.unet)
-        missed = noise_error_share(sd, prompts, guidance=w, progress=True, **options)
-        along = noise_error_share(sd, prompts, guidance=s, progress=True, keep=keep, **options)
+        whole = dict(steps=args.steps, batch=args.batch, **learned._asdict())
+        partial = whole | dict(guidance=w)
+        sd = load(args.model, **load_options(args))
+        teacher = draw(sd, "teacher", prompts, **partial)
+        sd.unet = scaled.install(sd.unet)
+        share = noise_error_share(sd, prompts, progress=True, **partial)
+        gap = noise_error_share(
+            sd, prompts, progress=True, cache=lambda n, make: states.get(n) or states.setdefault(n, make()), **whole
+        )
         merge_lora(sd.unet)
-        student = draw(sd, "student", prompts, guidance=w, **options)
+        student = draw(sd, "student", prompts, **partial)
         rows.append({
             "strength": strength,
             "guidance": w,
-            "noise error share": interval(missed.errors, missed.gaps)._asdict(),
-            "found guidance": interval(along.gaps + (s - 1) * along.along, along.gaps)._asdict(),
+            "noise error share": interval(share.errors, share.gaps)._asdict(),
+            "found guidance": interval(gap.gaps + (s - 1) * gap.along, gap.gaps)._asdict(),
             "PSNR": interval(psnr(student.images, teacher.images)[:, None])._asdict(),
         })  # fmt: skip
         student.method, teacher.method = f"student x {strength:g}", f"guidance {w:g}"
-        drawn += [student, teacher]
+        images += [student, teacher]
 
-    report = made_by("minidistill.evaluate.dial", argv) | {"prompts": len(prompts), "seed": EVALUATION_SEED}
+    report = args.provenance | {"prompts": len(prompts), "seed": EVALUATION_SEED}
     write_json(args.out / "dial.json", report | {"rows": rows})
-    with written_whole(args.out / "dial.png") as beside:
-        plot(rows, beside)
-    with written_whole(args.out / "dial-pictures.png") as beside:
-        comparison_grid(drawn, prompts, columns=SHOWN, side=96).save(beside, "png")
-    print(f"\n{markdown(rows)}\n\nFigure, pictures and JSON: {args.out}")
+    plot(rows, args.out / "dial.png")
+    with atomic_write(args.out / "dial-pictures.png") as file:
+        comparison_grid(images, prompts, columns=COLUMNS, side=96).save(file, "png")
+    print(f"\n{table(rows)}\n\nFigure, images and JSON: {args.out}")
 
 
-def markdown(rows: Sequence[dict]) -> str:
-    """A line a strength, with 95% intervals."""
-    lines = ["| strength | guidance it stands for | guidance found | noise error share | PSNR to that teacher |"]
-    lines.append("| ---: | ---: | ---: | ---: | ---: |")
+def table(rows: Sequence[dict]) -> str:
+    """A line for each strength, with 95% intervals."""
+    lines = [["strength", "nominal guidance", "measured guidance", "noise error share", "PSNR to that teacher"]]
+    lines.append(["---:"] * 5)
     for row in rows:
-        forms = (("found guidance", "{:.2f}"), ("noise error share", "{:.3f}"), ("PSNR", "{:.1f} dB"))
-        found, share, near = (with_interval(row[name], form) for name, form in forms)
-        lines.append(f"| {row['strength']:g} | {row['guidance']:g} | {found} | {share} | {near} |")
-    return "\n".join(lines)
+        found, share, distance = (Estimate(**row[name]) for name in ("found guidance", "noise error share", "PSNR"))
+        strength, guidance = f"{row['strength']:g}", f"{row['guidance']:g}"
+        lines.append([strength, guidance, f"{found:.2f}", f"{share:.3f}", f"{distance:.1f} dB"])
+    return markdown_table(lines)
 
 
 def plot(rows: Sequence[dict], path: Path) -> None:
-    """What the dial says and what is found; the share that is missed."""
+    """Plot nominal and measured guidance, and the share of it that the student misses."""
     strengths = [row["strength"] for row in rows]
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(strengths, [row["guidance"] for row in rows], "k--", label="1 + λ (s - 1)")
-    for axes, name, label in ((left, "found guidance", "found"), (right, "noise error share", None)):
-        found = torch.tensor([[row[name][end] for end in ("value", "low", "high")] for row in rows])
-        value, low, high = found.T
-        axes.errorbar(strengths, value, (value - low, high - value), fmt="ko-", capsize=3, label=label)
-    left.set(xlabel="strength λ of the LoRA", ylabel="guidance scale", xlim=(0, None))
-    right.set(xlabel="strength λ of the LoRA", ylabel="noise error share", xlim=(0, None), ylim=(0, None))
-    left.legend()
-    figure.savefig(path, format="png", dpi=120)
-
-
-if __name__ == "__main__":
-    with one_sentence("minidistill.evaluate.dial", "stopped."):
-        main()
+    with figure_file(path, 8, 3.2) as figure:
+        left, right = figure.subplots(1, 2)
+        left.plot(strengths, [row["guidance"] for row in rows], "k--", label="1 + λ (s - 1)")
+        for axes, name, label in ((left, "found guidance", "measured"), (right, "noise error share", None)):
+            value, low, high = torch.tensor([[row[name][end] for end in Estimate._fields] for row in rows]).T
+            axes.errorbar(strengths, value, (value - low, high - value), fmt="ko-", capsize=3, label=label)
+        left.set(xlabel="strength λ of the LoRA", ylabel="guidance scale", xlim=(0, None))
+        right.set(xlabel="strength λ of the LoRA", ylabel="noise error share", xlim=(0, None), ylim=(0, None))
+        left.legend()

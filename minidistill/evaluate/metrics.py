@@ -1,6 +1,6 @@
-"""How near the student is to its teacher, and pictures to other pictures and to their prompts."""
+"""Measure how close a student is to its teacher, and images to other images and to their prompts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,20 +15,20 @@ from tqdm import tqdm
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from minidistill.data.trajectories import teacher_trajectory
+from minidistill.guidance import Interval, guided, plain, student
 from minidistill.pipeline import FRESH_NOISE, StableDiffusion
-from minidistill.guidance import Interval, guided, plain, student as student_of
 from minidistill.samplers import Predictor, fresh_noise
 from minidistill.schedule import add_noise
 
-EVALUATION_SEED = 1_000_000  # the noise of evaluation lies apart from that of training
-Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+EVALUATION_SEED = 1_000_000  # far from the seeds of training
+Make = Callable[[], dict[str, Tensor]]
 
 
 @dataclass
 class ErrorShare:
-    """Of each picture and step of its trajectory, [N, S] each, with e = eps_student - eps_cond, g = eps_hat - eps_cond:
+    """Squared errors and their reference, for N trajectories of S steps, [N, S] each.
 
-    ``errors`` |e - g|^2, ``gaps`` |g|^2, and ``along`` e . g.
+    With e = eps_student - eps_cond and g = eps_hat - eps_cond: ``errors`` |e - g|^2, ``gaps`` |g|^2, ``along`` e . g.
     """
 
     errors: Tensor
@@ -41,11 +41,13 @@ class ErrorShare:
 
     @property
     def per_step(self) -> Tensor:
-        return self.errors.sum(0) / self.gaps.sum(0)
+        """The share at each step, [S]; nan where the teacher is not guided."""
+        errors, gaps = self.errors.sum(0), self.gaps.sum(0)
+        return torch.where(gaps > 1e-9 * gaps.max(), errors / gaps, torch.nan)
 
 
-def each_step(model: Predictor, z_t: Tensor, timesteps: Sequence[int]) -> Tensor:
-    """What ``model`` predicts for the states of S steps, [B, S, 4, h, w] -> [B, S, 4, h, w]."""
+def predict_each(model: Predictor, z_t: Tensor, timesteps: Sequence[int]) -> Tensor:
+    """The predictions of ``model`` for the states of S steps, [B, S, 4, h, w] -> [B, S, 4, h, w]."""
     times = (torch.full((len(z_t),), t, device=z_t.device) for t in timesteps)
     return torch.stack([model(z_t[:, i], t) for i, t in enumerate(times)], 1)
 
@@ -58,12 +60,12 @@ def teacher_states(
     steps: int,
     guidance: float,
     negative_prompt: str,
-    noised: bool,
     interval: Interval | None,
+    noised: bool,
 ) -> dict[str, Tensor]:
-    """``z_t`` of the teacher's guided trajectories, ``eps_hat`` and ``eps_cond`` there: [B, S, 4, h, w] each.
+    """``z_t`` on the teacher's guided trajectories, with ``eps_hat`` and ``eps_cond`` there: [B, S, 4, h, w] each.
 
-    With ``noised`` the states are the trajectories' ends z_0, noised afresh for the same time steps.
+    With ``noised`` the states are the ends z_0 of the trajectories, with fresh noise for the same time steps.
     """
     timesteps = sd.schedule.timesteps(steps)
     cond = sd.encode_prompt(list(prompts))
@@ -71,11 +73,11 @@ def teacher_states(
     z_T = sd.starting_noise(seeds)
     z_t, eps_hat, z_0 = teacher_trajectory(sd, cond, uncond, guidance, z_T, timesteps, interval)
     if noised:
-        generators = [torch.Generator().manual_seed(FRESH_NOISE + own) for own in seeds]
+        generators = [torch.Generator().manual_seed(FRESH_NOISE + seed) for seed in seeds]
         times = (torch.full((len(z_0),), t, device=z_0.device) for t in timesteps)
         z_t = torch.stack([add_noise(sd.schedule, z_0, fresh_noise(z_0, generators), t) for t in times], 1)
-        eps_hat = each_step(guided(sd.unet, cond, uncond, guidance, interval), z_t, timesteps)
-    return dict(z_t=z_t, eps_hat=eps_hat, eps_cond=each_step(plain(sd.unet, cond), z_t, timesteps))
+        eps_hat = predict_each(guided(sd.unet, cond, uncond, guidance, interval), z_t, timesteps)
+    return dict(z_t=z_t, eps_hat=eps_hat, eps_cond=predict_each(plain(sd.unet, cond), z_t, timesteps))
 
 
 @torch.no_grad()
@@ -90,57 +92,60 @@ def noise_error_share(
     noised: bool = False,
     batch: int = 16,
     progress: bool = False,
-    keep: Keep = lambda name, make: make(),
+    cache: Callable[[str, Make], dict[str, Tensor]] = lambda name, make: make(),
 ) -> ErrorShare:
-    """What share of the guidance the student misses, on the teacher's own guided trajectories for ``prompts``.
+    """Measure which share of the guidance the student misses, on the teacher's guided trajectories for ``prompts``.
 
     sum |eps_student - eps_hat|^2 / sum |eps_hat - eps_cond|^2 over all steps: 0 is the teacher, 1 is no guidance.
-    With ``noised``, at the same time steps on the trajectories' ends z_0, each noised afresh. ``keep(name, make)`` may
-    keep the tensors that ``make`` makes of the teacher, of a batch called ``name``, for the next student.
+
+    Args:
+        interval: the time steps at which the teacher is guided; None means all.
+        noised: measure on the ends z_0 of the trajectories instead, with fresh noise for the same time steps.
+        cache: ``cache(name, make)`` returns ``make()``, the teacher's tensors for one batch. It may store them for
+            the next student.
     """
     timesteps = sd.schedule.timesteps(steps)
-    teacher = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, noised=noised, interval=interval)
-    found = []  # of each batch: errors, gaps, along, [B, S] each
+    teacher = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, interval=interval, noised=noised)
+    parts = []  # per batch: errors, gaps, along, [B, S] each
     for first in tqdm(range(0, len(prompts), batch), desc="noise error", unit="batch", disable=not progress):
         some = list(prompts[first : first + batch])
         seeds = range(EVALUATION_SEED + first, EVALUATION_SEED + first + len(some))
-        states = keep(f"{first:06d}", partial(teacher_states, sd, some, seeds, **teacher))
-        student = student_of(sd.unet, sd.encode_prompt(some))
+        states = cache(f"{first:06d}", partial(teacher_states, sd, some, seeds, **teacher))
         z_t, eps_hat, eps_cond = (states[name].to(sd.device) for name in ("z_t", "eps_hat", "eps_cond"))
-        e, g = (eps.double() - eps_cond for eps in (each_step(student, z_t, timesteps), eps_hat))
-        found.append([x.sum((2, 3, 4)).cpu() for x in ((e - g).square(), g.square(), e * g)])
-    return ErrorShare(*(torch.cat(x) for x in zip(*found)))
+        eps = predict_each(student(sd.unet, sd.encode_prompt(some)), z_t, timesteps)
+        e, g = eps.double() - eps_cond, eps_hat.double() - eps_cond
+        parts.append([x.sum((2, 3, 4)).cpu() for x in ((e - g).square(), g.square(), e * g)])
+    return ErrorShare(*(torch.cat(x) for x in zip(*parts)))
 
 
-class Interval(NamedTuple):
-    """A mean and the 95% interval it lies in."""
+class Estimate(NamedTuple):
+    """A mean and its 95% interval. f"{estimate:.2f}" is "value (low to high)", each number with two digits."""
 
     value: float
     low: float
     high: float
 
+    def __format__(self, spec: str) -> str:
+        value, low, high = (format(x, spec) for x in self)
+        return f"{value} ({low} to {high})"
 
-def with_interval(found: Mapping[str, float], form: str) -> str:
-    """What ``Interval._asdict`` gives, as "value (low to high)", each by a format such as "{:.2f}"."""
-    return "{} ({} to {})".format(*(form.format(found[name]) for name in Interval._fields))
 
+def resample(prompts: int, resamples: int) -> Tensor:
+    """The prompts in each bootstrap resample, [resamples, prompts] int64.
 
-def resampled(prompts: int, resamples: int) -> Tensor:
-    """Which prompts each resample of a bootstrap takes, [resamples, prompts] int64.
-
-    Prompts, not pictures: those of one prompt are alike.
+    We resample prompts rather than images, because the images of one prompt are alike.
     """
     return torch.randint(prompts, (resamples, prompts), generator=torch.Generator().manual_seed(0))
 
 
-def interval(values: Tensor, per: Tensor | None = None) -> Interval:
-    """sum ``values`` / sum ``per`` (1 each unless given), both [P, ...], with P the prompts that are resampled."""
+def interval(values: Tensor, per: Tensor | None = None) -> Estimate:
+    """sum ``values`` / sum ``per`` (default: ones) with its 95% interval, both [P, ...], resampled over P prompts."""
     per = torch.ones_like(values) if per is None else per
     values, per = values.double().flatten(1).sum(1), per.double().flatten(1).sum(1)
-    chosen = resampled(len(values), 10_000)
+    chosen = resample(len(values), 10_000)
     means = values[chosen].sum(1) / per[chosen].sum(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-    return Interval((values.sum() / per.sum()).item(), low, high)
+    return Estimate((values.sum() / per.sum()).item(), low, high)
 
 
 def pixels(images: Sequence[Image.Image]) -> Tensor:
@@ -149,14 +154,14 @@ def pixels(images: Sequence[Image.Image]) -> Tensor:
 
 
 def psnr(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
-    """Peak signal-to-noise ratio of each picture to its reference in dB, [N]: -10 log10 of the mean squared error."""
+    """Peak signal-to-noise ratio of each image to its reference in dB, [N]: -10 log10 of the mean squared error."""
     pairs = zip(images, references, strict=True)
     error = torch.cat([(pixels([a]) / 255 - pixels([b]) / 255).square().mean((1, 2, 3)) for a, b in pairs])
     return -10 * torch.log10(error.clamp_min(1e-10))
 
 
 def ssim(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
-    """Structural similarity of each picture to its reference, [N], by scikit-image (a development extra)."""
+    """Structural similarity of each image to its reference, [N], by scikit-image (a development extra)."""
     from skimage.metrics import structural_similarity
 
     pairs = zip(map(np.asarray, images), map(np.asarray, references))
@@ -164,22 +169,36 @@ def ssim(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Te
 
 
 def frechet_distance(features: Tensor, references: Tensor) -> float:
-    """Between two sets of features, [N, D] and [M, D], taken for Gaussian ("FID", arXiv 1706.08500, eq. 6).
+    """Fréchet distance between Gaussians fitted to [N, D] and [M, D] features ("FID", arXiv 1706.08500, eq. 6).
 
-    |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)): the square root's trace is the sum of the eigenvalues' roots,
-    which are real and not negative.
+    |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)). The trace of the square root is the sum of the square roots of
+    the eigenvalues of C_1 C_2, which are real and not negative.
     """
     means = [x.double().mean(0) for x in (features, references)]
     covariances = [x.double().T.cov() for x in (features, references)]
     roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp_min(0).sqrt()
-    apart = (means[0] - means[1]).square().sum()
-    return (apart + covariances[0].trace() + covariances[1].trace() - 2 * roots.sum()).item()
+    distance = (means[0] - means[1]).square().sum()
+    return (distance + covariances[0].trace() + covariances[1].trace() - 2 * roots.sum()).item()
+
+
+def frechet_interval(features: Tensor, references: Tensor, each: int) -> Estimate:
+    """``frechet_distance`` of two sets [P * each, D], the same P prompts in the same order, resampled over prompts.
+
+    A resample lacks some prompts, which raises every distance. So the interval's width comes from the resamples, and
+    its place from the distance itself.
+    """
+    value = frechet_distance(features, references)
+    ours, theirs = (x.view(-1, each, x.shape[-1]) for x in (features, references))
+    values = [frechet_distance(ours[i].flatten(0, 1), theirs[i].flatten(0, 1)) for i in resample(len(ours), 200)]
+    low, high = torch.tensor(values).quantile(torch.tensor([0.025, 0.975])).tolist()
+    mean = sum(values) / len(values)
+    return Estimate(value, max(0.0, value + low - mean), value + high - mean)
 
 
 class ClipScore:
-    """Agreement of pictures and prompts by a CLIP of transformers ("CLIPScore", arXiv 2104.08718, without the 2.5).
+    """Agreement of images and prompts by a CLIP model ("CLIPScore", arXiv 2104.08718, without its factor 2.5).
 
-    ``folder``, or a hub id, is the model; its tokenizer is the one given.
+    ``folder`` is the model's folder or hub id; ``tokenizer`` encodes the prompts.
     """
 
     def __init__(self, folder: str | Path, tokenizer: CLIPTokenizer):
@@ -187,14 +206,19 @@ class ClipScore:
         self.preprocess = CLIPImageProcessorPil.from_pretrained(folder)
         self.tokenizer = tokenizer
 
+    @classmethod
+    def in_model(cls, sd: StableDiffusion) -> "ClipScore | None":
+        """The CLIP that comes with the model, in its folder ``clip``, if there is one."""
+        return cls(sd.path / "clip", sd.tokenizer) if (sd.path / "clip").is_dir() else None
+
     @torch.no_grad()
-    def embed_pictures(self, images: Sequence[Image.Image]) -> Tensor:
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         """PIL images -> unit vectors [N, D]."""
-        found = []
+        features = []
         for first in range(0, len(images), 64):
             inputs = self.preprocess(list(images[first : first + 64]), return_tensors="pt")
-            found.append(self.model.get_image_features(**inputs).pooler_output)
-        return F.normalize(torch.cat(found), dim=-1)
+            features.append(self.model.get_image_features(**inputs).pooler_output)
+        return F.normalize(torch.cat(features), dim=-1)
 
     @torch.no_grad()
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
@@ -203,5 +227,5 @@ class ClipScore:
         return F.normalize(self.model.get_text_features(**ids).pooler_output, dim=-1)
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """100 times the cosine between each picture and its prompt, [N]."""
-        return 100 * (self.embed_pictures(images) * self.embed_prompts(prompts)).sum(-1)
+        """100 times the cosine between each image and its prompt, [N]."""
+        return 100 * (self.embed_images(images) * self.embed_prompts(prompts)).sum(-1)

@@ -1,12 +1,14 @@
-"""What a run leaves to look at: pictures of teacher and student, the loss, a table on the screen and in report.md."""
+"""The report that ends a training run: images of teacher and student, the loss, and a table (also in report.md)."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from minidistill.evaluate import ClipScore, Drawn, comparison_grid, draw, noise_error_share, psnr
+from minidistill.evaluate.drawing import Drawn, comparison_grid, draw
+from minidistill.evaluate.figures import figure_file
+from minidistill.evaluate.metrics import ClipScore, noise_error_share, psnr
+from minidistill.evaluate.tables import markdown_table
+from minidistill.formats.files import atomic_write
 from minidistill.guidance import Interval
-from minidistill.formats.files import written_whole
 from minidistill.lora import merge_lora, unmerge_lora
 from minidistill.pipeline import StableDiffusion
 
@@ -20,66 +22,65 @@ def write_report(
     guidance: float,
     steps: int,
     negative_prompt: str,
-    interval: Interval | None,
     batch: int,
+    interval: Interval | None = None,
 ) -> None:
-    """Evaluate the student in ``sd.unet`` on ``prompts`` it never saw; write pictures, plot and table into ``out``."""
+    """Evaluate the student in ``sd.unet`` on held-out ``prompts``; write images, a plot and a table into ``out``."""
     print(f"Evaluating on {len(prompts)} held-out prompts ...")
-    options = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, interval=interval)
-    options |= dict(batch=batch, progress=True)
+    options = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, interval=interval, batch=batch)
+    options |= dict(progress=True)
     share = noise_error_share(sd, prompts, **options).pooled
-    sd.sample(prompts[:1], steps=1)  # the first calls of everything are slower: off the clock
+    sd.sample(prompts[:1], steps=1)  # warm up: the first calls are slower
     rows = [draw(sd, method, prompts, **options) for method in ("teacher", "no guidance")]
     merge_lora(sd.unet)
     rows.append(draw(sd, "student", prompts, **options))
     unmerge_lora(sd.unet)
 
-    shares = dict(zip(("teacher", "no guidance", "student"), (0.0, 1.0, share)))
-    table = markdown_table(sd, rows, shares, prompts)
+    table = report_table(sd, rows, {"teacher": 0.0, "no guidance": 1.0, "student": share}, prompts)
     frozen, trained = (
-        sum(p.numel() * p.element_size() for p in sd.unet.parameters() if p.requires_grad == learns) / 1e6
-        for learns in (False, True)
+        sum(p.numel() * p.element_size() for p in sd.unet.parameters() if p.requires_grad == trains) / 1e6
+        for trains in (False, True)
     )
-    memory = f"Weights: W {frozen:.1f} MB, and {trained:.1f} MB beside it that learned."
+    memory = f"Weights: {frozen:.1f} MB frozen, {trained:.1f} MB trained."
+    where = f" for {interval.low:g} <= t <= {interval.high:g}" if interval else ""
 
-    with written_whole(out / "teacher_vs_student.png") as beside:
-        comparison_grid(rows, prompts).save(beside, "png")
-    with written_whole(out / "loss.png") as beside:
-        plot_loss(losses, beside)
-    with written_whole(out / "report.md") as beside:
-        beside.write_text(
+    with atomic_write(out / "teacher_vs_student.png") as file:
+        comparison_grid(rows, prompts).save(file, "png")
+    plot_loss(losses, out / "loss.png")
+    with atomic_write(out / "report.md") as file:
+        file.write_text(
             f"# Teacher and student on {len(prompts)} held-out prompts\n\n{table}\n\n{memory}\n\n"
-            f"Guidance {guidance:g}, {steps} DDIM steps, {len(losses)} updates. The noise error share is the student's "
-            "squared error on the teacher's guided trajectories over the squared gap that guidance makes there; PSNR "
-            "compares pictures of the same prompt and seed.\n\n"
-            "![pictures](teacher_vs_student.png)\n\n![loss](loss.png)\n",
+            f"Guidance {guidance:g}{where}, {steps} DDIM steps, {len(losses)} updates. The noise error share is the "
+            "student's squared error on the teacher's guided trajectories, divided by the squared difference that "
+            "guidance makes there. PSNR compares images of the same prompt and seed.\n\n"
+            "![images](teacher_vs_student.png)\n\n![loss](loss.png)\n",
             encoding="utf-8",
         )
-    print(f"\n{table}\n\n{memory}\nPictures: {out / 'teacher_vs_student.png'}; all of it: {out / 'report.md'}")
+    print(f"\n{table}\n\n{memory}\nImages: {out / 'teacher_vs_student.png'}. Full report: {out / 'report.md'}")
 
 
-def markdown_table(sd: StableDiffusion, rows: list[Drawn], shares: dict[str, float], prompts: list[str]) -> str:
-    """Cost of a picture, distance to the teacher, and, where the model folder has a CLIP, agreement with the prompt."""
-    clip = ClipScore(sd.path / "clip", sd.tokenizer) if (sd.path / "clip").is_dir() else None
-    heads = ["", "UNet calls", "s / picture", "noise error share", "PSNR to teacher", *(["CLIP score"] if clip else [])]
-    lines = [" | ".join(heads), " | ".join(["---"] + ["---:"] * (len(heads) - 1))]
+def report_table(
+    sd: StableDiffusion, rows: Sequence[Drawn], shares: Mapping[str, float], prompts: Sequence[str]
+) -> str:
+    """The cost of an image, the distance to the teacher and, if the model has a CLIP, agreement with the prompt."""
+    clip = ClipScore.in_model(sd)
+    heads = ["", "UNet calls", "s / image", "noise error share", "PSNR to teacher", *(["CLIP score"] if clip else [])]
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
     for row in rows:
-        near = "" if row.method == "teacher" else f"{psnr(row.images, rows[0].images).mean():.1f} dB"
-        cells = [row.method, str(row.unet_calls), f"{row.seconds:.3f}", f"{shares[row.method]:.2f}", near]
-        cells += [f"{clip(row.images, prompts).mean():.1f}"] if clip else []
-        lines.append(" | ".join(cells))
-    return "\n".join(f"| {line} |" for line in lines)
+        distance = "" if row.method == "teacher" else f"{psnr(row.images, rows[0].images).mean():.1f} dB"
+        cells = [row.method, str(row.unet_calls), f"{row.seconds:.3f}", f"{shares[row.method]:.2f}", distance]
+        lines.append(cells + ([f"{clip(row.images, prompts).mean():.1f}"] if clip else []))
+    return markdown_table(lines)
 
 
-def plot_loss(losses: list[float], path: Path) -> None:
-    """The loss of every update, and its running mean."""
+def plot_loss(losses: Sequence[float], path: Path) -> None:
+    """Plot the loss of every update and its running mean."""
     window = max(len(losses) // 40, 1)
     recent = (losses[max(i - window, 0) : i + 1] for i in range(len(losses)))
-    mean = [sum(some) / len(some) for some in recent]
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(losses, color="0.75", linewidth=0.8, label="each update")
-    axes.plot(mean, color="black", label=f"mean of {window + 1}")
-    axes.set(xlabel="update", ylabel="squared error of the guided prediction", yscale="log")
-    axes.legend()
-    figure.savefig(path, format="png", dpi=120)
+    means = [sum(some) / len(some) for some in recent]
+    with figure_file(path, 7, 3.5) as figure:
+        axes = figure.subplots()
+        axes.plot(losses, color="0.75", linewidth=0.8, label="each update")
+        axes.plot(means, color="black", label=f"mean of {window + 1}")
+        axes.set(xlabel="update", ylabel="squared error of the guided prediction", yscale="log")
+        axes.legend()

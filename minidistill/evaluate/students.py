@@ -1,5 +1,6 @@
-"""Who is compared with the teacher: LoRAs and whole copies of the UNet, as runs left them."""
+"""Read the students to compare with the teacher: LoRAs, and full copies of the UNet that train.py wrote."""
 
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,79 +10,100 @@ import torch
 from torch import nn
 
 from minidistill.distill import FullStudent
-from minidistill.formats.checkpoint import read_checkpoint
+from minidistill.formats.checkpoint import load
+from minidistill.formats.files import reading
 from minidistill.formats.lora_files import inject_file
 from minidistill.formats.lora_formats import read_run
 from minidistill.formats.model_folder import STEMS, read_weights
 from minidistill.formats.tensor_files import read_tensors
-from minidistill.pipeline import place
-from minidistill.training.settings import ModelSettings, ScaledFile
+from minidistill.guidance import Interval
+from minidistill.training.settings import ScaledFile
 from minidistill.unet import UNet
 
 
+class Teacher(NamedTuple):
+    """How a teacher is guided; the names are those of ``draw`` and ``noise_error_share``."""
+
+    guidance: float
+    negative_prompt: str = ""
+    interval: Interval | None = None
+
+    def __str__(self) -> str:
+        where = f" for {self.interval.low:g} <= t <= {self.interval.high:g}" if self.interval else ""
+        return f'guidance {self.guidance:g}{where}, negative prompt "{self.negative_prompt}"'
+
+
 class Student(NamedTuple):
-    """What is compared with the teacher: a LoRA, or a UNet of its own."""
+    """A student on disk: ``install`` puts it beside the teacher's UNet, which is then called with lora_enabled."""
 
     file: Path
-    guidance: float
-    negative_prompt: str
-    beside: Callable[[UNet], nn.Module]  # the teacher's UNet -> that with the student, called with the flag
+    teacher: Teacher
+    install: Callable[[UNet], nn.Module]
 
 
-def read_student(path: Path, scale: float, settings: ModelSettings) -> Student:
-    """Of a run's folder its LoRA, or the checkpoint that ``--method full`` left there; or a LoRA file."""
+def read_student(path: Path, scale: float, args: Namespace) -> Student:
+    """Read a run's folder, with a LoRA or a full student in it, or a LoRA file. ``args`` are the model flags.
+
+    A LoRA at ``scale`` has the teacher of guidance 1 + scale (s - 1).
+    """
     full = full_student(path)
-    if full is None:
-        file = read_run(path, scale)
-        weights, header, beside = file.path, file.metadata, partial(inject_file, file=file)
-    elif scale == 1:
-        weights = read_weights(full / "unet", STEMS["unet"], settings.variant).file if full.is_dir() else full
-        header, beside = read_tensors(weights)[1], partial(beside_full, full, settings)
-    else:
+    if full and scale != 1:
         raise ValueError(f"{full} is a whole model: only a LoRA has a strength.")
+    if full:
+        file = read_weights(full / "unet", STEMS["unet"], args.variant).file if full.is_dir() else full
+        header, install = read_tensors(file)[1], partial(install_full, full, args)
+    else:
+        lora = read_run(path, scale)
+        file, header, install = lora.path, lora.metadata, partial(inject_file, file=lora)
     if "guidance" not in header:
-        raise ValueError(f"{weights} does not say which guidance it has learned: it is no student.")
+        raise ValueError(f"{file} does not say which guidance it has learned: it is not a student.")
     if style := header.get("teacher_lora"):
         raise ValueError(
-            f"{weights} was distilled from a teacher with the LoRA {style}. Merge that one into the model first "
-            "(python -m minidistill.export --to checkpoint), and name the result with --model."
+            f"{file} was distilled from a teacher with the LoRA {style}. Merge that LoRA into the model first "
+            "(python -m minidistill.export --to checkpoint), and pass the result as --model."
         )
-    guidance = float(header["guidance"]) if full else file.guidance
-    return Student(weights, guidance, header.get("negative_prompt", ""), beside)
+    with reading(file):
+        guidance = float(header["guidance"]) if full else lora.guidance
+        teacher = Teacher(guidance, header.get("negative_prompt", ""), read_interval(header))
+    return Student(file, teacher, install)
+
+
+def read_interval(header: Mapping[str, str]) -> Interval | None:
+    """The time steps at which a student's teacher was guided, from its header; None: all of them."""
+    return Interval(*map(float, header["interval"].split())) if "interval" in header else None
 
 
 def full_student(run: Path) -> Path | None:
-    """The checkpoint that ``train.py --method full`` left in its folder."""
-    return next((found for found in (run / "student", run / "student.safetensors") if found.exists()), None)
+    """The checkpoint that ``train.py --method full`` wrote into the run's folder, if there is one."""
+    return next((path for path in (run / "student", run / "student.safetensors") if path.exists()), None)
 
 
-def beside_full(path: Path, settings: ModelSettings, base: UNet) -> FullStudent:
-    unet = read_full(path, settings.load_options()["dtype"], settings.variant)
-    return FullStudent(base, place(unet, settings.device))
+def install_full(path: Path, args: Namespace, base: UNet) -> FullStudent:
+    return FullStudent(base, read_full(path, args.variant, dtype=getattr(torch, args.dtype), device=args.device))
 
 
-def read_full(path: Path, dtype: torch.dtype, variant: str | None) -> UNet:
-    """The UNet of a full student, which as a single file has no variants."""
-    return read_checkpoint(path, dtype, variant=variant if path.is_dir() else None).unet
+def read_full(path: Path, variant: str | None, **options) -> nn.Module:
+    """The UNet of a full student, loaded with ``options``; only a folder has variants."""
+    return load(path, variant=variant if path.is_dir() else None, **options).unet
 
 
-def read_students(runs: Sequence[ScaledFile], settings: ModelSettings) -> dict[str, Student]:
-    """Each by a name for the table."""
+def read_students(runs: Sequence[ScaledFile], args: Namespace) -> dict[str, Student]:
+    """The students by their labels in the table."""
     students = {}
     for path, scale in runs:
         label = (path.name if path.is_dir() else path.stem) + (f" x {scale:g}" if scale != 1 else "")
         if label in students or label in ("teacher", "no guidance"):
-            raise ValueError(f'{path} would be called "{label}" in the table, as another method is: rename it.')
-        students[label] = read_student(path, scale, settings)
+            raise ValueError(f'{path} would be called "{label}" in the table, like another method: rename it.')
+        students[label] = read_student(path, scale, args)
     return students
 
 
-def one_teacher(students: Mapping[str, Student], guidance: float | None) -> tuple[float, str]:
-    """The guidance scale and negative prompt that all students learned from. Raises ValueError if they differ."""
-    found = {(s.guidance, s.negative_prompt) for s in students.values()}
-    if guidance is not None and not students:
-        found = {(guidance, "")}
-    if len(found) > 1 or any(guidance not in (None, scale) for scale, _ in found):
-        learned = [f'{label}: {s.guidance:g}, away from "{s.negative_prompt}"' for label, s in students.items()]
-        raise ValueError(f"There is one teacher to compare with, and these learned from others: {'; '.join(learned)}.")
-    return next(iter(found), (2.5, ""))
+def one_teacher(students: Mapping[str, Student], guidance: float | None) -> Teacher:
+    """The teacher that all students learned from. Raises ValueError if they differ, or if ``guidance`` does."""
+    if not students:
+        return Teacher(2.5 if guidance is None else guidance)
+    teachers = {student.teacher for student in students.values()}
+    if len(teachers) > 1 or any(guidance not in (None, teacher.guidance) for teacher in teachers):
+        learned = "; ".join(f"{label}: {student.teacher}" for label, student in students.items())
+        raise ValueError(f"All students must have learned from one teacher, as it is what we compare with: {learned}.")
+    return teachers.pop()

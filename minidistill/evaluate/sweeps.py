@@ -1,34 +1,36 @@
-"""What matters for a student: one setting of train.py at a time, all others alike, and a figure for each.
+"""Measure what matters when training a student: vary one setting of train.py at a time, all others alike.
 
-  python -m minidistill.evaluate.sweeps                    all of them, in short runs: 75 minutes on two CPU cores
-  python -m minidistill.evaluate.sweeps rank --updates 400 --out runs/longer
+  python -m minidistill.evaluate sweeps                   all of them, in short runs: 75 minutes on two CPU cores
+  python -m minidistill.evaluate sweeps rank --updates 400 --out runs/longer
 
-Run from the repository's folder. Every value is a run of train.py under --runs, measured by the noise error share on
-held-out prompts; runs with the same teacher share its trajectories. What is there already is not done again.
+Run from the repository root. Each value is a run of train.py in --runs, measured by the noise error share on held-out
+prompts. Runs with the same teacher share its trajectories. Finished runs are not repeated.
 """
 
 import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from minidistill.data.trajectories import fingerprint, prompt_split, spread
-from minidistill.evaluate.metrics import interval, noise_error_share, with_interval
-from minidistill.formats.files import written_whole
+from minidistill.data.prompts import prompt_split, spread
+from minidistill.data.shards import fingerprint
+from minidistill.evaluate.figures import figure_file
+from minidistill.evaluate.metrics import Estimate, interval, noise_error_share
+from minidistill.evaluate.tables import markdown_table
+from minidistill.formats.checkpoint import load
+from minidistill.formats.files import write_json
 from minidistill.formats.lora_files import inject_file
 from minidistill.formats.lora_formats import read_run
-from minidistill.formats.model_configs import write_json
 from minidistill.lora import DEFAULT_TARGETS
-from minidistill.pipeline import load
-from minidistill.training.settings import ModelSettings, count, made_by, one_sentence, parse, positive, setting
+from minidistill.training.settings import DEFAULT_DEVICE, DEFAULT_MODEL, positive, positive_int
 
-LAYERS = {  # patterns of layers' names
+POSITIONAL = "[SWEEP ...] "
+LAYERS = {  # patterns of layer names
     "attention": ["*.attn?.to_*"],  # as in the paper's code
     "linear": ["*.attn?.to_*", "*.ff.net.*", "*.time_emb_proj"],
     "linear and convolution": list(DEFAULT_TARGETS),
@@ -42,52 +44,51 @@ VALUES = {
     "lr": (0.0005, 0.001, 0.002, 0.004, 0.008),
     "weighting": ("even", "min-snr"),
 }
-STAMP = ("command", "prompts", "teacher")  # in each row: what has these is done
+STAMP = ("command", "prompts", "teacher")  # a row with the same stamp is not measured again
 
 
-@dataclass
-class Settings:
-    sweeps: list[str] = setting(..., f"of {', '.join(VALUES)} (default: all)", "what", nargs="*", metavar="SWEEP")
-    model: Path = setting(ModelSettings.model, "a Stable Diffusion, as train.py takes it", "what")
-    rank: int = setting(16, "where it is not what is swept", "elsewhere", type=count)
-    layers: str = setting("linear and convolution", "likewise", "elsewhere", choices=tuple(LAYERS))
-    guidance: float = setting(2.5, "likewise", "elsewhere", type=positive)
-    trajectories: int = setting(240, "likewise", "elsewhere", type=count)
-    updates: int = setting(200, "likewise", "elsewhere", type=count)
-    lr: float = setting(None, "likewise (default: as train.py sets it)", "elsewhere", type=positive)
-    weighting: str = setting(None, "likewise (default: as train.py sets it)", "elsewhere", choices=VALUES["weighting"])
-    prompts: int = setting(24, "held-out prompts", "how", type=count)
-    runs: Path = setting(Path("runs/sweeps"), "folder of the runs", "how")
-    out: Path = setting(Path("results"), "folder for sweeps.json and the figures", "how")
+def add_flags(parser: ArgumentParser) -> None:
+    flag = parser.add_argument
+    flag("sweeps", nargs="*", metavar="SWEEP", help=f"any of {', '.join(VALUES)} (default: all)")
+    flag("--model", type=Path, default=DEFAULT_MODEL, metavar="PATH", help="as in train.py (default: %(default)s)")
+    flag("--prompts", type=positive_int, default=24, metavar="N", help="held-out prompts (default: %(default)s)")
+    flag("--runs", type=Path, default=Path("runs/sweeps"), metavar="FOLDER", help="the runs (default: %(default)s)")
+    flag("--out", type=Path, default=Path("results"), metavar="FOLDER",
+         help="sweeps.json and the figures (default: %(default)s)")  # fmt: skip
+    flag = parser.add_argument_group("the settings that are not swept").add_argument
+    flag("--rank", type=positive_int, default=16, metavar="N", help="(default: %(default)s)")
+    flag("--layers", choices=tuple(LAYERS), default="linear and convolution", help="(default: %(default)s)")
+    flag("--guidance", type=positive, default=2.5, metavar="SCALE", help="(default: %(default)s)")
+    flag("--trajectories", type=positive_int, default=240, metavar="N", help="(default: %(default)s)")
+    flag("--updates", type=positive_int, default=200, metavar="N", help="(default: %(default)s)")
+    flag("--lr", type=positive, metavar="RATE", help="(default: train.py's)")
+    flag("--weighting", choices=("even", "min-snr"), help="(default: train.py's)")
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse(Settings, __doc__, argv)
+def run(args: Namespace) -> None:
     if unknown := set(args.sweeps) - set(VALUES):
-        raise ValueError(f"There is no sweep called {', '.join(sorted(unknown))}: {', '.join(VALUES)}.")
-    file, made = args.out / "sweeps.json", made_by("minidistill.evaluate.sweeps", argv)
+        raise ValueError(f"There is no sweep called {', '.join(sorted(unknown))}: choose from {', '.join(VALUES)}.")
+    file = args.out / "sweeps.json"
     report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     sd = load(args.model)
-    teacher = fingerprint(sd.unet, sd.text_encoder)  # other weights may lie under the same name
+    teacher = fingerprint(sd.unet, sd.text_encoder)  # the same path may hold other weights than before
     done = {tuple(map(row.get, STAMP)): row for sweep in report.values() for row in sweep["rows"]}
     for sweep in args.sweeps or VALUES:
         rows = []
         for value in tqdm(VALUES[sweep], desc=f"sweep of {sweep}", unit="run"):
-            command = training(args, **{sweep: value})
+            command = train_command(args, **{sweep: value})
             key = shlex.join(["python", *command]), args.prompts, teacher
             if key not in done:
-                done[key] = dict(zip(STAMP, key)) | {"commit": made["commit"]} | measured(args, command)
+                done[key] = dict(zip(STAMP, key), commit=args.provenance["commit"]) | train_and_measure(args, command)
             rows.append(done[key] | {"value": value})
-            report[sweep] = {"command": made["command"], "rows": rows}
-            write_json(file, report)  # as far as it is
-        with written_whole(args.out / f"sweep-{sweep}.png") as beside:
-            plot(sweep, rows, beside)
-    print(f"{markdown(report)}\n\nFigures and JSON: {args.out}")
+            report[sweep] = {"command": args.provenance["command"], "rows": rows}
+            write_json(file, report)  # after every run
+        plot(sweep, rows, args.out / f"sweep-{sweep}.png")
+    print(f"{table(report)}\n\nFigures and JSON: {args.out}")
 
 
-def training(args: Settings, **swept: object) -> list[str]:
-    """The command line of a run; with the same settings it is the same."""
+def train_command(args: Namespace, **swept: object) -> list[str]:
+    """The command line of a run; equal settings give equal lines."""
     s = vars(args) | swept
     name = f"rank {s['rank']}, {s['layers']}, guidance {s['guidance']:g}, {s['trajectories']}, {s['updates']} updates"
     states = args.runs / f"states of guidance {s['guidance']:g}"
@@ -100,48 +101,40 @@ def training(args: Settings, **swept: object) -> list[str]:
     return [str(word) for word in [*command, "--states", states, "--out", args.runs / name, "--resume", "--no-report"]]
 
 
-def measured(args: Settings, command: Sequence[str]) -> dict:
-    """Train, if that is not done yet, and measure."""
-    run = Path(command[command.index("--out") + 1])
-    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)  # with its progress bars
+def train_and_measure(args: Namespace, command: Sequence[str]) -> dict:
+    """Finish the run if necessary, and measure its LoRA."""
+    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)  # stderr has progress bars
     if done.returncode:
         raise ValueError(
-            f"python {shlex.join(command)} ended with an error (above). If {args.runs} is of another teacher: name "
-            "another --runs."
+            f"python {shlex.join(command)} ended with an error (above). If {args.runs} holds runs of another teacher, "
+            "choose another folder with --runs."
         )
-    sd, learned = load(args.model, device=ModelSettings.device), read_run(run, 1.0)
-    sd.unet = inject_file(sd.unet, learned)
+    sd, lora = load(args.model, device=DEFAULT_DEVICE), read_run(Path(command[command.index("--out") + 1]))
+    sd.unet = inject_file(sd.unet, lora)
     prompts = spread(prompt_split(args.model)[1], args.prompts)
-    found = noise_error_share(sd, prompts, steps=25, guidance=learned.guidance, batch=len(prompts))
+    share = noise_error_share(sd, prompts, steps=25, guidance=lora.guidance, batch=len(prompts))
     return {
-        "parameters": sum(pair.down.numel() + pair.up.numel() for pair in learned.layers.values()),
-        "noise error share": interval(found.errors, found.gaps)._asdict(),
+        "parameters": sum(pair.down.numel() + pair.up.numel() for pair in lora.layers.values()),
+        "noise error share": interval(share.errors, share.gaps)._asdict(),
     }
 
 
-def markdown(report: dict) -> str:
-    """A line a run."""
-    lines = ["| sweep | value | trained parameters | noise error share |", "| --- | ---: | ---: | ---: |"]
+def table(report: Mapping[str, Mapping]) -> str:
+    """A line for each run."""
+    lines = [["sweep", "value", "trained parameters", "noise error share"], ["---", "---:", "---:", "---:"]]
     for sweep in report:
         for row in report[sweep]["rows"]:
-            share = with_interval(row["noise error share"], "{:.3f}")
-            lines.append(f"| {sweep} | {row['value']} | {row['parameters']:,} | {share} |")
-    return "\n".join(lines)
+            share = Estimate(**row["noise error share"])
+            lines.append([sweep, str(row["value"]), f"{row['parameters']:,}", f"{share:.3f}"])
+    return markdown_table(lines)
 
 
 def plot(sweep: str, rows: Sequence[dict], path: Path) -> None:
-    """The noise error share by value, with its 95% interval."""
-    shares = [row["noise error share"] for row in rows]
-    apart = [[x["value"] - x["low"] for x in shares], [x["high"] - x["value"] for x in shares]]
-    figure = Figure(figsize=(4.5, 3), layout="constrained")
-    axes = figure.subplots()
-    names = [str(row["value"]) for row in rows]
-    look = "ko" if isinstance(rows[0]["value"], str) else "ko-"  # between two names lies nothing
-    axes.errorbar(names, [x["value"] for x in shares], apart, fmt=look, capsize=3)
-    axes.set(xlabel=sweep, ylabel="noise error share", ylim=(0, None))
-    figure.savefig(path, format="png", dpi=120)
-
-
-if __name__ == "__main__":
-    with one_sentence("minidistill.evaluate.sweeps", "stopped. The same command goes on from what is done."):
-        main()
+    """Plot the noise error share by value, with its 95% interval."""
+    shares = [Estimate(**row["noise error share"]) for row in rows]
+    errors = [[x.value - x.low for x in shares], [x.high - x.value for x in shares]]
+    style = "ko" if isinstance(rows[0]["value"], str) else "ko-"  # a line only between numbers
+    with figure_file(path, 4.5, 3) as figure:
+        axes = figure.subplots()
+        axes.errorbar([str(row["value"]) for row in rows], [x.value for x in shares], errors, fmt=style, capsize=3)
+        axes.set(xlabel=sweep, ylabel="noise error share", ylim=(0, None))

@@ -1,4 +1,4 @@
-"""Stage 2: the VAE, and latents of unit variance."""
+"""Stage 2: train the VAE, and scale its latents to unit variance."""
 
 from pathlib import Path
 
@@ -8,23 +8,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidistill.config import VAEConfig
-from minidistill.pocket.pictures import to_pixels
+from minidistill.pocket.images import to_pixels
 from minidistill.pocket.stage import fit
 from minidistill.vae import VAE
 
-KL_WEIGHT = 1e-5  # keeps the latents near the origin; the pictures must come first
+KL_WEIGHT = 1e-5  # small: it keeps the latents near the origin, but the images matter more
 
 
-def train_vae(config: VAEConfig, pictures: Tensor, state: Path, steps: int, batch: int = 4, lr: float = 2e-3) -> VAE:
-    """Train on uint8 pictures [N, 3, H, W]; returns the averaged weights. Resumes from ``state`` where that exists.
+def train_vae(config: VAEConfig, images: Tensor, state: Path, steps: int, batch: int = 4, lr: float = 2e-3) -> VAE:
+    """Train on uint8 images [N, 3, H, W]; returns the averaged weights. Resumes from ``state`` if it exists.
 
-    The loss is squared error (which the PSNR asked of it measures), a little absolute error for the edges, and the KL
-    divergence of the posterior from the unit Gaussian ("Auto-Encoding Variational Bayes", appendix B).
+    The loss is the squared error (which PSNR measures), a little absolute error for the edges, and the KL divergence
+    of the posterior from the unit Gaussian ("Auto-Encoding Variational Bayes", appendix B).
     """
     vae = VAE(config)
 
     def loss_of_batch() -> tuple[Tensor, dict[str, Tensor]]:
-        x = to_pixels(pictures[torch.randint(len(pictures), (batch,))])
+        x = to_pixels(images[torch.randint(len(images), (batch,))])
         mean, log_variance = vae.posterior(x)
         z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
         reconstruction = vae.decode(z * config.scaling_factor)
@@ -37,18 +37,18 @@ def train_vae(config: VAEConfig, pictures: Tensor, state: Path, steps: int, batc
 
 
 @torch.no_grad()
-def encode_all(vae: VAE, pictures: Tensor, batch: int = 64) -> Tensor:
-    """The scaled latents [N, 4, h, w] of uint8 pictures [N, 3, H, W]."""
-    batches = tqdm(pictures.split(batch), desc="latents", unit="batch")
+def encode_all(vae: VAE, images: Tensor, batch: int = 64) -> Tensor:
+    """The scaled latents [N, 4, h, w] of uint8 images [N, 3, H, W]."""
+    batches = tqdm(images.split(batch), desc="latents", unit="batch")
     return torch.cat([vae.encode(to_pixels(some)) for some in batches])
 
 
 @torch.no_grad()
 def normalise_latents(vae: VAE, latents: Tensor) -> None:
-    """Give every latent channel mean 0 and variance 1, by folding the shift and scale into the VAE's 1x1 convolutions.
+    """Give every latent channel mean 0 and variance 1, by folding shift and scale into the VAE's 1x1 convolutions.
 
-    One scaling factor, as Stable Diffusion has, would leave the channels' spreads as uneven as training made them.
-    ``latents`` [N, 4, h, w] are the VAE's own, with a scaling factor of 1.
+    Stable Diffusion's single scaling factor would leave the channels with different variances. ``latents``
+    [N, 4, h, w] come from this VAE, with a scaling factor of 1.
     """
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     channels = len(mean)
@@ -61,10 +61,10 @@ def normalise_latents(vae: VAE, latents: Tensor) -> None:
 
 
 @torch.no_grad()
-def psnr(vae: VAE, pictures: Tensor, batch: int = 64) -> float:
-    """The mean PSNR in dB of the reconstructions of uint8 pictures [N, 3, H, W]."""
+def psnr(vae: VAE, images: Tensor, batch: int = 64) -> float:
+    """Mean PSNR in dB of the reconstructions of uint8 images [N, 3, H, W]."""
     ratios = []
-    for some in pictures.split(batch):
+    for some in images.split(batch):
         x = to_pixels(some)
         error = (vae.decode(vae.encode(x)).clamp(-1, 1) - x).square().mean((1, 2, 3))
         ratios.append(-10 * torch.log10(error / 4))

@@ -1,4 +1,4 @@
-"""The little world the embedded model knows: every emoji on every colour, and which pairs are kept for evaluation."""
+"""The world of the embedded model: every emoji on every colour, and which pairs are held out for evaluation."""
 
 import json
 import random
@@ -6,7 +6,7 @@ import unicodedata
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from minidistill.formats.files import written_whole
+from minidistill.formats.files import atomic_write
 
 ANIMALS = (
     "🐶🐱🐭🐹🐰🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐔🐧🐦🐤🦉🐺🐗🐴🦄🐝🐛🦋🐌🐞🐜🐢🐍🦎🐙🦑🦀🐡🐠🐟🐬🐳🦈🐊🐘🦒🐪🐏🦌🐓🦃🦜🦢🦩🐿🦔"
@@ -36,7 +36,7 @@ class Composition:
     emoji: str  # one character
     name: str  # "rocket"
     colour: str  # "purple"
-    rgb: tuple[int, int, int]  # the background, 0..255
+    rgb: tuple[int, int, int]  # of the background, 0..255
     caption: str  # "a rocket on a purple background"
     held_out: bool  # never trained on
 
@@ -44,8 +44,8 @@ class Composition:
 def all_compositions() -> list[Composition]:
     """Every emoji on every colour, emoji by emoji, always in the same order.
 
-    A tenth of the pairs is held out: emoji in a shuffled order lose one colour each, the colours taking turns. So no
-    emoji loses more than one of its eight colours, and the colours lose equally many emoji, give or take one.
+    A tenth of the pairs is held out: each emoji of a shuffled list loses one colour, and the colours take turns. So no
+    emoji loses more than one of its eight colours, and every colour loses the same number of emoji, plus or minus one.
     """
     emoji, colours = list(EMOJI), list(COLOURS)
     random.Random(HELD_OUT_SEED).shuffle(emoji)
@@ -62,8 +62,8 @@ def all_compositions() -> list[Composition]:
 
 
 def write_compositions(path: str | Path) -> None:
-    """Write all compositions as a JSON list of `name, colour, rgb, caption, held_out`, one to a line."""
+    """Write all compositions as a JSON list of `name, colour, rgb, caption, held_out`, one per line."""
     rows = [asdict(c) for c in all_compositions()]
     lines = [json.dumps({key: row[key] for key in row if key != "emoji"}) for row in rows]
-    with written_whole(path) as beside:
-        beside.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    with atomic_write(path) as file:
+        file.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")

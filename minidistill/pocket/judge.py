@@ -1,16 +1,17 @@
-"""Do pictures show what their captions say? Judged from the pixels alone: neither the model nor its CLIP has a say.
+"""Judge from the pixels alone whether images show what their captions say, without the model or its CLIP.
 
-The background is the median of the border. The emoji is told twice: by the nearest of all emoji drawn at several sizes
-and places, and by a small classifier that has seen rendered pictures only. Both need the emoji font.
+  python -m minidistill.pocket.judge --lora weights/pocket-emoji/guidance-lora.safetensors --out results/pocket.json
+  python -m minidistill.pocket.judge --check
 
-python -m minidistill.pocket.judge --lora weights/pocket-emoji/guidance-lora.safetensors --out results/pocket.json
-python -m minidistill.pocket.judge --check
+The background is the median colour of the border. The emoji is identified twice: as the nearest of all emoji, rendered
+at several sizes and places, and by a small classifier trained on rendered images only. Both need the emoji font.
 """
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,67 +25,81 @@ from tqdm import tqdm
 
 from minidistill import load, load_lora, merge_lora
 from minidistill.evaluate import draw, interval, pixels
-from minidistill.evaluate.metrics import with_interval
-from minidistill.formats.files import written_whole
+from minidistill.evaluate.metrics import Estimate
+from minidistill.evaluate.students import read_interval
+from minidistill.evaluate.tables import markdown_table
+from minidistill.formats.files import atomic_write, write_json
 from minidistill.formats.lora_formats import read_lora
-from minidistill.formats.model_configs import write_json
 from minidistill.pipeline import StableDiffusion
 from minidistill.pocket.compositions import COLOURS, EMOJI, Composition, all_compositions
-from minidistill.pocket.pictures import DRAWN_SIZE, find_font, glyph, render
-from minidistill.training.settings import count, finite, made_by, one_sentence, parse, setting
+from minidistill.pocket.images import EMOJI_SIZE, find_font, glyph, render
+from minidistill.pocket.stage import update
+from minidistill.training.settings import (
+    DEFAULT_DEVICE,
+    DEFAULT_MODEL,
+    finite,
+    new_parser,
+    one_line_errors,
+    positive_int,
+    provenance,
+)
 
-TEMPLATE_SIDE = 32  # templates are compared at this size
-TEMPLATE_SIZES = 5  # sizes of each emoji, from the smallest that is drawn to the largest
-TEMPLATE_SHIFT = 2  # pixels of TEMPLATE_SIDE either way: as far as emoji are drawn from the centre
+WORK = Path("runs/pocket")
+TEMPLATE_SIDE = 32  # pixels a side at which templates are compared
+TEMPLATE_SIZES = 5  # sizes of each emoji, from the smallest rendered to the largest
+TEMPLATE_SHIFT = 2  # pixels each way, the largest shift of rendered emoji from the centre at this size
 CLASSIFIER_SIDE = 64
-TRAINING_SEED, JUDGING_SEED = 1001, 1002  # the renders that the model learned from have seed 0
+TRAINING_SEED, JUDGING_SEED = 1001, 1002  # the model's training images have seed 0
 MEASURES = ("identity by template", "identity by classifier", "background", "all right")
 
 
-@dataclass
-class Settings:
-    model: Path = setting(Path("weights/pocket-emoji"), "the embedded model, with its compositions.json", "what")
-    lora: Path = setting(None, "a distilled LoRA: its student is judged too, in one pass", "what", type=Path)
-    check: bool = setting(False, "judge the judges instead: rendered pictures, plain and degraded", "what")
-    guidance: float = setting(None, "guidance scale (default: the LoRA's own, else 2.5)", "how", type=finite)
-    steps: int = setting(25, "DDIM steps", "how", type=count)
-    seeds: int = setting(4, "pictures of each held-out composition", "how", type=count)
-    limit: int = setting(None, "judge only this many compositions, evenly chosen", "how", type=count)
-    batch: int = setting(32, "pictures drawn at once", "how", type=count)
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "where to draw", "how")
-    out: Path = setting(None, "a JSON file for the numbers", "files", type=Path)
-    work: Path = setting(Path("runs/pocket"), "folder in which the trained classifier is kept", "files")
-    font: str = setting(None, "path of NotoColorEmoji.ttf (found by itself on Debian)", "files")
+def read_flags(argv: list[str]) -> Namespace:
+    parser = new_parser(__doc__, prog="python -m minidistill.pocket.judge")
+    flag = parser.add_argument
+    flag("--model", type=Path, default=DEFAULT_MODEL, metavar="FOLDER",
+         help="the embedded model, with its compositions.json (default: %(default)s)")  # fmt: skip
+    flag("--lora", type=Path, metavar="FILE", help="a distilled LoRA: judge its student too")
+    flag("--check", action="store_true", help="check the judges instead, on rendered images, plain and degraded")
+    flag("--guidance", type=finite, metavar="SCALE", help="guidance scale (default: the LoRA's own, else 2.5)")
+    flag("--steps", type=positive_int, default=25, metavar="N", help="DDIM steps (default: %(default)s)")
+    flag("--seeds", type=positive_int, default=4, metavar="N", help="images per composition (default: %(default)s)")
+    flag("--limit", type=positive_int, metavar="N", help="judge N compositions, evenly spread (default: all held-out)")
+    flag("--batch", type=positive_int, default=32, metavar="N", help="images to sample at once (default: %(default)s)")
+    flag("--device", default=DEFAULT_DEVICE, help="where to sample (default: %(default)s)")
+    flag("--out", type=Path, metavar="FILE", help="write the numbers to this JSON file")
+    flag("--work", type=Path, default=WORK, metavar="FOLDER", help="for the trained classifier (default: %(default)s)")
+    flag("--font", metavar="PATH", help="NotoColorEmoji.ttf (default: where Debian has it)")
+    return parser.parse_args(argv)
 
 
-def border_colour(pictures: Tensor) -> Tensor:
+def border_colour(images: Tensor) -> Tensor:
     """uint8 [N, 3, H, W] -> the median of the outermost pixels, in [0, 1], [N, 3]."""
-    ring = torch.ones(pictures.shape[2:], dtype=torch.bool)
+    ring = torch.ones(images.shape[2:], dtype=torch.bool)
     ring[1:-1, 1:-1] = False
-    return pictures[:, :, ring].float().median(-1).values / 255
+    return images[:, :, ring].float().median(-1).values / 255
 
 
-def background(pictures: Tensor) -> Tensor:
-    """uint8 [N, 3, H, W] -> the index in COLOURS of the named colour nearest to the border's, int64 [N]."""
+def background(images: Tensor) -> Tensor:
+    """uint8 [N, 3, H, W] -> the index in COLOURS of the colour nearest to the border's, int64 [N]."""
     named = torch.tensor(list(COLOURS.values())) / 255
-    return torch.cdist(border_colour(pictures), named).argmin(1)
+    return torch.cdist(border_colour(images), named).argmin(1)
 
 
-def shrink(pictures: Tensor, side: int) -> Tensor:
+def shrink(images: Tensor, side: int) -> Tensor:
     """uint8 [N, 3, H, W] -> float [N, 3, side, side] in [0, 1]."""
-    return F.adaptive_avg_pool2d(pictures.float() / 255, side)
+    return F.adaptive_avg_pool2d(images.float() / 255, side)
 
 
 @lru_cache(maxsize=1)
 def templates(font: str) -> Tensor:
-    """Every emoji at several sizes: colour times coverage, and coverage. [E * TEMPLATE_SIZES, 4, h, w] in [0, 1]."""
+    """Every emoji at several sizes, [E * TEMPLATE_SIZES, 4, h, w] in [0, 1]: colour times coverage, and coverage."""
     fine = 4 * TEMPLATE_SIDE  # about the font's own size
     stamps = []
     for emoji in EMOJI:
-        drawn = glyph(emoji, font)
-        for share in np.linspace(*DRAWN_SIZE, TEMPLATE_SIZES):
-            scale = share * fine / max(drawn.size)
-            stamp = drawn.resize([round(side * scale) for side in drawn.size], Image.Resampling.LANCZOS)
+        bitmap = glyph(emoji, font)
+        for share in np.linspace(*EMOJI_SIZE, TEMPLATE_SIZES):
+            scale = share * fine / max(bitmap.size)
+            stamp = bitmap.resize([round(side * scale) for side in bitmap.size], Image.Resampling.LANCZOS)
             sheet = Image.new("RGBA", (fine, fine))
             sheet.paste(stamp, ((fine - stamp.width) // 2, (fine - stamp.height) // 2))
             pixels = torch.from_numpy(np.array(sheet)).permute(2, 0, 1).float() / 255
@@ -93,29 +108,29 @@ def templates(font: str) -> Tensor:
     return torch.stack(stamps)
 
 
-def identity_by_template(pictures: Tensor, font: str | None = None, batch: int = 64) -> Tensor:
+def identity_by_template(images: Tensor, font: str | None = None, batch: int = 64) -> Tensor:
     """uint8 [N, 3, H, W] -> the index in EMOJI of the template with the least squared error, int64 [N].
 
-    With picture x, measured background b, and a template of colour P and coverage A, summed over pixels and channels:
-    |x - (P + (1 - A) b)|^2 = |y|^2 - 2 <y, P - A b> + |P - A b|^2 where y = x - b.
+    For an image x with background b, and a template with colour P and coverage A, over all pixels and channels:
+    |x - (P + (1 - A) b)|^2 = |y|^2 - 2 <y, P - A b> + |P - A b|^2 with y = x - b.
     """
     stamps = templates(find_font(font))
     flat, colour, coverage = stamps.flatten(1), stamps[:, :3].flatten(2), stamps[:, 3].flatten(1)
     squares = colour.square().sum((1, 2)), torch.einsum("kcp,kp->kc", colour, coverage), coverage.square().sum(1)
-    found = []
-    for some in tqdm(pictures.split(batch), desc="templates", unit="batch", leave=False):
+    nearest = []
+    for some in tqdm(images.split(batch), desc="templates", unit="batch", leave=False):
         b = border_colour(some)  # [B, 3]
         y = shrink(some, TEMPLATE_SIDE) - b[:, :, None, None]
-        y = torch.cat([y, -torch.einsum("bchw,bc->bhw", y, b)[:, None]], 1)  # [B, 4, h, w], to be paired with (P, A)
+        y = torch.cat([y, -torch.einsum("bchw,bc->bhw", y, b)[:, None]], 1)  # [B, 4, h, w], for products with (P, A)
         shifted = F.unfold(F.pad(y, [TEMPLATE_SHIFT] * 4), TEMPLATE_SIDE)  # [B, 4 h w, shifts]
         match = (shifted.transpose(1, 2) @ flat.T).amax(1)  # [B, K], at the best shift
         energy = squares[0] - 2 * b @ squares[1].T + b.square().sum(1, keepdim=True) * squares[2]
-        found.append((energy - 2 * match).argmin(1) // TEMPLATE_SIZES)
-    return torch.cat(found)
+        nearest.append((energy - 2 * match).argmin(1) // TEMPLATE_SIZES)
+    return torch.cat(nearest)
 
 
 def build_classifier() -> nn.Sequential:
-    """A light CNN: [B, 3, 64, 64] in [0, 1] -> logits [B, E]."""
+    """A small CNN: [B, 3, 64, 64] in [0, 1] -> logits [B, E]."""
     layers: list[nn.Module] = []
     for inner, outer in [(3, 32), (32, 64), (64, 128), (128, 192), (192, 256)]:  # 64 -> 2 pixels a side
         layers += [nn.Conv2d(inner, outer, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU()]
@@ -132,113 +147,111 @@ def blur(x: Tensor, sigma: float) -> Tensor:
 
 
 def train_classifier(font: str | None = None, renders: int = 48, steps: int = 800, batch: int = 64) -> nn.Sequential:
-    """Train on rendered pictures, on backgrounds of any colour, a little blurred and noisy lest it be brittle."""
+    """Train on rendered images with random backgrounds, a little blurred and noisy to make the classifier robust."""
     rng = np.random.default_rng(TRAINING_SEED)
     of_emoji = {c.emoji: c for c in all_compositions()}
-    shown = [
+    chosen = [
         replace(of_emoji[e], rgb=tuple(int(v) for v in rng.integers(6, 250, 3))) for e in EMOJI for _ in range(renders)
     ]
-    pictures, index = render(shown, 1, TRAINING_SEED, CLASSIFIER_SIDE, font)
+    images, index = render(chosen, 1, TRAINING_SEED, CLASSIFIER_SIDE, font)
     torch.manual_seed(TRAINING_SEED)
     model = build_classifier().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     progress = tqdm(range(steps), desc="classifier", unit="step")
     for _ in progress:
-        chosen = torch.randint(len(index), (batch,))
-        x = blur(pictures[chosen].float() / 255, 1.5 * torch.rand(()).item())
+        rows = torch.randint(len(index), (batch,))
+        x = blur(images[rows].float() / 255, 1.5 * torch.rand(()).item())
         x = x + 0.1 * torch.rand(batch, 1, 1, 1) * torch.randn_like(x)
-        loss = F.cross_entropy(model(x), index[chosen] // renders)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loss = F.cross_entropy(model(x), index[rows] // renders)
+        update(loss, optimizer, model.parameters(), max_norm=float("inf"))
         scheduler.step()
         progress.set_postfix(loss=f"{loss.item():.3f}")
     return model.eval()
 
 
 def load_classifier(work: Path, font: str | None = None) -> nn.Sequential:
-    """The classifier kept in the folder ``work``; trained first, in a few minutes, where there is none."""
+    """The classifier in the folder ``work``; trained first if there is none, which takes a few minutes."""
     path = work / "judge.safetensors"
     if not path.exists():
         trained = train_classifier(font)
-        with written_whole(path) as beside:
-            save_file(trained.state_dict(), beside)
+        with atomic_write(path) as file:
+            save_file(trained.state_dict(), file)
     model = build_classifier()
     model.load_state_dict(load_file(path))
     return model.eval()
 
 
 @torch.no_grad()
-def identity_by_classifier(pictures: Tensor, model: nn.Module, batch: int = 256) -> Tensor:
+def identity_by_classifier(images: Tensor, model: nn.Module, batch: int = 256) -> Tensor:
     """uint8 [N, 3, H, W] -> index in EMOJI, int64 [N]."""
-    return torch.cat([model(shrink(some, CLASSIFIER_SIDE)).argmax(1) for some in pictures.split(batch)])
+    return torch.cat([model(shrink(some, CLASSIFIER_SIDE)).argmax(1) for some in images.split(batch)])
 
 
 def judge(
-    pictures: Tensor, compositions: Sequence[Composition], classifier: nn.Module, font: str | None = None
+    images: Tensor, compositions: Sequence[Composition], classifier: nn.Module, font: str | None = None
 ) -> dict[str, Tensor]:
-    """Judge uint8 [C * S, 3, H, W], S pictures a composition, in turn: by each of MEASURES, 1 where right, [C, S]."""
-    each = len(pictures) // len(compositions)
+    """Judge uint8 [C * S, 3, H, W], S consecutive images per composition, by each of MEASURES: 1 if right, [C, S]."""
+    each = len(images) // len(compositions)
     emoji = torch.tensor([EMOJI.index(c.emoji) for c in compositions]).repeat_interleave(each)
     colour = torch.tensor([list(COLOURS).index(c.colour) for c in compositions]).repeat_interleave(each)
     right = [
-        identity_by_template(pictures, font) == emoji,
-        identity_by_classifier(pictures, classifier) == emoji,
-        background(pictures) == colour,
+        identity_by_template(images, font) == emoji,
+        identity_by_classifier(images, classifier) == emoji,
+        background(images) == colour,
     ]
     right.append(right[0] & right[1] & right[2])
     return {measure: r.view(-1, each).float() for measure, r in zip(MEASURES, right)}
 
 
 def compositions_of(captions: Sequence[str]) -> list[Composition]:
-    """Raises ValueError for a caption that no emoji here shows."""
+    """The compositions with these captions. Raises ValueError for an unknown caption."""
     known = {c.caption: c for c in all_compositions()}
-    if strange := [caption for caption in captions if caption not in known]:
-        raise ValueError(f"This judge knows the embedded model's captions only, not: {', '.join(strange[:5])}.")
+    if unknown := [caption for caption in captions if caption not in known]:
+        raise ValueError(f"This judge knows only the embedded model's captions, not: {', '.join(unknown[:5])}.")
     return [known[caption] for caption in captions]
 
 
-def measures(pictures: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
-    """uint8 [N, 3, H, W] -> MEASURES of each, [N]. With ``rendered``, what minidistill.evaluate asks of a judge."""
-    right = judge(pictures, compositions_of(captions), load_classifier(Settings.work))
+def measures(images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+    """uint8 [N, 3, H, W] -> MEASURES of each image, [N]. ``evaluate --judge`` calls this and ``rendered``."""
+    right = judge(images, compositions_of(captions), load_classifier(WORK))
     return {measure: values.flatten() for measure, values in right.items()}
 
 
 def rendered(captions: Sequence[str], side: int) -> list[Image.Image]:
-    """What the captions' pictures should look like: each drawn anew, ``side`` pixels wide."""
-    pictures, _ = render(compositions_of(captions), 1, JUDGING_SEED, side)
-    return [Image.fromarray(picture) for picture in pictures.permute(0, 2, 3, 1).numpy()]
+    """Reference images of the captions, ``side`` pixels wide."""
+    images, _ = render(compositions_of(captions), 1, JUDGING_SEED, side)
+    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()]
 
 
-def mean_distance(pictures: Tensor, each: int) -> float:
-    """Mean RMS distance between two pictures of one composition, in [0, 1]; ``each`` of them lie in turn."""
-    sets = (pictures.float() / 255).flatten(1).view(-1, each, pictures[0].numel())  # [C, S, 3 H W]
-    apart = [(sets[:, i] - sets[:, j]).square().mean(-1).sqrt() for i in range(each) for j in range(i)]
-    return torch.stack(apart).mean().item()
+def mean_distance(images: Tensor, each: int) -> float:
+    """Mean RMS distance in [0, 1] between two images of one composition, which has ``each`` consecutive images."""
+    sets = (images.float() / 255).flatten(1).view(-1, each, images[0].numel())  # [C, S, 3 H W]
+    distances = [(sets[:, i] - sets[:, j]).square().mean(-1).sqrt() for i in range(each) for j in range(i)]
+    return torch.stack(distances).mean().item()
 
 
-def row(method: str, right: dict[str, Tensor], pictures: Tensor, compositions: Sequence[Composition]) -> dict:
-    """The numbers of one method, as they go to JSON; ``wrong`` counts the pictures that any judge refused."""
+def row(method: str, right: dict[str, Tensor], images: Tensor, compositions: Sequence[Composition]) -> dict:
+    """One method's numbers for the JSON file; ``wrong`` counts, by caption, the images that are not all right."""
     each = right[MEASURES[0]].shape[1]
     numbers = {m: interval(values)._asdict() for m, values in right.items()}
-    missed = (each - right["all right"].sum(1)).int().tolist()
-    wrong = {c.caption: n for c, n in zip(compositions, missed) if n}
-    return {"method": method, **numbers, "distance over seeds": mean_distance(pictures, each), "wrong": wrong}
+    counts = (each - right["all right"].sum(1)).int().tolist()
+    wrong = {c.caption: n for c, n in zip(compositions, counts) if n}
+    return {"method": method, **numbers, "distance over seeds": mean_distance(images, each), "wrong": wrong}
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Rows as Markdown: percentages with their intervals."""
-    lines = ["| | " + " | ".join(MEASURES) + " | distance over seeds |", "|---" * (len(MEASURES) + 2) + "|"]
+    """A Markdown table of percentages with their intervals."""
+    lines = [["", *MEASURES, "distance over seeds"], ["---"] * (len(MEASURES) + 2)]
     for r in rows:
-        cells = [with_interval(r[m], "{:.1%}") for m in MEASURES]
-        lines.append(f"| {r['method']} | {' | '.join(cells)} | {r['distance over seeds']:.3f} |")
-    return "\n".join(lines)
+        percentages = (f"{Estimate(**r[measure]):.1%}" for measure in MEASURES)
+        lines.append([r["method"], *percentages, f"{r['distance over seeds']:.3f}"])
+    return markdown_table(lines)
 
 
-def degraded(pictures: Tensor) -> dict[str, Tensor]:
-    """uint8 [N, 3, H, W] in the ways that drawn pictures may fall short of rendered ones."""
-    x, generator = pictures.float() / 255, torch.Generator().manual_seed(JUDGING_SEED)
+def degraded(images: Tensor) -> dict[str, Tensor]:
+    """uint8 [N, 3, H, W], plain and degraded in the ways that sampled images may be."""
+    x, generator = images.float() / 255, torch.Generator().manual_seed(JUDGING_SEED)
     coarse = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
     versions = {
         "rendered": x,
@@ -251,49 +264,50 @@ def degraded(pictures: Tensor) -> dict[str, Tensor]:
 
 
 def held_out(path: Path, limit: int | None = None) -> list[Composition]:
-    """The held-out compositions that a model's compositions.json lists, or ``limit`` of them, evenly chosen."""
+    """The held-out compositions in a model's compositions.json, or ``limit`` of them, evenly spread."""
     captions = [entry["caption"] for entry in json.loads(path.read_text(encoding="utf-8")) if entry["held_out"]]
     known = compositions_of(captions)
     chosen = np.linspace(0, len(captions) - 1, min(limit or len(captions), len(captions))).round().astype(int)
     return [known[i] for i in chosen]
 
 
-def drawings(sd: StableDiffusion, args: Settings, prompts: list[str]) -> dict[str, Tensor]:
-    """The prompts drawn by teacher, conditional model and, with a LoRA, student: uint8 [N, 3, H, W] each."""
+def sample_all(sd: StableDiffusion, args: Namespace, prompts: list[str]) -> dict[str, Tensor]:
+    """Images of the prompts by teacher, unguided model and, with a LoRA, student: uint8 [N, 3, H, W] each."""
     learned = read_lora(args.lora).metadata if args.lora else {}
     guidance = args.guidance if args.guidance is not None else float(learned.get("guidance", 2.5))
-    options = dict(steps=args.steps, guidance=guidance, batch=args.batch, progress=True)
-    options |= dict(negative_prompt=learned.get("negative_prompt", ""))
-    drawn = {f"teacher, guidance {guidance:g}": draw(sd, "teacher", prompts, **options)}
-    drawn["no guidance"] = draw(sd, "no guidance", prompts, **options)
+    options = dict(steps=args.steps, guidance=guidance, interval=read_interval(learned), batch=args.batch)
+    options |= dict(negative_prompt=learned.get("negative_prompt", ""), progress=True)
+    rows = {f"teacher, guidance {guidance:g}": draw(sd, "teacher", prompts, **options)}
+    rows["no guidance"] = draw(sd, "no guidance", prompts, **options)
     if args.lora:
         sd.unet = load_lora(sd.unet, args.lora)
         merge_lora(sd.unet)
-        drawn["student, one pass"] = draw(sd, "student", prompts, **options)
-    return {method: pixels(d.images) for method, d in drawn.items()}
+        rows["student, one pass"] = draw(sd, "student", prompts, **options)
+    return {method: pixels(drawn.images) for method, drawn in rows.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(Settings, __doc__, argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = read_flags(argv)
     if args.seeds < 2:
-        raise ValueError("--seeds has to be 2 at least, for a distance over seeds.")
+        raise ValueError("--seeds must be at least 2, to measure a distance over seeds.")
     compositions = held_out(args.model / "compositions.json", args.limit)
     classifier = load_classifier(args.work, args.font)
     if args.check:
         judged = degraded(render(compositions, args.seeds, JUDGING_SEED, font=args.font)[0])
     else:
         prompts = [c.caption for c in compositions for _ in range(args.seeds)]
-        judged = drawings(load(args.model, device=args.device), args, prompts)
+        judged = sample_all(load(args.model, device=args.device), args, prompts)
         size = next(iter(judged.values())).shape[-1]
         judged["rendered"] = render(compositions, args.seeds, JUDGING_SEED, size, args.font)[0]
     rows = [row(m, judge(p, compositions, classifier, args.font), p, compositions) for m, p in judged.items()]
-    print(f"{len(compositions)} held-out compositions, {args.seeds} pictures each\n\n{table(rows)}")
+    print(f"{len(compositions)} held-out compositions, {args.seeds} images each\n\n{table(rows)}")
     if args.out:
-        made = made_by("minidistill.pocket.judge", sys.argv[1:] if argv is None else argv)
+        report = provenance("-m minidistill.pocket.judge", argv)
         counts = dict(compositions=len(compositions), seeds=args.seeds, steps=args.steps)
-        write_json(args.out, made | counts | dict(rows=rows))
+        write_json(args.out, report | counts | dict(rows=rows))
 
 
 if __name__ == "__main__":
-    with one_sentence("minidistill.pocket.judge", "stopped."):
+    with one_line_errors("minidistill.pocket.judge", "stopped."):
         main()

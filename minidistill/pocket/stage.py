@@ -1,7 +1,7 @@
-"""What the training stages share: their loop, an average of the weights, and a state to resume from."""
+"""Shared by the training stages: the training loop, an average of the weights, and states to resume from."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,13 +10,28 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minidistill.distill import learning_rate
-from minidistill.formats.files import written_whole
+from minidistill.formats.files import atomic_write
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
+def update(
+    loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], max_norm: float = 1.0
+) -> None:
+    """Take one step down the gradient of ``loss``, clipped to ``max_norm``."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 class Average:
-    """An exponential moving average of a model's weights, warmed up so that the first ones do not linger."""
+    """An exponential moving average of a model's weights, with a lower decay at first to forget the initial ones."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -37,12 +52,12 @@ def save_state(path: Path, step: int, model: nn.Module, average: Average, optimi
         "optimizer": optimizer.state_dict(),
         "rng": torch.get_rng_state(),
     }
-    with written_whole(path) as beside:
-        torch.save(state, beside)
+    with atomic_write(path) as temporary:
+        torch.save(state, temporary)
 
 
 def resume(path: Path, model: nn.Module, average: Average, optimizer: torch.optim.Optimizer) -> int:
-    """Continue from a saved state, where there is one; returns the number of steps done."""
+    """Load a saved state if there is one; returns the number of finished steps."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
@@ -62,9 +77,9 @@ def fit(
     weight_decay: float,
     save_every: int = 200,
 ) -> Model:
-    """Train with AdamW, and return the averaged weights. Resumes from ``state`` where that exists.
+    """Train with AdamW and return the averaged weights. Resumes from ``state`` if it exists.
 
-    ``loss_of_batch()`` draws a batch and gives the model's loss on it, and what is shown beside the bar.
+    ``loss_of_batch()`` returns the model's loss on a new batch, and the values to show beside the progress bar.
     """
     model.to(memory_format=torch.channels_last).train().requires_grad_(True)
     average = Average(model, 0.998)
@@ -72,16 +87,12 @@ def fit(
     start = resume(state, model, average, optimizer)
     progress = tqdm(range(start, steps), initial=start, total=steps, desc=state.stem, unit="step", mininterval=1)
     for step in progress:
-        loss, shown = loss_of_batch()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr, warmup=min(200, steps // 10 + 1))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        loss, values = loss_of_batch()
+        set_learning_rate(optimizer, learning_rate(step, steps, lr, warmup=min(200, steps // 10 + 1)))
+        update(loss, optimizer, model.parameters())
         average.update(model, step)
         if step % 20 == 0:
-            progress.set_postfix({name: f"{value.item():.4g}" for name, value in shown.items()})
+            progress.set_postfix({name: f"{value.item():.4g}" for name, value in values.items()})
         if (step + 1) % save_every == 0 or step + 1 == steps:
             save_state(state, step + 1, model, average, optimizer)
     return average.model

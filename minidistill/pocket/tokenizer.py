@@ -1,24 +1,24 @@
-"""The vocabulary: a byte-level BPE in CLIP's file format in which every word of every caption is one token."""
+"""The tokenizer: a byte-level BPE in CLIP's file format, in which every word of every caption is one token."""
 
 import json
 from collections import Counter
 from pathlib import Path
 
-CONTEXT = 16  # tokens to a prompt, start and end included
+CONTEXT = 16  # tokens per prompt, including start and end
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def byte_symbols() -> list[str]:
     """One printable character for each of the 256 bytes, in the order of GPT-2's and CLIP's vocabularies.
 
-    Printable bytes stand for themselves and come first; the others borrow the characters from 256 on.
+    Printable bytes stand for themselves and come first; the others use the characters from 256 on.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
 
 
 def merge_pair(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    """Join every occurrence of the pair, from the left: (l, e, m, o, n</w>), (e, m) -> (l, em, o, n</w>)."""
+    """Join every occurrence of the pair, left to right: (l, e, m, o, n</w>), (e, m) -> (l, em, o, n</w>)."""
     merged: list[str] = []
     i = 0
     while i < len(pieces):
@@ -29,7 +29,7 @@ def merge_pair(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...
 
 
 def learn_merges(words: set[str]) -> list[tuple[str, str]]:
-    """Byte-pair encoding of plain ASCII words, until each word is one piece: the most frequent pair first."""
+    """Byte-pair merges of plain ASCII words, the most frequent pair first, until each word is one piece."""
     pieces = {word: (*word[:-1], word[-1] + "</w>") for word in sorted(words)}
     merges = []
     while any(len(p) > 1 for p in pieces.values()):
@@ -43,8 +43,8 @@ def learn_merges(words: set[str]) -> list[tuple[str, str]]:
 def write_tokenizer(captions: list[str], folder: str | Path) -> None:
     """Write the files that transformers' CLIPTokenizer reads.
 
-    As in CLIP: 256 bytes, the same 256 at the end of a word, the merges, then the two special tokens. Padding is the
-    end token, as in Stable Diffusion 1.x. Captions are lower-case words of ASCII letters between single blanks.
+    As in CLIP: 256 bytes, the same 256 at the end of a word, the merges, then the two special tokens. The end token is
+    also the padding, as in Stable Diffusion 1.x. Captions must be lower-case ASCII words separated by single spaces.
     """
     merges = learn_merges({word for caption in captions for word in caption.split()})
     symbols = byte_symbols()

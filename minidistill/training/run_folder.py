@@ -35,7 +35,9 @@ def lock(folder: Path, wait: bool = False) -> IO[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         if not wait:
-            raise ValueError(f"Another run is at work in {folder}: wait for it to end, or name another --out.") from None
+            raise ValueError(
+                f"Another run is at work in {folder}: wait for it to end, or name another --out."
+            ) from None
         print(f"Another run is at work in {folder}: waiting for it.", flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
     return file

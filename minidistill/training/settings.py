@@ -61,9 +61,7 @@ def add_model_flags(
     flags.add_argument(
         "--device", default=DEFAULT_DEVICE, metavar="DEVICE", help="where to compute (default: %(default)s)"
     )
-    flags.add_argument(
-        "--dtype", default="float32", choices=dtypes, help="dtype of the weights (default: %(default)s)"
-    )
+    flags.add_argument("--dtype", default="float32", choices=dtypes, help="dtype of the weights (default: %(default)s)")
     return flags
 
 

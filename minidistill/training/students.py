@@ -95,6 +95,8 @@ def merge_style(unet: nn.Module, lora: ScaledFile | None) -> dict[str, str]:
         return {}
     file = read_lora(*lora)
     if file.is_student:
-        raise ValueError(f"--teacher-lora {lora.path} has learned guidance, which must not be learned twice: name a style.")
+        raise ValueError(
+            f"--teacher-lora {lora.path} has learned guidance, which must not be learned twice: name a style."
+        )
     merge_file(unet, file)
     return {"teacher_lora": f"{lora.path.name}:{lora.scale:g}"}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minidistill import CheckpointError, StableDiffusion, guided_noise
 from minidistill.data.trajectories import States, batches, generate, is_shard, prompt_split
-from minidistill.schedule import ddim_step
+from minidistill.samplers import ddim_step
 
 CAPTIONS = ["a red apple", "a green pear", "a rocket on a purple background"]
 SETTINGS = dict(count=5, steps=3, guidance=4.0, batch=2)  # three shards, the last of one

@@ -1,11 +1,13 @@
-"""Dial, spectrum, sweeps and the summary: what makes the figures in results/."""
+"""Dial, spectrum, sweeps, the summary, and make.sh, which makes results/."""
 
 import json
+import os
+import shlex
+import shutil
 import subprocess
-import sys
-from importlib.util import find_spec
+from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from PIL import Image
 from tiny import ROOT, fill_up, randn
 
 from minidistill import StableDiffusion, inject_lora, load, load_lora, save_lora
-from minidistill.bench.workloads import PEERS
-from minidistill.data.trajectories import prompt_split, spread
-from minidistill.evaluate import dial, everything, noise_error_share, spectrum, sweeps
+from minidistill.bench.__main__ import COMMANDS as BENCH_COMMANDS
+from minidistill.data.prompts import prompt_split, spread
+from minidistill.evaluate import noise_error_share, spectrum, sweeps
+from minidistill.evaluate.__main__ import COMMANDS, main
+from minidistill.evaluate.summary import MEASURES, summary
 from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
 from minidistill.lora import lora_layers
 
@@ -30,7 +34,7 @@ def lora(sd: StableDiffusion, tmp_path: Path) -> Path:
 
 def test_the_dial(lora: Path, tiny_model: Path, tmp_path: Path):
     flags = ["--model", tiny_model, "--strengths", 0.5, 1, "--prompts", 3, "--steps", 2, "--out", tmp_path / "dial"]
-    dial.main([str(lora), *map(str, flags)])
+    main(["dial", str(lora), *map(str, flags)])
     found = json.loads((tmp_path / "dial/dial.json").read_text())
     assert [(row["strength"], row["guidance"]) for row in found["rows"]] == [(0.5, 2), (1, 3)]
     prompts = spread(prompt_split(tiny_model)[1], 3)
@@ -48,7 +52,7 @@ def test_the_dial(lora: Path, tiny_model: Path, tmp_path: Path):
 
 
 def test_spectrum_of_a_student_that_is_the_lora(lora: Path, tiny_model: Path, tmp_path: Path):
-    """A full student that is W plus the LoRA of rank 2: two ranks hold all of it, and the changes are the same."""
+    """A full student equal to W plus a LoRA of rank 2: its change has two ranks, and is the LoRA's change."""
     sd = load(tiny_model)
     unet = load_lora(sd.unet, lora)
     with torch.no_grad():
@@ -57,7 +61,7 @@ def test_spectrum_of_a_student_that_is_the_lora(lora: Path, tiny_model: Path, tm
     change = replaced_by(load_weights(tiny_model, unet.state_dict()))
     write_checkpoint(tiny_model, change, tmp_path / "full/student", LEARNED)
     flags = [tmp_path / "full", lora, "--model", tiny_model, "--out", tmp_path / "out"]
-    spectrum.main([str(flag) for flag in flags])
+    main(["spectrum", *map(str, flags)])
     rows = json.loads((tmp_path / "out/spectrum.json").read_text())["rows"]
     assert {row["layer"] for row in rows} == set(lora_layers(unet))
     for row in rows:
@@ -65,7 +69,7 @@ def test_spectrum_of_a_student_that_is_the_lora(lora: Path, tiny_model: Path, tm
         assert row["norm"]["full"] == pytest.approx(row["norm"]["lora"], rel=1e-4)
     assert Image.open(tmp_path / "out/spectrum.png").size[0] > 0
     with pytest.raises(ValueError, match="no run of --method full"):
-        spectrum.main([str(flag) for flag in [tmp_path, *flags[1:]]])
+        main(["spectrum", *map(str, [tmp_path, *flags[1:]])])
 
 
 def load_weights(model: Path, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
@@ -74,21 +78,34 @@ def load_weights(model: Path, weights: dict[str, torch.Tensor]) -> torch.nn.Modu
     return unet
 
 
-def test_held_is_the_square_of_the_best_approximation():
+def test_share_by_rank_is_the_square_of_the_best_approximation():
     change = randn(6, 9, dtype=torch.float64)
     u, s, v = torch.linalg.svd(change, full_matrices=False)
     for rank in (1, 3, 6):
         best = u[:, :rank] * s[:rank] @ v[:rank]
         missed = (change - best).square().sum() / change.square().sum()
-        assert spectrum.held(change)[rank - 1] == pytest.approx(1 - missed.item(), abs=1e-9)
+        assert spectrum.share_by_rank(change)[rank - 1] == pytest.approx(1 - missed.item(), abs=1e-9)
 
 
 def test_a_sweep(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sweeps, "VALUES", {"layers": ("attention",)})
-    flags = ["layers", "--model", tiny_model, "--trajectories", 16, "--updates", 2, "--prompts", 2, "--rank", 1]
+    flags = [
+        "sweeps",
+        "layers",
+        "--model",
+        tiny_model,
+        "--trajectories",
+        16,
+        "--updates",
+        2,
+        "--prompts",
+        2,
+        "--rank",
+        1,
+    ]
     flags = [str(flag) for flag in [*flags, "--runs", tmp_path / "runs", "--out", tmp_path / "out"]]
-    sweeps.main(flags)
+    main(flags)
     (row,) = json.loads((tmp_path / "out/sweeps.json").read_text())["layers"]["rows"]
     run = next((tmp_path / "runs").glob("rank 1*/lora.safetensors"))
     sd = load(tiny_model)
@@ -96,75 +113,89 @@ def test_a_sweep(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all(".attn" in name for name in lora_layers(unet)) and row["value"] == "attention"
     assert row["parameters"] == sum(p.numel() for p in unet.parameters() if p.requires_grad)
     assert Image.open(tmp_path / "out/sweep-layers.png").size[0] > 0
-    monkeypatch.setattr(sweeps, "measured", lambda *_: pytest.fail("done again"))
-    sweeps.main(flags)
+    monkeypatch.setattr(sweeps, "train_and_measure", lambda *_: pytest.fail("done again"))
+    main(flags)
     monkeypatch.setattr(sweeps, "fingerprint", lambda *networks: "other weights, of the same name")
     with pytest.raises(pytest.fail.Exception, match="done again"):
-        sweeps.main(flags)
+        main(flags)
     with pytest.raises(ValueError, match="no sweep called colour"):
-        sweeps.main(["colour"])
+        main(["sweeps", "colour"])
 
 
-def test_two_runs_that_are_alike_are_one():
-    args = sweeps.Settings(sweeps=[])
-    default = sweeps.training(args)
-    assert sweeps.training(args, rank=args.rank) == sweeps.training(args, updates=args.updates) == default
-    assert sweeps.training(args, rank=args.rank + 1) != default
+def test_equal_settings_give_equal_commands():
+    parser = ArgumentParser()
+    sweeps.add_flags(parser)
+    args = parser.parse_args([])
+    default = sweeps.train_command(args)
+    assert sweeps.train_command(args, rank=args.rank) == sweeps.train_command(args, updates=args.updates) == default
+    assert sweeps.train_command(args, rank=args.rank + 1) != default
 
 
 @pytest.fixture
-def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Two steps instead of hours; gives the commands that were run."""
-    ran = []
+def make(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """results/make.sh in a separate folder, with a fake python that only records its arguments.
 
-    def run(command: list[str]) -> subprocess.CompletedProcess:
-        ran.append(command[1:])
-        return subprocess.CompletedProcess(command, 1 if "fails" in command else 0)
+    ``make(fails="dial")`` fails in commands that contain the word. ``make.ran()`` lists the commands so far.
+    """
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "weights/pocket-emoji").mkdir(parents=True)
+    (tmp_path / "weights/pocket-emoji/guidance-lora.safetensors").write_bytes(b"one")
+    shutil.copy(ROOT / "results/make.sh", tmp_path / "results")
+    fake = tmp_path / "bin/python"
+    fake.write_text('#!/bin/sh\necho "$*" >> ran\ncase "$*" in *"$FAILS"*) exit 1;; esac\n')
+    fake.chmod(0o755)
 
-    monkeypatch.setattr(everything.subprocess, "run", run)
-    monkeypatch.setattr(everything, "DONE", tmp_path / "done.json")
-    monkeypatch.setattr(everything, "RESULTS", tmp_path)
-    monkeypatch.setattr(everything, "summary", lambda results: {"of": str(results)})
-    monkeypatch.setattr(everything, "STEPS", {"one": "train.py --out 'a b'", "two": "-m fails"})
-    monkeypatch.setattr(everything, "SHIPPED", str(tmp_path / "student"))
-    monkeypatch.setattr(everything, "JUDGE", "judge_that_needs_nothing")
-    judge = ModuleType("judge_that_needs_nothing")
-    judge.find_font = lambda font: None
-    monkeypatch.setitem(sys.modules, "judge_that_needs_nothing", judge)
-    (tmp_path / "student").write_bytes(b"one")
-    return ran
+    def run(fails: str = "nothing at all") -> subprocess.CompletedProcess:
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        command = ["bash", "results/make.sh"]
+        environment = os.environ | {"PATH": path, "FAILS": fails}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
-
-needs_peers = pytest.mark.skipif(not all(map(find_spec, PEERS)), reason="diffusers or peft is not installed")
-
-
-@needs_peers
-def test_everything_goes_on_where_it_stopped(steps: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ValueError, match='"two" ended with an error'):
-        everything.run()
-    assert steps == [["train.py", "--out", "a b"], ["-m", "fails"]] and not (tmp_path / "summary.json").exists()
-    monkeypatch.setitem(everything.STEPS, "two", "-m works")
-    everything.run()
-    assert steps[2:] == [["-m", "works"]]
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"of": str(tmp_path)}
-    everything.run()
-    assert len(steps) == 3  # all is done
-    (tmp_path / "student").write_bytes(b"another")
-    everything.run()
-    assert len(steps) == 5
+    run.ran = lambda: (tmp_path / "ran").read_text().splitlines()
+    return run
 
 
-def test_what_is_missing_is_said_before_hours_of_work(steps: list[list[str]], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(everything, "PEERS", ("a_package_that_is_not_there",))
-    with pytest.raises(ValueError, match="a_package_that_is_not_there"):
-        everything.run()
-    assert not steps
+needs_bash = pytest.mark.skipif(not shutil.which("bash"), reason="there is no bash")
 
 
-def test_all_takes_no_other_flag():
-    command = [sys.executable, "-m", "minidistill.evaluate", "--all", "--pictures", "3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "takes no other flag" in done.stderr
+@needs_bash
+def test_make_resumes_where_it_stopped(make: Callable[..., subprocess.CompletedProcess], tmp_path: Path):
+    stopped = make(fails="evaluate dial")
+    before = len(make.ran())
+    assert stopped.returncode and "the dial" in stopped.stdout and "evaluate dial" in make.ran()[-1]
+    assert make().returncode == 0
+    again = make.ran()[before:]
+    assert not any("train.py" in line or "evaluate quality" in line for line in again)
+    assert any("evaluate dial" in line for line in again) and again[-1] == "-m minidistill.evaluate summary"
+    checks = [line for line in again if line.startswith("-c")]
+    before = len(make.ran())
+    assert make().returncode == 0
+    assert make.ran()[before:] == [*checks, "-m minidistill.evaluate summary"]  # every step is done
+    (tmp_path / "weights/pocket-emoji/guidance-lora.safetensors").write_bytes(b"another")
+    before = len(make.ran())
+    make()
+    assert len(make.ran()) - before > 10
+
+
+@needs_bash
+@pytest.mark.parametrize("missing", ["diffusers", "find_font"])
+def test_make_checks_requirements_before_hours_of_work(missing: str, make: Callable[..., subprocess.CompletedProcess]):
+    assert make(fails=missing).returncode and missing in make.ran()[-1]
+    assert all(line.startswith("-c") for line in make.ran())
+
+
+@needs_bash
+def test_make_runs_existing_commands(make: Callable[..., subprocess.CompletedProcess]):
+    """The evaluate and bench commands in make.sh exist, with their flags."""
+    make()
+    commands = {"minidistill.evaluate": COMMANDS, "minidistill.bench": BENCH_COMMANDS}
+    modules = [shlex.split(line)[1:] for line in make.ran() if line.startswith("-m ")]
+    assert {name for _, name, *_ in modules} == {"quality", "dial", "spectrum", "summary", "memory", "speed"}
+    for module, name, *words in modules:
+        parser = ArgumentParser()
+        commands[module][name].add_flags(parser)
+        parser.parse_args(words)
 
 
 def interval(value: float) -> dict[str, float]:
@@ -177,11 +208,11 @@ def write(folder: Path, name: str, report: dict) -> None:
 
 
 def test_the_summary(tmp_path: Path):
-    """What it takes from where, on small files made up."""
-    measures = {title: interval(i) for i, title in enumerate(everything.MEASURES.values())}
+    """Where each figure comes from, on small made-up files."""
+    measures = {title: interval(i) for i, title in enumerate(MEASURES.values())}
     rows = [{"method": name} | measures for name in ("teacher", "no guidance")]
     for row in rows:
-        row.pop("noise error share")  # which neither has by measurement
+        row.pop("noise error share")  # it is not measured for these two
     write(tmp_path, "evaluation/results.json", {"rows": [*rows, {"method": "guidance-lora"} | measures]})
     write(tmp_path, "memory.json", {"sizes": {"sd15": {"batch": 1}}})
     for size in ("pocket", "sd15"):
@@ -196,9 +227,9 @@ def test_the_summary(tmp_path: Path):
     for size in ("pocket", "sd15"):
         write(tmp_path, f"bench-{size}.json", {"sizes": {size: {"rows": timed}}})
 
-    found = everything.summary(tmp_path)
+    found = summary(tmp_path)
     source = {"command": "makes evaluation/results.json", "commit": "abc"}
-    student = {name: interval(i) for i, name in enumerate(everything.MEASURES)}
+    student = {name: interval(i) for i, name in enumerate(MEASURES)}
     zero, one = (dict(value=x, low=x, high=x) for x in (0.0, 1.0))
     assert found["student"] == student | source
     assert found["teacher"] == student | source | {"noise_error_share": zero}
@@ -217,5 +248,5 @@ SUMMARY = ROOT / "results/summary.json"
 
 
 @pytest.mark.skipif(not SUMMARY.exists(), reason="results/ has no summary")
-def test_the_summary_that_is_here_is_of_the_files_beside_it():
-    assert json.loads(SUMMARY.read_text()) == everything.summary(ROOT / "results")
+def test_summary_json_fits_the_files_beside_it():
+    assert json.loads(SUMMARY.read_text()) == summary(ROOT / "results")

@@ -1,4 +1,4 @@
-"""The fused kernel on a GPU: every layer of SD 1.5 and SDXL against float64, and what it meets in training."""
+"""The fused kernel on a GPU: every layer of SD 1.5 and SDXL against float64, and the conditions of training."""
 
 import os
 import shutil
@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_shapes import CONVS, SDXL
 from tiny import ROOT, randn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from minidistill import inject_lora
 from minidistill.bench.kernel import Layer, Shape, backward, base, eager, error, layer_shapes
 from minidistill.bench.workloads import SIZES, Setup, distil
+from minidistill.kernels import FusedLoRALinear, install
 from minidistill.kernels.build import obstacle
 from minidistill.kernels.conv import lora_conv
 from minidistill.kernels.dispatch import EVERYWHERE, FASTER, addmm_chain
@@ -25,40 +27,24 @@ from minidistill.kernels.op import lora_linear, reference
 OPS = torch.ops.minidistill
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-SDXL = [  # at 1024 x 1024 pixels, a batch of one
-    *(Shape(4096, K, N) for K, N in ((640, 640), (640, 5120), (2560, 640))),
-    *(Shape(1024, K, N) for K, N in ((1280, 1280), (1280, 10240), (5120, 1280))),
-    *(Shape(77, 2048, N) for N in (640, 1280)),
-    *(Shape(1, 1280, N) for N in (320, 640, 1280)),
-    *(Shape(1, K, 1280) for K in (320, 2816)),
-    # 1x1 convolutions, where the channels change
-    *(Shape(1024, K, 1280) for K in (640, 1920, 2560)),
-    *(Shape(4096, K, 640) for K in (320, 960, 1280, 1920)),
-    *(Shape(16384, K, 320) for K in (640, 960)),
-]
-# 3x3 convolutions of both: channels in and out, side
-CONVS = [
-    *((C, 320, side) for C in (320, 640, 960) for side in (64, 128)),
-    *((C, 640, side) for C in (320, 640, 960, 1280, 1920) for side in (32, 64)),
-    *((C, 1280, side) for C in (640, 1280, 1920, 2560) for side in (16, 32)),
-    *((C, 1280, 8) for C in (1280, 2560)),
-]
 ODD = [Shape(1, 8, 8), Shape(3, 24, 200), Shape(129, 328, 168), Shape(300, 72, 1000)]
-USUAL, LARGE = Shape(300, 320, 640), Shape(18000, 320, 640)  # small blocks; the large ones, which are wgmma's on Hopper
+USUAL, LARGE = Shape(300, 320, 640), Shape(18000, 320, 640)  # small blocks; large blocks, which use wgmma on Hopper
 both_sizes = pytest.mark.parametrize("shape", [USUAL, LARGE], ids=["small blocks", "large blocks"])
-SHAPES = list(dict.fromkeys([*layer_shapes(), *SDXL, *ODD])) if torch.cuda.is_available() else [USUAL]
+SHAPES = [USUAL]
+if torch.cuda.is_available():
+    SHAPES = list(dict.fromkeys([*layer_shapes(), *map(Shape._make, SDXL), *ODD]))
 BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def built() -> None:
+def build_kernel() -> None:
     if reason := obstacle(torch.device("cuda")):
         pytest.skip(reason)
 
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Memory that nobody has written is NaN."""
+    """Fill uninitialised memory with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -71,27 +57,27 @@ def a_layer(shape: Shape = USUAL, rank: int = 16, dtype: torch.dtype = torch.bfl
     return Layer.random(shape, rank, dtype, "cuda")
 
 
-def off(found: Tensor, expected: Tensor) -> float:
-    """The relative error of a tensor as a whole: luck makes less of a difference than for the largest one."""
-    return ((found.double() - expected).norm() / expected.norm()).item()
+def norm_error(actual: Tensor, expected: Tensor) -> float:
+    """The relative error in the norm of a tensor, less subject to chance than the largest error."""
+    return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.M}x{s.K}-{s.N}")
 def test_forward_and_backward(shape: Shape, dtype: torch.dtype, poisoned):
-    """y, dx, dA and dB: within the bound everywhere, and as a whole at most a tenth worse than cuBLAS makes them."""
+    """y, dx, dA, dB: the largest error is within the bound, and the norm's at most a tenth above that of cuBLAS."""
     for rank in (1, 4, 13, 16, 32, 64, 128):
         layer = a_layer(shape, rank, dtype)
         expected = backward(eager, layer.double())()
         ours, chain = backward(lora_linear, layer)(), backward(addmm_chain, layer)()
         assert error(ours, expected) < BOUND[dtype], rank
-        for found, usual, right in zip(ours, chain, expected):
-            few = right.numel() < 100  # of which luck decides who is nearer
-            assert few or off(found, right) <= 1.1 * off(usual, right), rank
+        for actual, cublas, exact in zip(ours, chain, expected):
+            small = exact.numel() < 100  # where chance decides which is closer
+            assert small or norm_error(actual, exact) <= 1.1 * norm_error(cublas, exact), rank
 
 
 @both_sizes
-def test_the_kernel_is_the_one_that_runs(shape: Shape):
+def test_the_fused_kernel_is_launched(shape: Shape):
     layer = a_layer(shape)
     backward(lora_linear, layer)()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -99,53 +85,52 @@ def test_the_kernel_is_the_one_that_runs(shape: Shape):
         torch.cuda.synchronize()
     launches = [event.name for event in profile.events() if "lora_gemm" in event.name]
     assert len(launches) == 2  # (y, t) and (dx, dt)
-    hoppers = shape == LARGE and torch.cuda.get_device_capability() == (9, 0)
-    assert all(("lora_gemm_sm90" in name) == hoppers for name in launches)
+    sm90 = shape == LARGE and torch.cuda.get_device_capability() == (9, 0)
+    assert all(("lora_gemm_sm90" in name) == sm90 for name in launches)
     assert "LoRALinear" in lora_linear(*layer).grad_fn.name()  # the gradient in C++
 
 
 @both_sizes
 def test_rank_zero_is_w_alone(shape: Shape, poisoned):
     layer = a_layer(shape, rank=0)
-    found, expected = backward(lora_linear, layer)(), backward(base, layer.double())()
-    assert error(found[:2], expected) < BOUND[torch.bfloat16] and found[2].shape == (0, 320)
+    actual, expected = backward(lora_linear, layer)(), backward(base, layer.double())()
+    assert error(actual[:2], expected) < BOUND[torch.bfloat16] and actual[2].shape == (0, 320)
 
 
 @both_sizes
 def test_it_agrees_with_its_reference(shape: Shape):
-    """Which rounds where it rounds: y and t differ by the order of sums only."""
+    """The reference rounds where the kernel does, so that y and t differ by the order of summation only."""
     layer = a_layer(shape)
-    found = OPS.lora_linear(*layer)
-    for ours, theirs in zip(found, reference(*layer)):
-        assert error((ours.detach(),), (theirs.detach().double(),)) < torch.finfo(torch.bfloat16).eps
+    for actual, expected in zip(OPS.lora_linear(*layer), reference(*layer)):
+        assert error((actual.detach(),), (expected.detach().double(),)) < torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize(
     "view",
     [
-        lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],  # rows that lie apart
-        lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],  # by no multiple of 16 bytes
-        lambda x: torch.cat([x[:, :8], x], dim=1)[:, 1 : x.shape[1] + 1],  # by one, but do not begin at one
+        lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],  # a stride longer than the rows
+        lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],  # a stride that is no multiple of 16 bytes
+        lambda x: torch.cat([x[:, :8], x], dim=1)[:, 1 : x.shape[1] + 1],  # an allowed stride, an unaligned start
         lambda x: x.T.contiguous().T,
         lambda x: x.view(3, len(x) // 3, -1).transpose(0, 1),
         lambda x: x[:1].expand(len(x), -1),
         lambda x: x[:0],
     ],
-    ids=["apart", "oddly apart", "unaligned", "columns", "exchanged dimensions", "expanded", "empty"],
+    ids=["strided", "odd stride", "unaligned", "columns", "transposed dimensions", "expanded", "empty"],
 )
 @both_sizes
-def test_ways_x_can_lie(shape: Shape, view):
-    """And dy, here of a layer with these weights turned round, which do not lie whole."""
+def test_memory_layouts_of_x(shape: Shape, view):
+    """Also of dy, here with transposed weights, which are not contiguous."""
     x, W, b, A, B, scale = a_layer(shape)
     rows = view(x.detach())
-    whole = rows.clone(memory_format=torch.contiguous_format)
+    contiguous = rows.clone(memory_format=torch.contiguous_format)
     for layer, *weights in ((OPS.lora_linear, W, b, A, B), (OPS.lora_linear_dx, W.T, B.T, A.T)):
-        found, expected = (layer(x, *weights, scale) for x in (rows, whole))
-        assert found[0].shape == (*rows.shape[:-1], 640)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+        actual, expected = (layer(x, *weights, scale) for x in (rows, contiguous))
+        assert actual[0].shape == (*rows.shape[:-1], 640)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected))
 
 
-def test_what_it_does_not_take_is_said():
+def test_unsupported_operands_are_errors():
     x, W, b, A, B, scale = a_layer()
     wide, cut = (x.float(), W.float(), b.float(), A, B), (x[:, :-4], W[:, :-4], b, A[:, :-4], B)
     for wrong in (wide, cut, (x, W, b, A.half(), B)):
@@ -161,12 +146,12 @@ def test_opcheck():
     torch.library.opcheck(OPS.lora_linear_dx.default, (dy, W, A.detach(), B.detach(), scale))
 
 
-def test_compiled_whole():
+def test_compiles_without_graph_breaks():
     torch._dynamo.reset()
     layer = a_layer()
     compiled = torch.compile(lora_linear, fullgraph=True)
-    for found, expected in zip(backward(compiled, layer)(), backward(lora_linear, layer)()):
-        assert error((found,), (expected.double(),)) < BOUND[torch.bfloat16]
+    for actual, expected in zip(backward(compiled, layer)(), backward(lora_linear, layer)()):
+        assert error((actual,), (expected.double(),)) < BOUND[torch.bfloat16]
 
 
 def test_under_autocast():
@@ -190,7 +175,7 @@ def test_in_a_cuda_graph_and_on_another_stream(shape: Shape):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        beside = run()
+        other_stream = run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -198,19 +183,19 @@ def test_in_a_cuda_graph_and_on_another_stream(shape: Shape):
     for tensor in captured:
         tensor.fill_(torch.nan)
     graph.replay()
-    assert all(torch.equal(a, b) and torch.equal(c, b) for a, b, c in zip(captured, expected, beside))
+    assert all(torch.equal(a, b) and torch.equal(c, b) for a, b, c in zip(captured, expected, other_stream))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_on_a_device_that_is_not_the_current_one():
     layer = a_layer()
-    there = (x.to("cuda:1") for x in layer[:5])
-    assert torch.equal(lora_linear(*there, layer.scale).to("cuda:0"), lora_linear(*layer))
+    moved = (x.to("cuda:1") for x in layer[:5])
+    assert torch.equal(lora_linear(*moved, layer.scale).to("cuda:0"), lora_linear(*layer))
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
 def test_compute_sanitizer(tool: str):
-    """The two launches alone, of numbers that come from the host: nobody else's kernels are looked at, or missed."""
+    """Only our two launches run and are checked; their operands come from the host."""
     if not (sanitizer := shutil.which("compute-sanitizer")):
         pytest.skip("needs compute-sanitizer")
     script = """
@@ -229,9 +214,9 @@ for shape in (Shape(70, 72, 88), Shape(16384, 72, 328)):  # small blocks, large 
 torch.cuda.synchronize()
 """
     flags = ["--tool", tool, "--kernel-name", "kernel_substring=lora_gemm", "--error-exitcode", "1"]
-    flags += ["--report-api-errors", "no", "--padding", "256"] if tool == "memcheck" else []  # no errors of others
+    flags += ["--report-api-errors", "no", "--padding", "256"] if tool == "memcheck" else []
     command = [sanitizer, *flags, sys.executable, "-c", script]
-    # An allocation for each tensor: in PyTorch's own blocks of memory nothing is out of bounds.
+    # One allocation per tensor: accesses within PyTorch's cached blocks are never out of bounds.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
@@ -259,36 +244,36 @@ def test_convolutions(dtype: torch.dtype, k: int, C: int, N: int, side: int, lay
         tensors[name] /= (C * k * k) ** 0.5
     narrow = {name: x if name in "AB" else x.to(dtype) for name, x in tensors.items()}
     narrow["x"] = narrow["x"].contiguous(memory_format=layout)
-    dy = torch.randint(-8, 9, (2, N, side, side), generator=g, device="cuda") / 8  # the same in every dtype
+    dy = torch.randint(-8, 9, (2, N, side, side), generator=g, device="cuda") / 8  # exact in every dtype
 
     def results(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         x, W, b, A, B = tensors.values()
-        learning = [leaf.detach().requires_grad_() for leaf in (x, A, B)]
-        y = function(learning[0], W, b, *learning[1:], 0.5, *((n, n) for n in (1, k // 2, 1)))
-        return y.detach(), *torch.autograd.grad(y, learning, dy.to(y))
+        leaves = [leaf.detach().requires_grad_() for leaf in (x, A, B)]
+        y = function(leaves[0], W, b, *leaves[1:], 0.5, *((n, n) for n in (1, k // 2, 1)))
+        return y.detach(), *torch.autograd.grad(y, leaves, dy.to(y))
 
     expected = results(plain_conv, {name: x.to(dtype).double() for name, x in tensors.items()})
-    found, usual = results(partial(lora_conv, EVERYWHERE), narrow), results(plain_conv, narrow)
-    for ours, plain, right in zip(found, usual, expected):
-        assert off(ours, right) < BOUND[dtype] and off(ours, right) <= 1.1 * off(plain, right)
-    # dx of a 3x3 is the sum of two rounded gradients, as in plain PyTorch: its largest error is a matter of luck.
-    alone = [i for i in range(4) if k == 1 or i != 1]
-    assert error([found[i] for i in alone], [expected[i] for i in alone]) < BOUND[dtype]
+    actual, plain = results(partial(lora_conv, EVERYWHERE), narrow), results(plain_conv, narrow)
+    for a, p, exact in zip(actual, plain, expected):
+        assert norm_error(a, exact) < BOUND[dtype] and norm_error(a, exact) <= 1.1 * norm_error(p, exact)
+    # dx of a 3x3 is the sum of two rounded gradients, as in plain PyTorch: its largest error depends on chance.
+    others = [i for i in range(4) if k == 1 or i != 1]
+    assert error([actual[i] for i in others], [expected[i] for i in others]) < BOUND[dtype]
 
 
 def losses(kernel: str, steps: int = 40) -> Tensor:
-    """Of a student of the pocket model's size that learns a teacher's prediction."""
+    """The losses of a student of the pocket model's size that learns a teacher's prediction."""
     setup = Setup(SIZES["pocket"], torch.device("cuda"), torch.bfloat16, rank=8, timed_steps=1, kernel=kernel)
     step = distil(setup, "ours", teacher_in_loop=True)
     return torch.stack([step()[0] for _ in range(steps)])
 
 
-def test_distillation_with_and_without_it_is_the_same():
+def test_distillation_has_the_same_losses_with_the_kernel():
     plain, fused = losses("torch"), losses("fused")
     assert ((plain - fused).abs() < 0.01 * plain).all() and plain[-1] < plain[0]
 
 
-def test_a_whole_unet_with_and_without_it():
+def test_a_unet_has_the_same_output_with_the_kernel():
     setup = Setup(SIZES["pocket"], torch.device("cuda"), torch.bfloat16, rank=8, timed_steps=1)
     outputs = []
     for kernel in ("torch", "fused"):
@@ -302,6 +287,8 @@ def test_a_whole_unet_with_and_without_it():
 def test_auto_chooses_only_what_was_measured():
     net = torch.nn.Sequential(torch.nn.Linear(64, 64)).to("cuda", torch.bfloat16)
     model = inject_lora(net, targets=["*"])
-    assert (model.switch.functions is not None) == (torch.cuda.get_device_capability() in FASTER)
+    install(model, "auto")
+    fused = isinstance(model.base[0], FusedLoRALinear)
+    assert fused == (torch.cuda.get_device_capability() in FASTER)
     x = randn(2, 64).to("cuda", torch.bfloat16)
     assert model(x, lora_enabled=True).shape == (2, 64)

@@ -1,4 +1,4 @@
-"""The CUDA kernel's own source on a CPU: against float64, and against faults planted in it (tests/kernels/emulation)."""
+"""Runs the source of the CUDA kernel on a CPU (emulation/): it agrees with float64, and planted faults are noticed."""
 
 import ctypes
 import shutil
@@ -36,7 +36,7 @@ class Operands(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Plan:
-    """One of the kernels that csrc/lora_gemm.cu launches."""
+    """The template arguments of a kernel that csrc/lora_gemm.cu launches."""
 
     dtype: torch.dtype
     BM: int
@@ -46,7 +46,7 @@ class Plan:
     sm90: bool = False
 
     def __str__(self) -> str:
-        """As the sources name it."""
+        """The C++ name of this plan."""
         name = "PlanSm90" if self.sm90 else "Plan"
         dtype = "BFloat16" if self.dtype == torch.bfloat16 else "Float16"
         sizes = [] if self.sm90 else [self.BM, self.BN]
@@ -59,7 +59,7 @@ class Plan:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
-    """``emulated(plan)``: the kernel as a C function; with ``fault=(right, wrong)`` after a change of its source."""
+    """``emulated(plan)`` compiles the kernel to a C function; ``fault=(right, wrong)`` edits its source first."""
     built: dict[tuple, ctypes.CDLL] = {}
 
     def build(plan: Plan, fault: tuple[str, str] | None = None) -> ctypes.CDLL:
@@ -68,7 +68,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.C
             shutil.copytree(CSRC, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("primitives*"))
             if fault:
                 source = (CSRC / plan.source).read_text()
-                assert source.count(fault[0]) == 1, f"{fault[0]!r} stands {source.count(fault[0])} times in the kernel"
+                assert source.count(fault[0]) == 1, f"{fault[0]!r} does not occur once in {plan.source}"
                 (folder / plan.source).write_text(source.replace(*fault))
             flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DPLAN=" + str(plan)]
             flags += ["-DSM90"] if plan.sm90 else []
@@ -88,18 +88,18 @@ class Outcome:
     conflicts: int
     y: Tensor
     t: Tensor
-    expected_y: Tensor  # in float64, of t as the kernel rounded it
+    expected_y: Tensor  # in float64, from t as the kernel rounded it
     expected_t: Tensor
 
-    def wrong(self, dtype: torch.dtype) -> str:
-        """What is wrong with it, if anything."""
+    def mistake(self, dtype: torch.dtype) -> str:
+        """The first mistake, or an empty string."""
         if self.error:
             return self.error
         if self.conflicts:
             return f"{self.conflicts} bank conflicts"
-        for found, expected in ((self.t, self.expected_t), (self.y, self.expected_y)):
-            # One rounding of the result, beside which float32 sums do not count.
-            error = (found.double() - expected).abs().max() / expected.abs().max() if found.numel() else 0
+        for actual, expected in ((self.t, self.expected_t), (self.y, self.expected_y)):
+            # One rounding of the result; the rounding of float32 sums is negligible.
+            error = (actual.double() - expected).abs().max() / expected.abs().max() if actual.numel() else 0
             if not error <= torch.finfo(dtype).eps / 2 * 1.01:
                 return f"off by {error:.1e} of the largest value"
         return ""
@@ -117,7 +117,7 @@ class Case:
 
 
 def random_case(plan: Plan, seed: int) -> Case:
-    """One to four blocks, most of them cut off by the edges of y, and a K that few slabs divide."""
+    """One to four blocks, most of them partly outside y, and a K that is seldom a multiple of the slab."""
     dice = Random(f"{plan}{seed}")
     M, N = dice.randrange(1, 2 * plan.BM), 8 * dice.randrange(1, plan.BN // 4)
     K, rank = 8 * dice.randrange(1, 25), dice.randrange(plan.R // 2 + 1 if plan.R > 16 else 1, plan.R + 1)
@@ -125,7 +125,7 @@ def random_case(plan: Plan, seed: int) -> Case:
 
 
 def run(library: ctypes.CDLL, plan: Plan, case: Case) -> Outcome:
-    """x with rows that lie apart, numbers that do not belong to it NaN, and outputs that begin as NaN."""
+    """Run one case. The padding between rows of x, and the initial values of the outputs, are NaN."""
     M, N, K, rank, seed = case.M, case.N, case.K, case.rank, case.seed
     generator = torch.Generator().manual_seed(seed)
 
@@ -177,7 +177,7 @@ USUAL = [
 ]
 
 
-def test_these_are_the_kernels_that_are_launched():
+def test_plans_are_those_of_the_launcher():
     source = (CSRC / "lora_gemm.cu").read_text()
     assert "Plan<Element, 128, 160, R, TRANSPOSED>" in source and "Plan<Element, 64, 64, R, TRANSPOSED>" in source
     assert "PlanSm90<Element, R, TRANSPOSED>" in source and source.count("Plan") == 3
@@ -193,42 +193,42 @@ def test_agrees_with_float64(plan: Plan, emulated):
     cases = [Case(plan.BM, plan.BN, 64, plan.R), *(random_case(plan, seed) for seed in range(6))]
     cases += [Case(plan.BM - 3, plan.BN, 72, rank=0)] if plan.R == 16 else []
     for case in cases:
-        assert not run(emulated(plan), plan, case).wrong(plan.dtype), case
+        assert not run(emulated(plan), plan, case).mistake(plan.dtype), case
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_agrees_with_float64_on_many_shapes(plan: Plan, emulated):
     for case in (random_case(plan, seed) for seed in range(6, 60)):
-        assert not run(emulated(plan), plan, case).wrong(plan.dtype), case
+        assert not run(emulated(plan), plan, case).mistake(plan.dtype), case
 
 
-# What the emulation is worth: it notices these.
+# The emulation has to notice these faults.
 FAULTS = {
-    "a wait too few": ("cp_async_wait<STAGES - 2>();", "cp_async_wait<STAGES - 1>();"),
-    "no barrier before a slab": ("sync_threads();               // and everybody's", "// and everybody's"),
+    "too short a wait": ("cp_async_wait<STAGES - 2>();", "cp_async_wait<STAGES - 1>();"),
+    "no barrier before a slab": ("sync_threads();               // so have", "// so have"),
     "a slab copied over the one in use": ("next = slab + STAGES - 1", "next = slab + STAGES"),
     "no swizzle": ("column / 8 ^ row / (8 / PERIOD) % PERIOD", "column / 8"),
     "x read beyond its rows": ("return row < rows && column < columns;", "return row <= rows && column < columns;"),
-    "halves of a fragment confused": ("x.at(row + i * 16 + lane % 16, k", "x.at(row + i * 16 + (lane ^ 8) % 16, k"),
+    "halves of a fragment exchanged": ("x.at(row + i * 16 + lane % 16, k", "x.at(row + i * 16 + (lane ^ 8) % 16, k"),
 }
 MORE_FAULTS = {
     "no commit": ("        cp_async_commit();\n", ""),
-    "no barrier after the last slab": ("    sync_threads();  // the slabs are used up\n", ""),
+    "no barrier after the last slab": ("    sync_threads();  // all threads are done with the slabs\n", ""),
     "no barrier before t is read": ("t_row, 0);\n    sync_threads();\n", "t_row, 0);\n"),
     "no barrier before y takes t's place": ("    sync_threads();\n\n    round_into", "    round_into"),
     "no barrier before y is read": ("y_sum, row, column);\n    sync_threads();\n", "y_sum, row, column);\n"),
-    "a slab's A for another's": ("weights(0, next * BK)", "weights(0, slab * BK)"),
+    "A of the wrong slab": ("weights(0, next * BK)", "weights(0, slab * BK)"),
     "A stored into the slab in use": ("(i, block.a_tile(next), a_next[i])", "(i, block.a_tile(slab), a_next[i])"),
     "no scale": ("    scale(t_sum, p.scale);\n", ""),
     "a swizzle of half the period": ("row / (8 / PERIOD) % PERIOD", "row / (8 / PERIOD) % (PERIOD / 2)"),
-    "rows as far apart as they are long": ("(row * stride + column)", "(row * columns + column)"),
+    "x's stride ignored": ("(row * stride + column)", "(row * columns + column)"),
     "y read beyond its columns": ("&& column < columns; }", "&& column <= columns; }"),
-    "b of the neighbour": ("thread_index() % 4 * 2 + i % 2;\n", "thread_index() % 4 * 2;\n"),
-    "columns of a fragment confused": ("sum[i][j], a[i], b[0], b[1]", "sum[i][j], a[i], b[0], b[2]"),
-    "t of one block's rows only": ("if (n == 0)", "if (m == 0)"),
-    "t not stored whole": ("i < ROWS * COLUMNS; i +=", "i < ROWS * COLUMNS - THREADS; i +="),
-    "y's halves of eight rows exchanged": ("tile.at(r + 8, c), pack", "tile.at(r, c), pack"),
+    "the neighbour's b": ("thread_index() % 4 * 2 + i % 2;\n", "thread_index() % 4 * 2;\n"),
+    "columns of a fragment exchanged": ("sum[i][j], a[i], b[0], b[1]", "sum[i][j], a[i], b[0], b[2]"),
+    "t of the first rows only": ("if (n == 0)", "if (m == 0)"),
+    "t not stored completely": ("i < ROWS * COLUMNS; i +=", "i < ROWS * COLUMNS - THREADS; i +="),
+    "y's lower eight rows stored over the upper": ("tile.at(r + 8, c), pack", "tile.at(r, c), pack"),
 }
 
 
@@ -237,66 +237,71 @@ SM90_FAULTS = {
     "no wait for the copy engine": ("mbarrier_wait(arrived(slab), slab / STAGES % 2);", ""),
     "no wait for the products": (WAIT, "        fence_proxy_async();\n"),
     "A stored without a proxy fence": (WAIT, WAIT.replace("fence_proxy_async();", "")),
-    "panels too near each other": ("Panel::SIZE * 2);", "Panel::SIZE);"),
+    "panels too close together": ("Panel::SIZE * 2);", "Panel::SIZE);"),
 }
 MORE_SM90_FAULTS = {
     "a wait for the wrong phase": ("slab / STAGES % 2", "slab % 2"),
     "too few bytes announced": ("2 * (P::X::SIZE + P::W::SIZE)", "2 * P::X::SIZE"),
-    "no barrier before a slab": ("sync_threads();  // and A;", "// and A;"),
+    "no barrier before a slab": ("sync_threads();  // so has A,", "// so has A,"),
     "a slab copied over the one in use": ("next = slab + STAGES - 1", "next = slab + STAGES"),
     "no swizzle": (".at(row, column % WIDTH)", ".data + row * WIDTH + column % WIDTH"),
-    "panels that do not divide a matrix": ("COLUMNS % 32 == 0 ? 32", "COLUMNS % 32 == 0 ? 64"),
-    "both warpgroups the same rows": ("group_row = warp / 4 * 64", "group_row = 0"),
+    "panels that do not divide the matrix": ("COLUMNS % 32 == 0 ? 32", "COLUMNS % 32 == 0 ? 64"),
+    "both warpgroups compute the same rows": ("group_row = warp / 4 * 64", "group_row = 0"),
     "no fence before the slabs": ("    fence_proxy_async();\n\n", "\n"),
     "no wgmma.fence before the slabs": ("        wgmma_fence(y_sum[0], t_sum[0]);\n", ""),
     "no commit": ("        wgmma_commit();\n", ""),
-    "t's columns confused": ("k * 2 + i / 2]", "k * 2 + i % 2]"),
-    "barriers not there": ("mbarrier_init(arrived(stage));", ""),
+    "t's columns exchanged": ("k * 2 + i / 2]", "k * 2 + i % 2]"),
+    "barriers not initialised": ("mbarrier_init(arrived(stage));", ""),
     "one barrier too few": ("stage < STAGES; ++stage", "stage < STAGES - 1; ++stage"),
-    "no barrier after the barriers' beginning": ("(arrived(stage));\n    sync_threads();\n", "(arrived(stage));\n"),
-    "y over the last slab": ("    sync_threads();  // the slabs are used up\n", ""),
+    "no sync after initialising the barriers": ("(arrived(stage));\n    sync_threads();\n", "(arrived(stage));\n"),
+    "y over the last slab": ("    sync_threads();  // all threads are done with the slabs\n", ""),
     "no wgmma.fence before the last product": ("    wgmma_fence(y_sum[0], t);\n", ""),
     "no wait for the last product": ("    wgmma_wait(y_sum[0], t);\n", ""),
     "y over t": ("block.t_tile());\n        sync_threads();\n", "block.t_tile());\n"),
 }
 
 
-def marked(faults: dict, more: dict) -> list:
+def with_slow(faults: dict, more: dict) -> list:
     return [*faults, *(pytest.param(name, marks=pytest.mark.slow) for name in more)]
 
 
-def noticed(library: ctypes.CDLL, plan: Plan) -> bool:
-    # As many blocks and slabs as show a mistake in the order of things; then rows and columns to read beyond.
+def notices(library: ctypes.CDLL, plan: Plan) -> bool:
+    """True if any of a few cases goes wrong."""
+    # Enough blocks and slabs to reveal mistakes in synchronisation; then edges, to reveal reads beyond them.
     cases = [Case(150, 136, 232, 16, 0, delivery) for delivery in DELIVERIES] + [Case(65, 72, 136, 5)]
-    return any(run(library, plan, case).wrong(plan.dtype) for case in cases)
+    return any(run(library, plan, case).mistake(plan.dtype) for case in cases)
 
 
-@pytest.mark.parametrize("fault", marked(FAULTS, MORE_FAULTS))
+@pytest.mark.parametrize("fault", with_slow(FAULTS, MORE_FAULTS))
 def test_notices(fault: str, emulated):
     plan = Plan(BF16, 64, 64, 16, False)
-    assert noticed(emulated(plan, (FAULTS | MORE_FAULTS)[fault]), plan)
+    assert notices(emulated(plan, (FAULTS | MORE_FAULTS)[fault]), plan)
 
 
-@pytest.mark.parametrize("fault", marked(SM90_FAULTS, MORE_SM90_FAULTS))
+@pytest.mark.parametrize("fault", with_slow(SM90_FAULTS, MORE_SM90_FAULTS))
 def test_notices_on_hopper(fault: str, emulated):
     plan = Plan(BF16, 128, 160, 16, True, sm90=True)
-    assert noticed(emulated(plan, (SM90_FAULTS | MORE_SM90_FAULTS)[fault]), plan)
+    assert notices(emulated(plan, (SM90_FAULTS | MORE_SM90_FAULTS)[fault]), plan)
 
 
-# The sources around the kernels, which tests/kernels/emulation/whole.py builds and runs in a process of its own.
+# The binding and the launcher, which emulation/whole.py builds and runs in a separate process.
 NINJA = pytest.mark.skipif(shutil.which("ninja") is None, reason="needs ninja")
 FAULTS_AROUND = {
-    "x's rows as far apart as they are long": ("binding.cpp", "<unsigned>(stride)", "<unsigned>(K)"),
+    "x's stride ignored": ("binding.cpp", "<unsigned>(stride)", "<unsigned>(K)"),
     "A and B not exchanged for dx": (
         "binding.cpp",
         "std::nullopt, B, A, scale, true",
         "std::nullopt, A, B, scale, true",
     ),
-    "rows used where they do not begin at 16 bytes": ("binding.cpp", "|| !aligned(rows)) rows", ") rows"),
-    "W's boxes of x's size": ("lora_gemm.cu", "describe<typename P::W>(&w_map", "describe<typename P::X>(&w_map"),
-    "no more shared memory asked for": (
+    "unaligned rows not copied": ("binding.cpp", "|| !aligned(rows)) rows", ") rows"),
+    "W's boxes with x's size": (
         "lora_gemm.cu",
-        "= allow_shared_memory<P>(kernel, where.device)",
+        "make_tensor_map<typename P::W>(&w_map",
+        "make_tensor_map<typename P::X>(&w_map",
+    ),
+    "no extra shared memory requested": (
+        "lora_gemm.cu",
+        "= allow_shared_memory<P>(kernel, target.device)",
         "= cudaSuccess",
     ),
 }
@@ -304,10 +309,10 @@ FAULTS_AROUND = {
 
 @pytest.mark.slow
 @NINJA
-@pytest.mark.parametrize("card", ["sm_80", "sm_90a"])
-def test_the_operator_whole(card: str, tmp_path: Path):
-    """Binding, launcher and gradient in C++."""
-    subprocess.run([sys.executable, str(EMULATION / "whole.py"), str(tmp_path), card], check=True)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+def test_the_whole_operator(target: str, tmp_path: Path):
+    """Binding, launcher and gradient, from their own sources."""
+    subprocess.run([sys.executable, str(EMULATION / "whole.py"), str(tmp_path), target], check=True)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from minidistill.kernels.conv import lora_conv
 from minidistill.kernels.dispatch import EVERYWHERE, Region, addmm_chain, choose_region, fits, lora_linear_or_addmm
 from minidistill.kernels.op import lora_linear
 from minidistill.lora import LoRAConv, LoRALinear, LoRAModel, lora_layers, lora_parameters, merge_lora, unmerge_lora
-from minidistill.training.recompute import LOW_MEMORY, checkpointed
+from minidistill.training.recompute import LOW_MEMORY, run_checkpointed
 
 OPS = torch.ops.minidistill
 CSRC = ROOT / "minidistill/kernels/csrc"
@@ -70,9 +70,8 @@ def test_gradcheck():
     # The only differentiable output always has a gradient.
     check = partial(torch.autograd.gradcheck, check_undefined_grad=False)
     assert check(lambda x, A, B: lora_linear(x, W, b, A, B, 0.7), (x, A, B))
-    assert check(
-        lambda A, B: lora_linear(x.detach(), W, None, A, B, 0.7), (A, B)
-    )  # x requires none, as in a first layer
+    # In a first layer x requires no gradient.
+    assert check(lambda A, B: lora_linear(x.detach(), W, None, A, B, 0.7), (A, B))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -88,7 +87,7 @@ def test_addmm_chain_leaves_tensors_kept_by_low_memory_unchanged():
     tensors = layer(4, K=LOW_MEMORY)
 
     def recomputed(x: Tensor, **weights: Tensor | float) -> Tensor:
-        return checkpointed(LOW_MEMORY, lambda x: addmm_chain(x, **weights).sin(), x)
+        return run_checkpointed(None, LOW_MEMORY, lambda x: addmm_chain(x, **weights).sin(), x)
 
     plain = gradients(lambda **operands: addmm_chain(**operands).sin(), tensors)
     assert all(torch.equal(actual, expected) for actual, expected in zip(gradients(recomputed, tensors), plain))

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from minidistill.config import ScheduleConfig
-from minidistill.schedule import Schedule, add_noise, ddim_invert, ddim_sample, velocity
+from minidistill.samplers import ddim_invert, ddim_sample
+from minidistill.schedule import Schedule, add_noise, velocity
 
 from .helpers import ddim_scheduler, error, randn
 

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from minidistill import CheckpointError, load
-from minidistill.training.settings import one_sentence
+from minidistill.training.settings import one_line_errors
 
 SCRIPTS = ["train.py", "sample.py"]
 
@@ -63,12 +63,12 @@ def test_out_of_memory_names_flags_that_there_are(script: str, command, monkeypa
 
 
 def test_a_cpu_without_memory():
-    with pytest.raises(SystemExit, match="s: out of memory. less"), one_sentence("s", "stopped", "less"):
+    with pytest.raises(SystemExit, match="s: out of memory. less"), one_line_errors("s", "stopped", "less"):
         torch.empty(2**50)
 
 
 def test_an_error_has_a_line_of_its_own(capsys: pytest.CaptureFixture):
-    with pytest.raises(SystemExit, match="s: what is wrong"), one_sentence("s", "stopped"):
+    with pytest.raises(SystemExit, match="s: what is wrong"), one_line_errors("s", "stopped"):
         bar = tqdm(total=2)
         bar.update()
         raise ValueError("what is wrong")
@@ -76,7 +76,7 @@ def test_an_error_has_a_line_of_its_own(capsys: pytest.CaptureFixture):
 
 
 def test_other_errors_keep_their_traceback():
-    with pytest.raises(RuntimeError, match="shapes"), one_sentence("s", "stopped", "less"):
+    with pytest.raises(RuntimeError, match="shapes"), one_line_errors("s", "stopped", "less"):
         raise RuntimeError("shapes")
 
 

@@ -1,8 +1,9 @@
-// The kernel as the binding sees it: pointers, sizes, the current device, and a stream as an opaque handle.
+// The interface between binding and launcher: pointers, sizes, the device, and the stream as an opaque handle.
 #pragma once
 #include <cstdint>
 
-struct Operands {  // y = x W^T + b + t B^T, t = scale x A^T (lora_gemm.h), of fewer than 2^32 numbers each
+// y = x W^T + b + t B^T, t = scale x A^T (lora_gemm.h). Each operand has fewer than 2^32 elements.
+struct Operands {
     const uint16_t *x, *W, *b;  // b may be null
     const float *A, *B;
     uint16_t *y, *t;
@@ -11,5 +12,5 @@ struct Operands {  // y = x W^T + b + t B^T, t = scale x A^T (lora_gemm.h), of f
     bool bfloat16, transposed;
 };
 
-// Returns nullptr, or what went wrong.
+// Returns nullptr, or an error message.
 const char* launch_lora_gemm(const Operands& operands, int device, void* stream);

@@ -1,4 +1,4 @@
-// Which of the kernels is launched for which sizes. Built with SM90 (for sm_90a alone) it has those for Hopper too.
+// Chooses a kernel by the sizes of the problem and launches it. SM90 (for sm_90a only) adds Hopper's kernels.
 #include <atomic>
 #include <type_traits>
 
@@ -12,25 +12,25 @@
 #include "lora_gemm_sm90.h"
 #endif
 
-struct Where {
+struct Target {
     int device;
     cudaStream_t stream;
 };
 
-// What the driver is asked or told once for each device. Threads that do so at the same time do the same.
-constexpr int MOST_DEVICES = 128;  // PyTorch has fewer
+// These two call the driver once per device and cache the answer. Threads that race store the same value.
+constexpr int MAX_DEVICES = 128;  // PyTorch's own limit is lower
 
-static cudaError_t processors_of(int device, int* processors) {
-    static std::atomic<int> known[MOST_DEVICES];
-    *processors = known[device];
+static cudaError_t count_processors(int device, int* processors) {
+    static std::atomic<int> counts[MAX_DEVICES];
+    *processors = counts[device];
     if (*processors) return cudaSuccess;
     const cudaError_t error = cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount, device);
-    known[device] = *processors;
+    counts[device] = *processors;
     return error;
 }
 
 template <class P, class Kernel> static cudaError_t allow_shared_memory(Kernel kernel, int device) {
-    static std::atomic<bool> allowed[MOST_DEVICES];
+    static std::atomic<bool> allowed[MAX_DEVICES];
     if (allowed[device]) return cudaSuccess;
     const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
     const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, P::SHARED_BYTES);
@@ -39,22 +39,22 @@ template <class P, class Kernel> static cudaError_t allow_shared_memory(Kernel k
 }
 
 template <class P, class Kernel, class... Maps>
-static cudaError_t launch(Kernel kernel, const Where& where, const Problem& problem, const Maps&... maps) {
-    if (cudaError_t error = allow_shared_memory<P>(kernel, where.device)) return error;
+static cudaError_t launch(Kernel kernel, const Target& target, const Problem& problem, const Maps&... maps) {
+    if (cudaError_t error = allow_shared_memory<P>(kernel, target.device)) return error;
     const unsigned blocks = P::blocks(problem.y.rows, problem.y.columns);
-    kernel<<<blocks, P::THREADS, P::SHARED_BYTES, where.stream>>>(problem, maps...);
+    kernel<<<blocks, P::THREADS, P::SHARED_BYTES, target.stream>>>(problem, maps...);
     return cudaGetLastError();
 }
 
 #ifdef SM90
-// How TMA is to read a matrix: in boxes of one panel, with its swizzle, and zeros for what lies outside.
+// Makes the tensor map by which TMA reads a matrix: a box is one panel, swizzled; elements outside are zero.
 template <class Panels_, class Element>
-static cudaError_t describe(TensorMap* map, const Matrix<const uint16_t>& matrix, Element) {
+static cudaError_t make_tensor_map(TensorMap* map, const Matrix<const uint16_t>& matrix, Element) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
-    static const Encode encode = [] {  // of the driver, asked for by name so that nothing has to be linked
+    static const Encode encode = [] {  // looked up by name, so that the driver library need not be linked
         void* function = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+        cudaDriverEntryPointQueryResult result;
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
         return reinterpret_cast<Encode>(function);
     }();
     if (!encode) return cudaErrorNotSupported;
@@ -72,49 +72,51 @@ static cudaError_t describe(TensorMap* map, const Matrix<const uint16_t>& matrix
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <class P> static cudaError_t launch_large(const Problem& problem, const Where& where) {
+template <class P> static cudaError_t launch_large(const Problem& problem, const Target& target) {
     TensorMap x_map, w_map;
     typename P::Element element;
-    if (cudaError_t error = describe<typename P::X>(&x_map, problem.x, element)) return error;
-    if (cudaError_t error = describe<typename P::W>(&w_map, problem.W, element)) return error;
-    return launch<P>(lora_gemm_sm90<P>, where, problem, x_map, w_map);
+    if (cudaError_t error = make_tensor_map<typename P::X>(&x_map, problem.x, element)) return error;
+    if (cudaError_t error = make_tensor_map<typename P::W>(&w_map, problem.W, element)) return error;
+    return launch<P>(lora_gemm_sm90<P>, target, problem, x_map, w_map);
 }
 template <class Element, bool TRANSPOSED, int R> using Large = PlanSm90<Element, R, TRANSPOSED>;
 #else
-template <class P> static cudaError_t launch_large(const Problem& problem, const Where& where) {
-    return launch<P>(lora_gemm<P>, where, problem);
+template <class P> static cudaError_t launch_large(const Problem& problem, const Target& target) {
+    return launch<P>(lora_gemm<P>, target, problem);
 }
 template <class Element, bool TRANSPOSED, int R> using Large = Plan<Element, 128, 160, R, TRANSPOSED>;
 #endif
 template <class Element, bool TRANSPOSED, int R> using Small = Plan<Element, 64, 64, R, TRANSPOSED>;
 
-// Large blocks read x and W less often; small ones reach more processors where y is small.
+// Large blocks read x and W less often. Small blocks keep more multiprocessors busy if y is small.
 template <class Element, bool TRANSPOSED, int R>
-static cudaError_t launch_size(const Problem& problem, const Where& where) {
+static cudaError_t launch_size(const Problem& problem, const Target& target) {
     using L = Large<Element, TRANSPOSED, R>;
     using S = Small<Element, TRANSPOSED, R>;
     int processors;
-    if (cudaError_t error = processors_of(where.device, &processors)) return error;
+    if (cudaError_t error = count_processors(target.device, &processors)) return error;
     const int blocks = L::blocks(problem.y.rows, problem.y.columns);
-    return blocks >= processors * 3 / 4 ? launch_large<L>(problem, where) : launch<S>(lora_gemm<S>, where, problem);
+    return blocks >= processors * 3 / 4 ? launch_large<L>(problem, target) : launch<S>(lora_gemm<S>, target, problem);
 }
 
-template <class Element, bool TRANSPOSED> static cudaError_t launch_rank(const Problem& problem, const Where& where) {
+template <class Element, bool TRANSPOSED>
+static cudaError_t launch_rank(const Problem& problem, const Target& target) {
     const unsigned rank = problem.t.columns;
-    if (rank <= 16) return launch_size<Element, TRANSPOSED, 16>(problem, where);  // also 0, which is W alone
-    if (rank <= 32) return launch_size<Element, TRANSPOSED, 32>(problem, where);
-    if (rank <= 64) return launch_size<Element, TRANSPOSED, 64>(problem, where);
-    return launch_size<Element, TRANSPOSED, 128>(problem, where);
+    if (rank <= 16) return launch_size<Element, TRANSPOSED, 16>(problem, target);  // also rank 0, W alone
+    if (rank <= 32) return launch_size<Element, TRANSPOSED, 32>(problem, target);
+    if (rank <= 64) return launch_size<Element, TRANSPOSED, 64>(problem, target);
+    return launch_size<Element, TRANSPOSED, 128>(problem, target);
 }
 
-template <class Element> static cudaError_t launch_way(const Problem& problem, bool transposed, const Where& where) {
-    return transposed ? launch_rank<Element, true>(problem, where) : launch_rank<Element, false>(problem, where);
+template <class Element>
+static cudaError_t launch_layout(const Problem& problem, bool transposed, const Target& target) {
+    return transposed ? launch_rank<Element, true>(problem, target) : launch_rank<Element, false>(problem, target);
 }
 
 const char* launch_lora_gemm(const Operands& operands, int device, void* stream) {
     const Problem problem = problem_of(operands);
-    const Where where{device, static_cast<cudaStream_t>(stream)};
-    const cudaError_t error = operands.bfloat16 ? launch_way<BFloat16>(problem, operands.transposed, where)
-                                                : launch_way<Float16>(problem, operands.transposed, where);
+    const Target target{device, static_cast<cudaStream_t>(stream)};
+    const cudaError_t error = operands.bfloat16 ? launch_layout<BFloat16>(problem, operands.transposed, target)
+                                                : launch_layout<Float16>(problem, operands.transposed, target);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -1,12 +1,12 @@
-// A linear layer and its low-rank pair in one launch:
+// A linear layer with its low-rank pair in one launch:
 //
 //   y = x W^T + b + t B^T,   t = s x A^T        x [M, K], W [N, K], b [N], A [R, K], B [N, R];  y [M, N], t [M, R]
 //
-// x, W, b, y and t are float16 or bfloat16. A and B are float32 and rounded on load, t is rounded before it meets B,
-// and all sums are float32. The gradient dx = dy W + (s dy B) A has the same form, with the weights stored the other
-// way round ("transposed"): x := dy, W [K, N], A := B [K, R], B := A [R, N].
+// x, W, b, y and t are float16 or bfloat16. A and B are float32 and rounded on load, t is rounded before its product
+// with B, and all sums are float32. The gradient dx = dy W + (s dy B) A has the same form with transposed weights
+// (TRANSPOSED): x := dy, W [K, N], A := B [K, R], B := A [R, N].
 //
-// A block computes BM x BN of y, and for it BM rows of t. It walks along K in slabs of BK columns:
+// A block computes a BM x BN tile of y and the BM rows of t that belong to it. It walks along K in slabs of BK columns:
 //
 //                       W^T, A^T
 //                  +---------------+----+
@@ -14,14 +14,14 @@
 //                  +---------------+----+
 //                         BN         R
 //        BK        +---------------+----+
-//      +----+      |  y            | t  |   32 rows x BN / 2 of y are one warp's, and 16 rows of t;
-//   BM | x  |      |  warp 0 | 1   |    |   both are sums in registers.
+//      +----+      |  y            | t  |   Each warp accumulates 32 rows x BN / 2 columns of y
+//   BM | x  |      |  warp 0 | 1   |    |   and 16 rows of t in registers.
 //      |    |      |  warp 2 | 3   |    |
 //      +----+      +---------------+----+
 //
-// After the last slab t, scaled and rounded, takes the place of x in shared memory, and B, there from the start, that
-// of W: y += t B^T is one more slab. Slabs arrive by asynchronous copies, STAGES - 1 ahead of the arithmetic. Blocks
-// and slabs need not divide M, N and K (N and K are multiples of 8): zero is loaded for what lies outside.
+// After the last slab, t, scaled and rounded, replaces x in shared memory, and B, loaded at the start, replaces W:
+// y += t B^T is one more product of the same kind. Slabs are copied asynchronously, STAGES - 1 ahead of the arithmetic.
+// Blocks and slabs need not divide M, N and K (N and K are multiples of 8): elements outside are loaded as zero.
 #pragma once
 #include "launch.h"
 
@@ -31,7 +31,7 @@ struct Corner {
 
 template <class T> struct Matrix {  // row-major
     T* data;
-    unsigned rows, columns, stride;  // from a row to the next
+    unsigned rows, columns, stride;  // stride: elements from one row to the next
 
     DEVICE bool has(unsigned row, unsigned column) const { return row < rows && column < columns; }
     DEVICE T* at(unsigned row, unsigned column) const { return data + (row * stride + column); }
@@ -39,7 +39,7 @@ template <class T> struct Matrix {  // row-major
 
 struct Problem {
     Matrix<const uint16_t> x, W;
-    const uint16_t* b;  // or null
+    const uint16_t* b;  // may be null
     Matrix<const float> A, B;
     float scale;
     Matrix<uint16_t> y, t;
@@ -55,9 +55,9 @@ inline Problem problem_of(const Operands& o) {
             weights(o.B, o.N, o.rank),   o.scale, matrix(o.y, o.M, o.N), matrix(o.t, o.M, o.rank)};
 }
 
-// ROWS x COLUMNS numbers in shared memory, in chunks of eight (16 bytes). Chunks change places within a row
-// ("swizzle"), so that the same chunk of eight neighbouring rows, which is what ldmatrix takes, and eight neighbouring
-// chunks of a row lie in different banks. PERIOD chunks of each of 8 / PERIOD rows fill the 32 banks once.
+// ROWS x COLUMNS elements in shared memory, in chunks of eight (16 bytes). The chunks of a row are permuted
+// ("swizzled") so that two access patterns are free of bank conflicts: the same chunk of eight neighbouring rows, as
+// ldmatrix reads, and eight neighbouring chunks of one row. PERIOD chunks in each of 8 / PERIOD rows fill the 32 banks.
 template <int ROWS_, int COLUMNS_> struct Tile {
     static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, CHUNKS = COLUMNS / 8, SIZE = ROWS * COLUMNS;
     static constexpr unsigned PERIOD = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;
@@ -70,13 +70,13 @@ template <int ROWS_, int COLUMNS_> struct Tile {
     }
 };
 
-// All sizes that are known when the kernel is compiled.
+// All sizes known at compile time.
 template <class Element_, int BM_, int BN_, int R_, bool TRANSPOSED_> struct Plan {
     using Element = Element_;
     static constexpr int BM = BM_, BN = BN_, BK = 32, R = R_;
     static constexpr bool TRANSPOSED = TRANSPOSED_;
-    static constexpr int THREADS = BM / 32 * 2 * 32;  // two warps for 32 rows
-    static constexpr int STAGES = R <= 32 ? 4 : R <= 64 ? 3 : 2;  // in 99 KB, the least there is from sm_80 to sm_90
+    static constexpr int THREADS = BM / 32 * 2 * 32;  // two warps for every 32 rows
+    static constexpr int STAGES = R <= 32 ? 4 : R <= 64 ? 3 : 2;  // fits into 99 KB, the minimum from sm_80 to sm_90
 
     template <int OUT, int IN> using Weights = Tile<TRANSPOSED ? IN : OUT, TRANSPOSED ? OUT : IN>;
     using X = Tile<BM, BK>;
@@ -87,13 +87,13 @@ template <class Element_, int BM_, int BN_, int R_, bool TRANSPOSED_> struct Pla
     using T = Tile<BM, R>;
     static constexpr int STAGE = X::SIZE + W::SIZE + A::SIZE;
     static constexpr int SHARED_BYTES = 2 * (STAGES * STAGE + B::SIZE);
-    static_assert(Y::SIZE <= STAGES * STAGE && T::SIZE <= STAGES * STAGE);  // they come after the slabs
+    static_assert(Y::SIZE <= STAGES * STAGE && T::SIZE <= STAGES * STAGE);  // t and y reuse the memory of the slabs
     static_assert(SHARED_BYTES <= 99 * 1024);
 
     static unsigned blocks(unsigned M, unsigned N) { return ((M + BM - 1) / BM) * ((N + BN - 1) / BN); }
 };
 
-// tile <- matrix from a corner on, in copies of eight numbers under way until cp_async_wait
+// tile <- matrix, starting at a corner: asynchronous copies of eight elements; cp_async_wait waits for them
 template <int THREADS, int ROWS, int COLUMNS>
 DEVICE void copy_async(Tile<ROWS, COLUMNS> tile, const Matrix<const uint16_t>& matrix, Corner from) {
     constexpr int CHUNKS = tile.CHUNKS;
@@ -105,8 +105,8 @@ DEVICE void copy_async(Tile<ROWS, COLUMNS> tile, const Matrix<const uint16_t>& m
     }
 }
 
-// The same from a float32 matrix, rounded: the i-th pair of each thread, first into registers, then into the tile. Four
-// threads take a chunk, and a warp that of eight rows.
+// The same for a float32 matrix, which has to be rounded: each thread loads its i-th pair of elements into registers
+// and then stores it in the tile. Four threads cover a chunk, and a warp the same chunk of eight rows.
 struct Pair {
     float low, high;
 };
@@ -126,10 +126,10 @@ DEVICE Pair load_pair(unsigned i, Tile_, const Matrix<const float>& matrix, Corn
             matrix.has(r, c + 1) ? ld_global(matrix.at(r, c + 1)) : 0};
 }
 
-template <class Element, int THREADS, class Tile_> DEVICE void store_pair(unsigned i, Tile_ tile, Pair numbers) {
+template <class Element, int THREADS, class Tile_> DEVICE void store_pair(unsigned i, Tile_ tile, Pair values) {
     const Corner pair = corner_of_pair<THREADS, Tile_>(i);
     if (pair.column < Tile_::COLUMNS)
-        st_shared(tile.at(pair.row, pair.column), pack(Element{}, numbers.low, numbers.high));
+        st_shared(tile.at(pair.row, pair.column), pack(Element{}, values.low, values.high));
 }
 
 template <class Element, int THREADS, class Tile_>
@@ -139,24 +139,25 @@ DEVICE void copy_rounded(Tile_ tile, const Matrix<const float>& matrix, Corner f
         store_pair<Element, THREADS>(i, tile, load_pair<THREADS>(i, tile, matrix, from));
 }
 
-// sum[16 TALL, 8 WIDE] += x w^T, or x w where it is transposed, by one warp: from this row and column of the product on
-template <class Element, bool TRANSPOSED, int TALL, int WIDE, int ROWS, int K, class W>
-DEVICE void multiply(float (&sum)[TALL][WIDE][4], Tile<ROWS, K> x, W w, unsigned row, unsigned column) {
+// One warp: sum[16 M_TILES, 8 N_TILES] += x w^T, or x w if w is transposed. (row, column) is the corner of this part
+// of the product.
+template <class Element, bool TRANSPOSED, int M_TILES, int N_TILES, int ROWS, int K, class W>
+DEVICE void multiply(float (&sum)[M_TILES][N_TILES][4], Tile<ROWS, K> x, W w, unsigned row, unsigned column) {
     const unsigned lane = thread_index() % 32;
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
-        uint32_t a[TALL][4];
+        uint32_t a[M_TILES][4];
 #pragma unroll
-        for (int i = 0; i < TALL; ++i) ldmatrix(a[i], x.at(row + i * 16 + lane % 16, k + lane / 16 * 8));
+        for (int i = 0; i < M_TILES; ++i) ldmatrix(a[i], x.at(row + i * 16 + lane % 16, k + lane / 16 * 8));
 #pragma unroll
-        for (int j = 0; j < WIDE; j += 2) {
-            uint32_t b[4];  // k to k + 7 and k + 8 to k + 15 of eight columns, then of the next eight
+        for (int j = 0; j < N_TILES; j += 2) {
+            uint32_t b[4];  // eight columns at k to k + 7 and k + 8 to k + 15, then the next eight columns
             if constexpr (TRANSPOSED)
                 ldmatrix_trans(b, w.at(k + lane % 16, column + j * 8 + lane / 16 * 8));
             else
                 ldmatrix(b, w.at(column + j * 8 + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
 #pragma unroll
-            for (int i = 0; i < TALL; ++i) {
+            for (int i = 0; i < M_TILES; ++i) {
                 mma(Element{}, sum[i][j], a[i], b[0], b[1]);
                 mma(Element{}, sum[i][j + 1], a[i], b[2], b[3]);
             }
@@ -164,42 +165,44 @@ DEVICE void multiply(float (&sum)[TALL][WIDE][4], Tile<ROWS, K> x, W w, unsigned
     }
 }
 
-// Sums of a warp, as mma holds them: row lane / 4, or 8 below, and two neighbouring columns.
+// The sums of a warp are laid out as mma leaves them: a lane has two neighbouring columns of row lane / 4, then the
+// same columns eight rows below.
 
-// sum <- b from a column on, in all rows
-template <class Element, int TALL, int WIDE>
-DEVICE void begin_with(float (&sum)[TALL][WIDE][4], const uint16_t* b, unsigned column, unsigned columns) {
+// sum <- b in all rows, starting at a column of b
+template <class Element, int M_TILES, int N_TILES>
+DEVICE void fill_with_bias(float (&sum)[M_TILES][N_TILES][4], const uint16_t* b, unsigned column, unsigned columns) {
 #pragma unroll
-    for (int j = 0; j < WIDE; ++j)
+    for (int j = 0; j < N_TILES; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const unsigned c = column + j * 8 + thread_index() % 4 * 2 + i % 2;
             const float value = b && c < columns ? unpack(Element{}, ld_global(b + c)) : 0;
 #pragma unroll
-            for (int k = 0; k < TALL; ++k) sum[k][j][i] = value;
+            for (int k = 0; k < M_TILES; ++k) sum[k][j][i] = value;
         }
 }
 
-template <int WIDE> DEVICE void scale(float (&sum)[1][WIDE][4], float factor) {
+template <int N_TILES> DEVICE void scale(float (&sum)[1][N_TILES][4], float factor) {
 #pragma unroll
-    for (int i = 0; i < WIDE * 4; ++i) sum[0][i / 4][i % 4] *= factor;
+    for (int i = 0; i < N_TILES * 4; ++i) sum[0][i / 4][i % 4] *= factor;
 }
 
-// tile <- sums, rounded
-template <class Element, int TALL, int WIDE, class Tile_>
-DEVICE void round_into(Tile_ tile, const float (&sum)[TALL][WIDE][4], unsigned row, unsigned column) {
+// tile <- sum, rounded
+template <class Element, int M_TILES, int N_TILES, class Tile_>
+DEVICE void round_into(Tile_ tile, const float (&sum)[M_TILES][N_TILES][4], unsigned row, unsigned column) {
     const unsigned lane = thread_index() % 32;
 #pragma unroll
-    for (int i = 0; i < TALL; ++i)
+    for (int i = 0; i < M_TILES; ++i)
 #pragma unroll
-        for (int j = 0; j < WIDE; ++j) {
+        for (int j = 0; j < N_TILES; ++j) {
             const unsigned r = row + i * 16 + lane / 4, c = column + j * 8 + lane % 4 * 2;
             st_shared(tile.at(r, c), pack(Element{}, sum[i][j][0], sum[i][j][1]));
             st_shared(tile.at(r + 8, c), pack(Element{}, sum[i][j][2], sum[i][j][3]));
         }
 }
 
-// matrix from a corner on <- tile: t, whose rows may have any length, and y
+// matrix <- tile, starting at a corner of the matrix. store() moves single elements, for t, whose rows may have any
+// length; store_chunks() moves eight at a time, for y.
 template <int THREADS, int ROWS, int COLUMNS>
 DEVICE void store(const Matrix<uint16_t>& matrix, Corner to, Tile<ROWS, COLUMNS> tile) {
     for (unsigned i = thread_index(); i < ROWS * COLUMNS; i += THREADS) {
@@ -218,10 +221,10 @@ DEVICE void store_chunks(const Matrix<uint16_t>& matrix, Corner to, Tile<ROWS, C
     }
 }
 
-// Which part of y is a block's own, and where everything lies in its shared memory: the slabs of x, W and A in turns,
-// then B. t and y come last, and take the slabs' place.
+// The part of y that a block computes, and the layout of its shared memory: STAGES slabs of x, W and A, then B. At the
+// end t and y reuse the memory of the slabs.
 template <class P> struct BlockTiles {
-    unsigned m, n;  // its corner of y
+    unsigned m, n;  // the block's corner in y
     uint16_t* shared;
 
     DEVICE explicit BlockTiles(const Matrix<uint16_t>& y) : shared(shared_memory()) {
@@ -236,8 +239,10 @@ template <class P> struct BlockTiles {
     DEVICE typename P::T t_tile() const { return {shared}; }
     DEVICE typename P::Y y_tile() const { return {shared}; }
 
-    // Weights are stored the one way round or the other.
-    static DEVICE Corner weights(unsigned out, unsigned in) { return P::TRANSPOSED ? Corner{in, out} : Corner{out, in}; }
+    // The corner of a slab of weights, which may be stored transposed.
+    static DEVICE Corner weights(unsigned out, unsigned in) {
+        return P::TRANSPOSED ? Corner{in, out} : Corner{out, in};
+    }
 };
 
 template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
@@ -248,7 +253,7 @@ template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
     const BlockTiles<P> block(p.y);
     const unsigned m = block.m, n = block.n;
     const unsigned warp = thread_index() / 32;
-    const unsigned row = warp / 2 * 32, column = warp % 2 * (BN / 2);  // this warp's corner of the block
+    const unsigned row = warp / 2 * 32, column = warp % 2 * (BN / 2);  // this warp's corner within the block
     const unsigned t_row = row + warp % 2 * 16;
 
     const unsigned slabs = (p.x.columns + BK - 1) / BK;
@@ -260,7 +265,7 @@ template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
         cp_async_commit();
     };
 
-    // The first slabs, and B.
+    // Load the first slabs, and B.
     for (unsigned slab = 0; slab < STAGES - 1; ++slab) copy_slab(slab);
     copy_rounded<Element, THREADS>(block.b_tile(), p.B, block.weights(n, 0));
 #pragma unroll
@@ -268,11 +273,11 @@ template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
         copy_rounded<Element, THREADS>(block.a_tile(slab), p.A, block.weights(0, slab * BK));
 
     float y_sum[2][BN / 16][4], t_sum[1][R / 8][4] = {};
-    begin_with<Element>(y_sum, p.b, n + column, p.y.columns);  // y = b
+    fill_with_bias<Element>(y_sum, p.b, n + column, p.y.columns);  // y = b
 
     for (unsigned slab = 0; slab < slabs; ++slab) {
-        cp_async_wait<STAGES - 2>();  // this thread's part of the slab is there,
-        sync_threads();               // and everybody's; nobody still reads the one before, whose place is taken now
+        cp_async_wait<STAGES - 2>();  // this thread's copies for the slab have arrived
+        sync_threads();               // so have all others, and no thread reads the previous slab, overwritten next
         const unsigned next = slab + STAGES - 1;
         copy_slab(next);
         constexpr int PAIRS_A = PAIRS<THREADS, typename P::A>;
@@ -285,7 +290,7 @@ template <class P> KERNEL(P::THREADS) lora_gemm(const GRID_CONSTANT Problem p) {
 #pragma unroll
         for (int i = 0; i < PAIRS_A; ++i) store_pair<Element, THREADS>(i, block.a_tile(next), a_next[i]);
     }
-    sync_threads();  // the slabs are used up
+    sync_threads();  // all threads are done with the slabs
 
     scale(t_sum, p.scale);
     round_into<Element>(block.t_tile(), t_sum, t_row, 0);

@@ -1,27 +1,29 @@
-// lora_gemm.h for Hopper: the same sums in the same order, by the instructions that only it has.
+// lora_gemm.h for Hopper: the same sums in the same order, with the instructions that only Hopper has.
 //
-//   - The copy engine (TMA) brings x and W, box by box, when one thread asks for it; an mbarrier a stage says when.
-//   - A warpgroup of 128 threads multiplies 64 rows at a time, straight from shared memory (wgmma): by the slab of W
-//     for y, by that of A for t. Its sums of t are already laid out as a factor of the next product: y += t B^T takes
-//     t, scaled and rounded, from the registers where it is.
+//   - One thread starts the copies of x and W, which the copy engine (TMA) makes box by box. Each stage has an mbarrier
+//     that signals their arrival.
+//   - A warpgroup of 128 threads multiplies 64 rows at a time, straight from shared memory (wgmma): with the slab of W
+//     for y, with the slab of A for t. The accumulators of t are already laid out as a left operand of wgmma, so that
+//     y += t B^T reads t, scaled and rounded, from registers.
 //
-// A block is 128 rows, for two warpgroups, and 160 columns, which divide the 320, 640, 1280, ... of Stable Diffusion.
+// A block has 128 rows, for two warpgroups, and 160 columns, a divisor of Stable Diffusion's widths 320, 640, 1280, ...
 #pragma once
 #include "lora_gemm.h"
 
-// A matrix in shared memory as TMA writes it and wgmma reads it: panels side by side, each a tile of 64, 32 or 16
-// columns, the most that divide the matrix. Their swizzle is the manual's of 128, 64 or 32 bytes, the length of a row.
+// A matrix in shared memory as TMA writes it and wgmma reads it: panels side by side. Each panel is a tile of 64, 32 or
+// 16 columns, the widest that divides the matrix. Tile's swizzle equals the PTX manual's 128-, 64- or 32-byte swizzle,
+// named after the bytes in a row of the panel.
 template <int ROWS_, int COLUMNS_> struct Panels {
     static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, SIZE = ROWS * COLUMNS;
     static constexpr int WIDTH = COLUMNS % 64 == 0 ? 64 : COLUMNS % 32 == 0 ? 32 : 16, COUNT = COLUMNS / WIDTH;
     using Panel = Tile<ROWS, WIDTH>;
-    static_assert(Panel::SIZE * 2 % 1024 == 0);  // where each swizzle may begin
+    static_assert(Panel::SIZE * 2 % 1024 == 0);  // the alignment of a swizzle
     uint16_t* data;
 
     DEVICE Panel panel(unsigned i) const { return {data + i * Panel::SIZE}; }
     DEVICE uint16_t* at(unsigned row, unsigned column) const { return panel(column / WIDTH).at(row, column % WIDTH); }
-    // For wgmma: from (row, column) on, of which the row is a multiple of 8, where the swizzle begins anew.
-    DEVICE uint64_t from(unsigned row, unsigned column) const {
+    // The wgmma descriptor of the part that starts at (row, column); row is a multiple of 8, where the swizzle repeats.
+    DEVICE uint64_t descriptor_at(unsigned row, unsigned column) const {
         return descriptor<WIDTH>(panel(column / WIDTH).data + row * WIDTH + column % WIDTH, Panel::SIZE * 2);
     }
 };
@@ -46,7 +48,7 @@ template <class Element_, int R_, bool TRANSPOSED_> struct PlanSm90 {
     static unsigned blocks(unsigned M, unsigned N) { return ((M + BM - 1) / BM) * ((N + BN - 1) / BN); }
 };
 
-// One box a panel, from the corner on.
+// Starts the copies into all panels, one box per panel, from a corner of the matrix.
 template <class Panels_> DEVICE void copy_boxes(Panels_ to, const TensorMap& map, Corner from, Barrier* arrived) {
     for (int i = 0; i < Panels_::COUNT; ++i)
         tma_load(to.panel(i).data, map, from.row, from.column + i * Panels_::WIDTH, arrived);
@@ -63,13 +65,15 @@ lora_gemm_sm90(const GRID_CONSTANT Problem p, const GRID_CONSTANT TensorMap x_ma
     const BlockTiles<P> block(p.y);
     const unsigned m = block.m, n = block.n;
     const unsigned warp = thread_index() / 32;
-    const unsigned row = warp * 16, group_row = warp / 4 * 64;  // of this warp, and of its warpgroup
+    const unsigned row = warp * 16, group_row = warp / 4 * 64;  // first rows of this warp and of its warpgroup
 
     const auto arrived = [&](unsigned slab) {
         return reinterpret_cast<Barrier*>(block.shared + P::BARRIERS) + slab % STAGES;
     };
 
-    const auto factor = [](auto tile, unsigned k) { return TRANSPOSED ? tile.from(k, 0) : tile.from(0, k); };
+    const auto weights_at = [](auto tile, unsigned k) {
+        return TRANSPOSED ? tile.descriptor_at(k, 0) : tile.descriptor_at(0, k);
+    };
     const unsigned slabs = (p.x.columns + BK - 1) / BK;
     const auto copy_slab = [&](unsigned slab) {
         if (thread_index() == 0 && slab < slabs) {
@@ -79,7 +83,7 @@ lora_gemm_sm90(const GRID_CONSTANT Problem p, const GRID_CONSTANT TensorMap x_ma
         }
     };
 
-    // The first slabs, and B.
+    // Load the first slabs, and B.
     if (thread_index() == 0)
         for (unsigned stage = 0; stage < STAGES; ++stage) mbarrier_init(arrived(stage));
     sync_threads();
@@ -91,40 +95,40 @@ lora_gemm_sm90(const GRID_CONSTANT Problem p, const GRID_CONSTANT TensorMap x_ma
     fence_proxy_async();
 
     float y_sum[1][BN / 8][4], t_sum[1][R / 8][4] = {};
-    begin_with<Element>(y_sum, p.b, n, p.y.columns);  // y = b
+    fill_with_bias<Element>(y_sum, p.b, n, p.y.columns);  // y = b
 
     for (unsigned slab = 0; slab < slabs; ++slab) {
-        mbarrier_wait(arrived(slab), slab / STAGES % 2);  // x and W are there,
-        sync_threads();  // and A; nobody still reads the slab before, whose place is taken now
+        mbarrier_wait(arrived(slab), slab / STAGES % 2);  // x and W have arrived
+        sync_threads();  // so has A, and no thread reads the previous slab, overwritten next
         const unsigned next = slab + STAGES - 1;
         copy_slab(next);
         wgmma_fence(y_sum[0], t_sum[0]);
 #pragma unroll
         for (int k = 0; k < BK; k += 16) {
-            const uint64_t some_x = block.x_tile(slab).from(group_row, k);
-            wgmma<TRANSPOSED>(Element{}, y_sum[0], some_x, factor(block.w_tile(slab), k));  // y += x W^T
-            wgmma<TRANSPOSED>(Element{}, t_sum[0], some_x, factor(block.a_tile(slab), k));  // t += x A^T
+            const uint64_t x = block.x_tile(slab).descriptor_at(group_row, k);
+            wgmma<TRANSPOSED>(Element{}, y_sum[0], x, weights_at(block.w_tile(slab), k));  // y += x W^T
+            wgmma<TRANSPOSED>(Element{}, t_sum[0], x, weights_at(block.a_tile(slab), k));  // t += x A^T
         }
         wgmma_commit();
         copy_rounded<Element, THREADS>(block.a_tile(next), p.A, block.weights(0, next * BK));
         fence_proxy_async();
         wgmma_wait(y_sum[0], t_sum[0]);
     }
-    sync_threads();  // the slabs are used up
+    sync_threads();  // all threads are done with the slabs
 
     scale(t_sum, p.scale);
     uint32_t t[R / 16][4];
 #pragma unroll
     for (int k = 0; k < R / 16; ++k)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {  // rows g and g + 8 of the first eight columns, then of the next
+        for (int i = 0; i < 4; ++i) {  // rows g and g + 8 of eight columns, then of the next eight
             const float(&pair)[4] = t_sum[0][k * 2 + i / 2];
             t[k][i] = pack(Element{}, pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
         }
     wgmma_fence(y_sum[0], t);
 #pragma unroll
     for (int k = 0; k < R / 16; ++k)
-        wgmma<TRANSPOSED>(Element{}, y_sum[0], t[k], factor(block.b_tile(), k * 16));  // y += t B^T
+        wgmma<TRANSPOSED>(Element{}, y_sum[0], t[k], weights_at(block.b_tile(), k * 16));  // y += t B^T
     wgmma_commit();
     wgmma_wait(y_sum[0], t);
 

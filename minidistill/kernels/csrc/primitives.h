@@ -1,5 +1,5 @@
-// The instructions that the kernel is made of, each with its name in the PTX manual (sm_80 and newer). The tests put
-// plain C++ of the same names in their place and run the kernel on a CPU (tests/emulation/primitives.h).
+// The instructions the kernel uses, with their names in the PTX manual (sm_80 and newer). To run the kernel on a CPU,
+// the tests replace this file by plain C++ functions of the same names (tests/kernels/emulation/primitives.h).
 #pragma once
 #include <cstdint>
 
@@ -7,7 +7,7 @@
 #define KERNEL(threads) __global__ void __launch_bounds__(threads)
 #define GRID_CONSTANT __grid_constant__
 
-// Numbers of 16 bits are moved as uint16_t; what they mean is a matter of the arithmetic alone.
+// 16-bit floats are moved as uint16_t. These tags choose the type for the arithmetic.
 struct Float16 {};
 struct BFloat16 {};
 
@@ -19,11 +19,11 @@ DEVICE unsigned thread_index() { return threadIdx.x; }
 DEVICE unsigned block_index() { return blockIdx.x; }
 
 DEVICE uint16_t* shared_memory() {
-    extern __shared__ __align__(1024) Chunk memory[];  // as the 128-byte swizzle needs it
+    extern __shared__ __align__(1024) Chunk memory[];  // aligned for the 128-byte swizzle
     return reinterpret_cast<uint16_t*>(memory);
 }
 
-// barrier.sync 0: all threads of the block arrive before any goes on, and see what the others wrote
+// barrier.sync 0: waits until all threads of the block arrive; afterwards each sees what the others wrote
 DEVICE void sync_threads() { __syncthreads(); }
 
 // Plain loads and stores: ld.global, st.global, ld.shared, st.shared
@@ -42,25 +42,25 @@ DEVICE uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// cp.async.cg.shared.global with a src-size: 16 bytes, or none of them and 16 bytes of zeros
+// cp.async.cg.shared.global with a src-size: copies 16 bytes, or writes 16 zero bytes without reading
 DEVICE void cp_async(uint16_t* to, const uint16_t* from, bool read) {
     const int bytes = read ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                  : "memory");
 }
 
-// cp.async.commit_group: this thread's copies since the last one are a group
+// cp.async.commit_group: this thread's copies since the previous commit form a group
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// cp.async.wait_group: all but the last PENDING groups of this thread are complete
+// cp.async.wait_group: waits until at most the last PENDING groups of this thread are incomplete
 template <int PENDING> DEVICE void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Fragments: what each lane of a warp holds of a matrix
+// Fragments: the elements of a matrix that each lane of a warp holds
 
-// ldmatrix.sync.aligned.m8n8.x4.shared.b16: four 8x8 matrices; lane i names row i % 8 of matrix i / 8, and receives two
-// neighbours of each matrix, (row i / 4, columns i % 4 * 2 and + 1)
+// ldmatrix.sync.aligned.m8n8.x4.shared.b16: loads four 8x8 matrices. Lane i passes the address of row i % 8 of matrix
+// i / 8, and receives two neighbouring elements of each matrix: row i / 4, columns i % 4 * 2 and i % 4 * 2 + 1.
 DEVICE void ldmatrix(uint32_t (&to)[4], const uint16_t* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -68,7 +68,7 @@ DEVICE void ldmatrix(uint32_t (&to)[4], const uint16_t* row) {
                  : "memory");
 }
 
-// ldmatrix....trans: the same of the transposed matrices, (rows i % 4 * 2 and + 1, column i / 4)
+// ldmatrix....trans: the same for the transposed matrices: rows i % 4 * 2 and i % 4 * 2 + 1, column i / 4.
 DEVICE void ldmatrix_trans(uint32_t (&to)[4], const uint16_t* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -82,14 +82,15 @@ DEVICE void ldmatrix_trans(uint32_t (&to)[4], const uint16_t* row) {
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                          \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 
-// mma.sync.aligned.m16n8k16.row.col.f32: c[16, 8] += a[16, 16] b[16, 8], with g = lane / 4, pairs at j = lane % 4 * 2
-//   a: (g, j), (g + 8, j), (g, j + 8), (g + 8, j + 8);  b: (j, g), (j + 8, g);  c: (g, j), then (g + 8, j)
+// mma.sync.aligned.m16n8k16.row.col.f32: c[16, 8] += a[16, 16] b[16, 8]. With g = lane / 4 and j = lane % 4 * 2, a lane
+// holds pairs that start at
+//   a: (g, j), (g + 8, j), (g, j + 8), (g + 8, j + 8);  b: (j, g), (j + 8, g);  c: (g, j), (g + 8, j)
 DEVICE void mma(Float16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { MMA("f16"); }
 DEVICE void mma(BFloat16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { MMA("bf16"); }
 
-// Conversions, to nearest even
+// Conversions, rounding to nearest even
 
-// cvt.rn.f16x2.f32, cvt.rn.bf16x2.f32: the instruction names the upper half first
+// cvt.rn.f16x2.f32, cvt.rn.bf16x2.f32: the upper half is the first operand
 DEVICE uint32_t pack(Float16, float low, float high) {
     uint32_t pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));

@@ -1,4 +1,4 @@
-// The instructions of Hopper (sm_90a) that lora_gemm_sm90.h is made of, each with its name in the PTX manual.
+// The Hopper instructions (sm_90a) that lora_gemm_sm90.h uses, with their names in the PTX manual.
 #pragma once
 #include <cuda.h>
 
@@ -7,21 +7,21 @@
 using TensorMap = CUtensorMap;
 using Barrier = uint64_t;
 
-// mbarrier: a phase is complete when it has had its arrivals, and the bytes that these announced have come.
+// mbarrier: a phase completes when all its arrivals and all the bytes they announced are in.
 
-// mbarrier.init.shared.b64, fence.mbarrier_init.release.cluster: for one arrival; the copy engine sees it too
+// mbarrier.init.shared.b64: one arrival per phase; fence.mbarrier_init.release.cluster: makes it visible to TMA
 DEVICE void mbarrier_init(Barrier* barrier) {
     asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// mbarrier.arrive.expect_tx.shared.b64
+// mbarrier.arrive.expect_tx.shared.b64: arrives, and announces this many bytes
 DEVICE void mbarrier_arrive_expect(Barrier* barrier, unsigned bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
 
-// mbarrier.try_wait.parity.shared.b64, until the phase of this parity is complete
+// mbarrier.try_wait.parity.shared.b64: waits until the phase of this parity is complete
 DEVICE void mbarrier_wait(Barrier* barrier, unsigned parity) {
     asm volatile(
         "{\n"
@@ -34,7 +34,7 @@ DEVICE void mbarrier_wait(Barrier* barrier, unsigned parity) {
         : "memory");
 }
 
-// cp.async.bulk.tensor.2d (TMA): the map's box from (row, column) on; zeros for what lies outside of the matrix
+// cp.async.bulk.tensor.2d (TMA): copies the map's box at (row, column); elements outside the matrix are zero
 DEVICE void tma_load(uint16_t* to, const TensorMap& map, unsigned row, unsigned column, Barrier* barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
@@ -43,11 +43,11 @@ DEVICE void tma_load(uint16_t* to, const TensorMap& map, unsigned row, unsigned 
         : "memory");
 }
 
-// fence.proxy.async.shared::cta: what this thread has stored, wgmma can read after a barrier
+// fence.proxy.async.shared::cta: after a barrier, wgmma can read what this thread has stored
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// wgmma works on registers in its own time, of which the compiler must not think otherwise: no instruction, but what
-// touches these registers stays before or after this.
+// wgmma uses registers asynchronously. This emits no instruction, but keeps the compiler from moving accesses to these
+// registers across it.
 template <int N> DEVICE void pin(float (&registers)[N][4]) {
 #pragma unroll
     for (int i = 0; i < N * 4; ++i) asm volatile("" : "+f"(registers[i / 4][i % 4])::"memory");
@@ -57,31 +57,32 @@ template <int N> DEVICE void pin(uint32_t (&registers)[N][4]) {
     for (int i = 0; i < N * 4; ++i) asm volatile("" : "+r"(registers[i / 4][i % 4])::"memory");
 }
 
-// wgmma.fence: these registers are there for the wgmma that follow
+// wgmma.fence: orders accesses to these registers before the wgmma that follow
 template <class... Registers> DEVICE void wgmma_fence(Registers&... registers) {
     (pin(registers), ...);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// wgmma.commit_group, wgmma.wait_group 0: all wgmma of this warpgroup are complete, and these registers there
+// wgmma.commit_group, wgmma.wait_group 0: waits for all wgmma of this warpgroup; these registers can be read
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <class... Registers> DEVICE void wgmma_wait(Registers&... registers) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
     (pin(registers), ...);
 }
 
-// Where wgmma finds a matrix (the manual's "matrix descriptor"): from its first number on, in panels of WIDTH columns
-// whose chunks change places (a swizzle of 128, 64 or 32 bytes: a row). Bits 0-13: address, 16-29: bytes from a panel to
-// the next, which counts for transposed matrices alone, 32-45: bytes from eight rows to the next, 62-63: swizzle.
-// Addresses and bytes are in units of 16.
+// The descriptor by which wgmma finds a matrix in shared memory: panels of WIDTH columns, swizzled by the length of
+// a row (128, 64 or 32 bytes). Bits 0-13: address of the first element; 16-29: bytes from one panel to the next
+// (transposed matrices only); 32-45: bytes from eight rows to the next eight; 62-63: swizzle. Address and bytes are in
+// units of 16.
 template <int WIDTH> DEVICE uint64_t descriptor(const uint16_t* first, unsigned panel_bytes) {
     constexpr uint64_t EIGHT_ROWS = 8 * WIDTH * 2, SWIZZLE = WIDTH == 64 ? 1 : WIDTH == 32 ? 2 : 3;
     const uint64_t address = shared_address(first) & 0x3ffff;
     return address >> 4 | uint64_t{panel_bytes >> 4} << 16 | EIGHT_ROWS >> 4 << 32 | SWIZZLE << 62;
 }
 
-// wgmma.mma_async.sync.aligned.m64nNk16.f32, by four warps: c[64, N] += a[64, 16] b, where b is stored as [N, 16], or
-// transposed as [16, N]. Warp i has rows 16 i to 16 i + 15 of c, and of a if that is in registers, as mma has them.
+// wgmma.mma_async.sync.aligned.m64nNk16.f32, executed by four warps: c[64, N] += a[64, 16] b, with b stored as [N, 16]
+// or, transposed, as [16, N]. Warp i holds rows 16 i to 16 i + 15 of c, laid out as for mma. a is in shared memory, or
+// in registers with the layout of mma.
 
 #define NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define NAMES_32 NAMES_16 ", %8, %9, %10, %11, %12, %13, %14, %15"
@@ -98,7 +99,7 @@ template <int WIDTH> DEVICE uint64_t descriptor(const uint16_t* first, unsigned 
 #define COLUMNS_128 COLUMNS_64, EIGHT(8), EIGHT(9), EIGHT(10), EIGHT(11), EIGHT(12), EIGHT(13), EIGHT(14), EIGHT(15)
 #define COLUMNS_160 COLUMNS_128, EIGHT(16), EIGHT(17), EIGHT(18), EIGHT(19)
 
-// Behind the operands: add to c, neither factor is negated, and which are transposed.
+// After the operands: accumulate into c, do not negate a or b, and whether a and b are transposed.
 #define WGMMA(N, TYPE, A, FLAGS, ...)                                                                               \
     asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
                  "." TYPE " {" NAMES_##N "}, " A ", add, 1, 1, " FLAGS ";\n}"                                       \

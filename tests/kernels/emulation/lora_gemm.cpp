@@ -1,4 +1,4 @@
-// The kernel PLAN from its own source under emulation, as one C function; with SM90 the one for Hopper.
+// Exports the kernel PLAN, run under emulation, as one C function. With SM90 defined, PLAN is one of Hopper's.
 #ifdef SM90
 #include "primitives_sm90.h"
 
@@ -24,7 +24,7 @@ template <class P> static void launch(const Problem& problem, unsigned seed) {
         block.run(i, P::THREADS, P::SHARED_BYTES, seed + i, kernel);
 }
 
-// Returns what went wrong, or an empty string. bytes: of x, W, b, A, B, y, t.
+// Returns an error message, or an empty string. bytes: the sizes of x, W, b, A, B, y and t.
 extern "C" const char* run(const Operands* o, const int64_t* bytes, int delivery, unsigned seed, long* conflicts) {
     const void* arrays[] = {o->x, o->W, o->b, o->A, o->B, o->y, o->t};
     block.error.clear(), block.readable.clear(), block.writable.clear(), block.conflicts = 0;

@@ -1,4 +1,4 @@
-// minidistill/kernels/csrc/primitives.h in plain C++, after the PTX manual: who holds what of a fragment is spelt out.
+// minidistill/kernels/csrc/primitives.h in plain C++. The layouts of fragments are written out as in the PTX manual.
 #pragma once
 #include <cmath>
 
@@ -51,7 +51,7 @@ inline void cp_async(uint16_t* to, const uint16_t* from, bool read) {
     if (read) block.global(block.readable, from, 16);
     block.overwrites(*block.current, to, 16);
     block.access(to, 16);
-    for (auto *t = block.trace(to, 16), *end = t + 8; t < end; ++t) ++t->copies;
+    for (auto *t = block.trace(to, 16), *end = t + 8; t < end; ++t) ++t->pending_copies;
     auto& group = block.current->groups.back();
     group.push_back({to, read ? from : nullptr});
     if (block.delivery == AT_ONCE || (block.delivery == AT_RANDOM && block.random() % 2)) {

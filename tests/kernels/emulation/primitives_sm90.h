@@ -1,14 +1,14 @@
-// minidistill/kernels/csrc/primitives_sm90.h in plain C++, after the PTX manual: where wgmma looks is spelt out.
+// minidistill/kernels/csrc/primitives_sm90.h in plain C++. The layouts of wgmma are written out as in the PTX manual.
 #pragma once
 #include "primitives.h"
 
-struct TensorMap {  // of a row-major matrix, in boxes whose swizzle is as wide as they are
+struct TensorMap {  // of a row-major matrix, in boxes; the swizzle is as wide as a box
     const uint16_t* data;
     unsigned rows, columns, stride, box_rows, box_columns;
 };
 using Barrier = uint64_t;
 
-// The swizzle of so many chunks, 8, 4 or 2: as many bits of an address from bit 4 on are combined with those from bit 7.
+// The swizzle over 8, 4 or 2 chunks: the 3, 2 or 1 bits of an address from bit 4 are XORed with those from bit 7.
 inline unsigned swizzled(unsigned address, unsigned chunks) { return address ^ (address >> 7 & (chunks - 1)) << 4; }
 
 // mbarrier
@@ -22,13 +22,14 @@ inline void advance(Phase& phase) {
 
 inline void mbarrier_init(Barrier* barrier) {
     Phase& phase = block.phases[barrier] = {};
-    phase.beginner = block.current->index, phase.begun = block.interval;
+    phase.init_thread = block.current->index, phase.init_interval = block.interval;
 }
 
 inline Phase& phase_of(Barrier* barrier) {
     Phase& phase = block.phases[barrier];
-    const bool unseen = phase.begun == block.interval && phase.beginner != static_cast<int>(thread_index());
-    if (phase.begun < 0 || unseen) block.fail("an mbarrier that was not initialised, or not for this thread to see");
+    const bool visible = phase.init_interval < block.interval || phase.init_thread == static_cast<int>(thread_index());
+    if (phase.init_interval < 0 || !visible)
+        block.fail("an mbarrier that is not initialised, or not yet visible to this thread");
     return phase;
 }
 
@@ -47,7 +48,7 @@ inline void mbarrier_wait(Barrier* barrier, unsigned parity) {
 
 inline void tma_load(uint16_t* to, const TensorMap& map, unsigned row, unsigned column, Barrier* barrier) {
     const unsigned first = block.shared_offset(to);
-    if (first % 1024) block.fail("a box that does not begin where the swizzle does");
+    if (first % 1024) block.fail("a box that is not aligned to the swizzle");
     const unsigned chunks = map.box_columns / 8;
     const auto place = [=](unsigned r, unsigned chunk) {
         return block.shared.data() + swizzled(first + (r * chunks + chunk) * 16, chunks) / 2;
@@ -55,25 +56,25 @@ inline void tma_load(uint16_t* to, const TensorMap& map, unsigned row, unsigned 
     for (unsigned r = 0; r < map.box_rows; ++r)
         for (unsigned chunk = 0; chunk < chunks; ++chunk) {
             block.overwrites(*block.current, place(r, chunk), 16);
-            for (auto *t = block.trace(place(r, chunk), 16), *end = t + 8; t < end; ++t) ++t->copies;
+            for (auto *t = block.trace(place(r, chunk), 16), *end = t + 8; t < end; ++t) ++t->pending_copies;
         }
-    block.under_way.push_back([=] {
+    block.pending_boxes.push_back([=] {
         for (unsigned r = 0; r < map.box_rows; ++r)
             for (unsigned chunk = 0; chunk < chunks; ++chunk) {
-                uint16_t numbers[8] = {};
+                uint16_t values[8] = {};
                 for (unsigned i = 0; i < 8; ++i)
                     if (const unsigned c = column + chunk * 8 + i; row + r < map.rows && c < map.columns)
-                        numbers[i] = map.data[static_cast<size_t>(row + r) * map.stride + c];
-                for (auto *t = block.trace(place(r, chunk), 16), *end = t + 8; t < end; ++t) --t->copies;
-                block.writes(Block::ENGINE, place(r, chunk), numbers, 16);
+                        values[i] = map.data[static_cast<size_t>(row + r) * map.stride + c];
+                for (auto *t = block.trace(place(r, chunk), 16), *end = t + 8; t < end; ++t) --t->pending_copies;
+                block.writes(Block::ENGINE, place(r, chunk), values, 16);
             }
         Phase& phase = block.phases[barrier];
         phase.bytes -= map.box_rows * map.box_columns * 2;
         advance(phase);
     });
     if (block.delivery == AT_ONCE) {
-        const auto deliver = block.under_way.back();
-        block.under_way.pop_back();
+        const auto deliver = block.pending_boxes.back();
+        block.pending_boxes.pop_back();
         deliver();
     }
 }
@@ -91,22 +92,23 @@ template <int WIDTH> uint64_t descriptor(const uint16_t* first, unsigned panel_b
     return address >> 4 | uint64_t{panel_bytes >> 4} << 16 | uint64_t{8 * WIDTH * 2 >> 4} << 32 | swizzle << 62;
 }
 
-inline unsigned chunks_of(uint64_t descriptor) { return 16 >> (descriptor >> 62); }  // in a row; 16: no swizzle
+// Chunks in a row of a panel; 16 means no swizzle.
+inline unsigned chunks_of(uint64_t descriptor) { return 16 >> (descriptor >> 62); }
 
-// (row, k) of a matrix: where it is for the instruction, and what is there.
-inline uint16_t number_of(uint64_t descriptor, unsigned row, unsigned k, bool transposed, Thread& reader) {
+// Element (row, k) of a matrix, found as wgmma finds it.
+inline uint16_t element_at(uint64_t descriptor, unsigned row, unsigned k, bool transposed, Thread& reader) {
     const unsigned first = (descriptor & 0x3fff) << 4, panel = (descriptor >> 16 & 0x3fff) << 4;
     const unsigned eight_rows = (descriptor >> 32 & 0x3fff) << 4, chunks = chunks_of(descriptor), width = chunks * 8;
-    if (chunks > 8 || (descriptor >> 49 & 7)) block.fail("not a swizzle from its beginning");
+    if (chunks > 8 || (descriptor >> 49 & 7)) block.fail("a descriptor without swizzle, or that starts within one");
     const unsigned address =
         transposed ? first + row / width * panel + (row % width + k % 8 * width) * 2 + k / 8 * eight_rows
                    : first + row / 8 * eight_rows + (row % 8 * width + k) * 2;
-    const uint16_t* const number = block.shared.data() + swizzled(address, chunks) / 2;
-    block.reads(reader, number, 2);
-    auto* const trace = block.trace(number, 2);
-    if (!trace->fenced) block.fail("wgmma reads what no fence.proxy.async has shown it");
+    const uint16_t* const element = block.shared.data() + swizzled(address, chunks) / 2;
+    block.reads(reader, element, 2);
+    auto* const trace = block.trace(element, 2);
+    if (!trace->fenced) block.fail("wgmma reads a store without fence.proxy.async");
     trace->reader = Block::SEVERAL;
-    return *number;
+    return *element;
 }
 
 struct Factors {
@@ -121,9 +123,9 @@ template <bool TRANSPOSED, int N, class Element> void wgmma(Element type, Factor
         for (int i = 0; i < 128; ++i) {
             all.push_back(*static_cast<Factors*>(lanes[i].operands));
             if (!lanes[i].registers_fenced) block.fail("wgmma without wgmma.fence");
-            if (all[i].a != all[0].a || all[i].b != all[0].b) block.fail("a warpgroup divided about a descriptor");
+            if (all[i].a != all[0].a || all[i].b != all[0].b) block.fail("a warpgroup with different descriptors");
         }
-        // The manual's layouts are made of whole panels.
+        // The manual's layouts consist of whole panels.
         if (TRANSPOSED && N % (chunks_of(mine.b) * 8)) block.fail("a matrix that ends within a panel");
         const auto product = [=] {
             std::vector<float> A(64 * 16), B(N * 16);
@@ -131,12 +133,12 @@ template <bool TRANSPOSED, int N, class Element> void wgmma(Element type, Factor
                 for (int k = 0; k < 16; ++k) {
                     const uint32_t* const pairs = all[row / 16 * 32 + row % 8 * 4 + k % 8 / 2].a_registers;
                     const uint16_t bits = pairs ? pairs[k / 8 * 2 + row % 16 / 8] >> 16 * (k % 2)
-                                                : number_of(all[0].a, row, k, false, lanes[0]);
+                                                : element_at(all[0].a, row, k, false, lanes[0]);
                     A[row * 16 + k] = widen(type, bits);
                 }
             for (int column = 0; column < N; ++column)
                 for (int k = 0; k < 16; ++k)
-                    B[column * 16 + k] = widen(type, number_of(all[0].b, column, k, TRANSPOSED, lanes[0]));
+                    B[column * 16 + k] = widen(type, element_at(all[0].b, column, k, TRANSPOSED, lanes[0]));
             for (int lane = 0; lane < 128; ++lane)
                 for (int j = 0; j < N / 8; ++j)
                     for (int i = 0; i < 4; ++i) {

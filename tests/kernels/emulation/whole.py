@@ -1,7 +1,9 @@
-"""The operator whole, on a CPU: binding, launcher and gradient from their own sources, launches under emulation.
+"""Builds and checks the whole operator on a CPU: binding, launcher and C++ gradient, with launches under emulation.
 
-``python tests/kernels/emulation/whole.py FOLDER CARD [FILE RIGHT WRONG]``: in a process of its own, where it takes the place of
-the operator in Python; with a fault planted in a file, whose right line stands there once.
+    python tests/kernels/emulation/whole.py FOLDER sm_80|sm_90a [FILE RIGHT WRONG]
+
+FOLDER receives the build. The last three arguments plant a fault: RIGHT, which occurs once in FILE, becomes WRONG.
+Run it as a separate process: what it builds replaces the operator's Python implementation.
 """
 
 import ctypes
@@ -18,17 +20,17 @@ from tiny import TINY_SIZE  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils import cpp_extension  # noqa: E402
 
-from minidistill import kernels  # noqa: E402
-from minidistill.bench.kernel import Layer, Shape, addmm_chain, backward, base, eager, error  # noqa: E402
+from minidistill.bench.kernel import Layer, Shape, backward, base, eager, error  # noqa: E402
 from minidistill.bench.workloads import Setup, distil  # noqa: E402
+from minidistill.kernels import dispatch  # noqa: E402
 from minidistill.kernels.conv import lora_conv  # noqa: E402
-from minidistill.kernels.dispatch import EVERYWHERE  # noqa: E402
+from minidistill.kernels.dispatch import EVERYWHERE, addmm_chain  # noqa: E402
 from minidistill.kernels.op import lora_linear  # noqa: E402
 
 CSRC, EMULATION = ROOT / "minidistill/kernels/csrc", ROOT / "tests/kernels/emulation"
 OPS = torch.ops.minidistill
-LAUNCH = "kernel<<<blocks, P::THREADS, P::SHARED_BYTES, where.stream>>>("
-CHANGES = {  # what a CPU has no equal of
+LAUNCH = "kernel<<<blocks, P::THREADS, P::SHARED_BYTES, target.stream>>>("
+CHANGES = {  # in place of what a CPU lacks
     "binding.cpp": [
         ("(minidistill, CUDA, library)", "(minidistill, CPU, library)"),
         ("x.device().index()", "emulated_device"),
@@ -39,29 +41,30 @@ CHANGES = {  # what a CPU has no equal of
     "autograd.cpp": [],
 }
 BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
-LARGE, SMALL = 0, 1  # devices on which blocks of this size are chosen (driver.h)
+LARGE, SMALL = 0, 1  # the emulated device for which the launcher chooses blocks of this size (driver.h)
 THREADS = {LARGE: 256, SMALL: 128}
 VIEWS = {
-    "apart": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
-    "oddly apart": lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],
+    "strided": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+    "odd stride": lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],
     "unaligned": lambda x: torch.cat([x[:, :8], x], dim=1)[:, 1 : x.shape[1] + 1],
     "columns": lambda x: x.T.contiguous().T,
-    "exchanged dimensions": lambda x: x.view(3, len(x) // 3, -1).transpose(0, 1),
+    "transposed dimensions": lambda x: x.view(3, len(x) // 3, -1).transpose(0, 1),
     "expanded": lambda x: x[:1].expand(len(x), -1),
     "one row": lambda x: x[0],
     "empty": lambda x: x[:0],
 }
 
 
-def built(folder: Path, hopper: bool) -> ctypes.CDLL:
+def build(folder: Path, hopper: bool) -> ctypes.CDLL:
+    """Compile and load the operator for an emulated GPU."""
     sources = []
     for file in CSRC.iterdir():
         if file.name.startswith("primitives"):
-            continue  # the emulation has its own
+            continue  # replaced by the emulation
         text = file.read_text()
-        for there, here in CHANGES.get(file.name, []):
-            assert text.count(there) == 1, f"{there!r} stands {text.count(there)} times in {file.name}"
-            text = text.replace(there, here)
+        for old, new in CHANGES.get(file.name, []):
+            assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {file.name}"
+            text = text.replace(old, new)
         target = folder / file.name.replace(".cu", ".cpp")
         target.write_text(text)
         sources += [str(target)] if file.name in CHANGES else []
@@ -71,7 +74,8 @@ def built(folder: Path, hopper: bool) -> ctypes.CDLL:
     return ctypes.CDLL(str(folder / "emulated.so"))
 
 
-def refused(layer, *operands) -> bool:
+def rejects(layer, *operands) -> bool:
+    """True if ``layer`` raises a RuntimeError."""
     try:
         layer(*operands)
     except RuntimeError:
@@ -80,48 +84,48 @@ def refused(layer, *operands) -> bool:
 
 
 def losses(kernel: str, steps: int = 4) -> Tensor:
-    """Of a tiny student that learns a teacher's prediction."""
-    size = replace(TINY_SIZE, unet=replace(TINY_SIZE.unet, context_width=16))  # which is a multiple of 8
+    """The losses of a tiny student that learns a teacher's prediction."""
+    size = replace(TINY_SIZE, unet=replace(TINY_SIZE.unet, context_width=16))  # the kernel needs a multiple of 8
     setup = Setup(size, torch.device("cpu"), torch.bfloat16, rank=8, timed_steps=1, kernel=kernel)
     step = distil(setup, "ours", teacher_in_loop=True)
     return torch.stack([step()[0] for _ in range(steps)])
 
 
 def check(folder: Path, hopper: bool) -> None:
-    library = built(folder, hopper)
+    library = build(folder, hopper)
     print("built", flush=True)
     device = ctypes.c_int.in_dll(library, "emulated_device")
     threads = ctypes.c_int.in_dll(library, "threads_of_last_launch")
-    torch.use_deterministic_algorithms(True)  # memory that nobody has written is NaN
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     assert torch.empty(99).isnan().all()
 
     for device.value in (LARGE, SMALL):
         shapes = Shape(1, 8, 8), Shape(70, 72, 88), Shape(130, 136, 168)
         for shape, rank, dtype in product(shapes, (1, 5, 16, 32, 64, 128), BOUND):
             layer = Layer.random(shape, rank, dtype, "cpu")
-            found, expected = backward(lora_linear, layer)(), backward(eager, layer.double())()
+            actual, expected = backward(lora_linear, layer)(), backward(eager, layer.double())()
             assert threads.value == THREADS[device.value], (threads.value, device.value, shape)
-            assert error(found, expected) < BOUND[dtype], (device.value, shape, rank, dtype)
+            assert error(actual, expected) < BOUND[dtype], (device.value, shape, rank, dtype)
 
         layer = Layer.random(Shape(70, 72, 88), 0, torch.bfloat16, "cpu")
-        found, expected = backward(lora_linear, layer)(), backward(base, layer.double())()
-        assert error(found[:2], expected) < 1e-2 and found[2].shape == (0, 72)
+        actual, expected = backward(lora_linear, layer)(), backward(base, layer.double())()
+        assert error(actual[:2], expected) < 1e-2 and actual[2].shape == (0, 72)
 
         x, W, b, A, B, scale = Layer.random(Shape(60, 72, 88), 5, torch.bfloat16, "cpu")
         for name, view in VIEWS.items():
             rows = view(x.detach())
-            whole = rows.clone(memory_format=torch.contiguous_format)
+            contiguous = rows.clone(memory_format=torch.contiguous_format)
             for layer, *weights in ((OPS.lora_linear, W, b, A, B), (OPS.lora_linear_dx, W.T, B.T, A.T)):
-                found, expected = (layer(x, *weights, scale) for x in (rows, whole))
-                assert found[0].shape == (*rows.shape[:-1], 88), name
-                assert all(torch.equal(a, b) for a, b in zip(found, expected)), name
+                actual, expected = (layer(x, *weights, scale) for x in (rows, contiguous))
+                assert actual[0].shape == (*rows.shape[:-1], 88), name
+                assert all(torch.equal(a, b) for a, b in zip(actual, expected)), name
 
     x, W, b, A, B, scale = layer = Layer.random(Shape(20, 64, 72), 5, torch.bfloat16, "cpu")
     assert "LoRALinear" in lora_linear(*layer).grad_fn.name()
-    assert refused(lora_linear, x.float(), W.float(), b.float(), A, B, scale)
-    assert refused(lora_linear, x[:, :-4], W[:, :-4], b, A[:, :-4], B, scale)
-    assert refused(lora_linear, x, W[:0], b[:0], A, B[:0], scale)
-    assert refused(lora_linear, x, W, b, A.half(), B, scale)
+    assert rejects(lora_linear, x.float(), W.float(), b.float(), A, B, scale)
+    assert rejects(lora_linear, x[:, :-4], W[:, :-4], b, A[:, :-4], B, scale)
+    assert rejects(lora_linear, x, W[:0], b[:0], A, B[:0], scale)
+    assert rejects(lora_linear, x, W, b, A.half(), B, scale)
     torch.library.opcheck(OPS.lora_linear.default, tuple(layer))
     dy = torch.randn(20, 72).bfloat16()
     torch.library.opcheck(OPS.lora_linear_dx.default, (dy, W, A.detach(), B.detach(), scale))
@@ -136,7 +140,7 @@ def check(folder: Path, hopper: bool) -> None:
     expected = addmm_chain(rows.double(), W.double(), b.double(), A.bfloat16().double(), B.bfloat16().double(), 0.5)
     assert threads.value and error((y.permute(0, 2, 3, 1).flatten(0, 2),), (expected,)) < 1e-2
 
-    kernels.obstacle = lambda device: None  # as if the device had the kernel
+    dispatch.obstacle = lambda device: None  # as if the CPU had the kernel
     threads.value = 0
     plain = losses("torch")
     assert threads.value == 0
@@ -145,7 +149,7 @@ def check(folder: Path, hopper: bool) -> None:
 
 
 if __name__ == "__main__":
-    folder, card, *fault = sys.argv[1:]
+    folder, target, *fault = sys.argv[1:]
     if fault:
         CHANGES[fault[0]].append(tuple(fault[1:]))
-    check(Path(folder), hopper=card == "sm_90a")
+    check(Path(folder), hopper=target == "sm_90a")

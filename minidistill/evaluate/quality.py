@@ -1,0 +1,261 @@
+"""Compare teacher, cheaper teachers and students on the same prompts and from the same noise.
+
+  python -m minidistill.evaluate runs/NAME [runs/OTHER ...] --prompts held-out
+  python -m minidistill.evaluate runs/pocket-emoji --judge minidistill.pocket.judge
+
+Writes a table (Markdown and JSON), images side by side and the noise error by time step. The images of each method are
+cached, so that an interrupted evaluation continues with the method it stopped in. A LoRA as FILE:SCALE is compared with
+a teacher of guidance 1 + SCALE (s - 1).
+"""
+
+import importlib
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from itertools import cycle
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from minidistill.data.prompts import prompt_split, read_prompts, spread
+from minidistill.data.shards import fingerprint, read_shard, write_shard
+from minidistill.evaluate import metrics
+from minidistill.evaluate.drawing import Drawn, comparison_grid, draw
+from minidistill.evaluate.figures import figure_file
+from minidistill.evaluate.metrics import ClipScore, ErrorShare, Estimate, noise_error_share, pixels
+from minidistill.evaluate.students import one_teacher, read_students
+from minidistill.evaluate.tables import markdown_table
+from minidistill.formats.checkpoint import load
+from minidistill.formats.files import atomic_write, digest, write_json
+from minidistill.guidance import Interval
+from minidistill.lora import merge_lora
+from minidistill.pipeline import StableDiffusion
+from minidistill.training.settings import ScaledFile, add_model_flags, finite, fraction, load_options, positive_int
+
+POSITIONAL = "[RUN_OR_LORA[:SCALE] ...] "
+Row = dict[str, Estimate]  # the measures of one method
+Make = Callable[[], dict[str, Tensor]]
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    flag = parser.add_argument_group("what to compare").add_argument
+    flag("runs", nargs="*", type=ScaledFile.parse, metavar="RUN_OR_LORA[:SCALE]", help="run folders or LoRA files")
+    flag("--prompts", default="held-out", metavar="FILE", help="one prompt per line, or %(default)s (the default)")
+    flag("--pictures", type=positive_int, default=1000, metavar="N", help="images per method, rounded up to the same "
+         "number for each prompt (default: %(default)s)")  # fmt: skip
+    flag("--guidance", type=finite, metavar="SCALE", help="the teacher's guidance (default: the students', or 2.5)")
+    flag("--selective", type=fraction, nargs="+", default=[], metavar="SHARE", help="add a teacher that is not guided "
+         "in this share of the steps, counted from the last")  # fmt: skip
+    flag("--interval", type=finite, nargs=2, action="append", default=[], metavar=("LOW", "HIGH"), help="add a teacher "
+         "that is guided only at time steps t from LOW to HIGH; can be repeated")  # fmt: skip
+    flag = parser.add_argument_group("how to measure").add_argument
+    flag("--clip", metavar="PATH", help="a CLIP model, as folder or hub id (default: the model's own, if it has one)")
+    flag("--judge", metavar="MODULE", help="a module with measures for this model's images")
+    flag("--steps", type=positive_int, default=25, metavar="N", help="DDIM steps (default: %(default)s)")
+    flag("--batch", type=positive_int, default=32, metavar="N", help="images to sample at once (default: %(default)s)")
+    out = Path("runs/evaluation")
+    flag("--out", type=Path, default=out, metavar="FOLDER", help="folder for the results (default: %(default)s)")
+    flag("--work", type=Path, default=out, metavar="FOLDER", help="folder for the cache: gigabytes for a full-size "
+         "model (default: %(default)s)")  # fmt: skip
+    add_model_flags(parser)
+
+
+def run(args: Namespace) -> None:
+    students = read_students(args.runs, args)
+    teacher = one_teacher(students, args.guidance)
+    prompts = prompt_split(args.model)[1] if args.prompts == "held-out" else read_prompts(args.prompts)
+    prompts = spread(prompts, args.pictures)
+    each = -(-args.pictures // len(prompts))
+    repeated = [prompt for prompt in prompts for _ in range(each)]
+    options = dict(steps=args.steps, batch=args.batch, **teacher._asdict())
+    print(f"{len(prompts)} prompts, {each} images of each, {teacher}, {args.steps} DDIM steps")
+
+    sd = load(args.model, **load_options(args))
+    clip = ClipScore(args.clip, CLIPTokenizer.from_pretrained(args.clip)) if args.clip else ClipScore.in_model(sd)
+    judge = read_judge(args.judge)
+    truth = judge.rendered(repeated, sd.unet_config.sample_size * sd.vae.config.factor) if judge else None
+    stamp = options | {
+        "networks": [fingerprint(part) for part in (sd.unet, sd.vae, sd.text_encoder)],
+        "prediction": sd.schedule.prediction,
+        "tokens": digest(json.dumps(sd.tokenizer([*repeated, teacher.negative_prompt]).input_ids).encode()),
+        "where": f"{args.device} {args.dtype}",
+    }
+
+    def cache(name: str, make: Make, **made_with: object) -> dict[str, Tensor]:
+        return cached(args.work / "cache" / f"{name}.safetensors", stamp | made_with, make)
+
+    def images(sd: StableDiffusion, method: str, label: str, learned: str = "", **variant: object) -> Drawn:
+        def make() -> dict[str, Tensor]:
+            drawn = draw(sd, method, repeated, progress=True, **options | variant)
+            cost = torch.tensor([drawn.unet_calls, drawn.seconds], dtype=torch.float64)
+            return dict(images=pixels(drawn.images), cost=cost)
+
+        tensors = cache(f"{label} images", make, learned=learned, **variant)
+        pil = [Image.fromarray(image) for image in tensors["images"].permute(0, 2, 3, 1).numpy()]
+        unet_calls, seconds = tensors["cost"].tolist()
+        return Drawn(label, pil, int(unet_calls), seconds)
+
+    def error_share(sd: StableDiffusion, label: str, learned: str, noised: bool) -> ErrorShare:
+        place = "noised latents" if noised else "trajectories"
+
+        def teacher_cache(batch: str, make: Make) -> dict[str, Tensor]:  # made once for all students
+            return cache(f"teacher on {place} {batch}", make)
+
+        def make() -> dict[str, Tensor]:
+            return vars(noise_error_share(sd, prompts, noised=noised, progress=True, cache=teacher_cache, **options))
+
+        return ErrorShare(**cache(f"{label} error on {place}", make, learned=learned))
+
+    rows = [images(sd, "teacher", "teacher"), images(sd, "no guidance", "no guidance")]
+    for share in dict.fromkeys(args.selective):
+        label = f"guided but for the last {100 * share:g}%"
+        rows.append(images(sd, "teacher", label, selective=share, interval=None))
+    for low, high in dict.fromkeys(map(tuple, args.interval)):
+        rows.append(images(sd, "teacher", f"guided at t from {low:g} to {high:g}", interval=Interval(low, high)))
+    shares: dict[str, dict[str, ErrorShare]] = {}
+    for label, student in students.items():
+        sd = load(args.model, **load_options(args))
+        sd.unet = student.install(sd.unet)
+        learned = f"{digest(student.file.read_bytes())} {label}"
+        shares[label] = {
+            "noise error share": error_share(sd, label, learned, noised=False),
+            "on noised latents": error_share(sd, label, learned, noised=True),
+        }
+        merge_lora(sd.unet)
+        rows.append(images(sd, "student", label, learned))
+
+    references = {}  # features [N, D] of the sets of images to compare with
+    if clip:
+        references["teacher"] = clip.embed_images(rows[0].images)
+    if clip and truth:
+        references["rendered"] = clip.embed_images(truth)
+    measures: dict[str, Row] = {}
+    for row in rows:
+        print(f"measuring: {row.method}", flush=True)
+        errors = {name: metrics.interval(x.errors, x.gaps) for name, x in shares.get(row.method, {}).items()}
+        measures[row.method] = errors | measure(row, rows[0], repeated, each, clip, judge, references)
+
+    write_results(args, rows, measures, shares, sd.schedule.timesteps(args.steps), prompts, each)
+
+
+def read_judge(name: str | None) -> ModuleType | None:
+    """Import a module with ``measures(pixels, prompts)`` and ``rendered(prompts, side)``."""
+    try:
+        return importlib.import_module(name) if name else None
+    except ImportError as error:
+        raise ValueError(f"--judge {name}: {error}") from error
+
+
+def cached(file: Path, made_with: Mapping[str, object], make: Make) -> dict[str, Tensor]:
+    """Read the tensors in ``file`` if they were made with the same settings; else make and store them."""
+    stamp = json.dumps(made_with)
+    stored = read_shard(file)
+    if stored and stored[1] == stamp:
+        return stored[0]
+    tensors = {name: x.cpu().contiguous() for name, x in make().items()}
+    write_shard(file, tensors, stamp)
+    return tensors
+
+
+def measure(
+    row: Drawn,
+    teacher: Drawn,
+    prompts: Sequence[str],
+    each: int,
+    clip: ClipScore | None,
+    judge: ModuleType | None,
+    references: Mapping[str, Tensor],
+) -> Row:
+    """Compare one method's images with the teacher's, the prompts and the ``references``.
+
+    Each prompt has ``each`` consecutive images.
+    """
+    by_image = {}
+    if row is not teacher:
+        by_image["PSNR"] = metrics.psnr(row.images, teacher.images)
+        if find_spec("skimage"):  # a development extra
+            by_image["SSIM"] = metrics.ssim(row.images, teacher.images)
+    if clip:
+        features = clip.embed_images(row.images)
+        by_image["CLIP score"] = 100 * (features * clip.embed_prompts(prompts)).sum(-1)
+    if clip and row is not teacher:
+        by_image["CLIP similarity"] = 100 * (features * references["teacher"]).sum(-1)
+    if judge:
+        by_image |= judge.measures(pixels(row.images), prompts)
+    estimates = {name: metrics.interval(values.view(-1, each)) for name, values in by_image.items()}
+    for name, others in references.items():
+        if not (name == "teacher" and row is teacher):
+            estimates[f"Fréchet to {name}"] = metrics.frechet_interval(features, others, each)
+    return estimates
+
+
+def write_results(
+    args: Namespace,
+    rows: Sequence[Drawn],
+    measures: Mapping[str, Row],
+    shares: Mapping[str, Mapping[str, ErrorShare]],
+    timesteps: list[int],
+    prompts: Sequence[str],
+    each: int,
+) -> None:
+    """Write results.json, table.md, pictures.png (the first image of some prompts) and error_by_step.png; print."""
+    by_step = {
+        label: {name: [x if x == x else None for x in share.per_step.tolist()] for name, share in both.items()}
+        for label, both in shares.items()
+    }  # None for nan, which JSON lacks
+    results = [
+        dict(method=row.method, unet_calls=row.unet_calls, seconds=row.seconds)
+        | {name: estimate._asdict() for name, estimate in measures[row.method].items()}
+        for row in rows
+    ]
+    report = args.provenance | {"prompts": len(prompts), "each": each, "rows": results}
+    write_json(args.out / "results.json", report | {"t": timesteps, "by step": by_step})
+    table = results_table(rows, measures)
+    with atomic_write(args.out / "table.md") as file:
+        file.write_text(f"{table}\n\n`{args.provenance['command']}`\n", encoding="utf-8")
+    with atomic_write(args.out / "pictures.png") as file:
+        comparison_grid([replace(row, images=row.images[::each]) for row in rows], prompts).save(file, "png")
+    if shares:
+        curves = {label: both["noise error share"] for label, both in shares.items()}
+        plot_shares(curves, timesteps, args.out / "error_by_step.png")
+    print(f"\n{table}\n\nImages, plot and JSON: {args.out}")
+
+
+FORMATS = {"noise error share": ".3f", "on noised latents": ".3f", "PSNR": ".1f", "SSIM": ".3f", "CLIP score": ".1f"}
+FORMATS |= {"CLIP similarity": ".1f", "Fréchet to teacher": ".4f", "Fréchet to rendered": ".4f"}  # others: percentages
+
+
+def results_table(rows: Sequence[Drawn], measures: Mapping[str, Row]) -> str:
+    """A line for each method; each value with its 95% interval."""
+    names = list(dict.fromkeys(name for row in measures.values() for name in row))
+    heads = ["PSNR, dB" if name == "PSNR" else name for name in names]
+    lines = [["", "UNet calls", *heads], ["---", "---:", *["---:"] * len(names)]]
+    for row in rows:
+        cells = measures[row.method]
+        texts = (format(cells[name], FORMATS.get(name, ".1%")) if name in cells else "" for name in names)
+        lines.append([row.method, str(row.unet_calls), *texts])
+    return markdown_table(lines)
+
+
+def plot_shares(shares: Mapping[str, ErrorShare], timesteps: Sequence[int], path: Path) -> None:
+    """Plot the noise error share at each time step, a line for each student, over the guidance gap in grey."""
+    gaps = next(iter(shares.values())).gaps.sum(0)
+    with figure_file(path, 7, 3.5) as figure:
+        axes = figure.subplots()
+        styles = cycle(["o-", "s--", "^:", "D-."])  # distinct without colours too
+        for (label, share), style in zip(shares.items(), styles):
+            axes.plot(timesteps, share.per_step, style, markersize=4, label=f"{label} ({share.pooled:.2f} pooled)")
+        background = axes.twinx()
+        background.fill_between(timesteps, gaps / gaps.sum(), color="0.9", zorder=0)
+        background.set(ylim=(0, None), ylabel="part of the squared guidance gap")
+        axes.set_zorder(background.get_zorder() + 1)
+        axes.patch.set_visible(False)
+        axes.set(xlabel="time step t", ylabel="noise error share", ylim=(0, None))
+        axes.invert_xaxis()  # from noise to image
+        axes.legend()

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Make results/ again: an hour and three quarters on two idle CPU cores. Run it from the repository root:
+#
+#   bash results/make.sh
+#
+# It needs requirements-dev.txt and the emoji font (Debian: fonts-noto-color-emoji). A step that is finished is not
+# repeated, unless its command or the student that ships has changed; delete runs/all to start over.
+# Made separately, because they take long or rarely change:
+#   python -m minidistill.evaluate sweeps                  (an hour and a quarter)
+#   python -m minidistill.bench updates --repeats 3        bench-train.json
+#   python -m minidistill.bench loading                    load.json
+#   python -m minidistill.pocket.judge --lora weights/pocket-emoji/guidance-lora.safetensors --out results/pocket.json
+set -euo pipefail
+
+student=weights/pocket-emoji/guidance-lora.safetensors
+checksum=$(cksum < $student)
+mkdir -p runs/all
+
+# step "NAME" ARGUMENTS...: run python with the arguments, unless the step has succeeded before.
+step() {
+  local name=$1 stamp="runs/all/$1.done"
+  shift
+  local made_with="python $* (student $checksum)"
+  if [[ -f $stamp && $(< "$stamp") == "$made_with" ]]; then
+    echo "$name: done, says $stamp"
+    return
+  fi
+  printf '\n%s: python %s\n' "$name" "$*"
+  python "$@"
+  echo "$made_with" > "$stamp"
+}
+
+# What later steps need, checked before the training.
+python -c "import diffusers, peft"
+python -c "from minidistill.pocket.images import find_font; find_font()"
+
+# Three students of one teacher with as many updates. The first and the third share the teacher's trajectories.
+resume="--no-report --resume --save-every 25"
+step "a LoRA from trajectories" train.py --out runs/all/trajectories --states runs/all/states $resume
+step "a LoRA from noised latents" train.py --method noised --out runs/all/noised $resume
+step "a full copy" train.py --method full --out runs/all/full --states runs/all/states $resume
+
+# How good they are, beside the student that ships.
+step "quality" -m minidistill.evaluate quality $student runs/all/trajectories runs/all/noised runs/all/full \
+  --selective 0.2 0.5 --judge minidistill.pocket.judge --work runs/all/evaluation --out results/evaluation
+step "the dial" -m minidistill.evaluate dial $student --out results/dial
+step "what was learned" -m minidistill.evaluate spectrum runs/all/full runs/all/trajectories --out results/spectrum
+
+# What they cost.
+step "memory" -m minidistill.bench memory
+step "memory, step by step" -m minidistill.bench memory --steps
+step "memory, measured" -m minidistill.bench memory --size pocket --device cpu --measure \
+  --out results/memory-pocket.json
+step "memory, measured at full size" -m minidistill.bench memory --size sd15 --device cpu --dtype float32 --measure \
+  --out results/memory-sd15.json
+step "time, embedded model" -m minidistill.bench speed --size pocket --memory --compile --out results/bench-pocket.json
+step "time, Stable Diffusion 1.5" -m minidistill.bench speed --size sd15 --memory --out results/bench-sd15.json
+
+python -m minidistill.evaluate summary
