@@ -22,7 +22,7 @@ from transformers import CLIPTextModel
 
 from minidistill import load
 from minidistill.bench.peak_memory import in_fresh_process, resident
-from minidistill.bench.report import add_out_flag, device_name, new_report, save_report
+from minidistill.bench.report import add_out_flag, device_name, megabytes, new_report, save_report
 from minidistill.bench.workloads import SIZES, Setup, Size
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.single_file import to_single_file
@@ -101,7 +101,7 @@ def markdown(rows: list[dict]) -> str:
     for row in rows:
         reference = row["reference"]
         line = [row["form"], row["held"], row["asked"], f"{row['seconds']:.2f} s", f"{reference['seconds']:.2f} s"]
-        line += [f"{row['peak'] / 1e6:,.0f}", f"{row['peak'] / row['weights']:.2f}", f"{reference['peak'] / 1e6:,.0f}"]
+        line += [megabytes(row["peak"]), f"{row['peak'] / row['weights']:.2f}", megabytes(reference["peak"])]
         lines.append(line)
     return markdown_table(lines)
 

@@ -27,7 +27,7 @@ from transformers import CLIPTextModel
 
 from minidistill.bench.ledger import Live, count_bytes, count_work
 from minidistill.bench.peak_memory import in_fresh_process, peak_bytes
-from minidistill.bench.report import device_name, find_device, new_report, save_report
+from minidistill.bench.report import device_name, find_device, megabytes, new_report, save_report
 from minidistill.bench.workloads import GUIDANCE, SIZES, Networks, Setup, Size, Update, attention, decode, lora_student
 from minidistill.config import UNetConfig
 from minidistill.evaluate.tables import markdown_table
@@ -38,7 +38,7 @@ from minidistill.vae import VAE
 
 DTYPES = ("float32", "bfloat16")
 LARGEST_MEASURED = 16e9  # bytes
-NOTES = """"saved" is what the forward pass keeps for the backward pass; "to full" compares the peak with full fine-tuning.
+NOTES = """"saved" is what the forward pass keeps for the backward pass; "to full" compares peaks with full fine-tuning.
 In bfloat16, frozen weights and activations are bfloat16, and the LoRA, its gradients and AdamW's state float32. Where
 all weights are trained, they, their gradients and AdamW's state are bfloat16 too: plain PyTorch without a float32 copy.
 """
@@ -141,10 +141,6 @@ def measured(case: Case, size: Size, device: torch.device, rank: int, keep_atten
     with attention(fused=not keep_attention):
         case.update(SMALLEST, device, rank, foreach)()
         return peak_bytes(lambda: case.update(size, device, rank, foreach), device)
-
-
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:,.0f}"
 
 
 def markdown(size: str, rows: dict[str, dict]) -> str:

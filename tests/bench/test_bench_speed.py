@@ -73,7 +73,7 @@ def test_without_peers_their_columns_are_left_out(tmp_path: Path, monkeypatch: p
     assert list(rows) == MEASURED + SELECTIVE and not any(row["peer_s"] for row in rows.values())
     printed = capsys.readouterr().out
     assert "| pocket | UNet calls | ours | / guided |\n" in printed
-    assert "Without a peer: it needs diffusers and peft." in printed
+    assert "Measured without diffusers and peft." in printed
 
 
 @pytest.mark.parametrize(
