@@ -24,7 +24,7 @@ from minidistill.bench.report import new_report, save_report
 from minidistill.bench.workloads import SIZES, Setup, distil, error
 from minidistill.config import SD15_UNET, UNetConfig
 from minidistill.evaluate.tables import markdown_table
-from minidistill.formats.model_configs import write_json
+from minidistill.formats.files import write_json
 from minidistill.kernels.build import obstacle
 from minidistill.kernels.dispatch import LoRAFunction, addmm_chain
 from minidistill.kernels.op import lora_linear

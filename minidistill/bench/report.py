@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from minidistill.formats.model_configs import write_json
+from minidistill.formats.files import write_json
 from minidistill.training.settings import provenance
 
 
