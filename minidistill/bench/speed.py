@@ -15,7 +15,6 @@ from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from minidistill.bench.peak_memory import in_fresh_process, peak_bytes
 from minidistill.bench.peers import PEERS
-from minidistill.bench.report import device_name, find_device, new_report, save_report
+from minidistill.bench.report import add_out_flag, device_name, find_device, new_report, save_report
 from minidistill.bench.timing import take_turns
 from minidistill.bench.workloads import GUIDANCE, IMAGES, ROWS, SIZES, Setup, error
 from minidistill.evaluate.tables import markdown_table
@@ -47,7 +46,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--repeats", type=positive_int, metavar="N", help="turns of each row (default: 10; on a CPU pocket 9, sd15 2)")
     add("--memory", action="store_true", help="also measure each row's peak memory, in a process of its own")
     add("--compile", action="store_true", help="also time the UNet under torch.compile (the row unet_compiled)")
-    add("--out", type=Path, default=Path("results/bench.json"), metavar="FILE", help="JSON (default: %(default)s)")
+    add_out_flag(parser, "results/bench.json")
 
 
 def contestants(rows: Sequence[str], peers: bool = True) -> list[tuple[str, str]]:
@@ -107,7 +106,7 @@ def measure(setup: Setup, repeats: int, rows: Sequence[str], peers: bool = True)
 
 
 def selective_rows(table: dict[str, dict], steps: int) -> dict[str, dict]:
-    """Rows of selective guidance, computed: some steps cost what a guided image's do, the last what a one-pass image's do."""
+    """Rows of selective guidance, computed from the time of a guided step and of a one-pass step."""
     if not {"guided", "merged"} <= set(table):
         return {}
     guided, merged = table["guided"]["ours_s"], table["merged"]["ours_s"]

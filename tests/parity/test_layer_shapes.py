@@ -1,7 +1,7 @@
 """The shapes that the kernel's tests on a GPU go through, beside diffusers': SDXL's UNet is not built here."""
 
 import torch
-from test_kernels_gpu import CONVS, SDXL
+from kernel_shapes import CONVS, SDXL
 from torch import Tensor, nn
 
 from .helpers import diffusers
