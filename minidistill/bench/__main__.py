@@ -20,7 +20,7 @@ COMMANDS = {"speed": speed, "updates": updates, "loading": loading, "kernel": ke
 
 
 def main(argv: Sequence[str]) -> None:
-    if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["speed", *argv]
     parser = new_parser(__doc__, "COMMAND ", NAME)
     commands = parser.add_subparsers(prog=NAME, dest="command", metavar="COMMAND")

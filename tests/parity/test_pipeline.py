@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from minidistill import load
 from minidistill.formats.checkpoint import build
-from minidistill.formats.model_configs import read_json
+from minidistill.formats.files import read_json
 from minidistill.formats.model_folder import match_text_names, read_weights
 from minidistill.samplers import ddim_sample
 from minidistill.text import encode_tokens, fill_positions
@@ -94,8 +94,9 @@ def test_full_size_text_encoder(version: tuple[str, dict], tmp_path: Path) -> No
         reference = theirs(ids).last_hidden_state
 
     config = CLIPTextConfig.from_dict(read_json(tmp_path / "config.json"))
-    tensors, file = read_weights(tmp_path, "model")
-    ours = build(lambda: CLIPTextModel(config), match_text_names(tensors), file, torch.float32)
+    network = read_weights(tmp_path, "model")
+    network = network._replace(tensors=match_text_names(network.tensors))
+    ours = build(lambda: CLIPTextModel(config), network, torch.float32)
     fill_positions(ours)
     shutil.rmtree(tmp_path)  # up to 1.4 GB
     assert error(encode_tokens(ours, ids), reference) <= 1e-4

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from minidistill import load
-from minidistill.formats.checkpoint import read_checkpoint
 from minidistill.formats.model_configs import read_unet_config, read_vae_config
 from minidistill.formats.single_file import to_single_file
 from minidistill.samplers import ddim_sample
@@ -199,13 +198,13 @@ def test_prediction(version: int, guess: str, tmp_path: Path, recwarn: pytest.Wa
     """Guessed, stated by the file, or said."""
     tensors = single(small_pipe(version, "eps"), tmp_path)
     file = as_safetensors(tensors, tmp_path)
-    assert read_checkpoint(file).schedule.prediction == guess
+    assert load(file).schedule.prediction == guess
     warned = [str(w.message) for w in recwarn if "--prediction" in str(w.message)]
     assert len(warned) == (guess == "v")
     for stated, expected in (("epsilon", "eps"), ("v", "v")):
         save_file(tensors, file, {"modelspec.prediction_type": stated})
-        assert read_checkpoint(file).schedule.prediction == expected
-        assert read_checkpoint(file, prediction="v").schedule.prediction == "v"
+        assert load(file).schedule.prediction == expected
+        assert load(file, prediction="v").schedule.prediction == "v"
     assert len([w for w in recwarn if "--prediction" in str(w.message)]) == len(warned)
 
 
