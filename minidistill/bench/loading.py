@@ -1,4 +1,4 @@
-"""How fast Stable Diffusion 1.5 loads from a single file, and in how much memory, beside what no loader can avoid.
+"""How fast Stable Diffusion 1.5 loads from a single file, and in how much memory, against what no loader can avoid.
 
   python -m minidistill.bench loading                    random weights, two files of 4 GB in a temporary folder
   python -m minidistill.bench loading --dtype bfloat16
@@ -78,7 +78,7 @@ def take_turn(file: Path, who: str, dtype: torch.dtype) -> dict[str, float]:
 
 
 def measure(held: str, asked: str, repeats: int) -> list[dict]:
-    """A row per file format: medians over the turns, beside those of safetensors."""
+    """A row per file format: medians over the turns, and those of safetensors."""
     with TemporaryDirectory() as folder:
         files = write_files(Path(folder), getattr(torch, held))
         loaders = {file.suffix: ("ours", file) for file in files} | {"reference": ("safetensors", files[0])}

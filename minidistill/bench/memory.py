@@ -152,8 +152,8 @@ def markdown(size: str, rows: dict[str, dict]) -> str:
         baseline = rows[key.replace(row["row"], "full")]["peak"]
         line = [ROWS[row["row"]].label, row["dtype"], "yes" if row["recompute"] else "no"]
         line += [*(megabytes(row[column]) for column in columns), f"{row['peak'] / baseline - 1:+.0%}"]
-        found = row["measured"]
-        lines.append([*line, megabytes(found), f"{found / row['peak'] - 1:+.0%}"] if found else [*line, "", ""])
+        peak = row["measured"]
+        lines.append([*line, megabytes(peak), f"{peak / row['peak'] - 1:+.0%}"] if peak else [*line, "", ""])
     return markdown_table(lines)
 
 

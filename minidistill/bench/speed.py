@@ -1,4 +1,4 @@
-"""How fast minidistill is, and how much memory it takes, beside diffusers and peft on the same random weights.
+"""How fast minidistill is, and how much memory it takes, compared with diffusers and peft on the same weights.
 
   python -m minidistill.bench speed                          pocket and sd15; some minutes on two CPU cores
   python -m minidistill.bench speed --size pocket --memory
@@ -22,10 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidistill.bench.peak_memory import in_fresh_process, peak_bytes
-from minidistill.bench.peers import PEERS
 from minidistill.bench.report import add_out_flag, device_name, find_device, megabytes, new_report, save_report
 from minidistill.bench.timing import take_turns
-from minidistill.bench.workloads import GUIDANCE, IMAGES, ROWS, SIZES, Setup, error
+from minidistill.bench.workloads import GUIDANCE, IMAGES, PEERS, ROWS, SIZES, Setup, error
 from minidistill.evaluate.tables import markdown_table
 from minidistill.training.settings import DEFAULT_DEVICE, positive_int
 

@@ -26,6 +26,7 @@ from minidistill.unet import UNet
 from minidistill.vae import VAE
 
 GUIDANCE = 7.5
+PEERS = ("diffusers", "peft")
 SD15_TEXT = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 SD21_TEXT = CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
 
