@@ -93,9 +93,12 @@ def teacher(
 
 def guided_target(uncond: Conditioning, guidance: float, interval: Interval | None, batched: bool) -> Target:
     """Ask the teacher now, for latents it has not seen. ``uncond`` is one prompt."""
-    return lambda unet, batch: teacher(
-        unet, batch.z_t, batch.t, batch.cond, uncond.expand(len(batch)), guidance, interval, batched
-    )
+
+    def target(unet: nn.Module, batch: Batch) -> Tensor:
+        unconds = uncond.expand(len(batch)).map(Tensor.contiguous)  # other strides would cost a graph with --compile
+        return teacher(unet, batch.z_t, batch.t, batch.cond, unconds, guidance, interval, batched)
+
+    return target
 
 
 def student(unet: LoRAModel | FullStudent, z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

@@ -1,6 +1,6 @@
 """Benchmarks: how long things take, and how much memory.
 
-  python -m minidistill.bench [speed]      a UNet call, an image, a training step; beside diffusers and peft
+  python -m minidistill.bench [speed]      a UNet call, an image, a training step; against diffusers and peft
   python -m minidistill.bench updates      a training step with each technique that speeds it up
   python -m minidistill.bench loading      loading Stable Diffusion 1.5 from a file
   python -m minidistill.bench kernel       LoRA layers on a GPU, with and without the fused kernel

@@ -1,4 +1,4 @@
-"""How fast Stable Diffusion 1.5 loads from a single file, and in how much memory, beside what no loader can avoid.
+"""How fast Stable Diffusion 1.5 loads from a single file, and in how much memory, against what no loader can avoid.
 
   python -m minidistill.bench loading                    random weights, two files of 4 GB in a temporary folder
   python -m minidistill.bench loading --dtype bfloat16
@@ -22,7 +22,7 @@ from transformers import CLIPTextModel
 
 from minidistill import load
 from minidistill.bench.peak_memory import in_fresh_process, resident
-from minidistill.bench.report import add_out_flag, device_name, new_report, save_report
+from minidistill.bench.report import add_out_flag, device_name, megabytes, new_report, save_report
 from minidistill.bench.workloads import SIZES, Setup, Size
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.single_file import to_single_file
@@ -78,7 +78,7 @@ def take_turn(file: Path, who: str, dtype: torch.dtype) -> dict[str, float]:
 
 
 def measure(held: str, asked: str, repeats: int) -> list[dict]:
-    """A row per file format: medians over the turns, beside those of safetensors."""
+    """A row per file format: medians over the turns, and those of safetensors."""
     with TemporaryDirectory() as folder:
         files = write_files(Path(folder), getattr(torch, held))
         loaders = {file.suffix: ("ours", file) for file in files} | {"reference": ("safetensors", files[0])}
@@ -101,7 +101,7 @@ def markdown(rows: list[dict]) -> str:
     for row in rows:
         reference = row["reference"]
         line = [row["form"], row["held"], row["asked"], f"{row['seconds']:.2f} s", f"{reference['seconds']:.2f} s"]
-        line += [f"{row['peak'] / 1e6:,.0f}", f"{row['peak'] / row['weights']:.2f}", f"{reference['peak'] / 1e6:,.0f}"]
+        line += [megabytes(row["peak"]), f"{row['peak'] / row['weights']:.2f}", megabytes(reference["peak"])]
         lines.append(line)
     return markdown_table(lines)
 

@@ -27,7 +27,7 @@ from transformers import CLIPTextModel
 
 from minidistill.bench.ledger import Live, count_bytes, count_work
 from minidistill.bench.peak_memory import in_fresh_process, peak_bytes
-from minidistill.bench.report import device_name, find_device, new_report, save_report
+from minidistill.bench.report import device_name, find_device, megabytes, new_report, save_report
 from minidistill.bench.workloads import GUIDANCE, SIZES, Networks, Setup, Size, Update, attention, decode, lora_student
 from minidistill.config import UNetConfig
 from minidistill.evaluate.tables import markdown_table
@@ -38,7 +38,7 @@ from minidistill.vae import VAE
 
 DTYPES = ("float32", "bfloat16")
 LARGEST_MEASURED = 16e9  # bytes
-NOTES = """"saved" is what the forward pass keeps for the backward pass; "to full" compares the peak with full fine-tuning.
+NOTES = """"saved" is what the forward pass keeps for the backward pass; "to full" compares peaks with full fine-tuning.
 In bfloat16, frozen weights and activations are bfloat16, and the LoRA, its gradients and AdamW's state float32. Where
 all weights are trained, they, their gradients and AdamW's state are bfloat16 too: plain PyTorch without a float32 copy.
 """
@@ -143,10 +143,6 @@ def measured(case: Case, size: Size, device: torch.device, rank: int, keep_atten
         return peak_bytes(lambda: case.update(size, device, rank, foreach), device)
 
 
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:,.0f}"
-
-
 def markdown(size: str, rows: dict[str, dict]) -> str:
     """Megabytes; the peak is compared with full fine-tuning's, as in the paper."""
     columns = ("weights", "gradients", "optimizer", "saved", "peak")
@@ -156,8 +152,8 @@ def markdown(size: str, rows: dict[str, dict]) -> str:
         baseline = rows[key.replace(row["row"], "full")]["peak"]
         line = [ROWS[row["row"]].label, row["dtype"], "yes" if row["recompute"] else "no"]
         line += [*(megabytes(row[column]) for column in columns), f"{row['peak'] / baseline - 1:+.0%}"]
-        found = row["measured"]
-        lines.append([*line, megabytes(found), f"{found / row['peak'] - 1:+.0%}"] if found else [*line, "", ""])
+        peak = row["measured"]
+        lines.append([*line, megabytes(peak), f"{peak / row['peak'] - 1:+.0%}"] if peak else [*line, "", ""])
     return markdown_table(lines)
 
 

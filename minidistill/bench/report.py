@@ -32,6 +32,10 @@ def device_name(device: torch.device) -> str:
     return models[0].split(": ")[1] if models else platform.processor() or platform.machine()
 
 
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f}"
+
+
 def new_report(args: Namespace, device: str, **facts: object) -> dict:
     """What every report begins with: the command, the git commit, the machine; then ``facts``."""
     machine = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}

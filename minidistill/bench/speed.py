@@ -1,4 +1,4 @@
-"""How fast minidistill is, and how much memory it takes, beside diffusers and peft on the same random weights.
+"""How fast minidistill is, and how much memory it takes, compared with diffusers and peft on the same weights.
 
   python -m minidistill.bench speed                          pocket and sd15; some minutes on two CPU cores
   python -m minidistill.bench speed --size pocket --memory
@@ -22,10 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidistill.bench.peak_memory import in_fresh_process, peak_bytes
-from minidistill.bench.peers import PEERS
-from minidistill.bench.report import add_out_flag, device_name, find_device, new_report, save_report
+from minidistill.bench.report import add_out_flag, device_name, find_device, megabytes, new_report, save_report
 from minidistill.bench.timing import take_turns
-from minidistill.bench.workloads import GUIDANCE, IMAGES, ROWS, SIZES, Setup, error
+from minidistill.bench.workloads import GUIDANCE, IMAGES, PEERS, ROWS, SIZES, Setup, error
 from minidistill.evaluate.tables import markdown_table
 from minidistill.training.settings import DEFAULT_DEVICE, positive_int
 
@@ -58,7 +57,7 @@ def contestants(rows: Sequence[str], peers: bool = True) -> list[tuple[str, str]
 def chosen_rows(args: Namespace) -> list[str]:
     """In the table's order. Images need the decoder's time as well."""
     rows = args.row or [row for row in ROWS if args.compile or row != "unet_compiled"]
-    return [row for row in ROWS if row in rows or row == "decode" and any(row in IMAGES for row in rows)]
+    return [row for row in ROWS if row in rows or row == "decode" and set(rows) & set(IMAGES)]
 
 
 def check_agreement(outputs: dict[tuple[str, str], tuple[Tensor, ...]], tolerance: float) -> dict[str, float]:
@@ -132,22 +131,18 @@ def peak_memory(setup: Setup, row: str, who: str) -> int:
     return peak_bytes(lambda: ROWS[row].make(setup, who), setup.device)
 
 
-def seconds_text(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
-
-
-def megabytes_text(size: int) -> str:
-    return f"{size / 1e6:,.0f}"
 
 
 COLUMNS = {  # title: key in a row, format
     "UNet calls": ("calls", str),
-    "ours": ("ours_s", seconds_text),
-    "peer": ("peer_s", seconds_text),
+    "ours": ("ours_s", duration),
+    "peer": ("peer_s", duration),
     "ours / peer": ("ours_to_peer", "{:.2f}".format),
     "/ guided": ("to_guided", "{:.2f}".format),
-    "ours, peak MB": ("ours_bytes", megabytes_text),
-    "peer, peak MB": ("peer_bytes", megabytes_text),
+    "ours, peak MB": ("ours_bytes", megabytes),
+    "peer, peak MB": ("peer_bytes", megabytes),
 }
 
 
@@ -170,7 +165,7 @@ def markdown(size: str, result: dict) -> str:
         notes += " activations are recomputed, it recomputes whole blocks, we what is cheap (`--memory low`)."
         notes += f" Outputs differ by at most {worst:.0e} of the largest value."
     else:
-        notes += f" Without a peer: it needs {' and '.join(PEERS)}."
+        notes += f" Measured without {' and '.join(PEERS)}."
     if "ours, peak MB" in columns:
         notes += " Peak memory includes the weights, but not Python and its packages; for an image, not the decoder."
     return f"{markdown_table(lines)}\n\n{notes}\n"

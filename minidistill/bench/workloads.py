@@ -26,6 +26,7 @@ from minidistill.unet import UNet
 from minidistill.vae import VAE
 
 GUIDANCE = 7.5
+PEERS = ("diffusers", "peft")
 SD15_TEXT = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 SD21_TEXT = CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
 
@@ -152,14 +153,14 @@ def attention(fused: bool) -> AbstractContextManager:
     return nullcontext() if fused else sdpa_kernel(SDPBackend.MATH)
 
 
-# Each function below returns a workload: a function whose time or memory is measured and whose results are compared.
-Workload = Callable[[], tuple[Tensor, ...]]
-
-
 def error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference relative to the largest value, in the worst of the tensors; NaN if any value is NaN."""
     pairs = zip(outputs, expected, strict=True)
     return torch.stack([(a.double() - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()
+
+
+# Each function below returns a workload: a function whose time or memory is measured and whose results are compared.
+Workload = Callable[[], tuple[Tensor, ...]]
 
 
 def forward(setup: Setup, who: str, alike: bool = False, compiled: bool = False) -> Workload:

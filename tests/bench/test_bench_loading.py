@@ -11,7 +11,6 @@ from transformers import CLIPTextConfig
 
 from minidistill.bench import __main__ as bench
 from minidistill.bench import loading
-from minidistill.bench.peak_memory import in_fresh_process
 
 SIZE = replace(
     TINY_SIZE,
@@ -32,13 +31,6 @@ def test_turns(asked: torch.dtype, tmp_path: Path) -> None:
     turns.append(loading.take_turn(files[0], "safetensors", asked))
     assert len({turn["weights"] for turn in turns}) == 1  # the same in every format
     assert all(turn["seconds"] > 0 and 0 < turn["largest"] < turn["weights"] for turn in turns)
-
-
-@needs_proc
-def test_a_turn_in_a_fresh_process(tmp_path: Path) -> None:
-    file, _ = loading.write_files(tmp_path, torch.float32, SIZE)
-    turn = in_fresh_process(loading.take_turn, file, "safetensors", torch.float32)
-    assert turn["weights"] == loading.take_turn(file, "safetensors", torch.float32)["weights"]
 
 
 def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

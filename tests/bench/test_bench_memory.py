@@ -105,7 +105,7 @@ def test_on_cuda_adamw_copies_what_it_trains() -> None:
     assert 5 * recompute[1]["weights"] <= recompute[1]["peak"] and recompute[0]["peak"] < recompute[1]["peak"]
 
 
-def test_attention_matrices_are_kept_on_demand() -> None:
+def test_keeping_attention_matrices() -> None:
     fused = tiny("full/float32")["saved"]
     with attention(fused=False):
         kept = ledger(CASES["full/float32"], TINY, RANK)["saved"]
@@ -180,7 +180,7 @@ convolutions = pytest.mark.xfail(reason="the CPU's convolutions take workspaces,
 @pytest.mark.slow
 @needs_proc
 @pytest.mark.parametrize("size", ["sd15", pytest.param("pocket", marks=convolutions)])
-def test_measured_beside_the_ledger(size: str) -> None:
+def test_measured_against_the_ledger(size: str) -> None:
     case = CASES["noised/float32"]
     peak = in_fresh_process(memory.measured, case, SIZES[size], CPU, 16, **memory.RETURN_FREED_MEMORY)
     assert peak == pytest.approx(ledger(case, SIZES[size])["peak"], rel=0.1)

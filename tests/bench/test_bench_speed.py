@@ -1,6 +1,7 @@
 """The speed benchmark on tiny networks: rows, table, JSON, and the refusal to time outputs that disagree."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from importlib.metadata import version
@@ -15,8 +16,7 @@ from tiny import error
 from minidistill.bench import __main__ as bench
 from minidistill.bench import speed, timing, workloads
 from minidistill.bench.peak_memory import in_fresh_process
-from minidistill.bench.peers import PEERS
-from minidistill.bench.workloads import IMAGES, ROWS, SIZES, Setup
+from minidistill.bench.workloads import IMAGES, PEERS, ROWS, SIZES, Setup
 from minidistill.config import POCKET_UNET
 from minidistill.guidance import guided
 from minidistill.lora import lora_layers
@@ -73,7 +73,7 @@ def test_without_peers_their_columns_are_left_out(tmp_path: Path, monkeypatch: p
     assert list(rows) == MEASURED + SELECTIVE and not any(row["peer_s"] for row in rows.values())
     printed = capsys.readouterr().out
     assert "| pocket | UNet calls | ours | / guided |\n" in printed
-    assert "Without a peer: it needs diffusers and peft." in printed
+    assert "Measured without diffusers and peft." in printed
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_outputs_that_disagree_are_not_timed(change, row: str, monkeypatch: pyte
     change(case, monkeypatch)
     monkeypatch.setattr(timing, "timed", lambda *args: pytest.fail("timed"))
     with pytest.raises(ValueError, match=rf"{row}: our output and the peer's differ by \d"):
-        speed.measure(case, 1, MEASURED)
+        speed.measure(case, 1, [row])
 
 
 def test_nan_never_agrees() -> None:
@@ -196,8 +196,9 @@ def test_memory_of_a_fresh_process() -> None:
 
 
 def test_a_fresh_process_that_fails_is_named() -> None:
-    with pytest.raises(ValueError, match=r"(?s)peak_memory\(.*exit code 1.*KeyError: 'no such row'"):
-        in_fresh_process(speed.peak_memory, setup(), "no such row", "ours")
+    assert in_fresh_process(math.sqrt, 4.0) == 2.0
+    with pytest.raises(ValueError, match=r"(?s)sqrt\(-1.0\) failed with exit code 1:\n.*ValueError"):
+        in_fresh_process(math.sqrt, -1.0)
 
 
 @pytest.mark.parametrize(

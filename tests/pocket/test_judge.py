@@ -151,7 +151,7 @@ class Painter:
 def test_main_samples_judges_and_writes(tmp_path, monkeypatch, capsys):
     write_compositions(tmp_path / "compositions.json")
     painter = Painter()
-    learned = SimpleNamespace(metadata={"guidance": "4", "negative_prompt": "blurry"})
+    learned = SimpleNamespace(metadata={"guidance": "4", "negative_prompt": "blurry"}, interval=None)
     fakes = dict(
         load=lambda path, device: painter,
         read_lora=lambda path: learned,
