@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,12 @@ def flags(tiny_model: Path, prompts_file: Path) -> Callable[..., list[str]]:
         return [x for name, value in settings.items() for x in (f"--{name.replace('_', '-')}", str(value))]
 
     return flags
+
+
+@pytest.fixture(scope="session")
+def train() -> SimpleNamespace:
+    """The functions of train.py: ``train.parse([...])``, ``train.main(args, ranks, resources)``."""
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "train.py")))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import math
 import pickle
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,11 +11,9 @@ import torch
 import torch.nn.functional as F
 from tiny import TINY_UNET, error, fill_up, randn, tiny_student, tiny_unet, unet_inputs
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointError
 
 from minidistill import inject_lora, merge_lora, unmerge_lora
 from minidistill.lora import LoRAConv, LoRALayer, LoRALinear, LoRAModel, Switch, lora_layers, lora_parameters
-from minidistill.training.recompute import recompute
 
 
 def checksum(model: nn.Module) -> str:
@@ -309,65 +306,6 @@ def test_models_do_not_share_a_switch():
     assert torch.equal(seen[0], teacher)
 
 
-# Activation checkpointing
-
-
-def gradients(model: LoRAModel, interleaved: bool) -> list[Tensor]:
-    """Gradients of a loss on teacher and student, with other calls between forward and backward if ``interleaved``."""
-    z_t, t, context = unet_inputs(dtype=torch.float64)
-    z_t.requires_grad_()
-    student = model(z_t, t, context, lora_enabled=True)
-    teacher = model(z_t, t, context)
-    if interleaved:
-        with torch.no_grad():
-            model(z_t, t, context, lora_enabled=False)
-            model(z_t, t, context, lora_enabled=True)
-        model(z_t, t, context, lora_enabled=False)
-    (student - 2 * teacher).square().mean().backward()
-    return [z_t.grad, *(p.grad for p in lora_parameters(model))]
-
-
-@pytest.mark.parametrize("below", [math.inf, 100.0], ids=["recompute all", "recompute cheap"])
-def test_recomputation_sees_the_switch_of_its_own_forward(below: float):
-    expected = gradients(tiny_student(dtype=torch.float64), interleaved=False)
-    model = tiny_student(dtype=torch.float64)
-    recompute(model, below)
-    calls = []
-    model.get_submodule("mid_block.resnets.0").register_forward_pre_hook(lambda *_: calls.append(1))
-    actual = gradients(model, interleaved=True)
-    assert len(calls) == 5 + 2  # five forward passes and two recomputations: blocks are indeed checkpointed
-    assert max(error(a, b) for a, b in zip(actual, expected)) < 1e-12
-
-
-@pytest.mark.parametrize("below", [math.inf, 100.0], ids=["recompute all", "recompute cheap"])
-def test_recomputation_set_up_before_injection_is_an_error(below: float):
-    """Not a wrong gradient: the backward pass would recompute with the switch off."""
-    unet = tiny_unet().double()
-    recompute(unet, below)
-    with pytest.raises(CheckpointError, match="A different number of tensors"):
-        gradients(fill_up(inject_lora(unet, rank=2)), interleaved=False)
-
-
-def test_recomputation_can_be_turned_off_again():
-    model, calls = tiny_student(dtype=torch.float64), []
-    recompute(model, math.inf)
-    recompute(model, 0)
-    model.get_submodule("mid_block.resnets.0").register_forward_pre_hook(lambda *_: calls.append(1))
-    gradients(model, interleaved=False)
-    assert len(calls) == 2
-
-
-def test_backward_within_a_call_of_the_other_setting():
-    """The recomputation runs while the switch has another setting, and restores that setting."""
-    expected = gradients(tiny_student(dtype=torch.float64), interleaved=False)
-    model = tiny_student(dtype=torch.float64)
-    recompute(model, math.inf)
-    with model.switch.set(True):
-        actual = gradients(model, interleaved=True)
-        assert model.switch.enabled
-    assert max(error(a, b) for a, b in zip(actual, expected)) < 1e-12
-
-
 # torch.compile
 
 
@@ -425,31 +363,17 @@ def test_the_state_dict_has_the_names_of_the_network_and_the_pairs():
     assert [name for name in tiny_student().state_dict() if "lora_" not in name] == names
 
 
-DUPLICATE = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
-
-
-@pytest.mark.parametrize("duplicate", DUPLICATE, ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_is_the_same_and_independent(duplicate):
     model = tiny_student()
     teacher, student = (model(*unet_inputs(), lora_enabled=setting) for setting in (False, True))
     copied = duplicate(model)
-    recompute(copied, math.inf)
     assert torch.equal(copied(*unet_inputs(), lora_enabled=True), student)
     assert torch.equal(copied(*unet_inputs()), teacher)
     merge_lora(copied)
     fill_up(copied, seed=99)
     assert torch.equal(model(*unet_inputs(), lora_enabled=True), student)
     assert torch.equal(model(*unet_inputs()), teacher)
-
-
-@pytest.mark.parametrize("duplicate", DUPLICATE, ids=["deepcopy", "pickle"])
-def test_a_copy_recomputes_with_its_own_switch(duplicate):
-    model = tiny_student(dtype=torch.float64)
-    expected = gradients(model, interleaved=False)
-    model.zero_grad()
-    recompute(model, math.inf)
-    copied = duplicate(model)
-    assert max(error(a, b) for a, b in zip(gradients(copied, interleaved=True), expected)) < 1e-12
 
 
 def test_a_copy_has_its_own_switch():

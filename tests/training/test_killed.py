@@ -1,6 +1,6 @@
-"""Killed at any moment and then resumed, a run ends as an undisturbed one does, to the last byte.
+"""A run that is killed at any moment and resumed ends like an undisturbed one, to the last byte.
 
-PYTHONPATH=. python tests/test_killed.py 20    kills so many, and says what came of it
+PYTHONPATH=.:tests python tests/training/test_killed.py 20    kills 20 runs and prints the results
 """
 
 import errno
@@ -19,7 +19,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, write_tiny
+from tiny import ROOT, same_result, write_tiny
 
 from minidistill.formats.files import atomic_folder, atomic_write
 
@@ -27,9 +27,9 @@ SHARDS, UPDATES = 4, 12  # a checkpoint after each of these
 
 
 def start(out: Path, flags: list[str], half_written: int = 0) -> int:
-    """Run train.py in a fork of this process; returns its number.
+    """Run train.py in a fork of this process; returns the process id.
 
-    It kills itself over the n-th file it is about to rename, n = ``half_written``, of which only half is there.
+    With ``half_written`` n, the process cuts the n-th file that it is about to rename in half, and kills itself.
     """
     if process := os.fork():
         return process
@@ -58,19 +58,14 @@ def finish(out: Path, flags: list[str]) -> None:
 
 
 def stage(out: Path) -> str:
-    """How far a killed run had come."""
+    """How far a killed run had got."""
     if list(out.rglob("*.tmp")):
         return "writing a file"
     if (out / "lora.safetensors").exists():
         return "after all"
     if list(out.glob("checkpoints/*.pt")):
         return "learning"
-    return "drawing trajectories" if list(out.glob("states/trajectories*")) else "loading"
-
-
-def same_result(one: Path, other: Path) -> bool:
-    names = ("lora.safetensors", "metrics.jsonl")
-    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+    return "sampling trajectories" if list(out.glob("states/trajectories*")) else "loading"
 
 
 def main(folder: Path, points: int) -> None:
@@ -80,14 +75,14 @@ def main(folder: Path, points: int) -> None:
     flags |= dict(steps=UPDATES, batch=2, rank=2, save_every=1, device="cpu")
     flags = [x for name, value in flags.items() for x in (f"--{name.replace('_', '-')}", str(value))]
 
-    runpy.run_path(str(ROOT / "train.py"))  # imports, once for all forks, what they need
+    runpy.run_path(str(ROOT / "train.py"))  # so that the forks need not import everything again
     before = time.monotonic()
     finish(undisturbed := folder / "undisturbed", flags)
     lasted = time.monotonic() - before
 
-    found, identical = Counter(), 0
+    stages, identical = Counter(), 0
     dice = random.Random(0)
-    files = SHARDS + 2 * UPDATES + 1  # with each checkpoint the metrics, and the LoRA
+    files = SHARDS + 2 * UPDATES + 1  # each checkpoint comes with the metrics; and the LoRA
     over = dice.sample(range(1, files + 1), max(points // 4, 1))
     for i, half_written in enumerate([*[0] * points, *over]):
         process = start(out := folder / f"run-{i}", flags, half_written)
@@ -95,17 +90,17 @@ def main(folder: Path, points: int) -> None:
             time.sleep((i + dice.random()) / points * lasted)
             os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-        found[stage(out)] += 1
+        stages[stage(out)] += 1
         finish(out, [*flags, "--resume"])
         identical += same_result(out, undisturbed)
-    where = ", ".join(f"{count} {name}" for name, count in found.items())
-    print(f"{found.total()} points tried ({where}), {identical} runs resumed identical")
+    where = ", ".join(f"{count} {name}" for name, count in stages.items())
+    print(f"{stages.total()} points tried ({where}), {identical} runs resumed identical")
 
 
 @pytest.mark.parametrize("points", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(points: int):
     command = [sys.executable, __file__, str(points)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     print(run.stdout)
@@ -113,24 +108,24 @@ def test_killed_at_any_moment(points: int):
     assert int(tried) > points and tried == identical
 
 
-def test_a_file_gets_its_name_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """So a power cut leaves the old contents or the new. Some disks say only then that they are full."""
+def test_a_file_is_renamed_only_after_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """So a power cut leaves the old contents or the new. Some disks report only at fsync that they are full."""
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / "file").write_text("old")
     monkeypatch.setattr(os, "fsync", full)
-    said = f"No space left on device: '{tmp_path}/file'"
-    with pytest.raises(OSError, match=said), atomic_write(tmp_path / "file") as beside:
-        beside.write_text("new")
+    message = f"No space left on device: '{tmp_path}/file'"
+    with pytest.raises(OSError, match=message), atomic_write(tmp_path / "file") as temporary:
+        temporary.write_text("new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
 
 
-def test_what_a_killed_process_left_of_a_folder(tmp_path: Path):
+def test_an_unfinished_folder_of_a_killed_process_is_replaced(tmp_path: Path):
     (tmp_path / "student.tmp/half").mkdir(parents=True)
-    with atomic_folder(tmp_path / "student") as beside:
-        (beside / "whole").touch()
+    with atomic_folder(tmp_path / "student") as temporary:
+        (temporary / "whole").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["student", "whole"]
 
 

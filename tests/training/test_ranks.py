@@ -1,8 +1,7 @@
-"""Two processes of torchrun, by gloo on the CPU: they learn what one does, and live and die together."""
+"""training/ranks.py: two processes of torchrun, on the CPU, learn what one process does, and stop together."""
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ROOT
+from tiny import ROOT, randn
 
+from minidistill.conditioning import Conditioning
+from minidistill.distill import Batch
 from minidistill.training.ranks import Ranks
 
 UPDATES = 20
 
-# train.py, and what happens to one of its processes in the first attempt, after an update.
+# Runs train.py. HAPPENS says what happens to which rank after which update, in the first attempt.
 WORKER = f"""
 import os, runpy, signal, sys
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -47,14 +48,11 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 
 
 @pytest.fixture(scope="module")
-def flags(tiny_model: Path, prompts_file: Path) -> Callable[..., list[str]]:
-    def flags(out: Path, **changes: object) -> list[str]:
-        settings = dict(model=tiny_model, prompts=prompts_file, out=out, steps=UPDATES, sample_steps=3, trajectories=12)
-        settings |= dict(batch=4, rank=2, save_every=4, device="cpu") | changes
-        found = [x for name, value in settings.items() for x in (f"--{name.replace('_', '-')}", str(value))]
-        return [*found, "--no-report"]
-
-    return flags
+def run_flags(flags) -> Callable[..., list[str]]:
+    return lambda out, **changes: [
+        *flags(out, **(dict(steps=UPDATES, trajectories=12, save_every=4) | changes)),
+        "--no-report",
+    ]
 
 
 def torchrun(folder: Path, flags: list[str], happens: str = "9 0 nothing", restarts: int = 0):
@@ -70,10 +68,10 @@ def losses(out: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def two(flags, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
+def two(run_flags, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
     """Two processes, in float64."""
     folder = tmp_path_factory.mktemp("two")
-    return folder / "run", torchrun(folder, flags(folder / "run", dtype="float64"))
+    return folder / "run", torchrun(folder, run_flags(folder / "run", dtype="float64"))
 
 
 def assert_same_student(one: Path, other: Path) -> None:
@@ -83,42 +81,42 @@ def assert_same_student(one: Path, other: Path) -> None:
     assert max(x.abs().max() for name, x in pairs.items() if name.endswith("lora_up")) > 1e-2
 
 
-def test_two_processes_learn_what_one_does(two, command, flags, tmp_path: Path):
+def test_two_processes_learn_what_one_process_does(two, command, run_flags, tmp_path: Path):
     out, run = two
     assert run.returncode == 0, run.stderr
-    assert command("train.py", *flags(tmp_path / "one", dtype="float64")).code == 0
+    assert command("train.py", *run_flags(tmp_path / "one", dtype="float64")).code == 0
     assert_same_student(out, tmp_path / "one")
     assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=1e-6) and len(losses(out)) == UPDATES
 
 
-def test_each_shard_is_made_once_and_is_the_same(two, command, flags, tmp_path: Path):
+def test_each_shard_is_made_once_and_is_the_same(two, command, run_flags, tmp_path: Path):
     out, _ = two
     made = sorted(line.split()[::-1] for line in (out.parent / "shards.txt").read_text().splitlines())
     assert made == [[f"trajectories-{first:06d}.safetensors", str(i % 2)] for i, first in enumerate((0, 4, 8))]
-    command("train.py", *flags(tmp_path / "one", dtype="float64", steps=1))
+    command("train.py", *run_flags(tmp_path / "one", dtype="float64", steps=1))
     for name, _ in made:
         assert (out / "states" / name).read_bytes() == (tmp_path / "one/states" / name).read_bytes()
 
 
-def test_rank_0_alone_speaks(two):
+def test_only_rank_0_prints(two):
     _, run = two
     assert run.stdout.count("frozen parameters") == run.stdout.count("Wrote ") == 1
     assert run.stderr.count("trajectories:   0%") == run.stderr.count("distilling:   0%") == 1
 
 
 @pytest.mark.slow
-def test_the_teacher_in_the_loop(command, flags, tmp_path: Path):
-    one, other = (flags(tmp_path / name, dtype="float64", method="noised") for name in ("one", "two"))
+def test_two_processes_with_the_teacher_in_the_loop(command, run_flags, tmp_path: Path):
+    one, other = (run_flags(tmp_path / name, dtype="float64", method="noised") for name in ("one", "two"))
     run = torchrun(tmp_path, other)
     assert run.returncode == 0, run.stderr
     command("train.py", *one)
     assert_same_student(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_killed_worker_is_started_again_and_goes_on(two, flags, tmp_path: Path):
-    """Without its rank 1, rank 0 ends too; torchrun starts both anew, and they go on from update 8."""
+def test_a_killed_worker_is_restarted_and_continues(two, run_flags, tmp_path: Path):
+    """Without rank 1, rank 0 ends too; torchrun starts both again, and they continue from update 8."""
     out = tmp_path / "run"
-    run = torchrun(tmp_path, [*flags(out, dtype="float64"), "--resume"], happens="1 10 SIGKILL", restarts=3)
+    run = torchrun(tmp_path, [*run_flags(out, dtype="float64"), "--resume"], happens="1 10 SIGKILL", restarts=3)
     assert run.returncode == 0, run.stderr
     assert "another process of this run has stopped" in run.stderr and f"8/{UPDATES}" in run.stderr
     for name in ("lora.safetensors", "metrics.jsonl"):
@@ -126,44 +124,47 @@ def test_a_killed_worker_is_started_again_and_goes_on(two, flags, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_asked_to_stop_one_process_all_stop_after_the_same_update(command, flags, tmp_path: Path):
-    """And in float32 the loss of two processes is that of one."""
-    run = torchrun(tmp_path, flags(tmp_path / "two"), happens="1 7 SIGTERM")
+def test_a_signal_to_one_process_stops_all_after_the_same_update(command, run_flags, tmp_path: Path):
+    """And in float32, two processes have the losses of one."""
+    run = torchrun(tmp_path, run_flags(tmp_path / "two"), happens="1 7 SIGTERM")
     assert run.returncode != 0 and "Saved after 7 of 20 updates" in run.stderr
     assert [file.name for file in (tmp_path / "two/checkpoints").iterdir()].count("step-000007.pt") == 1
-    command("train.py", *flags(tmp_path / "one"))
+    command("train.py", *run_flags(tmp_path / "one"))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one")[:7], rel=1e-3)
-    assert command("train.py", *flags(tmp_path / "two"), "--resume").code == 0  # a process goes on where two stopped
+    # One process continues where two stopped.
+    assert command("train.py", *run_flags(tmp_path / "two"), "--resume").code == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
 
 
-def test_what_is_no_number_on_one_stops_all(flags, tmp_path: Path):
-    run = torchrun(tmp_path, flags(tmp_path / "run", dtype="float64"), happens="1 5 NaN")
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(run_flags, tmp_path: Path):
+    run = torchrun(tmp_path, run_flags(tmp_path / "run", dtype="float64"), happens="1 5 NaN")
     assert run.returncode != 0 and "At update 6 the loss is nan" in run.stderr
     assert [file.name for file in (tmp_path / "run/checkpoints").iterdir()] == ["step-000004.pt"]
 
 
-# By itself
+# One process
 
 
 def test_parts_of_a_batch():
-    batch = torch.arange(12)
-    assert torch.equal(torch.cat([Ranks(rank, 3).part(batch) for rank in range(3)]), batch)
-    assert Ranks().part(batch) is batch or torch.equal(Ranks().part(batch), batch)
+    batch = Batch(*(randn(12, 1, seed=seed) for seed in range(2)), Conditioning(randn(12, 2)), torch.ones(12, 1))
+    for world in (1, 3):
+        parts = [Ranks(rank, world).part(batch) for rank in range(world)]
+        assert {len(part) for part in parts} == {12 // world}
+        for name in ("z_t", "t", "weight"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+        assert torch.equal(torch.cat([part.cond.tokens for part in parts]), batch.cond.tokens)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused_before_any_work(flags, tmp_path: Path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
-    train = runpy.run_path(str(ROOT / "train.py"))
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags(tmp_path / "run", batch=4)])
-    with pytest.raises(ValueError, match="3 processes cannot share a batch of 4 .* --batch that is a multiple of 3"):
-        train["main"](train["parse"](train["Settings"], ""), Ranks(0, 3), ExitStack())
+def test_a_batch_that_cannot_be_shared_is_refused_before_any_work(run_flags, train, tmp_path: Path):
+    args = train.parse(run_flags(tmp_path / "run", batch=4))
+    with pytest.raises(ValueError, match="3 processes cannot share a batch of 4 .* --batch a multiple of 3"):
+        train.main(args, Ranks(0, 3), ExitStack())
     assert not (tmp_path / "run").exists()
 
 
-def test_one_process_joins_no_group(command, flags, tmp_path: Path, monkeypatch):
+def test_one_process_joins_no_group(command, run_flags, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: 1 / 0)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: 1 / 0)
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun --nproc-per-node 1
-    assert command("train.py", *flags(tmp_path / "run", steps=1)).code == 0
+    assert command("train.py", *run_flags(tmp_path / "run", steps=1)).code == 0

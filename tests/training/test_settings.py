@@ -1,4 +1,4 @@
-"""settings.py: --help that a newcomer can read, and likely mistakes that end in one line which says what to do."""
+"""training/settings.py: a readable --help, and likely mistakes that end in one line with advice."""
 
 import re
 import shutil
@@ -15,33 +15,33 @@ SCRIPTS = ["train.py", "sample.py"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_grouped_and_short_to_begin_with(script: str, command, monkeypatch: pytest.MonkeyPatch):
+def test_help_has_a_short_usage_and_groups(script: str, command, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "100")
     text = command(script, "--help").out
     assert re.fullmatch(rf"usage: {script}( PROMPT \.\.\.)? \[flags\]", text.splitlines()[0])
     groups = ["which Stable Diffusion, and how it is loaded:"]
     if script == "train.py":
-        groups += ["the teacher, two UNet calls a step, draws pictures:"]
+        groups += ["the teacher, two UNet calls a step, samples images:"]
         groups += ["the student, one UNet call a step, learns from them:", "the run itself:"]
     else:
-        groups = ["what to draw:", *groups, "how it is done:"]
+        groups = ["what to sample:", *groups, "how to sample:"]
     places = [text.index(f"\n{heading}\n") for heading in groups]
     assert places == sorted(places)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_says_what_it_is_and_its_default(script: str, command, monkeypatch: pytest.MonkeyPatch):
+def test_every_flag_has_help_and_a_default(script: str, command, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "500")
     flags = re.findall(r"^  (--[\w-]+.*(?:\n {30}.*)?)$", command(script, "--help").out, re.MULTILINE)
     assert len(flags) > 15
     for flag in flags:
-        assert re.match(r"--[\w-]+( \S+)*?(  |\n) *\w", flag), flag  # with words after it
+        assert re.match(r"--[\w-]+( \S+)*?(  |\n) *\w", flag), flag  # followed by words
         assert "default: )" not in flag and "None" not in flag, flag
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("mistake", ["--seed 18446744073709551616", "--seed -1e3", "--guidance nan", "--guidance inf"])
-def test_numbers_that_are_none_name_their_flag(script: str, mistake: str, command):
+def test_impossible_numbers_name_their_flag(script: str, mistake: str, command):
     flag, value = mistake.split()
     prompt = ["a rocket"] if script == "sample.py" else []
     result = command(script, *prompt, f"{flag}={value}")
@@ -49,7 +49,7 @@ def test_numbers_that_are_none_name_their_flag(script: str, mistake: str, comman
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_out_of_memory_names_flags_that_there_are(script: str, command, monkeypatch, tmp_path: Path):
+def test_out_of_memory_names_existing_flags(script: str, command, monkeypatch, tmp_path: Path):
     def full(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
@@ -62,16 +62,16 @@ def test_out_of_memory_names_flags_that_there_are(script: str, command, monkeypa
     assert len(named) >= 2 and all(f"  {flag} " in text for flag in named)
 
 
-def test_a_cpu_without_memory():
+def test_out_of_memory_on_a_cpu():
     with pytest.raises(SystemExit, match="s: out of memory. less"), one_line_errors("s", "stopped", "less"):
         torch.empty(2**50)
 
 
-def test_an_error_has_a_line_of_its_own(capsys: pytest.CaptureFixture):
-    with pytest.raises(SystemExit, match="s: what is wrong"), one_line_errors("s", "stopped"):
+def test_an_error_starts_a_new_line(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit, match="s: the mistake"), one_line_errors("s", "stopped"):
         bar = tqdm(total=2)
         bar.update()
-        raise ValueError("what is wrong")
+        raise ValueError("the mistake")
     assert re.search(r"1/2 .*\n$", capsys.readouterr().err)
 
 
@@ -80,7 +80,7 @@ def test_other_errors_keep_their_traceback():
         raise RuntimeError("shapes")
 
 
-def test_folders_that_are_nearly_right(tiny_model: Path, tmp_path: Path):
+def test_folders_near_a_model_get_advice(tiny_model: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match=f"Name the whole folder, {tiny_model}"):
         load(tiny_model / "unet")
     shutil.copytree(tiny_model, tmp_path / "models/tiny")
@@ -89,7 +89,7 @@ def test_folders_that_are_nearly_right(tiny_model: Path, tmp_path: Path):
         load(tmp_path / "models")
     (tmp_path / "files").mkdir()
     (tmp_path / "files/v1-5.safetensors").touch()
-    with pytest.raises(CheckpointError, match=f"single file in it, name that: {tmp_path}/files/v1-5.safetensors"):
+    with pytest.raises(CheckpointError, match=f"single file in it, name that file: {tmp_path}/files/v1-5.safetensors"):
         load(tmp_path / "files")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="It should hold unet, vae"):
@@ -103,7 +103,7 @@ def test_no_tokenizer_names_the_flag(tiny_model: Path, tmp_path: Path):
         load(folder).encode_prompt(["a rocket"])
 
 
-def test_a_model_that_is_not_here_says_where_here_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_model_names_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minidistill.formats.hub.snapshot_download", lambda *args, **options: 1 / 0)
     with pytest.raises(CheckpointError, match=f"weights/pocket-emoji is neither a folder or file in {tmp_path}"):
