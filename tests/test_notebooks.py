@@ -1,4 +1,4 @@
-"""The notebooks: they run as committed, redefine nothing of the package, and a check in them can fail."""
+"""The notebooks run as committed, define nothing that the package defines, and their checks can fail."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ from tiny import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 WITH_MARKS = [pytest.param(file, marks=pytest.mark.slow if "distillation" in file.name else ()) for file in NOTEBOOKS]
-LARGEST = 650_000  # bytes of a notebook, pictures included
+LARGEST = 650_000  # bytes of a notebook, images included
 
 
 def read(file: Path) -> NotebookNode:
@@ -26,7 +26,7 @@ def code(file: Path) -> list[NotebookNode]:
 
 
 def execute(notebook: NotebookNode, folder: str = "notebooks") -> None:
-    """In a kernel of its own, from a folder of the repository; the first error ends it."""
+    """Run in a fresh kernel, started in ``folder`` of the repository; raises the first error."""
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": ROOT / folder}}).execute()
 
 
@@ -49,17 +49,17 @@ def test_it_runs(file: Path):
 @pytest.mark.parametrize("folder", [".", "notebooks"])
 def test_the_first_cell_finds_the_repository(folder: str):
     first = {cells[0].source for cells in map(code, NOTEBOOKS)}
-    assert len(first) == 1  # the same in all
-    look = "import importlib.util\nassert os.path.exists('weights') and importlib.util.find_spec('minidistill')"
-    cells = [nbformat.v4.new_code_cell(source) for source in (*first, look)]
+    assert len(first) == 1  # the same in all six
+    check = "import importlib.util\nassert os.path.exists('weights') and importlib.util.find_spec('minidistill')"
+    cells = [nbformat.v4.new_code_cell(source) for source in (*first, check)]
     execute(nbformat.v4.new_notebook(cells=cells), folder)
 
 
 def test_a_check_can_fail():
-    """With a LoRA that cannot be switched off, the notebook about it does not come to its end."""
+    """With a LoRA that cannot be switched off, the notebook about LoRA stops at an assert."""
     notebook = read(ROOT / "notebooks/04_lora.ipynb")
     imports = next(i for i, cell in enumerate(notebook.cells) if "from minidistill" in cell.source)
-    stuck = "import minidistill.lora\nminidistill.lora.LoRALayer.counts = True"
+    stuck = "import minidistill.lora\nminidistill.lora.LoRALayer.active = True"
     notebook.cells.insert(imports + 1, nbformat.v4.new_code_cell(stuck))
     with pytest.raises(CellExecutionError, match="AssertionError"):
         execute(notebook)
@@ -72,7 +72,7 @@ def test_cells_are_short(file: Path):
 
 @by_name
 def test_outputs_are_committed(file: Path):
-    """Of one run from top to bottom, with pictures, without errors and warnings, and without paths of a machine."""
+    """One run from top to bottom, with figures, and without errors, warnings or paths of a machine."""
     cells = code(file)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
@@ -83,12 +83,12 @@ def test_outputs_are_committed(file: Path):
 
 
 def definitions(tree: ast.Module) -> Iterator[str]:
-    """Functions and classes at the top of a module."""
+    """The names of a module's top-level functions and classes."""
     yield from (node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef))
 
 
 @by_name
-def test_nothing_of_the_package_is_redefined(file: Path):
+def test_no_name_of_the_package_is_redefined(file: Path):
     package = {
         name
         for module in (ROOT / "minidistill").rglob("*.py")
@@ -115,8 +115,8 @@ def test_claims_and_checks(file: Path):
 
 
 @by_name
-def test_formulas_say_where_they_stand(file: Path):
-    """In their paper, by number or section, or that they are in none; and in the code."""
+def test_formulas_cite_paper_and_code(file: Path):
+    """By equation number or section, or with the remark that there is none; and by name and file."""
     for cell in read(file).cells:
         if cell.cell_type == "markdown" and "$$" in cell.source:
             assert re.search(r"eq\. \d|section \d|no number|no equation", cell.source), cell.source
