@@ -151,6 +151,7 @@ def test_the_guided_target_is_the_teacher_now(interval: Interval | None, batched
             expected = 4 * expected - 3 * Recorded()(one.z_t, one.t, uncond)
         assert error(target[i : i + 1], expected) < 1e-12
     assert [len(call[0]) for call in model.calls] == ([12] if batched else [6, 6])
+    assert len({call[2].tokens.stride() for call in model.calls}) == 1  # or --compile would make another graph
 
 
 # Divergence

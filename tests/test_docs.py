@@ -85,7 +85,7 @@ def test_the_examples_run(monkeypatch: pytest.MonkeyPatch):
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(block, namespace)
-    assert len(blocks) == 6 and "LoRAEmbedding" in namespace
+    assert len(blocks) == 5 and "LoRAEmbedding" in namespace
 
 
 def test_the_tree_names_every_file_and_folder():

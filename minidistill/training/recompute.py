@@ -22,7 +22,7 @@ LOW_MEMORY = 1000
 
 
 def recompute(model: UNet | LoRAModel, below: float) -> None:
-    """Have each residual block and transformer keep only numbers that took ``below`` multiply-adds or more.
+    """Have residual blocks, transformers and upsamplers keep only numbers that took ``below`` multiply-adds or more.
 
     0 keeps everything; ``math.inf`` keeps only what goes into a block. Call it after ``inject_lora``: the backward pass
     needs the model's switch.
