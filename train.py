@@ -27,13 +27,9 @@ from minidistill.pipeline import StableDiffusion
 from minidistill.training import settings
 from minidistill.training.progress import Progress
 from minidistill.training.ranks import Ranks, process_group
-from minidistill.training.run_folder import checkpoint_files, lock, resume
+from minidistill.training.run_folder import checkpoint_files, fixed_settings, lock, resume
 from minidistill.training.sources import SOURCES
 from minidistill.training.students import METHODS, STUDENTS, choose_method, merge_style
-
-# Flags that do not change what is learned: a run may be resumed with others.
-FREE = {"out", "states", "resume", "no_report", "save_every", "device", "kernel", "memory", "accumulate", "compile"}
-FREE |= {"batched_teacher", "student", "source"}  # the last two are in "method"
 
 
 def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
@@ -65,9 +61,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     peak = args.lr or student.learning_rate / sd.unet_config.widths[0]
     optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     weights = fingerprint(sd.unet, sd.text_encoder)
-    recorded = {flag: str(value) for flag, value in vars(args).items() if flag not in FREE}
-    for flag, contents in {"model": weights, **source.stamp}.items():
-        recorded[flag] += f" ({contents})"  # other weights, prompts or images may lie under the same name
+    recorded = fixed_settings(args, {"model": weights, **source.stamp})
     losses = resume(out, trained, optimizer, recorded)  # empty in a new run
     result = student.result(out, args)
     if args.student == "full" and result.exists() and not losses:
@@ -98,7 +92,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
             loss = (part.weight * (eps - target).square()).mean() * (len(part) / len(batch))
             loss.backward()
             batch_loss += loss.detach()
-            progress.note(part, target)
+            progress.remember(part, target)  # for the check before a checkpoint
         (batch_loss,) = ranks.average_gradients(trained, batch_loss)
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

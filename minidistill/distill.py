@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidistill.conditioning import Conditioning
-from minidistill.guidance import Interval, interval_noise
+from minidistill.guidance import Interval, UNetCall, interval_noise
 from minidistill.lora import LoRAModel
 
 ENOUGH = 10  # examples needed to tell whether a student has diverged
@@ -67,13 +67,24 @@ class Batch:
         return [self[first : first + size] for first in range(0, len(self), size)]
 
 
-# What the student is asked for: a target is a function (unet, batch) -> the teacher's prediction [B, 4, h, w].
-Target = Callable[[nn.Module, Batch], Tensor]
+# What the student is asked for: a target takes the frozen UNet (LoRA off) and a batch, and returns [B, 4, h, w].
+Target = Callable[[UNetCall, Batch], Tensor]
 
 
-def stored_target(unet: nn.Module, batch: Batch) -> Tensor:
-    """The guided prediction that the teacher made when it sampled these latents."""
+def stored_target(frozen: UNetCall, batch: Batch) -> Tensor:
+    """The guided prediction that the teacher made when it sampled these latents: no call now."""
     return batch.target
+
+
+def guided_target(uncond: Conditioning, guidance: float, interval: Interval | None, batched: bool) -> Target:
+    """The guided prediction for latents the teacher has not seen: two calls now. ``uncond`` is one prompt."""
+
+    @torch.no_grad()
+    def target(frozen: UNetCall, batch: Batch) -> Tensor:
+        unconds = uncond.expand(len(batch)).map(Tensor.contiguous)  # other strides would cost a graph with --compile
+        return interval_noise(frozen, batch.z_t, batch.t, batch.cond, unconds, guidance, interval, batched)
+
+    return target
 
 
 @torch.no_grad()
@@ -89,13 +100,6 @@ def teacher(
 ) -> Tensor:
     """eps_hat = eps_u + s (eps_c - eps_u), by two calls of the frozen UNet, its LoRA switched off. [B, 4, h, w]."""
     return interval_noise(partial(unet, lora_enabled=False), z_t, t, cond, uncond, guidance, interval, batched)
-
-
-def guided_target(uncond: Conditioning, guidance: float, interval: Interval | None, batched: bool) -> Target:
-    """Ask the teacher now, for latents it has not seen. ``uncond`` is one prompt."""
-    return lambda unet, batch: teacher(
-        unet, batch.z_t, batch.t, batch.cond, uncond.expand(len(batch)), guidance, interval, batched
-    )
 
 
 def student(unet: LoRAModel | FullStudent, z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

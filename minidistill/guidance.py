@@ -1,6 +1,8 @@
 """Classifier-free guidance ("Classifier-Free Diffusion Guidance", arXiv 2207.12598), and predictors made with it.
 
-A predictor is what a sampler calls: ``model(z_t, t) -> eps`` or v, with the prompt already inside.
+``guide`` is the formula. ``guided_noise`` and ``batched_guided_noise`` call the UNet for it, ``interval_noise`` only at
+some time steps. ``plain``, ``guided`` and ``student`` make predictors, which samplers call: ``model(z_t, t) -> eps`` or
+v, with the prompt already inside.
 """
 
 from collections.abc import Callable

@@ -61,6 +61,7 @@ class StableDiffusion:
 
     @property
     def unet_config(self) -> UNetConfig:
+        """The shapes of the UNet, with or without LoRA."""
         return getattr(self.unet, "base", self.unet).config
 
     @property

@@ -198,8 +198,8 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def run_block(self, block: Callable[..., Tensor], *args: Tensor) -> Tensor:
-        """Call one residual block or transformer; training/recompute.py wraps this for activation checkpointing."""
+    def run_block(self, block: Callable[..., Tensor], *args: Tensor | torch.Size) -> Tensor:
+        """Call a residual block, transformer or upsampler; training/recompute.py wraps this to save memory."""
         return block(*args)
 
     def run_layer(self, level: Level, i: int, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
@@ -239,5 +239,5 @@ class UNet(nn.Module):
                 x = self.run_layer(level, i, x, emb, context)
             if hasattr(level, "upsamplers"):
                 # [B, C, 2H, 2W], or one less where the way down halved an odd side
-                x = level.upsamplers[0](x, skips[-1].shape[2:])
+                x = self.run_block(level.upsamplers[0], x, skips[-1].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(x))).to(z_t.dtype)

@@ -1,9 +1,10 @@
-"""Fixtures: the tiny model's folder, the model loaded, prompts for it, and the command lines run in this process."""
+"""Fixtures: the tiny model's folder, the loaded model, prompts for it, the scripts run in this process, a whole run."""
 
 import os
 import re
 import runpy
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT, write_tiny
+from tiny import ROOT, UPDATES, write_tiny
 
 from minidistill import StableDiffusion, load
 
 
 def pytest_configure() -> None:
-    """Tests that run side by side (``pytest -n 2``) have a core each, and so have the processes that they start."""
+    """With ``pytest -n 2`` each worker has one core, and so have the processes it starts."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
@@ -44,7 +45,28 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-BAR = re.compile(r"\[\d\d:\d\d")  # what every progress bar shows: the time taken
+@pytest.fixture(scope="session")
+def flags(tiny_model: Path, prompts_file: Path) -> Callable[..., list[str]]:
+    """``flags(out, rank=4)``: the flags of a short run of train.py, some of them changed."""
+
+    def flags(out: Path, **changes: object) -> list[str]:
+        settings = dict(model=tiny_model, prompts=prompts_file, out=out, steps=UPDATES, sample_steps=3, trajectories=8)
+        settings |= dict(batch=4, rank=2, save_every=2, device="cpu") | changes
+        return [x for name, value in settings.items() for x in (f"--{name.replace('_', '-')}", str(value))]
+
+    return flags
+
+
+@pytest.fixture(scope="session")
+def whole_run(flags, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A whole run of train.py with its report, in a process of its own."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    command = [sys.executable, str(ROOT / "train.py"), *flags(out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return out, subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True)
+
+
+BAR = re.compile(r"\[\d\d:\d\d")  # every progress bar shows the time taken
 
 
 @dataclass
@@ -55,23 +77,23 @@ class Result:
 
     @property
     def lines(self) -> list[str]:
-        """What stands on stderr beside progress bars."""
+        """The lines on stderr that are no progress bars."""
         return [line for line in self.err.splitlines() if line and not BAR.search(line)]
 
     @property
     def complaint(self) -> str:
-        """What a failed command says last."""
+        """The last line of a command that failed."""
         assert self.code != 0, "the command succeeded"
         return self.lines[-1]
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Result]:
-    """``command("train.py", "--rank", 4)``: as from a shell, but in this process, which saves the start.
+    """``command("train.py", "--rank", 4)``: as from a shell, but in this process, which starts faster.
 
     Any exception but SystemExit would be a traceback in the shell, and fails the test.
     """
-    handler = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background
+    handler = signal.getsignal(signal.SIGINT)  # SIGINT is ignored when the tests run in the background
 
     def run(script: str, *args: object) -> Result:
         monkeypatch.setattr(sys, "argv", [script, *map(str, args)])

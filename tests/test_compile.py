@@ -1,4 +1,4 @@
-"""The UNet under torch.compile: no graph breaks, two graphs, the same numbers; and train.py makes no third."""
+"""The UNet under torch.compile: no graph breaks, two graphs, the same numbers; train.py compiles no third graph."""
 
 from pathlib import Path
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from minidistill.lora import lora_parameters
-from minidistill.training.recompute import LOW_MEMORY
+from minidistill.training.recompute import LOW_MEMORY, recompute
 
 
 @pytest.fixture(autouse=True)
-def afresh():
+def reset_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
 def results(called: nn.Module, trained: list[nn.Parameter]) -> list[Tensor]:
-    """What the teacher predicts, what the student does, and the student's gradients."""
+    """The predictions of teacher and student, and the student's gradients."""
     inputs = unet_inputs()
     with torch.no_grad():
         eps_hat = called(*inputs)
@@ -29,20 +29,20 @@ def results(called: nn.Module, trained: list[nn.Parameter]) -> list[Tensor]:
     return [eps_hat, eps.detach(), *torch.autograd.grad(eps.square().mean(), trained)]
 
 
-@pytest.mark.parametrize("recompute_below", [0.0, LOW_MEMORY])
+@pytest.mark.parametrize("below", [0.0, LOW_MEMORY])
 @pytest.mark.slow
-def test_one_graph_for_the_teacher_and_one_for_the_student(recompute_below: float):
+def test_one_graph_for_the_teacher_and_one_for_the_student(below: float):
     unet, counter = tiny_student(), CompileCounterWithBackend("aot_eager")
-    unet.base.recompute_below = recompute_below
+    recompute(unet, below)
     compiled = torch.compile(unet, fullgraph=True, dynamic=False, backend=counter)
-    for found, expected in zip(results(compiled, lora_parameters(unet)), results(unet, lora_parameters(unet))):
-        assert error(found, expected) < 1e-5
+    for actual, expected in zip(results(compiled, lora_parameters(unet)), results(unet, lora_parameters(unet))):
+        assert error(actual, expected) < 1e-5
     results(compiled, lora_parameters(unet))
     assert counter.frame_count == 2 and not unet.switch.enabled
 
 
 @pytest.mark.parametrize("method, graphs", [pytest.param("noised", 2, marks=pytest.mark.slow), ("trajectories", 1)])
-def test_train_compiles_what_the_loop_calls_and_that_once(
+def test_train_compiles_each_call_of_the_loop_once(
     method: str, graphs: int, command, tiny_model: Path, prompts_file: Path, tmp_path: Path, monkeypatch
 ):
     settings = dict(model=tiny_model, prompts=prompts_file, method=method, steps=3, trajectories=6, batch=4, rank=2)
@@ -51,7 +51,7 @@ def test_train_compiles_what_the_loop_calls_and_that_once(
     assert command("train.py", *flags, "--out", tmp_path / "plain", "--no-report").code == 0
     compile, counter = torch.compile, CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compile(*args, **options, backend=counter))
-    assert command("train.py", *flags, "--out", tmp_path / "compiled", "--compile").code == 0  # with its pictures
+    assert command("train.py", *flags, "--out", tmp_path / "compiled", "--compile").code == 0  # with its images
     assert counter.frame_count == graphs
     plain, compiled = (load_file(tmp_path / name / "lora.safetensors") for name in ("plain", "compiled"))
     assert all(error(compiled[name], plain[name]) < 1e-4 for name in plain)

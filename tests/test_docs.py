@@ -1,4 +1,4 @@
-"""What the documentation points to is there: relative links, their anchors, and the code that the notebooks name."""
+"""The documentation is right: its links and anchors exist, its Python runs, and the README's tree names every file."""
 
 import ast
 import re
@@ -13,7 +13,8 @@ from tiny import ROOT, error, tiny_student, unet_inputs
 from minidistill.distill import student, teacher
 from minidistill.lora import lora_layers, lora_parameters
 
-MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results/README.md", *ROOT.glob("weights/*/README.md")]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/*.md", "results/README.md", "weights/*/README.md"]
+MARKDOWN = [file for pattern in PAGES for file in sorted(ROOT.glob(pattern))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -23,7 +24,7 @@ NAMED = re.compile(r"`([\w.]+)` in\s+`([\w./]+\.py)`")
 
 
 def prose(file: Path) -> str:
-    """Markdown without code blocks; of a notebook, its Markdown cells."""
+    """Markdown without code blocks; for a notebook, its Markdown cells."""
     if file.suffix != ".ipynb":
         return FENCED.sub("", file.read_text(encoding="utf-8"))
     cells = nbformat.read(file, as_version=4).cells
@@ -31,35 +32,35 @@ def prose(file: Path) -> str:
 
 
 def anchors(file: Path) -> set[str]:
-    """As GitHub makes them of headings: lower case, hyphens for spaces, and no other punctuation."""
+    """The anchors that GitHub makes of headings: lower case, hyphens for spaces, no other punctuation."""
     texts = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in HEADING.findall(prose(file))]
     return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in texts}
 
 
-def broken(file: Path) -> list[str]:
-    """The links that lead nowhere. Those to other sites are not followed."""
-    found = []
+def broken_links(file: Path) -> list[str]:
+    """Relative links without a target. Links to other sites are not followed."""
+    broken = []
     for link in LINK.findall(prose(file)):
         if re.match(r"[a-z]+:", link):
             continue
         path, _, anchor = link.partition("#")
         target = file.parent / path if path else file
         if not target.exists() or (anchor and anchor not in anchors(target)):
-            found.append(link)
-    return found
+            broken.append(link)
+    return broken
 
 
 def missing_names(file: Path) -> list[str]:
-    """What is said to be "`name` in `file.py`" and is not."""
-    found = []
+    """Each "`name` in `file.py`" for which the file does not define the name."""
+    missing = []
     for name, path in NAMED.findall(prose(file)):
         scope = ast.parse((ROOT / path).read_text(encoding="utf-8")).body if (ROOT / path).exists() else []
         for part in name.split("."):
             scope = next((n.body for n in scope if getattr(n, "name", None) == part), None)
             if scope is None:
-                found.append(f"{name} in {path}")
+                missing.append(f"{name} in {path}")
                 break
-    return found
+    return missing
 
 
 def name(file: Path) -> str:
@@ -67,12 +68,12 @@ def name(file: Path) -> str:
 
 
 @pytest.mark.parametrize("file", [*MARKDOWN, *NOTEBOOKS], ids=name)
-def test_links_lead_somewhere(file: Path):
-    assert not broken(file)
+def test_links_have_targets(file: Path):
+    assert not broken_links(file)
 
 
 @pytest.mark.parametrize("file", [*MARKDOWN, *NOTEBOOKS], ids=name)
-def test_code_is_where_it_is_said_to_be(file: Path):
+def test_code_is_where_the_text_says(file: Path):
     assert not missing_names(file)
 
 
@@ -87,14 +88,27 @@ def test_the_examples_run(monkeypatch: pytest.MonkeyPatch):
     assert len(blocks) == 5 and "LoRAEmbedding" in namespace
 
 
-def test_the_reading_order_has_every_file():
-    listed = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Reading order\n")[2].partition("\n## ")[0]
-    files = {f"minidistill/{file.name}" for file in (ROOT / "minidistill").glob("[!_]*.py")}
-    assert not files - set(LINK.findall(listed))
+def test_the_tree_names_every_file_and_folder():
+    """In README.md: the flat files of the package, every folder of the repository, and nothing that is not there."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## What is where\n")[2]
+    lines = re.search(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[1].splitlines()
+    listed = set()
+    for line in lines:
+        entries = re.findall(r"\w+(?:\.py|/)(?=\s|$)", line)
+        listed |= {f"minidistill/{entry}" if line.startswith(" ") else entry for entry in entries}
+    files = {name(file) for file in [*ROOT.glob("*.py"), *ROOT.glob("minidistill/[!_]*.py")]}
+    folders = {f"{name(file.parent)}/" for file in ROOT.glob("minidistill/*/__init__.py")}
+    folders |= {"minidistill/", "docs/", "notebooks/", "results/", "weights/", "tests/"}
+    assert listed == files | folders
+
+
+def test_the_readme_stays_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1300
 
 
 def test_the_ten_lines_of_the_method():
-    """The code in README.md computes what teacher, student and a LoRA layer do, and moves the pairs alone."""
+    """The code in README.md computes what teacher, student and a LoRA layer do, and moves only the low-rank pairs."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## The method in ten lines\n")[2]
     lines = re.search(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[1]
     assert len(re.findall(r"^ *\w", lines, re.MULTILINE)) == 10
@@ -104,16 +118,16 @@ def test_the_ten_lines_of_the_method():
     with torch.no_grad(), unet.switch.set(True):
         expected = dict(eps_hat=teacher(unet, z_t, t, cond, uncond, 2.5), eps=student(unet, z_t, t, cond), y=layer(x))
     before = {name: p.detach().clone() for name, p in unet.named_parameters()}
-    found = dict(torch=torch, F=F, unet=unet, z_t=z_t, t=t, cond=cond, uncond=uncond, guidance=2.5, alpha=6, rank=2)
-    found |= dict(x=x, W=layer.weight, bias=layer.bias, lora_down=layer.lora_down, lora_up=layer.lora_up)
-    found["optimizer"] = torch.optim.SGD(lora_parameters(unet), lr=1.0)
-    exec(lines, found)
-    assert all(error(found[name].detach(), tensor) < 1e-5 for name, tensor in expected.items())
+    scope = dict(torch=torch, F=F, unet=unet, z_t=z_t, t=t, cond=cond, uncond=uncond, guidance=2.5, alpha=6, rank=2)
+    scope |= dict(x=x, W=layer.weight, bias=layer.bias, lora_down=layer.lora_down, lora_up=layer.lora_up)
+    scope["optimizer"] = torch.optim.SGD(lora_parameters(unet), lr=1.0)
+    exec(lines, scope)
+    assert all(error(scope[name].detach(), tensor) < 1e-5 for name, tensor in expected.items())
     moved = {name for name, p in unet.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "lora_" in name}
 
 
-def test_a_broken_link_is_found(tmp_path: Path):
+def test_a_broken_link_is_noticed(tmp_path: Path):
     file = tmp_path / "page.md"
     file.write_text(
         "# A heading, and `code`\n[a](page.md#a-heading-and-code) [b](https://nowhere.invalid) [c](#a-heading)\n"
@@ -121,5 +135,5 @@ def test_a_broken_link_is_found(tmp_path: Path):
         "`guided_noise` in `minidistill/guidance.py`, `LoRALinear.forward` in\n`minidistill/lora.py`, "
         "`LoRALinear.backward` in `minidistill/lora.py`, `x` in `minidistill/nowhere.py`"
     )
-    assert broken(file) == ["#a-heading", "no.png"]
+    assert broken_links(file) == ["#a-heading", "no.png"]
     assert missing_names(file) == ["LoRALinear.backward in minidistill/lora.py", "x in minidistill/nowhere.py"]

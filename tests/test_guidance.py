@@ -1,26 +1,35 @@
-"""guidance.py and distill.py: the formula, and who calls the network how often with which setting."""
+"""guidance.py: the formula, in which interval it applies, and how often each predictor calls the network."""
 
 import pytest
 import torch
+from test_schedule import schedule
 from tiny import error, randn, tiny_student, unet_inputs
 from torch import Tensor
 
 from minidistill import guided_noise
-from minidistill.config import ScheduleConfig
-from minidistill.distill import student, teacher
-from minidistill.guidance import batched_guided_noise
-from minidistill.schedule import Schedule, clean_and_noise
+from minidistill.conditioning import Conditioning
+from minidistill.guidance import (
+    Interval,
+    batched_guided_noise,
+    guided,
+    interval_noise,
+    plain,
+    selective_interval,
+    student,
+)
+from minidistill.schedule import clean_and_noise
 
 
 class Recorded:
-    """A model whose prediction depends on all it is given; keeps the arguments of its calls."""
+    """A model whose prediction depends on every input; it records the arguments of its calls."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.calls: list[tuple[Tensor, Tensor, Tensor | Conditioning]] = []
 
-    def __call__(self, z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        self.calls.append((z_t, t, context))
-        return torch.sin(z_t * context.mean((1, 2))[:, None, None, None] + t[:, None, None, None])
+    def __call__(self, z_t: Tensor, t: Tensor, cond: Tensor | Conditioning) -> Tensor:
+        self.calls.append((z_t, t, cond))
+        tokens = cond.tokens if isinstance(cond, Conditioning) else cond
+        return torch.sin(z_t * tokens.mean((1, 2))[:, None, None, None] + t[:, None, None, None])
 
 
 @pytest.fixture
@@ -29,28 +38,33 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return z_t, t, cond, randn(*cond.shape, seed=5, dtype=torch.float64)
 
 
+# The formula
+
+
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5, 7.5, -1.0])
 def test_formula(inputs, guidance: float):
-    """As the paper has it, with w = s - 1: (1 + w) eps_cond - w eps_uncond."""
+    """As the paper writes it, with w = s - 1: (1 + w) eps_cond - w eps_uncond."""
     z_t, t, cond, uncond = inputs
     w = guidance - 1
     expected = (1 + w) * Recorded()(z_t, t, cond) - w * Recorded()(z_t, t, uncond)
     assert error(guided_noise(Recorded(), z_t, t, cond, uncond, guidance), expected) < 1e-12
 
 
-def test_in_one_call_on_a_batch_of_twice_the_size(inputs):
+@pytest.mark.parametrize("wrap", [Conditioning, lambda tokens: tokens, lambda x: Conditioning(x, x.mean(1))])
+def test_batched_guidance_is_one_call_of_twice_the_batch_size(wrap, inputs):
+    z_t, t, cond, uncond = inputs
     model = Recorded()
-    found = batched_guided_noise(model, *inputs, 2.5)
-    assert error(found, guided_noise(Recorded(), *inputs, 2.5)) < 1e-12
-    assert [len(x) for call in model.calls for x in call] == [2 * len(inputs[0])] * 3
+    prediction = batched_guided_noise(model, z_t, t, wrap(cond), wrap(uncond), 2.5)
+    assert error(prediction, guided_noise(Recorded(), z_t, t, cond, uncond, 2.5)) < 1e-12
+    assert [len(x) for call in model.calls for x in call] == [2 * len(z_t)] * 3
 
 
-def test_zero_is_unconditional(inputs):
+def test_guidance_0_is_unconditional(inputs):
     z_t, t, cond, uncond = inputs
     assert torch.equal(guided_noise(Recorded(), z_t, t, cond, uncond, 0.0), Recorded()(z_t, t, uncond))
 
 
-def test_one_is_conditional(inputs):
+def test_guidance_1_is_conditional(inputs):
     z_t, t, cond, uncond = inputs
     assert error(guided_noise(Recorded(), z_t, t, cond, uncond, 1.0), Recorded()(z_t, t, cond)) < 1e-12
 
@@ -61,14 +75,14 @@ def test_two_calls_on_the_same_latents(inputs):
     guided_noise(model, z_t, t, cond, uncond, 7.5)
     assert len(model.calls) == 2
     assert all(torch.equal(call[0], z_t) and torch.equal(call[1], t) for call in model.calls)
-    contexts = [call[2] for call in model.calls]
-    assert any(c is cond for c in contexts) and any(c is uncond for c in contexts)
+    conds = [call[2] for call in model.calls]
+    assert any(c is cond for c in conds) and any(c is uncond for c in conds)
 
 
 def test_guiding_v_is_guiding_eps(inputs):
-    """At one z_t the two are linear in each other, so guidance may be applied to either."""
+    """At one z_t, v and eps are linear in each other, so guidance may be applied to either."""
     z_t, t, cond, uncond = inputs
-    alpha, sigma = Schedule.from_config(ScheduleConfig()).alpha_sigma(t, z_t)
+    alpha, sigma = schedule().alpha_sigma(t, z_t)
 
     def eps(*args: Tensor) -> Tensor:
         return clean_and_noise("v", Recorded()(*args), args[0], alpha, sigma)[1]
@@ -78,43 +92,110 @@ def test_guiding_v_is_guiding_eps(inputs):
     assert error(clean_and_noise("v", v, z_t, alpha, sigma)[1], expected) < 1e-12
 
 
-@pytest.fixture
-def unet():
-    """A student, and the settings of its switch at each call."""
+# In an interval
+
+
+def test_an_interval_includes_both_ends():
+    t = torch.tensor([299, 300, 500, 700, 701])
+    assert Interval(300, 700).includes(t).tolist() == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("t", [300, 411, 700])
+def test_inside_the_interval_the_prediction_is_guided(t: int, batched: bool, inputs):
+    z_t, _, cond, uncond = inputs
+    model, t = Recorded(), torch.tensor([t, t])
+    prediction = interval_noise(model, z_t, t, cond, uncond, 4.0, Interval(300, 700), batched)
+    expected = 4 * Recorded()(z_t, t, cond) - 3 * Recorded()(z_t, t, uncond)
+    assert error(prediction, expected) < 1e-12
+    assert [len(call[0]) for call in model.calls] == ([4] if batched else [2, 2])
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("t", [0, 299, 701, 999])
+def test_outside_the_interval_there_is_one_call_without_guidance(t: int, batched: bool, inputs):
+    z_t, _, cond, uncond = inputs
+    model, t = Recorded(), torch.tensor([t, t])
+    prediction = interval_noise(model, z_t, t, cond, uncond, 4.0, Interval(300, 700), batched)
+    assert torch.equal(prediction, Recorded()(z_t, t, cond))
+    assert len(model.calls) == 1 and model.calls[0][2] is cond and len(model.calls[0][0]) == 2
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_in_a_mixed_batch_each_example_has_its_own_guidance(batched: bool):
+    """Compared with one example at a time, in float64."""
+    t = torch.tensor([0, 299, 300, 512, 700, 701, 999])
+    z_t, cond, uncond = (
+        randn(7, *shape, seed=i, dtype=torch.float64) for i, shape in enumerate([(4, 3, 3), (5, 8), (5, 8)])
+    )
+    model = Recorded()
+    prediction = interval_noise(model, z_t, t, cond, uncond, 7.5, Interval(300, 700), batched)
+    expected = torch.cat([Recorded()(z_t[i : i + 1], t[i : i + 1], cond[i : i + 1]) for i in range(7)])
+    for i in (2, 3, 4):
+        eps_uncond = Recorded()(z_t[i : i + 1], t[i : i + 1], uncond[i : i + 1])[0]
+        expected[i] = -6.5 * eps_uncond + 7.5 * expected[i]
+    assert error(prediction, expected) < 1e-12
+    assert len(model.calls) == (1 if batched else 2)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_no_interval_guides_everywhere(batched: bool, inputs):
+    z_t, t, cond, uncond = inputs
+    model = Recorded()
+    prediction = interval_noise(model, z_t, t, cond, uncond, 4.0, None, batched)
+    expected = 4 * Recorded()(z_t, t, cond) - 3 * Recorded()(z_t, t, uncond)
+    assert error(prediction, expected) < 1e-12 and len(model.calls) == (1 if batched else 2)
+
+
+def test_the_interval_keeps_the_dtype_of_the_latents():
+    z_t, t, cond = unet_inputs()
+    t = torch.tensor([100, 500])
+    for dtype in (torch.float32, torch.bfloat16):
+        out = interval_noise(lambda z_t, t, cond: z_t, z_t.to(dtype), t, cond, cond, 4.0, Interval(300, 700))
+        assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 25, 50, 1000])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.34, 0.5, 0.9, 0.999, 1.0])
+def test_selective_guidance_drops_the_last_steps(steps: int, share: float):
+    """Exactly the last round(share * steps) of DDIM's steps, as selective guidance has always been counted here."""
+    timesteps = schedule().timesteps(steps)
+    dropped = round(share * steps)
+    interval = selective_interval(schedule(), steps, share)
+    guided_steps = timesteps if interval is None else [t for t in timesteps if interval.includes(torch.tensor([t]))]
+    assert guided_steps == timesteps[: steps - dropped]
+    assert (interval is None) == (dropped == 0)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_outside_0_to_1_is_refused(share: float):
+    with pytest.raises(ValueError, match=f"from 0 to 1, not {share:g}"):
+        selective_interval(schedule(), 25, share)
+
+
+# Predictors: functions of (z_t, t)
+
+
+def test_plain_is_one_call(inputs):
+    z_t, t, cond, _ = inputs
+    model = Recorded()
+    assert torch.equal(plain(model, cond)(z_t, t), Recorded()(z_t, t, cond)) and len(model.calls) == 1
+
+
+def test_guided_is_two_calls_or_one_outside_the_interval(inputs):
+    z_t, _, cond, uncond = inputs
+    for interval, t, calls in [(None, 20, 2), (Interval(300, 700), 500, 2), (Interval(300, 700), 20, 1)]:
+        model, t = Recorded(), torch.tensor([t, t])
+        prediction = guided(model, cond, uncond, 3.0, interval)(z_t, t)
+        expected = Recorded()(z_t, t, cond)
+        expected = 3 * expected - 2 * Recorded()(z_t, t, uncond) if calls == 2 else expected
+        assert error(prediction, expected) < 1e-12 and len(model.calls) == calls
+
+
+def test_student_is_one_call_switched_on(inputs):
+    z_t, t, cond, _ = inputs
     model, settings = tiny_student(dtype=torch.float64), []
     model.get_submodule("conv_in").register_forward_hook(lambda *_: settings.append(model.switch.enabled))
-    return model, settings
-
-
-def test_teacher_is_two_calls_switched_off(unet, inputs):
-    model, settings = unet
-    z_t, t, cond, uncond = inputs
-    prediction = teacher(model, z_t, t, cond, uncond, 3.0)
-    assert settings == [False, False]
-    base = model.base
-    assert error(prediction, -2 * base(z_t, t, uncond) + 3 * base(z_t, t, cond)) < 1e-12
-
-
-def test_teacher_keeps_no_graph(unet, inputs):
-    z_t, t, cond, uncond = inputs
-    assert not teacher(unet[0], z_t.requires_grad_(), t, cond, uncond, 3.0).requires_grad
-
-
-def test_student_is_one_call_switched_on(unet, inputs):
-    model, settings = unet
-    z_t, t, cond, _ = inputs
-    prediction = student(model, z_t, t, cond)
-    assert settings == [True]
-    assert prediction.requires_grad and torch.equal(prediction, model(z_t, t, cond, lora_enabled=True))
-
-
-@pytest.mark.parametrize("wide, narrow", [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
-def test_latents_may_be_wider_than_the_weights(wide: torch.dtype, narrow: torch.dtype):
-    """The network computes in its own dtype; what is done with its predictions stays in that of the latents."""
-    model = tiny_student(dtype=narrow)
-    z_t, t, cond = unet_inputs(dtype=wide)
-    cond, uncond = cond.to(narrow), torch.zeros_like(cond, dtype=narrow)
-    expected = model(z_t.to(narrow), t, cond, lora_enabled=True)
-    assert expected.dtype == narrow and torch.equal(student(model, z_t, t, cond), expected.to(wide))
-    eps_cond, eps_uncond = (model(z_t.to(narrow), t, context).to(wide) for context in (cond, uncond))
-    assert torch.equal(teacher(model, z_t, t, cond, uncond, 3.0), eps_uncond + 3.0 * (eps_cond - eps_uncond))
+    prediction = student(model, cond)(z_t, t)
+    assert settings == [True] and torch.equal(prediction, model(z_t, t, cond, lora_enabled=True))
+    assert not torch.equal(prediction, plain(model, cond)(z_t, t)) and settings == [True, True, False]

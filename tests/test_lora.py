@@ -1,9 +1,10 @@
-"""lora.py: one set of weights, a pair beside each layer that adds what the formula says, and a switch that holds."""
+"""lora.py: one set of weights, a low-rank pair beside each layer as in the formula, and a reliable switch."""
 
 import copy
 import hashlib
 import math
 import pickle
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -11,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from tiny import TINY_UNET, error, fill_up, randn, tiny_student, tiny_unet, unet_inputs
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from minidistill import inject_lora, merge_lora, unmerge_lora
 from minidistill.lora import LoRAConv, LoRALayer, LoRALinear, LoRAModel, Switch, lora_layers, lora_parameters
+from minidistill.training.recompute import recompute
 
 
 def checksum(model: nn.Module) -> str:
-    """Of every tensor but the LoRA's."""
+    """A hash of every tensor except the LoRA's."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if "lora_" not in name:
@@ -30,7 +33,7 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def small_net() -> nn.Sequential:
-    """For what does not need a UNet: two linear layers."""
+    """Two linear layers, for tests that do not need a UNet."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 6))
 
@@ -67,7 +70,7 @@ def test_only_the_pairs_are_trainable():
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[nn.Module, str, Tensor, bool]:
-    """The UNet after 100 updates of its LoRA; W's checksum and output before; whether W ever had a gradient."""
+    """The UNet after 100 updates of its LoRA; W's checksum and output before; True if W ever had a gradient."""
     unet = tiny_unet()
     before, output = checksum(unet), unet(*unet_inputs()).detach()
     model = inject_lora(unet, rank=2)
@@ -211,7 +214,7 @@ def test_merged_unet_is_the_student(dtype: torch.dtype, tolerance: float):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["linear", "3x3"])
-def test_merging_and_back_is_exact_to_rounding(kind: str, dtype: torch.dtype):
+def test_merging_and_unmerging_is_exact_to_rounding(kind: str, dtype: torch.dtype):
     model, x, layer = one_layer(kind, dtype=dtype)
     before, delta, rounding = layer.weight.detach().clone(), layer.delta().detach(), torch.finfo(dtype).eps
     merge_lora(model)
@@ -237,14 +240,14 @@ def test_merging_twice_is_merging_once():
     assert torch.equal(layer.weight, once)
 
 
-def test_unmerging_what_is_not_merged_changes_nothing():
+def test_unmerging_an_unmerged_model_changes_nothing():
     model, _, layer = one_layer("linear")
     before = layer.weight.detach().clone()
     unmerge_lora(model)
     assert torch.equal(layer.weight, before)
 
 
-def test_unmerged_switch_works_again():
+def test_the_switch_works_again_after_unmerging():
     model, x, _ = one_layer("linear")
     teacher, student = model(x), model(x, lora_enabled=True)
     merge_lora(model)
@@ -310,7 +313,7 @@ def test_models_do_not_share_a_switch():
 
 
 def gradients(model: LoRAModel, interleaved: bool) -> list[Tensor]:
-    """Of a loss in which teacher and student both need gradients, with other calls between forward and backward."""
+    """Gradients of a loss on teacher and student, with other calls between forward and backward if ``interleaved``."""
     z_t, t, context = unet_inputs(dtype=torch.float64)
     z_t.requires_grad_()
     student = model(z_t, t, context, lora_enabled=True)
@@ -324,37 +327,52 @@ def gradients(model: LoRAModel, interleaved: bool) -> list[Tensor]:
     return [z_t.grad, *(p.grad for p in lora_parameters(model))]
 
 
-@pytest.mark.parametrize("below", [math.inf, 100.0], ids=["all recomputed", "what is cheap recomputed"])
-@pytest.mark.parametrize("when", ["before injection", "after injection"])
-def test_recomputation_sees_the_switch_of_its_own_forward(when: str, below: float):
+@pytest.mark.parametrize("below", [math.inf, 100.0], ids=["recompute all", "recompute cheap"])
+def test_recomputation_sees_the_switch_of_its_own_forward(below: float):
     expected = gradients(tiny_student(dtype=torch.float64), interleaved=False)
-    unet = tiny_unet().double()
-    unet.recompute_below = below if when == "before injection" else 0.0
-    model = fill_up(inject_lora(unet, rank=2))
-    unet.recompute_below = below
+    model = tiny_student(dtype=torch.float64)
+    recompute(model, below)
     calls = []
     model.get_submodule("mid_block.resnets.0").register_forward_pre_hook(lambda *_: calls.append(1))
-    found = gradients(model, interleaved=True)
-    assert len(calls) == 5 + 2  # five forwards, and two recomputations: blocks are indeed checkpointed
-    assert max(error(a, b) for a, b in zip(found, expected)) < 1e-12
+    actual = gradients(model, interleaved=True)
+    assert len(calls) == 5 + 2  # five forward passes and two recomputations: blocks are indeed checkpointed
+    assert max(error(a, b) for a, b in zip(actual, expected)) < 1e-12
+
+
+@pytest.mark.parametrize("below", [math.inf, 100.0], ids=["recompute all", "recompute cheap"])
+def test_recomputation_set_up_before_injection_is_an_error(below: float):
+    """Not a wrong gradient: the backward pass would recompute with the switch off."""
+    unet = tiny_unet().double()
+    recompute(unet, below)
+    with pytest.raises(CheckpointError, match="A different number of tensors"):
+        gradients(fill_up(inject_lora(unet, rank=2)), interleaved=False)
+
+
+def test_recomputation_can_be_turned_off_again():
+    model, calls = tiny_student(dtype=torch.float64), []
+    recompute(model, math.inf)
+    recompute(model, 0)
+    model.get_submodule("mid_block.resnets.0").register_forward_pre_hook(lambda *_: calls.append(1))
+    gradients(model, interleaved=False)
+    assert len(calls) == 2
 
 
 def test_backward_within_a_call_of_the_other_setting():
-    """A recomputation that runs while the switch stands otherwise, and leaves it so."""
+    """The recomputation runs while the switch has another setting, and restores that setting."""
     expected = gradients(tiny_student(dtype=torch.float64), interleaved=False)
     model = tiny_student(dtype=torch.float64)
-    model.base.recompute_below = math.inf
+    recompute(model, math.inf)
     with model.switch.set(True):
-        found = gradients(model, interleaved=True)
+        actual = gradients(model, interleaved=True)
         assert model.switch.enabled
-    assert max(error(a, b) for a, b in zip(found, expected)) < 1e-12
+    assert max(error(a, b) for a, b in zip(actual, expected)) < 1e-12
 
 
 # torch.compile
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_whole_with_both_settings(backend: str):
+def test_compiles_without_graph_breaks_with_both_settings(backend: str):
     torch._dynamo.reset()
     config = replace(TINY_UNET, widths=(16,), depth=(1,), heads=(2,))
     model, inputs = fill_up(inject_lora(tiny_unet(config=config), rank=2)), unet_inputs(batch=1)
@@ -390,8 +408,8 @@ def test_state_dict_round_trip():
 
 @pytest.mark.parametrize("saved_merged", [True, False])
 @pytest.mark.parametrize("kind", ["linear", "3x3"])
-def test_a_state_dict_counts_the_pairs_once(kind: str, saved_merged: bool):
-    """Whether W has them in it already is part of the state, whatever the model it is loaded into was."""
+def test_a_state_dict_adds_the_pairs_once(kind: str, saved_merged: bool):
+    """Whether W is merged is part of the state dict, and replaces the setting of the model that loads it."""
     model, x, _ = one_layer(kind)
     teacher, student = model(x), model(x, lora_enabled=True)
     other, _, _ = one_layer(kind)
@@ -402,23 +420,36 @@ def test_a_state_dict_counts_the_pairs_once(kind: str, saved_merged: bool):
     assert error(other(x), teacher) < 1e-12
 
 
-def test_state_dict_is_that_of_the_network_and_the_pairs():
+def test_the_state_dict_has_the_names_of_the_network_and_the_pairs():
     names = list(tiny_unet().state_dict())
     assert [name for name in tiny_student().state_dict() if "lora_" not in name] == names
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_is_the_same_and_stands_alone(duplicate):
+DUPLICATE = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATE, ids=["deepcopy", "pickle"])
+def test_a_copy_is_the_same_and_independent(duplicate):
     model = tiny_student()
     teacher, student = (model(*unet_inputs(), lora_enabled=setting) for setting in (False, True))
     copied = duplicate(model)
-    copied.base.recompute_below = math.inf  # goes through what inject_lora bound to the network's method
+    recompute(copied, math.inf)
     assert torch.equal(copied(*unet_inputs(), lora_enabled=True), student)
     assert torch.equal(copied(*unet_inputs()), teacher)
     merge_lora(copied)
     fill_up(copied, seed=99)
     assert torch.equal(model(*unet_inputs(), lora_enabled=True), student)
     assert torch.equal(model(*unet_inputs()), teacher)
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATE, ids=["deepcopy", "pickle"])
+def test_a_copy_recomputes_with_its_own_switch(duplicate):
+    model = tiny_student(dtype=torch.float64)
+    expected = gradients(model, interleaved=False)
+    model.zero_grad()
+    recompute(model, math.inf)
+    copied = duplicate(model)
+    assert max(error(a, b) for a, b in zip(gradients(copied, interleaved=True), expected)) < 1e-12
 
 
 def test_a_copy_has_its_own_switch():
@@ -441,7 +472,7 @@ def test_narrow_casts_leave_the_pair_bit_identical(dtype: torch.dtype):
         assert p.dtype == torch.float32 and torch.equal(p, value) and torch.equal(p.grad, grad)
 
 
-def test_double_and_half():
+def test_casting_to_double_and_half():
     model = small_student().double()
     assert all(p.dtype == torch.float64 for p in model.parameters())
     model.half()
@@ -465,9 +496,9 @@ def test_bfloat16_student_computes_and_learns():
     model = small_student()
     expected = model(randn(3, 6), lora_enabled=True)
     model.to(torch.bfloat16)
-    found = model(randn(3, 6, dtype=torch.bfloat16), lora_enabled=True)
-    assert found.dtype == torch.bfloat16 and error(found.float(), expected) < 0.03
-    found.float().square().sum().backward()
+    output = model(randn(3, 6, dtype=torch.bfloat16), lora_enabled=True)
+    assert output.dtype == torch.bfloat16 and error(output.float(), expected) < 0.03
+    output.float().square().sum().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in lora_parameters(model))
 
 
@@ -517,7 +548,7 @@ def test_targets_that_match_nothing_are_refused():
 
 
 def test_a_layer_that_is_the_whole_model_is_refused():
-    """It could not be replaced in place."""
+    """A layer without a parent cannot be replaced in place."""
     with pytest.raises(ValueError):
         inject_lora(nn.Linear(3, 3), targets=["*"])
 
@@ -530,7 +561,13 @@ def test_a_grouped_convolution_is_refused_and_nothing_changed():
     assert all(p.requires_grad for p in net.parameters())
 
 
-def test_switch_call_passes_arguments_and_result():
+@pytest.mark.parametrize("error", [None, ZeroDivisionError])
+def test_the_switch_is_set_for_a_block_and_restored(error: type[Exception] | None):
     switch = Switch()
-    assert switch.call(True, lambda a, b: (a, b, switch.enabled), 1, 2) == (1, 2, True)
+    with switch.set(True):
+        with nullcontext() if error is None else pytest.raises(error), switch.set(False):
+            assert not switch.enabled
+            if error:
+                raise error
+        assert switch.enabled
     assert not switch.enabled

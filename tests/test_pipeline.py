@@ -1,4 +1,4 @@
-"""pipeline.py: the same seed draws the same picture, however it is batched, at the cost that is said."""
+"""pipeline.py: the same seed gives the same image in any batch, at the stated number of UNet calls."""
 
 import shutil
 from contextlib import nullcontext
@@ -11,14 +11,17 @@ from tiny import error, fill_up, randn
 from torch import nn
 
 from minidistill import CheckpointError, StableDiffusion, inject_lora, load, merge_lora, pipeline
-from minidistill.pipeline import at_work, to_images
-from minidistill.samplers import ddim_sample
+from minidistill.conditioning import Conditioning
+from minidistill.guidance import Interval, guided
+from minidistill.guidance import student as student_model
+from minidistill.pipeline import on_device, to_images
+from minidistill.samplers import ddim_sample, ddim_step
 
 APPLE, ROCKET = "a red apple", "a rocket on a purple background"
 
 
-def pixels(pictures: list) -> np.ndarray:
-    return np.stack([np.asarray(picture, dtype=int) for picture in pictures])
+def pixels(images: list) -> np.ndarray:
+    return np.stack([np.asarray(image, dtype=int) for image in images])
 
 
 @pytest.fixture
@@ -27,30 +30,33 @@ def student(sd: StableDiffusion) -> StableDiffusion:
     return sd
 
 
-def test_same_seed_same_picture(sd: StableDiffusion):
+def test_same_seed_same_image(sd: StableDiffusion):
     first, again, other = (pixels(sd.sample([APPLE], steps=2, seed=seed)) for seed in (3, 3, 4))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
-def test_a_model_loaded_again_draws_the_same(sd: StableDiffusion, tiny_model: Path):
+def test_a_model_loaded_again_gives_the_same_image(sd: StableDiffusion, tiny_model: Path):
     again = load(tiny_model).sample([APPLE], steps=2)
     assert np.array_equal(pixels(sd.sample([APPLE], steps=2)), pixels(again))
 
 
-def test_the_i_th_picture_has_the_i_th_seed(sd: StableDiffusion):
+def test_image_i_has_seed_plus_i(sd: StableDiffusion):
     together = pixels(sd.sample([APPLE, APPLE], steps=2, seed=3))
     apart = pixels(sd.sample([APPLE], steps=2, seed=3) + sd.sample([APPLE], steps=2, seed=4))
     assert np.abs(together - apart).max() <= 1
 
 
 @pytest.mark.parametrize("lora_enabled", [False, True])
-def test_a_picture_does_not_depend_on_the_batch(lora_enabled: bool, student: StableDiffusion):
+def test_an_image_does_not_depend_on_the_batch(lora_enabled: bool, student: StableDiffusion):
     prompts = [APPLE, ROCKET, APPLE]
     cond, z_T = student.encode_prompt(prompts), student.starting_noise(range(3))
-    uncond = student.encode_prompt([""]).expand_as(cond)
+    uncond = student.encode_prompt([""]).expand(3)
 
     def end(rows: slice) -> torch.Tensor:
-        model = student.denoiser(cond[rows], uncond[rows], 5.0, lora_enabled)
+        if lora_enabled:
+            model = student_model(student.unet, cond[rows])
+        else:
+            model = guided(student.unet, cond[rows], uncond[rows], 5.0)
         return list(ddim_sample(model, student.schedule, z_T[rows], 3))[-1]
 
     alone = torch.cat([end(slice(i, i + 1)) for i in range(3)])
@@ -61,8 +67,8 @@ def test_a_picture_does_not_depend_on_the_batch(lora_enabled: bool, student: Sta
 
 def test_prompt_guidance_and_negative_prompt_matter(sd: StableDiffusion):
     options = [dict(), dict(guidance=2.0), dict(guidance=1.0), dict(negative_prompt=ROCKET), dict(prompts=[ROCKET])]
-    pictures = [pixels(sd.sample(**(dict(prompts=[APPLE], steps=2) | changes))).tobytes() for changes in options]
-    assert len(set(pictures)) == len(options)
+    images = [pixels(sd.sample(**(dict(prompts=[APPLE], steps=2) | changes))).tobytes() for changes in options]
+    assert len(set(images)) == len(options)
 
 
 def test_a_string_is_one_prompt(sd: StableDiffusion):
@@ -79,7 +85,39 @@ def test_calls_of_the_unet(options: dict, calls: int, student: StableDiffusion):
     assert seen == [options.get("lora_enabled", False)] * calls
 
 
-def test_merged_draws_what_the_student_draws(student: StableDiffusion):
+@pytest.mark.parametrize(
+    "options, is_guided",
+    [
+        (dict(interval=Interval(200, 700)), [False, True, True, False]),  # t = 751, 501, 251, 1
+        (dict(interval=Interval(251, 501)), [False, True, True, False]),
+        (dict(interval=Interval(252, 500)), [False] * 4),
+        (dict(selective=0.5), [True, True, False, False]),
+        (dict(selective=1.0), [False] * 4),
+        (dict(), [True] * 4),
+    ],
+    ids=str,
+)
+def test_where_the_teacher_is_guided(options: dict, is_guided: list[bool], sd: StableDiffusion):
+    """Two calls where it is guided, one elsewhere; the image is that of a loop written out with the formula."""
+    cond, uncond, calls = sd.encode_prompt([APPLE]), sd.encode_prompt([ROCKET]), []
+    z_t = sd.starting_noise([5])
+    with torch.no_grad():
+        for t, with_guidance in zip(sd.schedule.timesteps(4), is_guided, strict=True):
+            eps, eps_uncond = (sd.unet(z_t, torch.tensor([t]), c) for c in (cond, uncond))
+            z_t = ddim_step(sd.schedule, 6 * eps - 5 * eps_uncond if with_guidance else eps, z_t, t, t - 250)
+        expected = to_images(sd.vae.decode(z_t))
+    sd.unet.register_forward_hook(lambda *_: calls.append(1))
+    images = sd.sample([APPLE], steps=4, guidance=6.0, seed=5, negative_prompt=ROCKET, **options)
+    assert len(calls) == 4 + sum(is_guided)
+    assert np.abs(pixels(images) - pixels(expected)).max() <= 1
+
+
+def test_an_interval_beside_selective_guidance_is_refused(sd: StableDiffusion):
+    with pytest.raises(ValueError, match="selective.*interval"):
+        sd.sample([APPLE], steps=2, selective=0.5, interval=Interval(0, 500))
+
+
+def test_a_merged_model_samples_as_the_student(student: StableDiffusion):
     expected = pixels(student.sample([APPLE], steps=3, lora_enabled=True))
     merge_lora(student.unet)
     assert np.abs(pixels(student.sample([APPLE], steps=3, guidance=1.0)) - expected).max() <= 1
@@ -88,33 +126,33 @@ def test_merged_draws_what_the_student_draws(student: StableDiffusion):
 def test_size(sd: StableDiffusion):
     assert sd.sample([APPLE], steps=1)[0].size == (16, 16)
     assert sd.sample([APPLE], steps=1, height=24, width=32)[0].size == (32, 24)
-    assert sd.sample([APPLE], steps=1, height=18, width=22)[0].size == (22, 18)  # 9 x 11 latents, which halve unevenly
+    assert sd.sample([APPLE], steps=1, height=18, width=22)[0].size == (22, 18)  # 9 x 11 latents: odd sides
 
 
 @pytest.mark.parametrize("height, width", [(15, 16), (16, 17), (-16, 16)])
-def test_a_size_that_cannot_be_is_refused(height: int, width: int, sd: StableDiffusion):
+def test_impossible_sizes_are_refused(height: int, width: int, sd: StableDiffusion):
     with pytest.raises(ValueError, match="multiples of 2"):
         sd.sample([APPLE], steps=1, height=height, width=width)
 
 
-def test_sizes_cost_nothing_when_refused(sd: StableDiffusion):
+def test_impossible_sizes_are_refused_before_any_work(sd: StableDiffusion):
     sd.unet.register_forward_pre_hook(lambda *_: pytest.fail("the UNet was called"))
     with pytest.raises(ValueError):
         sd.sample([APPLE], height=15)
 
 
 @pytest.mark.parametrize("steps", [0, 1001])
-def test_steps_that_cannot_be_are_refused(steps: int, sd: StableDiffusion):
+def test_impossible_numbers_of_steps_are_refused(steps: int, sd: StableDiffusion):
     with pytest.raises(ValueError, match=f"1 to 1000 steps, not {steps}"):
         sd.sample([APPLE], steps=steps)
 
 
-def test_a_long_prompt_warns_of_what_is_cut(sd: StableDiffusion):
+def test_a_long_prompt_warns_about_what_is_cut_off(sd: StableDiffusion):
     read = " ".join(["apple"] * 14)
-    with pytest.warns(UserWarning, match='16 tokens.*Cut off: "rocket cat"') as caught:
-        found = sd.encode_prompt([f"{read} rocket cat"])
-    assert len(caught) == 1
-    assert torch.equal(found, sd.encode_prompt([read]))
+    with pytest.warns(UserWarning, match='16 tokens.*Cut off: "rocket cat"') as warned:
+        cond = sd.encode_prompt([f"{read} rocket cat"])
+    assert len(warned) == 1 and warned[0].filename == __file__  # the caller's line
+    assert torch.equal(cond.tokens, sd.encode_prompt([read]).tokens)
 
 
 def test_a_prompt_that_just_fits_does_not_warn(sd: StableDiffusion, recwarn: pytest.WarningsRecorder):
@@ -124,13 +162,14 @@ def test_a_prompt_that_just_fits_does_not_warn(sd: StableDiffusion, recwarn: pyt
 
 def test_prompts_are_encoded_one_by_one(sd: StableDiffusion):
     together = sd.encode_prompt([APPLE, ""])
-    assert together.shape == (2, 16, 32)
-    assert error(together, torch.cat([sd.encode_prompt([APPLE]), sd.encode_prompt([""])])) < 1e-5
+    assert isinstance(together, Conditioning) and together.pooled is None and together.tokens.shape == (2, 16, 32)
+    alone = [sd.encode_prompt([APPLE]).tokens, sd.encode_prompt([""]).tokens]
+    assert error(together.tokens, torch.cat(alone)) < 1e-5
 
 
 def test_tokens_may_come_from_elsewhere(sd: StableDiffusion):
     ids = sd.tokenizer([APPLE], padding="max_length", return_tensors="pt").input_ids
-    assert torch.equal(sd.encode_tokens(ids), sd.encode_prompt([APPLE]))
+    assert torch.equal(sd.encode_tokens(ids).tokens, sd.encode_prompt([APPLE]).tokens)
 
 
 def test_another_tokenizer(tiny_model: Path, tmp_path: Path):
@@ -138,15 +177,15 @@ def test_another_tokenizer(tiny_model: Path, tmp_path: Path):
     tokenizer = shutil.move(folder / "tokenizer", tmp_path / "tokenizer")
     with pytest.raises(CheckpointError, match="no tokenizer"):
         load(folder).encode_prompt([APPLE])
-    found = load(folder, tokenizer=tokenizer).encode_prompt([APPLE])
-    assert torch.equal(found, load(tiny_model).encode_prompt([APPLE]))
+    cond = load(folder, tokenizer=tokenizer).encode_prompt([APPLE])
+    assert torch.equal(cond.tokens, load(tiny_model).encode_prompt([APPLE]).tokens)
 
 
-def test_a_tokenizer_of_bare_vocabulary_pads_to_the_encoders_context(sd: StableDiffusion, tmp_path: Path):
-    for name in ("vocab.json", "merges.txt"):  # neither says how many tokens a prompt has
-        shutil.copy(sd.tokenizer_folder / name, tmp_path)
+def test_a_tokenizer_without_configuration_pads_to_the_encoders_context(sd: StableDiffusion, tmp_path: Path):
+    for name in ("vocab.json", "merges.txt"):  # neither states the number of tokens of a prompt
+        shutil.copy(sd.path / "tokenizer" / name, tmp_path)
     bare = load(sd.path, tokenizer=tmp_path)
-    assert torch.equal(bare.encode_prompt([APPLE, ""]), sd.encode_prompt([APPLE, ""]))
+    assert torch.equal(bare.encode_prompt([APPLE, ""]).tokens, sd.encode_prompt([APPLE, ""]).tokens)
     with pytest.warns(UserWarning, match="16 tokens"):
         bare.encode_prompt([" ".join(["apple"] * 15)])
 
@@ -158,12 +197,12 @@ def test_noise_depends_on_the_seed_alone(sd: StableDiffusion):
     assert torch.equal(sd.starting_noise([6]), first[1:])
 
 
-def test_fresh_noise_belongs_to_a_picture(sd: StableDiffusion):
-    """With eta the i-th picture is that of its own seed, whatever else is in its batch."""
+def test_fresh_noise_depends_on_the_images_seed_alone(sd: StableDiffusion):
+    """With eta > 0, too, image i is that of its own seed, whatever else is in its batch."""
     together = sd.sample([APPLE, APPLE, APPLE], steps=3, eta=1.0, seed=4)
-    for i, picture in enumerate(together):
+    for i, image in enumerate(together):
         alone = sd.sample([APPLE], steps=3, eta=1.0, seed=4 + i)[0]
-        assert np.abs(np.asarray(picture, dtype=int) - np.asarray(alone, dtype=int)).max() <= 1
+        assert np.abs(np.asarray(image, dtype=int) - np.asarray(alone, dtype=int)).max() <= 1
     plain = sd.sample([APPLE], steps=3, seed=4)[0]
     assert np.abs(np.asarray(together[0], dtype=int) - np.asarray(plain, dtype=int)).max() > 1
 
@@ -199,29 +238,29 @@ def test_everything_is_frozen(sd: StableDiffusion):
     assert parameters and not any(p.requires_grad for p in parameters)
 
 
-def test_decoding_does_what_sample_does(sd: StableDiffusion):
-    model = sd.denoiser(sd.encode_prompt([APPLE]), sd.encode_prompt([""]), 7.5)
+def test_sample_is_ddim_and_the_decoder(sd: StableDiffusion):
+    model = guided(sd.unet, sd.encode_prompt([APPLE]), sd.encode_prompt([""]), 7.5)
     z_0 = list(ddim_sample(model, sd.schedule, sd.starting_noise([0]), 2))[-1]
     with torch.no_grad():
         expected = to_images(sd.vae.decode(z_0))
     assert np.array_equal(pixels(sd.sample([APPLE], steps=2)), pixels(expected))
 
 
-def test_a_network_is_where_it_works_and_then_back():
+def test_a_network_moves_to_the_device_and_back():
     layer, places = nn.Linear(2, 2), []
     layer.to = lambda device: places.append(device.type)
-    with pytest.raises(ValueError), at_work(layer, torch.device("cuda")):
+    with pytest.raises(ValueError), on_device(layer, torch.device("cuda")):
         assert places == ["cuda"]
         raise ValueError
     assert places == ["cuda", "cpu"]
 
 
-def test_text_encoder_and_vae_come_when_they_are_used(sd: StableDiffusion, monkeypatch: pytest.MonkeyPatch):
-    came = []
-    monkeypatch.setattr(pipeline, "at_work", lambda network, device: nullcontext(came.append((network, device))))
+def test_text_encoder_and_vae_move_while_they_are_used(sd: StableDiffusion, monkeypatch: pytest.MonkeyPatch):
+    moves = []
+    monkeypatch.setattr(pipeline, "on_device", lambda network, device: nullcontext(moves.append((network, device))))
     sd.sample([APPLE, ROCKET], steps=1)
-    assert [network for network, _ in came] == [sd.text_encoder, sd.text_encoder, sd.vae]
-    assert {device for _, device in came} == {sd.unet.conv_in.weight.device}
+    assert [network for network, _ in moves] == [sd.text_encoder, sd.text_encoder, sd.vae]
+    assert {device for _, device in moves} == {sd.unet.conv_in.weight.device}
 
 
 def test_to_images_rounds_and_clips():

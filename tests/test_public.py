@@ -1,4 +1,4 @@
-"""What minidistill exports: every function says what goes in, what comes out and what is raised, and keeps to it."""
+"""The public surface: every function documents its arguments, result and errors, and does what it documents."""
 
 import inspect
 import re
@@ -25,6 +25,9 @@ from minidistill import (
     save_lora,
     unmerge_lora,
 )
+from minidistill.conditioning import Conditioning
+from minidistill.distill import FullStudent
+from minidistill.guidance import Interval, guided, plain
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 
@@ -45,23 +48,26 @@ def test_it_has_a_docstring(name: str):
 
 @pytest.mark.parametrize("name", [n for n, found in PUBLIC.items() if inspect.isfunction(found)])
 def test_the_docstring_names_every_parameter(name: str):
-    """One alone needs no name: what the function does is done to it."""
+    """A single parameter needs no name: the first line says what the function does with it."""
     found = PUBLIC[name]
     parameters = [parameter for parameter in inspect.signature(found).parameters if parameter != "self"]
     missing = [parameter for parameter in parameters if not re.search(rf"\b{parameter}\b", inspect.getdoc(found))]
     assert len(parameters) == 1 or not missing
 
 
-# Shapes. The tiny model: pictures of 16x16, latents of 8x8, 16 tokens of width 32.
+# Shapes. The tiny model has images of 16x16, latents of 8x8, and 16 tokens of width 32.
 
 
 def test_shapes_of_a_model(sd: StableDiffusion):
     cond = sd.encode_prompt(["a red apple", ""])
-    assert cond.shape == sd.encode_tokens(torch.zeros(2, 16, dtype=torch.int64)).shape == (2, 16, 32)
+    tokens = sd.encode_tokens(torch.zeros(2, 16, dtype=torch.int64)).tokens
+    assert isinstance(cond, Conditioning) and cond.tokens.shape == tokens.shape == (2, 16, 32)
+    assert len(cond) == 2 and len(cond[:1]) == 1 and len(cond[:1].expand(5)) == 5 and cond.pooled is None
+    assert cond.to(torch.float64).tokens.dtype == torch.float64
     assert sd.starting_noise([1, 2, 3]).shape == (3, 4, 8, 8)
     assert sd.starting_noise([1], height=20, width=32).shape == (1, 4, 10, 16)
     z_T, t = sd.starting_noise([1, 2]), torch.tensor([999, 500])
-    for model in (sd.denoiser(cond), sd.denoiser(cond, cond, guidance=2.0, guided_until=600)):
+    for model in (plain(sd.unet, cond), guided(sd.unet, cond, cond, 2.0, Interval(600, 999))):
         with torch.no_grad():
             assert model(z_T, t).shape == z_T.shape
     with torch.no_grad():
@@ -70,10 +76,10 @@ def test_shapes_of_a_model(sd: StableDiffusion):
     assert sd.device == torch.device("cpu") and sd.dtype == torch.float32
 
 
-def test_shapes_of_pictures(sd: StableDiffusion):
-    pictures = sd.sample(["a red apple", "a rocket"], steps=2, height=20, width=32)
-    assert [picture.size for picture in pictures] == [(32, 20)] * 2
-    assert all(isinstance(picture, Image.Image) for picture in pictures)
+def test_shapes_of_images(sd: StableDiffusion):
+    images = sd.sample(["a red apple", "a rocket"], steps=2, height=20, width=32)
+    assert [image.size for image in images] == [(32, 20)] * 2
+    assert all(isinstance(image, Image.Image) for image in images)
     assert len(sd.sample("one prompt", steps=1)) == 1
 
 
@@ -89,7 +95,7 @@ def test_shapes_of_guidance():
     assert guided_noise(tiny_unet(), z_t, t, cond, torch.zeros_like(cond), 2.5).shape == z_t.shape
 
 
-def test_lora_there_and_back(tmp_path: Path):
+def test_lora_saved_loaded_merged_unmerged(tmp_path: Path):
     inputs = unet_inputs()
     unet = fill_up(inject_lora(tiny_unet(), rank=2))
     save_lora(unet, tmp_path / "lora.safetensors")
@@ -104,6 +110,19 @@ def test_lora_there_and_back(tmp_path: Path):
     assert student.shape == inputs[0].shape and not torch.allclose(teacher, student)
 
 
+def test_the_surface_is_that_of_the_design():
+    names = "load inject_lora load_lora save_lora merge_lora unmerge_lora guided_noise ddim_sample ddim_invert"
+    assert set(names.split()) <= set(minidistill.__all__)
+
+
+def test_the_configuration_of_the_unet_does_not_depend_on_the_student(sd: StableDiffusion):
+    config = sd.unet.config
+    assert sd.unet_config is config
+    for student in (inject_lora(sd.unet, rank=1), FullStudent(sd.unet, tiny_unet())):
+        sd.unet = student
+        assert sd.unet_config is config
+
+
 # Errors
 
 
@@ -115,7 +134,7 @@ def other_lora(folder: Path) -> Path:
 
 
 def steps_of(sampler: Callable, sd: StableDiffusion) -> Tensor:
-    return next(sampler(sd.denoiser(sd.encode_prompt(["x"])), sd.schedule, sd.starting_noise([0]), 1001))
+    return next(sampler(plain(sd.unet, sd.encode_prompt(["x"])), sd.schedule, sd.starting_noise([0]), 1001))
 
 
 ERRORS: dict[str, tuple[str, type[Exception], Callable[[StableDiffusion, Path], object]]] = {
@@ -134,9 +153,15 @@ ERRORS: dict[str, tuple[str, type[Exception], Callable[[StableDiffusion, Path], 
     "half a latent": ("StableDiffusion.starting_noise", ValueError, lambda sd, tmp: sd.starting_noise([0], height=15)),
     "too many steps": ("StableDiffusion.sample", ValueError, lambda sd, tmp: sd.sample(["x"], steps=1001)),
     "selective": ("StableDiffusion.sample", ValueError, lambda sd, tmp: sd.sample(["x"], steps=2, selective=1.5)),
-    "half a picture": ("StableDiffusion.sample", ValueError, lambda sd, tmp: sd.sample(["x"], steps=2, width=15)),
+    "half a latent wide": ("StableDiffusion.sample", ValueError, lambda sd, tmp: sd.sample(["x"], steps=2, width=15)),
+    "selective and interval": (
+        "StableDiffusion.sample",
+        ValueError,
+        lambda sd, tmp: sd.sample(["x"], steps=2, selective=0.5, interval=Interval(0, 9)),
+    ),
+    "eta": ("StableDiffusion.sample", ValueError, lambda sd, tmp: sd.sample(["x"], steps=2, eta=1.5)),
     "too many steps of DDIM": ("ddim_sample", ValueError, lambda sd, tmp: steps_of(ddim_sample, sd)),
-    "too many steps back": ("ddim_invert", ValueError, lambda sd, tmp: steps_of(ddim_invert, sd)),
+    "too many steps of inversion": ("ddim_invert", ValueError, lambda sd, tmp: steps_of(ddim_invert, sd)),
     "no rank": ("inject_lora", ValueError, lambda sd, tmp: inject_lora(sd.unet, rank=0)),
     "LoRA twice": ("inject_lora", ValueError, lambda sd, tmp: inject_lora(inject_lora(sd.unet))),
     "LoRA of nothing": ("inject_lora", ValueError, lambda sd, tmp: inject_lora(sd.unet, targets=["nothing"])),

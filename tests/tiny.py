@@ -1,4 +1,4 @@
-"""A whole Stable Diffusion of tiny widths and random weights, in the official layout; the one measure of difference."""
+"""A complete Stable Diffusion of tiny widths and random weights, in the official layout; how tests compare results."""
 
 import json
 import shutil
@@ -18,10 +18,11 @@ from minidistill.unet import UNet
 from minidistill.vae import VAE
 
 ROOT = Path(__file__).parents[1]
+UPDATES = 6  # of the training runs that the fixture `flags` describes
 TINY_UNET = UNetConfig(
     widths=(32, 64), layers=1, depth=(1, 0), heads=(2, 2), context_width=32, groups=8, sample_size=8
 )  # fmt: skip
-TINY_SIZE = Size(  # of the benchmark and the memory ledger
+TINY_SIZE = Size(  # for the benchmark and the memory ledger
     UNetConfig(widths=(16, 32), layers=1, depth=(1, 0), heads=(2, 2), context_width=12, groups=8, sample_size=8),
     VAEConfig(widths=(8, 8), layers=1, groups=4),
     tokens=5,
@@ -33,10 +34,21 @@ TINY_SIZE = Size(  # of the benchmark and the memory ledger
 TINY_VAE = VAEConfig(widths=(8, 16), layers=1, groups=4)
 
 
-def error(found: Tensor, expected: Tensor) -> float:
+def error(actual: Tensor, expected: Tensor) -> float:
     """The largest difference anywhere, relative to the largest expected value."""
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def same_result(run: Path, other: Path) -> bool:
+    """True if two training runs left the same LoRA and the same losses, to the byte."""
+    names = ("lora.safetensors", "metrics.jsonl")
+    return all((run / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def listing(folder: Path) -> dict[Path, int]:
+    """Every file in a folder and when it was last changed, to see that nothing was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -71,12 +83,12 @@ def fill_up(model: nn.Module, seed: int = 7) -> nn.Module:
 
 
 def tiny_student(rank: int = 2, alpha: float | None = None, dtype: torch.dtype = torch.float32) -> LoRAModel:
-    """The tiny UNet with a LoRA that counts."""
+    """The tiny UNet with a LoRA that changes its predictions."""
     return fill_up(inject_lora(tiny_unet().to(dtype), rank, alpha))
 
 
 def tiny_tensors(version: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A tiny model of SD 1.x or 2.x as a single file holds it: what no shape tells is as in the large ones."""
+    """A tiny SD 1.x or 2.x as a single file; whatever shapes do not tell is as in the large models."""
     wide = version == 2  # heads of width 64, where 1.x has 8 heads
     unet_config = replace(
         TINY_UNET,
@@ -107,7 +119,7 @@ def tiny_tensors(version: int = 1, dtype: torch.dtype = torch.float32) -> dict[s
 
 
 def write_tiny(folder: Path, seed: int = 0) -> Path:
-    """unet, vae, text_encoder, tokenizer and scheduler as published; only the tokenizer is the embedded model's."""
+    """Write unet, vae, text_encoder, tokenizer and scheduler; the tokenizer is that of the embedded model."""
     unet, vae = tiny_unet(seed), shake(VAE(TINY_VAE), seed)
     text_config = CLIPTextConfig(
         vocab_size=1236,

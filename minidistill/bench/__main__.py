@@ -1,6 +1,6 @@
 """Benchmarks: how long things take, and how much memory.
 
-  python -m minidistill.bench [speed]      a UNet call, an image, a training step; beside diffusers and peft
+  python -m minidistill.bench [speed]      a UNet call, an image, a training step; against diffusers and peft
   python -m minidistill.bench updates      a training step with each technique that speeds it up
   python -m minidistill.bench loading      loading Stable Diffusion 1.5 from a file
   python -m minidistill.bench kernel       LoRA layers on a GPU, with and without the fused kernel
@@ -20,7 +20,7 @@ COMMANDS = {"speed": speed, "updates": updates, "loading": loading, "kernel": ke
 
 
 def main(argv: Sequence[str]) -> None:
-    if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["speed", *argv]
     parser = new_parser(__doc__, "COMMAND ", NAME)
     commands = parser.add_subparsers(prog=NAME, dest="command", metavar="COMMAND")

@@ -3,15 +3,14 @@
   python -m minidistill.bench kernel                        ten shapes of a study and all of SD 1.5, four ranks
   python -m minidistill.bench kernel --rank 16 --no-compile
 
-Each way is timed with its forward pass alone, and with the backward pass for x, A and B; with calls launched one by one,
-and in a CUDA graph, where launching costs nothing. Times are medians of CUDA's own clock with warm caches; errors are
-against float64. "base" is the frozen layer in cuBLAS, "r = 0" the fused kernel with a LoRA of rank 0.
+Each way is timed with its forward pass alone, and with the backward pass for x, A and B; with calls launched one by
+one, and in a CUDA graph, where launching costs nothing. Times are medians of CUDA's own clock with warm caches; errors
+are against float64. "base" is the frozen layer in cuBLAS, "r = 0" the fused kernel with a LoRA of rank 0.
 """
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -20,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidistill.bench.report import new_report, save_report
+from minidistill.bench.report import add_out_flag, new_report, save_report
 from minidistill.bench.workloads import SIZES, Setup, distil, error
 from minidistill.config import SD15_UNET, UNetConfig
 from minidistill.evaluate.tables import markdown_table
-from minidistill.formats.model_configs import write_json
+from minidistill.formats.files import write_json
 from minidistill.kernels.build import obstacle
 from minidistill.kernels.dispatch import LoRAFunction, addmm_chain
 from minidistill.kernels.op import lora_linear
@@ -42,13 +41,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of x and W (default: %(default)s)")
     add("--repeats", type=positive_int, default=30, metavar="N", help="readings of the clock (default: %(default)s)")
     add("--no-compile", action="store_true", help="leave out torch.compile, which compiles for every shape and rank")
-    add(
-        "--out",
-        type=Path,
-        default=Path("results/bench-kernel.json"),
-        metavar="FILE",
-        help="JSON (default: %(default)s)",
-    )
+    add_out_flag(parser, "results/bench-kernel.json")
 
 
 class Shape(NamedTuple):
@@ -222,12 +215,6 @@ def measure(shape: Shape, rank: int, dtype: torch.dtype, repeats: int, compiled:
     return rows
 
 
-def fastest(row: dict) -> str:
-    """The fastest way that computes the LoRA too."""
-    times = {name: time for name, time in row["seconds"].items() if name not in WITHOUT_LORA}
-    return min(times, key=times.get)
-
-
 def markdown(rows: list[dict]) -> str:
     """A table per pass, in a CUDA graph and without; microseconds, the fastest way that computes the LoRA in bold."""
     names = list(rows[0]["seconds"])
@@ -238,7 +225,8 @@ def markdown(rows: list[dict]) -> str:
         lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
         for row in (row for row in rows if row["pass"] == which and row["graph"] == in_graph):
             times = {name: f"{1e6 * time:.1f}" for name, time in row["seconds"].items()}
-            times[fastest(row)] = f"**{times[fastest(row)]}**"
+            fastest = min(set(times) - set(WITHOUT_LORA), key=row["seconds"].get)
+            times[fastest] = f"**{times[fastest]}**"
             errors = [f"{row['errors'][name]:.1e}" for name in ("fused", "addmm")]
             lines.append([f"{row['M']} x {row['K']} -> {row['N']}", str(row["rank"]), *times.values(), *errors])
         text += f"\n{which.capitalize()}, {how}, microseconds:\n\n{markdown_table(lines)}\n"

@@ -84,12 +84,12 @@ def count_bytes(make: Callable[[], Update], parts: int = 1) -> dict[str, int]:
         return columns | {"peak": live.peak}
 
 
-def count_work(make: Callable[[], Update]) -> tuple[int, int]:
-    """Multiply-adds of the loss and of its backward pass."""
+def count_work(make: Callable[[], Update]) -> float:
+    """Multiply-adds of the backward pass over those of the loss."""
     with FakeTensorMode():
         update = make()
         with Work() as forward:
             loss = update.loss()
         with Work() as backward:
             loss.backward()
-    return forward.multiply_adds, backward.multiply_adds
+    return backward.multiply_adds / forward.multiply_adds

@@ -1,4 +1,4 @@
-"""How fast Stable Diffusion 1.5 loads from a single file, and in how much memory, beside what no loader can avoid.
+"""How fast Stable Diffusion 1.5 loads from a single file, and in how much memory, against what no loader can avoid.
 
   python -m minidistill.bench loading                    random weights, two files of 4 GB in a temporary folder
   python -m minidistill.bench loading --dtype bfloat16
@@ -22,7 +22,7 @@ from transformers import CLIPTextModel
 
 from minidistill import load
 from minidistill.bench.peak_memory import in_fresh_process, resident
-from minidistill.bench.report import device_name, new_report, save_report
+from minidistill.bench.report import add_out_flag, device_name, megabytes, new_report, save_report
 from minidistill.bench.workloads import SIZES, Setup, Size
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.single_file import to_single_file
@@ -35,11 +35,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def add_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--held", nargs="+", choices=DTYPES, default=["float32", "float16"], help="dtypes of the weights in the files "
-        "(default: float32 float16)")  # fmt: skip
+    add("--held", nargs="+", choices=DTYPES, default=["float32", "float16"], help="dtypes of the weights in the files")
     add("--dtype", choices=DTYPES, default="float32", help="the dtype to load them in (default: %(default)s)")
     add("--repeats", type=positive_int, default=3, metavar="N", help="turns of each loader (default: %(default)s)")
-    add("--out", type=Path, default=Path("results/load.json"), metavar="FILE", help="JSON (default: %(default)s)")
+    add_out_flag(parser, "results/load.json")
 
 
 def write_files(folder: Path, dtype: torch.dtype, size: Size = SIZES["sd15"]) -> list[Path]:
@@ -79,7 +78,7 @@ def take_turn(file: Path, who: str, dtype: torch.dtype) -> dict[str, float]:
 
 
 def measure(held: str, asked: str, repeats: int) -> list[dict]:
-    """A row per file format: medians over the turns, beside those of safetensors."""
+    """A row per file format: medians over the turns, and those of safetensors."""
     with TemporaryDirectory() as folder:
         files = write_files(Path(folder), getattr(torch, held))
         loaders = {file.suffix: ("ours", file) for file in files} | {"reference": ("safetensors", files[0])}
@@ -97,21 +96,12 @@ def measure(held: str, asked: str, repeats: int) -> list[dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    titles = [
-        "SD 1.5",
-        "in the file",
-        "loaded as",
-        "ours",
-        "load_file, touch, cast",
-        "peak MB",
-        "/ weights",
-        "its peak MB",
-    ]
+    titles = ["SD 1.5", "stored as", "loaded as", "ours", "load_file", "peak MB", "/ weights", "its peak MB"]
     lines = [titles, ["---"] * 3 + ["---:"] * 5]
     for row in rows:
         reference = row["reference"]
         line = [row["form"], row["held"], row["asked"], f"{row['seconds']:.2f} s", f"{reference['seconds']:.2f} s"]
-        line += [f"{row['peak'] / 1e6:,.0f}", f"{row['peak'] / row['weights']:.2f}", f"{reference['peak'] / 1e6:,.0f}"]
+        line += [megabytes(row["peak"]), f"{row['peak'] / row['weights']:.2f}", megabytes(reference["peak"])]
         lines.append(line)
     return markdown_table(lines)
 

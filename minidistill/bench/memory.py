@@ -5,7 +5,8 @@
   python -m minidistill.bench memory --steps                               what each way to save memory saves
   python -m minidistill.bench memory --cards                               what fits on GPUs of four sizes
 
-The tables are counted, not measured (see ledger.py), and need no GPU. A GPU's libraries take a few hundred megabytes more.
+The tables are counted, not measured (see ledger.py), and need no GPU. The libraries of a GPU take a few hundred
+megabytes more.
 """
 
 import math
@@ -26,30 +27,18 @@ from transformers import CLIPTextModel
 
 from minidistill.bench.ledger import Live, count_bytes, count_work
 from minidistill.bench.peak_memory import in_fresh_process, peak_bytes
-from minidistill.bench.report import device_name, find_device, new_report, save_report
-from minidistill.bench.workloads import (
-    GUIDANCE,
-    SIZES,
-    Networks,
-    Setup,
-    Size,
-    Update,
-    attention,
-    decode,
-    frozen,
-    lora_distillation,
-)
+from minidistill.bench.report import device_name, find_device, megabytes, new_report, save_report
+from minidistill.bench.workloads import GUIDANCE, SIZES, Networks, Setup, Size, Update, attention, decode, lora_student
 from minidistill.config import UNetConfig
 from minidistill.evaluate.tables import markdown_table
 from minidistill.guidance import guided_noise
 from minidistill.training.recompute import LOW_MEMORY
 from minidistill.training.settings import positive_int
-from minidistill.unet import UNet
 from minidistill.vae import VAE
 
 DTYPES = ("float32", "bfloat16")
 LARGEST_MEASURED = 16e9  # bytes
-NOTES = """"saved" is what the forward pass keeps for the backward pass; "to full" compares the peak with that of full fine-tuning.
+NOTES = """"saved" is what the forward pass keeps for the backward pass; "to full" compares peaks with full fine-tuning.
 In bfloat16, frozen weights and activations are bfloat16, and the LoRA, its gradients and AdamW's state float32. Where
 all weights are trained, they, their gradients and AdamW's state are bfloat16 too: plain PyTorch without a float32 copy.
 """
@@ -58,22 +47,13 @@ all weights are trained, they, their gradients and AdamW's state are bfloat16 to
 def add_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--measure", action="store_true", help="also measure peaks, each in a process of its own, of rows up to 16 GB"
-    )
+    what.add_argument("--measure", action="store_true", help="also measure peaks up to 16 GB, each in a new process")
     what.add_argument("--steps", action="store_true", help="count what each way to save memory saves (sd15, sd21)")
     what.add_argument("--cards", action="store_true", help="print settings for GPUs of four sizes, and what they take")
     add("--size", nargs="+", choices=SIZES, help="which networks (default: all)")
     add("--device", default="cuda", help="whose memory; it need not be present unless measured (default: %(default)s)")
     add("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="dtypes of W and activations (default: both)")
-    add(
-        "--batch",
-        type=positive_int,
-        nargs="+",
-        default=[1, 8],
-        metavar="N",
-        help="batch sizes of --steps (default: 1 8)",
-    )
+    add("--batch", type=positive_int, nargs="+", default=[1, 8], metavar="N", help="sizes for --steps (default: 1 8)")
     add("--rank", type=positive_int, default=16, metavar="N", help="rank of the LoRA (default: %(default)s)")
     add("--keep-attention", action="store_true", help="keep attention matrices, as before fused attention was common")
     add("--out", type=Path, metavar="FILE", help="JSON (default: results/memory.json, or memory-steps.json)")
@@ -96,8 +76,7 @@ def full(setup: Setup) -> Networks:
 def plain(setup: Setup) -> Networks:
     """The student is a whole copy of its frozen teacher."""
     unet, (z_t, t, cond, uncond, _) = setup.unet(), setup.inputs()
-    copy = frozen(lambda: UNet(setup.size.unet), {name: x.clone() for name, x in setup.weights.items()})
-    copy.requires_grad_()
+    copy = setup.unet(copy=True).requires_grad_()
 
     def loss() -> Tensor:
         with torch.no_grad():
@@ -116,8 +95,8 @@ ROWS = {
     "sampling": Row("sampling with guidance", sampling),
     "full": Row("full fine-tuning", full),
     "plain": Row("plain distillation", plain),
-    "noised": Row("LoRA-enhanced distillation", partial(lora_distillation, teacher_in_loop=True)),
-    "trajectories": Row("the same from stored trajectories", partial(lora_distillation, teacher_in_loop=False)),
+    "noised": Row("LoRA-enhanced distillation", partial(lora_student, teacher_in_loop=True)),
+    "trajectories": Row("the same from stored trajectories", partial(lora_student, teacher_in_loop=False)),
 }
 
 
@@ -164,10 +143,6 @@ def measured(case: Case, size: Size, device: torch.device, rank: int, keep_atten
         return peak_bytes(lambda: case.update(size, device, rank, foreach), device)
 
 
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:,.0f}"
-
-
 def markdown(size: str, rows: dict[str, dict]) -> str:
     """Megabytes; the peak is compared with full fine-tuning's, as in the paper."""
     columns = ("weights", "gradients", "optimizer", "saved", "peak")
@@ -177,8 +152,8 @@ def markdown(size: str, rows: dict[str, dict]) -> str:
         baseline = rows[key.replace(row["row"], "full")]["peak"]
         line = [ROWS[row["row"]].label, row["dtype"], "yes" if row["recompute"] else "no"]
         line += [*(megabytes(row[column]) for column in columns), f"{row['peak'] / baseline - 1:+.0%}"]
-        found = row["measured"]
-        lines.append([*line, megabytes(found), f"{found / row['peak'] - 1:+.0%}"] if found else [*line, "", ""])
+        peak = row["measured"]
+        lines.append([*line, megabytes(peak), f"{peak / row['peak'] - 1:+.0%}"] if peak else [*line, "", ""])
     return markdown_table(lines)
 
 
@@ -231,27 +206,24 @@ CAPTIONS = 480  # as many as train.py has trajectories
 def step_peak(step: Step, size: Size, rank: int = 16) -> int:
     case = step.case._replace(parts=size.batch if step.one_by_one else 1)
     peak = ledger(case, size, rank, foreach=True)["peak"]
-    return peak + (other_bytes(size, getattr(torch, case.dtype)) if step.all_on_device else 0)
-
-
-def other_bytes(size: Size, dtype: torch.dtype) -> int:
-    """Bytes of the text encoder, the VAE and the embeddings [captions, L, D]."""
+    if not step.all_on_device:
+        return peak
     with torch.device("meta"):
         networks = CLIPTextModel(size.text), VAE(size.vae)
-    numbers = sum(p.numel() for network in networks for p in network.parameters())
-    return (numbers + CAPTIONS * size.tokens * size.text.hidden_size) * dtype.itemsize
+    others = sum(p.numel() for network in networks for p in network.parameters())
+    others += CAPTIONS * size.tokens * size.text.hidden_size  # embeddings [captions, L, D]
+    return peak + others * getattr(torch, case.dtype).itemsize
 
 
 @cache
-def work(size: Size, below: float) -> tuple[int, int]:
-    """Multiply-adds of the student's call and of its backward pass."""
+def backward_work(size: Size, below: float) -> float:
+    """Multiply-adds of the backward pass, those of the student's call being 1."""
     return count_work(partial(Case("trajectories", below=below).update, size, torch.device("cpu"), 16, False))
 
 
 def recomputed(size: Size, below: float) -> float:
-    """The share of the student's call, in multiply-adds, that the backward pass computes again."""
-    forward, backward = work(size, below)
-    return (backward - work(size, 0)[1]) / forward
+    """The share of the student's call that the backward pass computes again."""
+    return backward_work(size, below) - backward_work(size, 0)
 
 
 def steps_markdown(rows: list[dict], batches: list[int]) -> str:
@@ -310,7 +282,7 @@ def card_peaks(card: Card, size: Size, rank: int = 16) -> dict[str, int]:
     """Peak bytes of each thing train.py does. The LoRA and AdamW's state are in memory all the time."""
     size = replace(size, batch=card.batch)
     case = Case("noised", below=LOW_MEMORY if card.memory == "low" else 0, parts=card.accumulate)
-    training, sample = (ledger(case, size, rank, foreach=True) for case in (case, Case("sampling")))
+    training, sample = (ledger(what, size, rank, foreach=True) for what in (case, Case("sampling")))
     with FakeTensorMode(), Live() as decoding:
         decode(Setup(size, torch.device("cpu"), torch.bfloat16, rank), "ours")()  # one image
     resident = training["weights"] + training["optimizer"]
@@ -332,9 +304,5 @@ def run_cards(args: Namespace) -> None:
 
 
 def run(args: Namespace) -> None:
-    if args.steps:
-        run_steps(args)
-    elif args.cards:
-        run_cards(args)
-    else:
-        run_ledger(args)
+    mode = run_steps if args.steps else run_cards if args.cards else run_ledger
+    mode(args)

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from minidistill.config import ScheduleConfig, UNetConfig
 from minidistill.formats.model_configs import published_schedule, published_unet
 
-PEERS = ("diffusers", "peft")
-
 
 def peer_unet(config: UNetConfig, weights: dict[str, Tensor]) -> nn.Module:
     """diffusers' UNet of the same configuration, which uses the tensors in ``weights`` without copying them."""

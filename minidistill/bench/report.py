@@ -1,13 +1,18 @@
 """The JSON file that a benchmark writes, and the machine it was measured on."""
 
 import platform
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import torch
 
-from minidistill.formats.model_configs import write_json
+from minidistill.formats.files import write_json
 from minidistill.training.settings import provenance
+
+
+def add_out_flag(parser: ArgumentParser, default: str) -> None:
+    out = "JSON file for the measurements (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=Path(default), metavar="FILE", help=out)
 
 
 def find_device(name: str) -> torch.device:
@@ -25,6 +30,10 @@ def device_name(device: torch.device) -> str:
     info = Path("/proc/cpuinfo")
     models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return models[0].split(": ")[1] if models else platform.processor() or platform.machine()
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f}"
 
 
 def new_report(args: Namespace, device: str, **facts: object) -> dict:

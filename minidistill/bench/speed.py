@@ -1,4 +1,4 @@
-"""How fast minidistill is, and how much memory it takes, beside diffusers and peft on the same random weights.
+"""How fast minidistill is, and how much memory it takes, compared with diffusers and peft on the same weights.
 
   python -m minidistill.bench speed                          pocket and sd15; some minutes on two CPU cores
   python -m minidistill.bench speed --size pocket --memory
@@ -15,7 +15,6 @@ from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -23,10 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidistill.bench.peak_memory import in_fresh_process, peak_bytes
-from minidistill.bench.peers import PEERS
-from minidistill.bench.report import device_name, find_device, new_report, save_report
+from minidistill.bench.report import add_out_flag, device_name, find_device, megabytes, new_report, save_report
 from minidistill.bench.timing import take_turns
-from minidistill.bench.workloads import GUIDANCE, IMAGES, ROWS, SIZES, Setup, error
+from minidistill.bench.workloads import GUIDANCE, IMAGES, PEERS, ROWS, SIZES, Setup, error
 from minidistill.evaluate.tables import markdown_table
 from minidistill.training.settings import DEFAULT_DEVICE, positive_int
 
@@ -47,7 +45,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--repeats", type=positive_int, metavar="N", help="turns of each row (default: 10; on a CPU pocket 9, sd15 2)")
     add("--memory", action="store_true", help="also measure each row's peak memory, in a process of its own")
     add("--compile", action="store_true", help="also time the UNet under torch.compile (the row unet_compiled)")
-    add("--out", type=Path, default=Path("results/bench.json"), metavar="FILE", help="JSON (default: %(default)s)")
+    add_out_flag(parser, "results/bench.json")
 
 
 def contestants(rows: Sequence[str], peers: bool = True) -> list[tuple[str, str]]:
@@ -59,7 +57,7 @@ def contestants(rows: Sequence[str], peers: bool = True) -> list[tuple[str, str]
 def chosen_rows(args: Namespace) -> list[str]:
     """In the table's order. Images need the decoder's time as well."""
     rows = args.row or [row for row in ROWS if args.compile or row != "unet_compiled"]
-    return [row for row in ROWS if row in rows or row == "decode" and any(row in IMAGES for row in rows)]
+    return [row for row in ROWS if row in rows or row == "decode" and set(rows) & set(IMAGES)]
 
 
 def check_agreement(outputs: dict[tuple[str, str], tuple[Tensor, ...]], tolerance: float) -> dict[str, float]:
@@ -107,7 +105,7 @@ def measure(setup: Setup, repeats: int, rows: Sequence[str], peers: bool = True)
 
 
 def selective_rows(table: dict[str, dict], steps: int) -> dict[str, dict]:
-    """Rows of selective guidance, computed: some steps cost what a guided image's do, the last what a one-pass image's do."""
+    """Rows of selective guidance, computed from the time of a guided step and of a one-pass step."""
     if not {"guided", "merged"} <= set(table):
         return {}
     guided, merged = table["guided"]["ours_s"], table["merged"]["ours_s"]
@@ -133,22 +131,18 @@ def peak_memory(setup: Setup, row: str, who: str) -> int:
     return peak_bytes(lambda: ROWS[row].make(setup, who), setup.device)
 
 
-def seconds_text(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
-
-
-def megabytes_text(size: int) -> str:
-    return f"{size / 1e6:,.0f}"
 
 
 COLUMNS = {  # title: key in a row, format
     "UNet calls": ("calls", str),
-    "ours": ("ours_s", seconds_text),
-    "peer": ("peer_s", seconds_text),
+    "ours": ("ours_s", duration),
+    "peer": ("peer_s", duration),
     "ours / peer": ("ours_to_peer", "{:.2f}".format),
     "/ guided": ("to_guided", "{:.2f}".format),
-    "ours, peak MB": ("ours_bytes", megabytes_text),
-    "peer, peak MB": ("peer_bytes", megabytes_text),
+    "ours, peak MB": ("ours_bytes", megabytes),
+    "peer, peak MB": ("peer_bytes", megabytes),
 }
 
 
@@ -171,7 +165,7 @@ def markdown(size: str, result: dict) -> str:
         notes += " activations are recomputed, it recomputes whole blocks, we what is cheap (`--memory low`)."
         notes += f" Outputs differ by at most {worst:.0e} of the largest value."
     else:
-        notes += f" Without a peer: it needs {' and '.join(PEERS)}."
+        notes += f" Measured without {' and '.join(PEERS)}."
     if "ours, peak MB" in columns:
         notes += " Peak memory includes the weights, but not Python and its packages; for an image, not the decoder."
     return f"{markdown_table(lines)}\n\n{notes}\n"

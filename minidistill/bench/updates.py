@@ -11,7 +11,6 @@ C, ...), and medians are compared.
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from minidistill.bench.report import device_name, find_device, new_report, save_report
+from minidistill.bench.report import add_out_flag, device_name, find_device, new_report, save_report
 from minidistill.bench.timing import take_turns
 from minidistill.bench.workloads import GUIDANCE, SIZES, Setup, Update, attention
 from minidistill.data.examples import to_device
@@ -38,10 +37,8 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--device", default=DEFAULT_DEVICE, help="where to compute (default: %(default)s)")
     add("--rank", type=positive_int, default=16, metavar="N", help="rank of the LoRA (default: %(default)s)")
     add("--repeats", type=positive_int, metavar="N", help="turns of each way (default: 10; on a CPU pocket 9, sd15 2)")
-    add("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes before the first turn")
-    add(
-        "--out", type=Path, default=Path("results/bench-train.json"), metavar="FILE", help="JSON (default: %(default)s)"
-    )
+    add("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes at first")
+    add_out_flag(parser, "results/bench-train.json")
 
 
 @dataclass(frozen=True)
@@ -100,12 +97,10 @@ def network(setup: Setup, way: Way) -> LoRAModel:
 
 def updates(setup: Setup, way: Way, method: str, number: int) -> Callable[[], Tensor]:
     """A turn: ``number`` updates as in train.py, on batches that wait in the host's memory. It returns their losses."""
-    unet, device, inputs = network(setup, way), setup.device, setup.inputs()
-    cond, uncond = inputs.cond.to(way.weights), inputs.uncond.to(way.weights)
-    size = len(inputs.t)
-    batches = [
-        tuple(x.cpu() for x in (setup.latents(size, seed=10 + i), inputs.target, inputs.t)) for i in range(number)
-    ]
+    unet, device, (_, t, cond, uncond, target) = network(setup, way), setup.device, setup.inputs()
+    cond, uncond = cond.to(way.weights), uncond.to(way.weights)
+    latents = [setup.latents(len(t), seed=10 + i) for i in range(number)]
+    batches = [tuple(x.cpu() for x in (z_t, target, t)) for z_t in latents]
     model = unet
     if way.compiled:
         model = torch.compile(unet, fullgraph=True, dynamic=False, mode="reduce-overhead" if way.graphs else None)

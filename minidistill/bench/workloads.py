@@ -26,6 +26,7 @@ from minidistill.unet import UNet
 from minidistill.vae import VAE
 
 GUIDANCE = 7.5
+PEERS = ("diffusers", "peft")
 SD15_TEXT = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 SD21_TEXT = CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
 
@@ -52,16 +53,6 @@ SIZES = {
 }
 
 
-class Inputs(NamedTuple):
-    """The inputs of a training step."""
-
-    z_t: Tensor  # [B, 4, h, w]
-    t: Tensor  # [B]
-    cond: Tensor  # [B, L, D]
-    uncond: Tensor  # [B, L, D]
-    target: Tensor  # [B, 4, h, w]: the noise that was added, or the teacher's stored prediction
-
-
 @dataclass
 class Setup:
     """Weights and inputs of one size. They depend on seeds alone: each side and each process gets the same numbers."""
@@ -86,11 +77,14 @@ class Setup:
         shape = (batch, self.size.tokens, self.size.unet.context_width)
         return self.randn(*shape, seed=2), self.randn(*shape, seed=3)
 
-    def inputs(self) -> Inputs:
-        """As in train.py: latents in float32 or wider, embeddings in the dtype of the weights."""
+    def inputs(self) -> tuple[Tensor, ...]:
+        """z_t [B, 4, h, w], t [B], cond and uncond [B, L, D], and the target of the prediction [B, 4, h, w].
+
+        As in train.py, latents are in float32 or wider, embeddings in the dtype of the weights.
+        """
         batch, wide = self.size.batch, torch.promote_types(self.dtype, torch.float32)
         t = torch.linspace(999, 1, batch, device=self.device).long()
-        return Inputs(self.latents(batch).to(wide), t, *self.contexts(batch), self.latents(batch, seed=5).to(wide))
+        return self.latents(batch).to(wide), t, *self.contexts(batch), self.latents(batch, seed=5).to(wide)
 
     def random_weights(self, make: Callable[[], nn.Module], layout: torch.memory_format) -> dict[str, Tensor]:
         """Matrices that keep the variance of their input; norms close to 1 and biases close to 0, but not equal."""
@@ -113,8 +107,10 @@ class Setup:
         """The same in the memory layout that diffusers' from_pretrained() gives them."""
         return self.random_weights(lambda: UNet(self.size.unet), torch.contiguous_format)
 
-    def unet(self) -> UNet:
-        return frozen(lambda: UNet(self.size.unet), self.weights)
+    def unet(self, copy: bool = False) -> UNet:
+        """A frozen UNet that shares ``weights``, or has a copy of them."""
+        weights = {name: x.clone() for name, x in self.weights.items()} if copy else self.weights
+        return frozen(lambda: UNet(self.size.unet), weights)
 
     def lora_unet(self, zero: bool = False) -> LoRAModel:
         """The UNet with a random LoRA, or with one whose lora_up is zero."""
@@ -157,14 +153,14 @@ def attention(fused: bool) -> AbstractContextManager:
     return nullcontext() if fused else sdpa_kernel(SDPBackend.MATH)
 
 
-# Each function below returns a workload: a function whose time or memory is measured and whose results are compared.
-Workload = Callable[[], tuple[Tensor, ...]]
-
-
 def error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference relative to the largest value, in the worst of the tensors; NaN if any value is NaN."""
     pairs = zip(outputs, expected, strict=True)
     return torch.stack([(a.double() - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()
+
+
+# Each function below returns a workload: a function whose time or memory is measured and whose results are compared.
+Workload = Callable[[], tuple[Tensor, ...]]
 
 
 def forward(setup: Setup, who: str, alike: bool = False, compiled: bool = False) -> Workload:
@@ -239,7 +235,7 @@ class Update:
 Networks = tuple[list[nn.Module], Callable[[], Tensor]]  # and the loss, or what else is computed with them
 
 
-def lora_distillation(setup: Setup, teacher_in_loop: bool) -> Networks:
+def lora_student(setup: Setup, teacher_in_loop: bool) -> Networks:
     """The loss against the teacher's stored prediction, or against one that it makes in the step."""
     unet, (z_t, t, cond, uncond, stored) = setup.lora_unet(), setup.inputs()
 
@@ -250,13 +246,13 @@ def lora_distillation(setup: Setup, teacher_in_loop: bool) -> Networks:
     return [unet], loss
 
 
-def distil(setup: Setup, who: str, teacher_in_loop: bool, low_memory: bool = False) -> Update:
-    """One update of the LoRA. With ``low_memory`` as in `--memory low`; the peer then recomputes whole blocks."""
+def distil(setup: Setup, who: str, teacher_in_loop: bool, low: bool = False) -> Update:
+    """One update of the LoRA. With ``low`` as in `--memory low`; the peer then recomputes whole blocks."""
     if who == "ours":
-        return Update(*lora_distillation(setup, teacher_in_loop), below=LOW_MEMORY if low_memory else 0)
+        return Update(*lora_student(setup, teacher_in_loop), below=LOW_MEMORY if low else 0)
     unet, (z_t, t, cond, uncond, stored) = setup.peer_lora_unet(), setup.inputs()
     model = partial(peer_call, unet)
-    if low_memory:
+    if low:
         unet.enable_gradient_checkpointing()
 
     def ask_teacher() -> Tensor:
@@ -290,9 +286,7 @@ ROWS = {
     "merged": Row("one-pass image, LoRA merged", 1, partial(sample, how="merged"), peer=False),
     "unmerged": Row("one-pass image, LoRA not merged", 1, partial(sample, how="unmerged"), peer=False),
     "trajectories": Row("training step, from trajectories", 1, partial(distil, teacher_in_loop=False)),
-    "recomputed": Row(
-        "training step, activations recomputed", 1, partial(distil, teacher_in_loop=False, low_memory=True)
-    ),
+    "recomputed": Row("training step, activations recomputed", 1, partial(distil, teacher_in_loop=False, low=True)),
     "noised": Row("training step, teacher in the loop", 3, partial(distil, teacher_in_loop=True)),
 }
 IMAGES = ("guided", "batched", "merged", "unmerged")

@@ -1,5 +1,6 @@
 """Sample images with each method from the same noise, record the cost, and show the images side by side."""
 
+import math
 import textwrap
 import time
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from minidistill.data.prompts import spread
 from minidistill.evaluate.metrics import EVALUATION_SEED
 from minidistill.guidance import Interval, selective_interval
 from minidistill.pipeline import StableDiffusion
+
+ALWAYS = Interval(0, math.inf)
 
 
 @dataclass
@@ -47,11 +50,8 @@ def draw(
     seconds = (time.perf_counter() - start) / len(prompts)
     if selective:
         interval = selective_interval(sd.schedule, steps, selective)
-    unet_calls = steps
-    if guides:
-        timesteps = torch.tensor(sd.schedule.timesteps(steps))
-        unet_calls += int(interval.includes(timesteps).sum()) if interval else steps
-    return Drawn(method, images, unet_calls, seconds)
+    inside = (interval or ALWAYS).includes(torch.tensor(sd.schedule.timesteps(steps)))
+    return Drawn(method, images, steps + (int(inside.sum()) if guides else 0), seconds)
 
 
 def comparison_grid(rows: Sequence[Drawn], prompts: Sequence[str], columns: int = 8, side: int = 128) -> Image.Image:

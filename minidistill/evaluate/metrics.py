@@ -43,7 +43,7 @@ class ErrorShare:
     def per_step(self) -> Tensor:
         """The share at each step, [S]; nan where the teacher is not guided."""
         errors, gaps = self.errors.sum(0), self.gaps.sum(0)
-        return torch.where(gaps > 0, errors / gaps, torch.nan)
+        return torch.where(gaps > 1e-9 * gaps.max(), errors / gaps, torch.nan)
 
 
 def predict_each(model: Predictor, z_t: Tensor, timesteps: Sequence[int]) -> Tensor:

@@ -45,11 +45,11 @@ Make = Callable[[], dict[str, Tensor]]
 
 def add_flags(parser: ArgumentParser) -> None:
     flag = parser.add_argument_group("what to compare").add_argument
-    flag("runs", nargs="*", type=ScaledFile.parse, metavar="RUN_OR_LORA[:SCALE]", help="runs' folders, or LoRA files")
+    flag("runs", nargs="*", type=ScaledFile.parse, metavar="RUN_OR_LORA[:SCALE]", help="run folders or LoRA files")
     flag("--prompts", default="held-out", metavar="FILE", help="one prompt per line, or %(default)s (the default)")
     flag("--pictures", type=positive_int, default=1000, metavar="N", help="images per method, rounded up to the same "
          "number for each prompt (default: %(default)s)")  # fmt: skip
-    flag("--guidance", type=finite, metavar="SCALE", help="of the teacher (default: what the students learned, or 2.5)")
+    flag("--guidance", type=finite, metavar="SCALE", help="the teacher's guidance (default: the students', or 2.5)")
     flag("--selective", type=fraction, nargs="+", default=[], metavar="SHARE", help="add a teacher that is not guided "
          "in this share of the steps, counted from the last")  # fmt: skip
     flag("--interval", type=finite, nargs=2, action="append", default=[], metavar=("LOW", "HIGH"), help="add a teacher "
@@ -77,7 +77,8 @@ def run(args: Namespace) -> None:
     print(f"{len(prompts)} prompts, {each} images of each, {teacher}, {args.steps} DDIM steps")
 
     sd = load(args.model, **load_options(args))
-    clip, judge = read_clip(sd, args.clip), read_judge(args.judge)
+    clip = ClipScore(args.clip, CLIPTokenizer.from_pretrained(args.clip)) if args.clip else ClipScore.in_model(sd)
+    judge = read_judge(args.judge)
     truth = judge.rendered(repeated, sd.unet_config.sample_size * sd.vae.config.factor) if judge else None
     stamp = options | {
         "networks": [fingerprint(part) for part in (sd.unet, sd.vae, sd.text_encoder)],
@@ -149,11 +150,6 @@ def read_judge(name: str | None) -> ModuleType | None:
         return importlib.import_module(name) if name else None
     except ImportError as error:
         raise ValueError(f"--judge {name}: {error}") from error
-
-
-def read_clip(sd: StableDiffusion, name: str | None) -> ClipScore | None:
-    """The CLIP called ``name`` with its own tokenizer, or the one that comes with the model, if any."""
-    return ClipScore(name, CLIPTokenizer.from_pretrained(name)) if name else ClipScore.in_model(sd)
 
 
 def cached(file: Path, made_with: Mapping[str, object], make: Make) -> dict[str, Tensor]:

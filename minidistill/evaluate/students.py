@@ -11,9 +11,8 @@ from torch import nn
 
 from minidistill.distill import FullStudent
 from minidistill.formats.checkpoint import load
-from minidistill.formats.files import reading
 from minidistill.formats.lora_files import inject_file
-from minidistill.formats.lora_formats import read_run
+from minidistill.formats.lora_formats import LoRAFile, read_run
 from minidistill.formats.model_folder import STEMS, read_weights
 from minidistill.formats.tensor_files import read_tensors
 from minidistill.guidance import Interval
@@ -51,26 +50,19 @@ def read_student(path: Path, scale: float, args: Namespace) -> Student:
         raise ValueError(f"{full} is a whole model: only a LoRA has a strength.")
     if full:
         file = read_weights(full / "unet", STEMS["unet"], args.variant).file if full.is_dir() else full
-        header, install = read_tensors(file)[1], partial(install_full, full, args)
+        learned, install = LoRAFile(file, {}, read_tensors(file)[1]), partial(install_full, full, args)  # no layers
     else:
-        lora = read_run(path, scale)
-        file, header, install = lora.path, lora.metadata, partial(inject_file, file=lora)
-    if "guidance" not in header:
-        raise ValueError(f"{file} does not say which guidance it has learned: it is not a student.")
-    if style := header.get("teacher_lora"):
+        learned = read_run(path, scale)
+        install = partial(inject_file, file=learned)
+    if not learned.is_student:
+        raise ValueError(f"{learned.path} does not say which guidance it has learned: it is not a student.")
+    if style := learned.metadata.get("teacher_lora"):
         raise ValueError(
-            f"{file} was distilled from a teacher with the LoRA {style}. Merge that LoRA into the model first "
+            f"{learned.path} was distilled from a teacher with the LoRA {style}. Merge that LoRA into the model first "
             "(python -m minidistill.export --to checkpoint), and pass the result as --model."
         )
-    with reading(file):
-        guidance = float(header["guidance"]) if full else lora.guidance
-        teacher = Teacher(guidance, header.get("negative_prompt", ""), read_interval(header))
-    return Student(file, teacher, install)
-
-
-def read_interval(header: Mapping[str, str]) -> Interval | None:
-    """The time steps at which a student's teacher was guided, from its header; None: all of them."""
-    return Interval(*map(float, header["interval"].split())) if "interval" in header else None
+    teacher = Teacher(learned.guidance, learned.metadata.get("negative_prompt", ""), learned.interval)
+    return Student(learned.path, teacher, install)
 
 
 def full_student(run: Path) -> Path | None:

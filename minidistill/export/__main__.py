@@ -1,13 +1,12 @@
-"""A LoRA for other tools: in the formats that they read, or merged into a whole checkpoint.
+"""Export a LoRA for other tools: in the formats they read, or merged into a whole checkpoint.
 
   python -m minidistill.export runs/NAME --to peft          for diffusers
   python -m minidistill.export runs/NAME --to kohya         for ComfyUI, AUTOMATIC1111 and diffusers
   python -m minidistill.export runs/NAME --to checkpoint --model MODEL      the student as a model of its own
 
-A student has guidance in it: draw with a guidance scale (CFG) of 1.
+A student contains its guidance: sample with a guidance scale (CFG) of 1.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -16,36 +15,41 @@ from minidistill.formats.lora_files import student_and_styles
 from minidistill.formats.lora_formats import LoRAFile, kohya_tensors, peft_tensors, read_run
 from minidistill.formats.merged_checkpoint import with_loras, write_checkpoint
 from minidistill.formats.tensor_files import write_tensors
-from minidistill.training.settings import ScaledFile, one_sentence, parse, setting
-
-FORMATS = ("peft", "kohya", "checkpoint")
-
-
-@dataclass
-class Settings:
-    lora: list[ScaledFile] = setting(
-        ...,
-        "a run's folder or a LoRA file in any format, FILE:SCALE for more or less of it; a checkpoint takes several",
-        "what",
-        nargs="+",
-        type=ScaledFile.parse,
-        metavar="RUN_OR_LORA[:SCALE]",
-    )
-    to: str = setting(None, "for diffusers, for everybody, or a whole model", "what", required=True, choices=FORMATS)
-    out: Path = setting(
-        None, "file, or folder of a checkpoint that is no .safetensors (default: beside the LoRA)", "what", type=Path
-    )
-    model: Path = setting(
-        Path("weights/pocket-emoji"), "folder, single file or hub id to merge into", "model of a checkpoint"
-    )
-    variant: str = setting(
-        None, 'which weights of a folder or hub id, for example "fp16"', "model of a checkpoint", type=str
-    )
-    ema: bool = setting(False, "merge into the UNet's averaged copy of a single file", "model of a checkpoint")
+from minidistill.training.settings import DEFAULT_MODEL, ScaledFile, new_parser, one_line_errors
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(Settings, __doc__, argv)
+    parser = new_parser(
+        __doc__, "RUN_OR_LORA[:SCALE] ... --to {peft,kohya,checkpoint} ", "python -m minidistill.export"
+    )
+    parser.add_argument(
+        "lora",
+        nargs="+",
+        type=ScaledFile.parse,
+        metavar="RUN_OR_LORA[:SCALE]",
+        help="a run's folder or a LoRA file in any format, and its strength; a checkpoint takes several",
+    )
+    parser.add_argument(
+        "--to", required=True, choices=("peft", "kohya", "checkpoint"), help="the format to write, see above"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="the file to write; for a checkpoint a folder, or a .safetensors (default: next to the LoRA)",
+    )
+    model = parser.add_argument_group("the model that --to checkpoint merges into")
+    model.add_argument(
+        "--model",
+        type=Path,
+        default=DEFAULT_MODEL,
+        metavar="PATH",
+        help="a folder, a single file or a hub id (default: %(default)s)",
+    )
+    model.add_argument("--variant", metavar="TEXT", help='which weights of a folder or hub id, for example "fp16"')
+    model.add_argument("--ema", action="store_true", help="merge into the UNet's EMA weights, for a single file")
+    args = parser.parse_args(argv)
+
     files = [read_run(path, scale) for path, scale in args.lora]
     first = files[0].path
     suffix = "" if args.to == "checkpoint" and not args.model.is_file() else ".safetensors"
@@ -56,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         change = with_loras([*styles, *([student] if student else [])])
         write_checkpoint(args.model, change, out, metadata, variant=args.variant, ema=args.ema)
     elif len(files) > 1:
-        raise ValueError(f"--to {args.to} is of one LoRA: give them one by one, or --to checkpoint to merge them.")
+        raise ValueError(f"--to {args.to} takes one LoRA: give them one by one, or merge them with --to checkpoint.")
     elif args.to == "peft":
         write_tensors(out, peft_tensors(files[0]), plain_metadata(files[0]))
     else:
@@ -66,20 +70,22 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def plain_metadata(file: LoRAFile) -> dict[str, str]:
-    """What the file says of itself, less what it says of alpha, which is in the tensors that are written.
+    """The file's metadata without alpha, which the exported tensors contain.
 
-    The guidance is that of the scale it was read at: half a student of guidance 4 is one of 2.5.
+    The guidance is adjusted to the strength of the LoRA: half a student of guidance 4 is a student of 2.5.
     """
-    said = {key: value for key, value in file.metadata.items() if key not in ("alpha", "lora_adapter_metadata")}
-    return said | ({"guidance": f"{file.guidance:g}"} if file.is_student else {})
+    metadata = {key: value for key, value in file.metadata.items() if key not in ("alpha", "lora_adapter_metadata")}
+    return metadata | ({"guidance": f"{file.guidance:g}"} if file.is_student else {})
 
 
-SD_VERSIONS = {768: "sd_v1", 1024: "sd_v2"}  # by the width of the context
+SD_VERSIONS = {768: "sd_v1", 1024: "sd_v2"}  # by context width
 
 
 def kohya_metadata(file: LoRAFile, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """What kohya's scripts say in a header, as far as tools read it: AUTOMATIC1111 offers no LoRA without ss_v2 for
-    SD 2, others show rank, alpha and base model."""
+    """The metadata of kohya's scripts, as far as tools read it.
+
+    Without ss_v2, AUTOMATIC1111 does not offer a LoRA for SD 2; other tools show rank, alpha and base model.
+    """
     ranks = {pair.rank for pair in file.layers.values()}
     alphas = {tensor.item() for key, tensor in tensors.items() if key.endswith(".alpha")}
     header = {
@@ -97,5 +103,5 @@ def kohya_metadata(file: LoRAFile, tensors: dict[str, Tensor]) -> dict[str, str]
 
 
 if __name__ == "__main__":
-    with one_sentence("minidistill.export", "stopped."):
+    with one_line_errors("minidistill.export", "stopped."):
         main()

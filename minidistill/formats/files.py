@@ -1,81 +1,103 @@
-"""Files that are written whole or not at all, and the error of those that cannot be used."""
+"""Atomic writes, JSON, and the error for files that cannot be used."""
 
 import hashlib
+import json
 import os
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+JSON_LIMIT = 2**20  # bytes. Parsed JSON can take thirty times as much; configurations are far smaller
+
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used. Says which file, what is wrong with it, and what to do."""
+    """A file that cannot be used. The message names the file, says what is wrong with it, and what to do."""
 
 
 @contextmanager
-def blamed(file: Path) -> Iterator[None]:
-    """Whatever goes wrong in reading contents that may be anything is a CheckpointError about ``file``."""
+def reading(file: Path) -> Iterator[None]:
+    """Turn any error while reading untrusted contents into a CheckpointError that names ``file``."""
     try:
         yield
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{file} is damaged ({type(error).__name__}: {error}): fetch it again.") from error
+        reason = traceback.format_exception_only(error)[-1].splitlines()[0]  # str(error) may itself fail
+        raise CheckpointError(f"{file} is damaged ({reason}): fetch it again.") from error
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
-    """Yield a name beside ``path`` to write to; rename it when the block ends well, remove it when it does not.
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path next to ``path``; rename it to ``path`` on success, delete it on failure.
 
-    So ``path`` holds the old contents or the new, never half of them, whatever interrupts the writing.
+    Whatever interrupts the writing, ``path`` holds either its old contents or the complete new ones.
     """
     path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield beside
-        to_disk(beside)
-        os.replace(beside, path)
+        yield temporary
+        fsync(temporary)
+        os.replace(temporary, path)
     except OSError as error:
-        if error.errno and not error.filename:  # "No space left on device" by itself does not say for what
+        if error.errno and not error.filename:  # a bare "No space left on device" does not name the file
             error.filename = str(path)
         raise
-    except SafetensorError as error:  # of a full disk too
+    except SafetensorError as error:  # also raised when the disk is full
         raise OSError(f"{path} could not be written. {error}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def to_disk(file: Path) -> None:
-    """Before it is renamed: or a power cut could leave the new name without its contents."""
+@contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """Like ``atomic_write``, for a new folder. Raises ValueError if it exists already."""
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists already: name another folder, or delete it.")
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                fsync(file)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def fsync(file: Path) -> None:
+    """Force the contents to disk. Without this, a power cut after the rename could leave an empty file."""
     with file.open("r+b") as handle:
         os.fsync(handle.fileno())
 
 
-@contextmanager
-def folder_written_whole(folder: str | Path) -> Iterator[Path]:
-    """The same for a folder that is not there yet. Raises ValueError when it is."""
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} exists already: name another folder, or delete it.")
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed here
+def read_json(file: Path) -> dict:
+    """The JSON object in ``file``. Raises CheckpointError."""
+    if file.exists() and file.stat().st_size > JSON_LIMIT:
+        raise CheckpointError(f"{file} is far too long for a configuration: fetch it again.")
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        for file in beside.rglob("*"):
-            if file.is_file():
-                to_disk(file)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        contents = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing: fetch the whole model folder.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not readable JSON ({error}): fetch it again.") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{file} is not the JSON of a configuration: fetch it again.")
+    return contents
+
+
+def write_json(path: Path, contents: dict) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
 def digest(data: bytes) -> str:
-    """To tell contents apart by."""
+    """A short hash that identifies ``data``."""
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-atomic_write, atomic_folder, reading = written_whole, folder_written_whole, blamed

@@ -1,4 +1,4 @@
-"""Where a model lies: here, or on the Hugging Face hub, which has the tokenizer that a single file lacks too."""
+"""Find a model on this machine or on the Hugging Face hub, which also has the tokenizer that a single file lacks."""
 
 import re
 import sys
@@ -6,22 +6,22 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from minidistill.formats.files import CheckpointError, blamed
-from minidistill.formats.model_configs import read_json, read_unet_config
+from minidistill.formats.files import CheckpointError, read_json, reading
+from minidistill.formats.model_configs import read_unet_config
 from minidistill.formats.model_folder import STEMS, candidates, find_weights, refuse_other_pipelines
 
 CLIP = "openai/clip-vit-large-patch14"  # OpenCLIP, in SD 2.x, has the same vocabulary
 TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"]
-SETTINGS = ["model_index.json", "scheduler/*.json", *(f"{part}/config.json" for part in STEMS)]
+CONFIGS = ["model_index.json", "scheduler/*.json", *(f"{part}/config.json" for part in STEMS)]
 
 
 def find_model(path: str | Path, variant: str | None = None, ema: bool = False) -> Path:
-    """The folder or single file that ``path`` names, fetched if it is a hub id. Raises CheckpointError.
+    """The folder or single file that ``path`` names, downloaded first if it is a hub id. Raises CheckpointError.
 
-    ``variant`` is for folders and ``ema`` for single files: what a model does not have is refused.
+    Only folders have a ``variant``, and only single files have ``ema`` weights: the other combination is refused.
     """
     if not Path(path).exists():
-        # In a folder that is here it is a misspelt path; nobody meant to look for that online.
+        # Inside a folder that exists, it is a misspelt path rather than a hub id.
         if Path(path).parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             raise CheckpointError(f"There is no {path}: name a Stable Diffusion folder, a single file or a hub id.")
         path = fetch_model(str(path), variant)
@@ -33,51 +33,49 @@ def find_model(path: str | Path, variant: str | None = None, ema: bool = False) 
 
 
 def fetch_model(repo: str, variant: str | None = None) -> Path:
-    """The folder of a model, with those of its files that are needed: from the cache, or fetched.
+    """The folder of a hub model, from the cache or downloaded, with only the files we need.
 
-    Safetensors first; the older .bin files only of a network that comes in no other format, and fp16 as the last
-    resort. Raises CheckpointError for a model of another kind before any weights are fetched.
+    Safetensors first; .bin for a network that has nothing else; fp16 as the last resort. Another kind of model is
+    refused with a CheckpointError before any weights are downloaded.
     """
-    folder = fetch(repo, [*SETTINGS, *(f"tokenizer/{name}" for name in TOKENIZER)])
+    folder = fetch(repo, [*CONFIGS, *(f"tokenizer/{name}" for name in TOKENIZER)])
     refuse_other_pipelines(folder)
     read_unet_config(folder / "unet/config.json")
-    resorts = [variant] if variant else [None, "fp16"]
-    for wanted in resorts:
+    for wanted in [variant] if variant else [None, "fp16"]:
         for suffix in ("safetensors", "bin"):
             for part, stem in STEMS.items():
                 if has_weights(folder / part, stem, variant) or has_weights(folder / part, stem, wanted):
                     continue
                 names = [name for name in candidates(stem, wanted) if f".{suffix}" in name]
-                shards = [
-                    f"{name.removesuffix(f'.{suffix}')}-*-of-*.{suffix}" for name in names if name.endswith(suffix)
-                ]
-                folder = fetch(repo, [f"{part}/{name}" for name in names + shards])
+                files = [name.removesuffix(f".{suffix}") for name in names if name.endswith(suffix)]
+                names += [f"{name}-*-of-*.{suffix}" for name in files]  # shards
+                folder = fetch(repo, [f"{part}/{name}" for name in names])
     return folder
 
 
 def has_weights(folder: Path, stem: str, variant: str | None) -> bool:
-    """Whether a network's weights are there; if in shards, all that the index names: fetching may have been cut off."""
+    """True if a network's weights are complete: a download may have stopped before the last shard."""
     file = find_weights(folder, stem, variant)
     if file is None or file.suffix != ".json":
         return file is not None
-    with blamed(file):
+    with reading(file):
         return all((folder / name).exists() for name in set(read_json(file)["weight_map"].values()))
 
 
 def fetch_tokenizer() -> Path:
-    """Of CLIP, for a single file; announced, for nobody asked for it by name."""
-    announcement = f"A single file holds no tokenizer: taking that of {CLIP} (--tokenizer FOLDER names another)."
-    print(announcement, file=sys.stderr)
+    """CLIP's tokenizer, for a single file. Says so, because nobody asked for this download."""
+    message = f"A single file holds no tokenizer: using the one of {CLIP} (--tokenizer FOLDER names another)."
+    print(message, file=sys.stderr)
     return fetch(CLIP, TOKENIZER)
 
 
 def fetch(repo: str, patterns: list[str]) -> Path:
-    """The snapshot's folder. Raises CheckpointError where files are neither cached nor can be fetched."""
+    """The snapshot's folder. Raises CheckpointError if files are not cached and cannot be downloaded."""
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
-    except Exception as error:  # of the hub's client, or of the HTTP library below it, which changes with its version
+    except Exception as error:  # the hub's client, or its HTTP library, whose errors change with the version
         reason = str(error).strip().splitlines()
         raise CheckpointError(
-            f"{repo} is neither a folder or file in {Path.cwd()}, nor in the hub's cache, and could not be fetched "
+            f"{repo} is neither a folder or file in {Path.cwd()}, nor in the hub's cache, and could not be downloaded "
             f"({reason[0] if reason else type(error).__name__}): check the name and the connection."
         ) from error

@@ -1,4 +1,4 @@
-"""LoRA between model and file: saved, loaded, merged for good; and which of several is the student."""
+"""LoRA in models: save it, load it, merge it for good, and tell the student from styles."""
 
 import warnings
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from minidistill.lora import LoRAModel, inject_pairs, lora_layers
 
 
 def save_lora(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the LoRA of ``model`` to ``path`` as safetensors: ``<layer>.lora_down`` and ``<layer>.lora_up``.
+    """Write the LoRA of ``model`` as a .safetensors with ``<layer>.lora_down`` and ``<layer>.lora_up``.
 
-    Rank and alpha go into the header beside ``metadata`` (base, guidance, method, negative_prompt, ...). Raises
-    ValueError when there is no LoRA, or when its layers differ in rank or alpha, as those of foreign files may.
+    The header holds rank and alpha, and ``metadata`` (base, guidance, method, negative_prompt, ...). Raises ValueError
+    if there is no LoRA, or if its layers differ in rank or alpha, as those of other tools' files may.
     """
     layers = lora_layers(model)
     if not layers:
@@ -34,19 +34,17 @@ def save_lora(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | 
 
 
 def load_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> LoRAModel:
-    """Inject and fill: ``model`` with the LoRA in ``path``; ranks, alphas and layers as the file says.
+    """Inject the LoRA in ``path`` into ``model``, with the ranks, alphas and layers of the file.
 
-    At a ``scale`` every alpha is so many times what the file says: of a student, a dial for its guidance.
-
-    Raises CheckpointError, with the model untouched, for a file that holds no LoRA, and for a LoRA that belongs to
-    another network: all layers that it names and the model lacks, or that have another shape, are listed.
+    ``scale`` multiplies every alpha; for a student it works as a guidance dial. Raises CheckpointError, with the model
+    unchanged, for a file without a LoRA and for a LoRA of another network: every layer that does not fit is listed.
     """
     return inject_file(model, read_lora(path, scale))
 
 
 @torch.no_grad()
 def inject_file(model: nn.Module, file: LoRAFile) -> LoRAModel:
-    """``load_lora`` of a file that has been read."""
+    """``load_lora`` for a file that has been read."""
     check_fit(file, dict(model.named_parameters()))
     model = inject_pairs(model, {name: (pair.rank, pair.alpha) for name, pair in file.layers.items()})
     for name, layer in lora_layers(model).items():
@@ -57,7 +55,7 @@ def inject_file(model: nn.Module, file: LoRAFile) -> LoRAModel:
 
 @torch.no_grad()
 def merge_file(model: nn.Module, file: LoRAFile) -> None:
-    """W <- W + (alpha / rank) lora_up lora_down for good, with no pair left beside W. Raises as ``load_lora`` does."""
+    """W <- W + (alpha / rank) lora_up lora_down, for good: no pair stays beside W. Raises like ``load_lora``."""
     weights = dict(model.named_parameters())
     check_fit(file, weights)
     for name, pair in file.layers.items():
@@ -65,7 +63,7 @@ def merge_file(model: nn.Module, file: LoRAFile) -> None:
 
 
 def check_fit(file: LoRAFile, weights: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError that lists every layer of ``file`` that ``weights`` lack or have in another shape."""
+    """Raise CheckpointError that lists every layer of ``file`` that is missing in ``weights`` or has another shape."""
     problems = []
     for name, pair in file.layers.items():
         weight, shape = weights.get(f"{name}.weight"), (len(pair.up), *pair.down.shape[1:])
@@ -82,9 +80,9 @@ def check_fit(file: LoRAFile, weights: Mapping[str, Tensor]) -> None:
 
 
 def student_and_styles(files: list[LoRAFile]) -> tuple[LoRAFile | None, list[LoRAFile]]:
-    """Which of several LoRAs is the student, if any; the others belong to W, its teacher's too.
+    """The student among several LoRAs, if there is one, and the others, which belong to its teacher's W as well.
 
-    Raises ValueError for two students. Warns when the student's teacher had a style that is not among the files.
+    Raises ValueError for two students. Warns if the student's teacher had a style that is not among the files.
     """
     students, styles = [f for f in files if f.is_student], [f for f in files if not f.is_student]
     if len(students) > 1:
@@ -93,7 +91,7 @@ def student_and_styles(files: list[LoRAFile]) -> tuple[LoRAFile | None, list[LoR
     if teacher_lora and teacher_lora not in [f"{f.path.name}:{f.scale:g}" for f in styles]:
         warnings.warn(
             f"{students[0].path} was distilled from a teacher with the LoRA {teacher_lora}: "
-            "give that one too, at that strength.",
+            "give that one too, at the same strength.",
             stacklevel=2,
         )
     return (students[0] if students else None), styles

@@ -1,13 +1,39 @@
-"""The official folder layout: the JSON files in which Stable Diffusion says what it is, read and written."""
+"""The configurations of a Stable Diffusion: the JSON files of the official folder layout, read and written."""
 
-import json
 import math
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
+from transformers import CLIPTextConfig
 
 from minidistill.config import ScheduleConfig, UNetConfig, VAEConfig
-from minidistill.formats.files import CheckpointError, blamed, written_whole
+from minidistill.formats.files import CheckpointError, read_json, reading
+
+
+class Network(NamedTuple):
+    """The tensors of one network, by our names, and the file (or index of shards) that holds them."""
+
+    tensors: dict[str, Tensor]
+    file: Path
+    name_in_file: Callable[[str], str] = str  # our name -> the file's
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a folder or a single file says about a model. Its tensors are mapped, not read."""
+
+    unet_config: UNetConfig
+    vae_config: VAEConfig
+    text_config: CLIPTextConfig
+    schedule: ScheduleConfig
+    unet: Network
+    vae: Network
+    text: Network
+    pad_token: str | None = None  # None: as the tokenizer's own files say
+
 
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -22,30 +48,7 @@ MODEL_INDEX = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
-
-JSON_LIMIT = 2**20  # bytes; parsed, they may take thirty times as much, and those of models are far smaller
-
-
-def read_json(file: Path) -> dict:
-    if file.exists() and file.stat().st_size > JSON_LIMIT:
-        raise CheckpointError(f"{file} is far too long for what it should say: fetch it again.")
-    try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing: fetch the whole model folder.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not readable JSON ({error}): fetch it again.") from error
-    if not isinstance(contents, dict):
-        raise CheckpointError(f"{file} is not the JSON of a configuration: fetch it again.")
-    return contents
-
-
-def write_json(path: Path, contents: dict) -> None:
-    with written_whole(path) as beside:
-        beside.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-
-
-# What SD 1.x and 2.x leave at its default; another value means a network this one is not.
+# What SD 1.x and 2.x leave at these defaults. Any other value means a network that we do not have.
 UNET_FIXED = {
     "act_fn": "silu",
     "addition_embed_type": None,
@@ -89,52 +92,49 @@ VAE_FIXED = {
 }
 SCHEDULE_FIXED = {"rescale_betas_zero_snr": False, "trained_betas": None}
 
-
-# What else has this layout.
-OTHERS = {
-    "SDXL": {"addition_embed_type": "text_time"},
-    "an inpainting model": {"in_channels": 9},
-    "InstructPix2Pix": {"in_channels": 8},
-    "an upscaling model": {"in_channels": 7},
-    "a depth-to-image model": {"in_channels": 5},
-}
+# Other models, by the channels of their UNet's input.
+OTHER_INPUTS = {9: "an inpainting model", 8: "InstructPix2Pix", 7: "an upscaling model", 5: "a depth-to-image model"}
 
 
-def is_fixed(given: object, value: object) -> bool:
-    """Whether a file says ``value``: once, of every level, or null for no."""
-    if isinstance(given, list):
-        return all(one == value for one in given)
-    return given == value or (given is None and value is False)
+def check_fixed(contents: dict, fixed: dict, file: Path) -> None:
+    """Raise CheckpointError that lists every setting of ``contents`` that differs from ``fixed``."""
 
+    def agrees(value: object, expected: object) -> bool:
+        if isinstance(value, list):  # one value per level
+            return all(one == expected for one in value)
+        return value == expected or (value is None and expected is False)
 
-def refuse_others(found: dict, fixed: dict, file: Path) -> None:
-    others = [
-        f"{name} is {str(found[name])[:100]}, not {value!r}"
-        for name, value in fixed.items()
-        if not is_fixed(found.get(name, value), value)
+    differing = [
+        f"{name} is {str(contents[name])[:100]}, not {expected!r}"
+        for name, expected in fixed.items()
+        if not agrees(contents.get(name, expected), expected)
     ]
-    if others:
-        kind = next((kind for kind, sign in OTHERS.items() if sign.items() <= found.items()), "another model")
-        raise CheckpointError(f"{file} describes {kind}; SD 1.x and 2.x are read here: {'; '.join(others)}.")
+    if differing:
+        channels = contents.get("in_channels")
+        kind = OTHER_INPUTS.get(channels if isinstance(channels, int) else None, "another model")
+        kind = "SDXL" if contents.get("addition_embed_type") == "text_time" else kind
+        raise CheckpointError(
+            f"{file} describes {kind}, but minidistill reads SD 1.x and 2.x only: {'; '.join(differing)}."
+        )
 
 
 Config = TypeVar("Config", UNetConfig, VAEConfig, ScheduleConfig)
-MOST = {"layers": 4, "depth": 10, "mid_depth": 10}  # of these, a large number would be modules without end
+MOST = {"layers": 4, "depth": 10, "mid_depth": 10}  # any more would build modules without end
 LEAST = {"depth": 0}
 
 
 def plausible(value: object, like: object, least: int = 1, most: int = 2**16) -> bool:
-    """Whether a value is of the kind that ``like`` is, whole numbers (of a tuple each) from ``least`` to ``most``."""
+    """True if the value has the type of ``like``, and its integers, also those in a tuple, lie in [least, most]."""
     if isinstance(like, tuple):
-        several = isinstance(value, tuple) and 0 < len(value) <= 8
-        return several and all(plausible(v, like[0], least, most) for v in value)
+        is_levels = isinstance(value, tuple) and 0 < len(value) <= 8
+        return is_levels and all(plausible(v, like[0], least, most) for v in value)
     if isinstance(like, float):
         return type(value) in (int, float) and math.isfinite(value) and value > 0
     return type(value) is type(like) and (type(like) is not int or least <= value <= most)
 
 
 def checked(config: Config, file: Path) -> Config:
-    """The configuration, if its values are of the right kind and of a size that a network can have."""
+    """The configuration itself. Raises CheckpointError if a value has the wrong type or an impossible size."""
     for field in fields(config):
         value = getattr(config, field.name)
         if not plausible(value, field.default, LEAST.get(field.name, 1), MOST.get(field.name, 2**16)):
@@ -146,50 +146,50 @@ def per_level(value: int | list[int], levels: int) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list) else (value,) * levels
 
 
-def mirrored(down_blocks: list[str]) -> list[str]:
-    """The blocks on the way up, given those on the way down."""
+def up_blocks(down_blocks: list[str]) -> list[str]:
+    """The types of the blocks on the way up, which mirror those on the way down."""
     return [name.replace("Down", "Up") for name in reversed(down_blocks)]
 
 
 def read_unet_config(file: Path) -> UNetConfig:
-    """Keys that a file leaves out have the published layout's defaults."""
-    found = read_json(file)
-    with blamed(file):
-        refuse_others(found, UNET_FIXED, file)
-        widths = tuple(found.get("block_out_channels", (320, 640, 1280, 1280)))
-        blocks = found.get("down_block_types", ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"])
-        up_blocks = found.get("up_block_types", mirrored(blocks))
-        if not set(blocks) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or up_blocks != mirrored(blocks):
-            raise CheckpointError(f"{file} asks for blocks that SD 1.x and 2.x have not: {blocks}, {up_blocks}.")
-        side = found.get("sample_size")
+    """Read ``unet/config.json``. A key that is absent has its default in the published layout."""
+    contents = read_json(file)
+    with reading(file):
+        check_fixed(contents, UNET_FIXED, file)
+        widths = tuple(contents.get("block_out_channels", (320, 640, 1280, 1280)))
+        blocks = contents.get("down_block_types", ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"])
+        up = contents.get("up_block_types", up_blocks(blocks))
+        if not set(blocks) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or up != up_blocks(blocks):
+            raise CheckpointError(f"{file} asks for blocks that SD 1.x and 2.x do not have: {blocks}, {up}.")
+        side = contents.get("sample_size")
         if isinstance(side, list) and side == side[:1] * 2:
             side = side[0]
-        written_by = str(found.get("_diffusers_version", "1.0")).split(".")[:2]
-        if side == 32 and [int(number) for number in written_by] < [0, 9]:
-            side = 64  # early converters wrote 32 for all of SD 1.x; the official pipeline puts 64 in its place too
-        depth = per_level(found.get("transformer_layers_per_block", 1), len(widths))
+        version = str(contents.get("_diffusers_version", "1.0")).split(".")[:2]
+        if side == 32 and [int(number) for number in version] < [0, 9]:
+            side = 64  # early converters wrote 32 for every SD 1.x; diffusers replaces it with 64 too
+        depth = per_level(contents.get("transformer_layers_per_block", 1), len(widths))
         config = UNetConfig(
             widths=widths,
-            layers=found.get("layers_per_block", 2),
+            layers=contents.get("layers_per_block", 2),
             depth=tuple(d if name.startswith("CrossAttn") else 0 for d, name in zip(depth, blocks)),
             mid_depth=depth[-1],
-            # The published name says "head_dim", yet the value has always been the number of heads.
-            heads=per_level(found.get("num_attention_heads") or found.get("attention_head_dim", 8), len(widths)),
-            context_width=found.get("cross_attention_dim", 1280),
-            linear_projection=found.get("use_linear_projection", False),
-            upcast_attention=found.get("upcast_attention") or False,  # of converted checkpoints it is null
-            groups=found.get("norm_num_groups", 32),
+            # The published name says "head_dim", but the value has always been the number of heads.
+            heads=per_level(contents.get("num_attention_heads") or contents.get("attention_head_dim", 8), len(widths)),
+            context_width=contents.get("cross_attention_dim", 1280),
+            linear_projection=contents.get("use_linear_projection", False),
+            upcast_attention=contents.get("upcast_attention") or False,  # null in converted checkpoints
+            groups=contents.get("norm_num_groups", 32),
             sample_size=64 if side is None else side,
         )
         return checked(config, file)
 
 
 def published_unet(config: UNetConfig) -> dict:
-    """The inverse of ``read_unet_config``, for the one transformer layer a block that SD 1.x and 2.x have."""
+    """The inverse of ``read_unet_config``, for SD 1.x and 2.x, which have one transformer layer per block."""
     blocks = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.depth]
     return {
         "_class_name": "UNet2DConditionModel",
-        "attention_head_dim": list(config.heads),  # the published name of the number of heads
+        "attention_head_dim": list(config.heads),  # the published name for the number of heads
         "block_out_channels": list(config.widths),
         "cross_attention_dim": config.context_width,
         "down_block_types": blocks,
@@ -198,28 +198,28 @@ def published_unet(config: UNetConfig) -> dict:
         "norm_num_groups": config.groups,
         "out_channels": config.out_channels,
         "sample_size": config.sample_size,
-        "up_block_types": mirrored(blocks),
+        "up_block_types": up_blocks(blocks),
         "upcast_attention": config.upcast_attention,
         "use_linear_projection": config.linear_projection,
     }
 
 
 def read_vae_config(file: Path) -> VAEConfig:
-    found = read_json(file)
-    with blamed(file):
-        refuse_others(found, VAE_FIXED, file)
+    contents = read_json(file)
+    with reading(file):
+        check_fixed(contents, VAE_FIXED, file)
         config = VAEConfig(
-            latent_channels=found.get("latent_channels", 4),
-            widths=tuple(found.get("block_out_channels", (128, 256, 512, 512))),
-            layers=found.get("layers_per_block", 2),
-            groups=found.get("norm_num_groups", 32),
-            scaling_factor=found.get("scaling_factor", 0.18215),
+            latent_channels=contents.get("latent_channels", 4),
+            widths=tuple(contents.get("block_out_channels", (128, 256, 512, 512))),
+            layers=contents.get("layers_per_block", 2),
+            groups=contents.get("norm_num_groups", 32),
+            scaling_factor=contents.get("scaling_factor", 0.18215),
         )
         return checked(config, file)
 
 
 def published_vae(config: VAEConfig, side: int) -> dict:
-    """The inverse of ``read_vae_config``; ``side`` is that of the pictures it was trained on, in pixels."""
+    """The inverse of ``read_vae_config``; ``side`` is the size in pixels of the images it was trained on."""
     return {
         "_class_name": "AutoencoderKL",
         "block_out_channels": list(config.widths),
@@ -235,28 +235,56 @@ def published_vae(config: VAEConfig, side: int) -> dict:
     }
 
 
+# All that we take from a text encoder's configuration, with the largest sizes allowed. Transformers would obey
+# anything else in the file too, even the name of code to download and run.
+TEXT_SIZES = {
+    "vocab_size": 2**16,
+    "hidden_size": 2**16,
+    "intermediate_size": 2**16,
+    "projection_dim": 2**16,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 2**16,
+    "max_position_embeddings": 2**16,
+}
+TEXT_OTHERS = ("hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def read_text_config(file: Path) -> CLIPTextConfig:
+    contents = read_json(file)
+    with reading(file):
+        if contents.get("model_type", "clip_text_model") != "clip_text_model":
+            raise CheckpointError(f"{file} does not describe the CLIP text encoder of SD 1.x or 2.x.")
+        known = {name: contents[name] for name in (*TEXT_SIZES, *TEXT_OTHERS) if contents.get(name) is not None}
+        default = CLIPTextConfig()
+        for name, value in known.items():
+            least = 1 if name in TEXT_SIZES else 0
+            if not plausible(value, getattr(default, name), least, TEXT_SIZES.get(name, 2**16)):
+                raise CheckpointError(f"{file} is damaged: {value!r} cannot be its {name}. Fetch it again.")
+        return CLIPTextConfig(**known, attn_implementation="sdpa")
+
+
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # published name: ours
 
 
 def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
-    """Betas and parameterisation, whichever sampler the file names. What it leaves out has that sampler's default."""
-    found = read_json(file)
-    with blamed(file):
-        refuse_others(found, SCHEDULE_FIXED, file)
-        kind = found.get("_class_name")
-        if kind in ("DDIMScheduler", "PNDMScheduler"):  # others have spacings of their own, and are DDIM here
-            refuse_others(found, {"timestep_spacing": "leading"}, file)
-        published = found.get("prediction_type", "epsilon")
-        if published not in list(PREDICTIONS):  # a list, for this may be anything
+    """Betas and prediction type, whichever sampler the file names. An absent key has that sampler's default."""
+    contents = read_json(file)
+    with reading(file):
+        check_fixed(contents, SCHEDULE_FIXED, file)
+        kind = contents.get("_class_name")
+        if kind in ("DDIMScheduler", "PNDMScheduler"):  # others have spacings of their own, and we use DDIM for them
+            check_fixed(contents, {"timestep_spacing": "leading"}, file)
+        published = contents.get("prediction_type", "epsilon")
+        if published not in list(PREDICTIONS):  # a list, because the value may be unhashable
             raise CheckpointError(f'{file}: prediction_type is "{published}"; known are {", ".join(PREDICTIONS)}.')
         config = ScheduleConfig(
-            train_steps=found.get("num_train_timesteps", 1000),
-            beta_start=found.get("beta_start", 0.0001),
-            beta_end=found.get("beta_end", 0.02),
-            beta_schedule=found.get("beta_schedule", "linear"),
+            train_steps=contents.get("num_train_timesteps", 1000),
+            beta_start=contents.get("beta_start", 0.0001),
+            beta_end=contents.get("beta_end", 0.02),
+            beta_schedule=contents.get("beta_schedule", "linear"),
             prediction=prediction or PREDICTIONS[published],
-            steps_offset=1,  # in a Stable Diffusion the official pipeline puts this in place of any other
-            set_alpha_to_one=found.get("set_alpha_to_one", kind == "DDIMScheduler"),
+            steps_offset=1,  # the official pipeline overrides any other value for Stable Diffusion
+            set_alpha_to_one=contents.get("set_alpha_to_one", kind == "DDIMScheduler"),
         )
         if config.beta_schedule not in ("scaled_linear", "linear"):
             raise CheckpointError(
@@ -264,7 +292,7 @@ def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
             )
         config = checked(config, file)
         if max(config.beta_start, config.beta_end) >= 1:
-            raise CheckpointError(f"{file} is damaged: its betas are to lie between 0 and 1. Fetch it again.")
+            raise CheckpointError(f"{file} is damaged: its betas must lie between 0 and 1. Fetch it again.")
         return config
 
 

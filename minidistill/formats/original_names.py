@@ -1,7 +1,7 @@
-"""The names that single files use, those of the original latent-diffusion code: a table for each network.
+"""The tensor names of single files, which come from the original latent-diffusion code: one table per network.
 
-A table maps how a name begins here to how it begins there; what follows is the same. Read backwards, it maps the other
-way. Where two entries could apply the first does.
+A table maps the beginning of our name to the beginning of theirs; the rest of the name is the same. The first entry
+that matches applies.
 """
 
 from minidistill.config import UNetConfig, VAEConfig
@@ -29,33 +29,34 @@ CLIP_LAYER = {
     "layer_norm1.": "ln_1.",
     "layer_norm2.": "ln_2.",
     "self_attn.out_proj.": "attn.out_proj.",
-    "self_attn.q_proj.": "attn.in_proj_",  # rows of one matrix, one vector: see FUSED
+    "self_attn.q_proj.": "attn.in_proj_",  # q, k and v are stacked in one matrix: see FUSED
     "self_attn.k_proj.": "attn.in_proj_",
     "self_attn.v_proj.": "attn.in_proj_",
     "mlp.fc1.": "mlp.c_fc.",
     "mlp.fc2.": "mlp.c_proj.",
 }
-FUSED = ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")  # in this order
+FUSED = ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")  # in the order they are stacked
 
 
 def translate(name: str, table: Table) -> str:
+    """Our name -> theirs; a name that is in no entry stays the same."""
     for ours, theirs in table.items():
         if name.startswith(ours):
             return theirs + name[len(ours) :]
     return name
 
 
-def backwards(table: Table) -> Table:
+def inverse(table: Table) -> Table:
     return {theirs: ours for ours, theirs in table.items()}
 
 
 def below(ours: str, theirs: str, table: Table) -> Table:
-    """The table of a module that is called ``ours`` here and ``theirs`` there."""
+    """``table`` for a submodule that we call ``ours`` and they call ``theirs``."""
     return {ours + a: theirs + b for a, b in table.items()}
 
 
 def unet_names(config: UNetConfig) -> Table:
-    """Blocks are counted through all levels there: a level's ``layers`` ones, and the change of size as one more."""
+    """They number blocks across all levels: ``layers`` blocks per level, then one more for the downsampling."""
     table = dict(OUTER)
     table |= below("mid_block.resnets.0.", "middle_block.0.", RESNET)
     table |= below("mid_block.resnets.1.", "middle_block.2.", RESNET)
@@ -73,12 +74,12 @@ def unet_names(config: UNetConfig) -> Table:
             table |= below(f"up_blocks.{i}.resnets.{j}.", f"{block}0.", RESNET)
             if depth:
                 table[f"up_blocks.{i}.attentions.{j}."] = f"{block}1."
-        table[f"up_blocks.{i}.upsamplers.0."] = f"{block}{2 if depth else 1}."  # last in the level's last block
+        table[f"up_blocks.{i}.upsamplers.0."] = f"{block}{2 if depth else 1}."  # the end of the level's last block
     return table
 
 
 def vae_names(config: VAEConfig) -> Table:
-    """The decoder's levels are counted from the finest there."""
+    """They number the decoder's levels from the finest."""
     levels = len(config.widths)
     table = {}
     for i in range(levels):
@@ -100,12 +101,12 @@ def vae_names(config: VAEConfig) -> Table:
 
 
 def clip_names(layers: int) -> Table:
-    """SD 1.x: the text encoder as transformers has long named it."""
+    """The text encoder of SD 1.x, with the names of older transformers."""
     return {"embeddings.": "text_model.embeddings.", "encoder.": "text_model.encoder.", "final_": "text_model.final_"}
 
 
 def openclip_names(layers: int) -> Table:
-    """SD 2.x: the text encoder as OpenCLIP names it."""
+    """The text encoder of SD 2.x, with OpenCLIP's names."""
     table = {
         "embeddings.token_embedding.": "token_embedding.",
         "embeddings.position_embedding.weight": "positional_embedding",

@@ -1,7 +1,7 @@
-"""A whole Stable Diffusion in one file, .safetensors or .ckpt: what it is, and its networks under our names.
+"""A Stable Diffusion in one .safetensors or .ckpt file: which version it is, and its networks under our names.
 
-There is no configuration in such a file. The version shows in how the text encoder's tensors are called, widths and
-depths in their shapes, and what does not show is one of the version's constants.
+Such a file holds no configuration. The text encoder's names tell the version, tensor shapes tell widths and depths, and
+everything else is a constant of the version.
 """
 
 import re
@@ -16,38 +16,38 @@ from torch import Tensor
 from transformers import CLIPTextConfig
 
 from minidistill.config import ScheduleConfig, UNetConfig, VAEConfig
-from minidistill.formats.files import CheckpointError, blamed
-from minidistill.formats.model_configs import PREDICTIONS, checked
+from minidistill.formats.files import CheckpointError, reading
+from minidistill.formats.model_configs import OTHER_INPUTS, PREDICTIONS, Description, Network, checked
+from minidistill.formats.model_folder import match_text_names, squeeze_kernel
 from minidistill.formats.original_names import (
     FUSED,
     Table,
-    backwards,
     clip_names,
+    inverse,
     openclip_names,
     translate,
     unet_names,
     vae_names,
 )
-from minidistill.formats.stored import StoredTensor
 from minidistill.formats.tensor_files import read_tensors
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 EMA = "model_ema."
-MODELSPEC = {"eps": "epsilon", "v": "v"}  # what the UNet predicts, as a header's modelspec.prediction_type says it
-Tensors = Mapping[str, StoredTensor]
+MODELSPEC = {"eps": "epsilon", "v": "v"}  # our prediction -> modelspec.prediction_type in a .safetensors header
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Version:
-    """What a family of checkpoints has in common, and its shapes do not show."""
+    """The constants of SD 1.x or 2.x that no tensor shape tells."""
 
     name: str
-    text: str  # how the text encoder's names begin
+    text: str  # prefix of the text encoder
     text_names: Callable[[int], Table]
     activation: str
-    linear_projection: bool  # of the UNet's attention, where the others have 1x1 convolutions
-    head_width: int | None  # of the UNet; None: 8 heads everywhere
-    prediction: str  # unless somebody says otherwise
+    linear_projection: bool
+    head_width: int | None  # in the UNet; None: 8 heads at every width
+    prediction: str  # unless the file or the user says otherwise
     pad_token: str
 
 
@@ -75,7 +75,7 @@ VERSIONS = (
 )
 TEXT_HEAD_WIDTH = 64
 
-# What else comes as one file, by a part of a name in it.
+# Other models that come as one file, by a part of some tensor's name.
 OTHERS = {
     "conditioner.embedders.0.transformer.": "SDXL",
     "conditioner.embedders.1.": "SDXL",
@@ -86,13 +86,12 @@ OTHERS = {
     "depth_model.": "a depth-to-image model",
     "label_emb.": "an unCLIP or upscaling model",
 }
-PIECES = {  # of files without a UNet in the names above
+PIECES = {  # the same, for files without an original UNet
     "lora_": "a LoRA, which goes on top of a model",
-    "down_blocks.": "one network out of a folder: name the whole folder",
+    "down_blocks.": "one network of a folder: name the whole folder",
 }
-INPUTS = {9: "an inpainting model", 8: "InstructPix2Pix", 7: "an upscaling model", 5: "a depth-to-image model"}
 
-# In these files for training or for other tools; nothing that draws a picture.
+# Tensors in these files that serve training or other tools, not sampling.
 NOT_NEEDED = re.compile(
     r"cond_stage_model\..*position_ids"
     r"|cond_stage_model\.((model|transformer)\.)?(text_projection|logit_scale)(\.weight)?"
@@ -102,130 +101,110 @@ NOT_NEEDED = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Part:
-    """One network: its tensors under our names, and what the file calls them."""
+def read_single_file(path: Path, prediction: str | None = None, ema: bool = False) -> Description:
+    """Describe the model in ``path``. ``ema`` selects the UNet's EMA weights.
 
-    tensors: dict[str, StoredTensor]
-    prefix: str
-    names: Table
+    The UNet predicts ``prediction`` ("eps" or "v") if given, else what the metadata says (modelspec.prediction_type),
+    else eps for 1.x and v for 2.x. The files of 2.0-base and 2.1-base say nothing and need ``prediction="eps"``.
 
-    def called(self, name: str) -> str:
-        return self.prefix + translate(name, self.names)
-
-
-@dataclass(frozen=True)
-class SingleFile:
-    version: Version
-    unet_config: UNetConfig
-    vae_config: VAEConfig
-    text_config: CLIPTextConfig
-    schedule: ScheduleConfig
-    unet: Part
-    vae: Part
-    text: Part
-
-
-def read_single_file(path: Path, prediction: str | None = None, ema: bool = False) -> SingleFile:
-    """Describe the file; nothing is read but its list of tensors. ``ema`` takes the UNet's averaged copy.
-
-    What the UNet predicts: ``prediction`` ("eps" or "v") if given; else what the file's metadata say
-    (``modelspec.prediction_type``); else eps for 1.x and v for 2.x, where the files of 2.0-base and 2.1-base look the
-    same and do need ``prediction="eps"``.
-
-    Raises CheckpointError; for another model than SD 1.x and 2.x, it says which.
+    Raises CheckpointError, which names the kind of model if it is not SD 1.x or 2.x.
     """
     tensors, metadata = read_tensors(path)
-    version = recognise(tensors, path)
-    stated = (PREDICTIONS | {"v": "v"}).get(metadata.get("modelspec.prediction_type"))  # people write either name of v
+    version = detect_version(tensors, path)
+    stated = (PREDICTIONS | {"v": "v"}).get(metadata.get("modelspec.prediction_type"))  # both names of v are in use
     if version.prediction == "v" and not (prediction or stated):
         warnings.warn(
-            f"{path} does not say what it predicts: taken for v, as SD 2.0 and 2.1 at 768 pixels do. "
-            'If it is one of the base models, of 512 pixels, say prediction="eps" (--prediction eps).',
+            f"{path} does not say what the UNet predicts: assuming v, as in SD 2.0 and 2.1 at 768 pixels. "
+            'For a base model, at 512 pixels, set prediction="eps" (--prediction eps).',
             stacklevel=2,
         )
     prediction = prediction or stated or version.prediction
-    with blamed(path):
+    with reading(path):
         try:
-            unet_config = checked(read_unet_shapes(tensors, version, prediction), path)
-            vae_config = checked(read_vae_shapes(tensors), path)
-            text = read_text(tensors, version)
-            text_config = read_text_shapes(text.tensors, version)
+            unet_config = checked(unet_shapes(tensors, version, prediction), path)
+            vae_config = checked(vae_shapes(tensors), path)
+            text = text_network(tensors, version, path)
+            text_config = text_shapes(text.tensors, version)
         except KeyError as error:
             raise CheckpointError(f"{path} lacks {error}: it is incomplete; fetch it again.") from error
-    unet = part(averaged(tensors, path) if ema else tensors, UNET, unet_names(unet_config))
-    vae = part(tensors, VAE, vae_names(vae_config))
-    vae.tensors.update({n: t.without_kernel() for n, t in vae.tensors.items() if ".attentions.0." in n})
+    unet = network(ema_weights(tensors, path) if ema else tensors, UNET, unet_names(unet_config), path)
+    vae = network(tensors, VAE, vae_names(vae_config), path)
+    vae.tensors.update({n: squeeze_kernel(t) for n, t in vae.tensors.items() if ".attentions.0." in n})
+    text = text._replace(tensors=match_text_names(text.tensors))
     schedule = ScheduleConfig(prediction=prediction)
-    return SingleFile(version, unet_config, vae_config, text_config, schedule, unet, vae, text)
+    return Description(unet_config, vae_config, text_config, schedule, unet, vae, text, version.pad_token)
 
 
-def recognise(tensors: Tensors, path: Path) -> Version:
-    """Raises CheckpointError for what is neither 1.x nor 2.x."""
-    first = tensors.get(f"{UNET}input_blocks.0.0.weight")
-    inputs = INPUTS.get(first.shape[1]) if first and len(first.shape) == 4 else None
+def detect_version(tensors: Tensors, path: Path) -> Version:
+    """SD 1.x or 2.x. Raises CheckpointError for anything else."""
+    conv_in, projection = (tensors.get(UNET + n) for n in ("input_blocks.0.0.weight", "middle_block.1.proj_in.weight"))
     markers = OTHERS if any(name.startswith(UNET) for name in tensors) else OTHERS | PIECES
-    other = next((kind for marker, kind in markers.items() if any(marker in name for name in tensors)), inputs)
+    other = next((kind for marker, kind in markers.items() if any(marker in name for name in tensors)), None)
+    if other is None and conv_in is not None and conv_in.ndim == 4:
+        other = OTHER_INPUTS.get(conv_in.shape[1])
     if other:
-        raise CheckpointError(f"{path} is {other}; what is read here is Stable Diffusion 1.x and 2.x, text to image.")
-    found = [version for version in VERSIONS if any(name.startswith(version.text) for name in tensors)]
-    if not found:
+        raise CheckpointError(f"{path} is {other}; minidistill reads Stable Diffusion 1.x and 2.x, text to image.")
+    versions = [version for version in VERSIONS if any(name.startswith(version.text) for name in tensors)]
+    if not versions:
         raise CheckpointError(
             f"{path} is not a whole Stable Diffusion 1.x or 2.x (UNet, VAE and text encoder): name one that is."
         )
-    version, projection = found[0], tensors.get(f"{UNET}middle_block.1.proj_in.weight")
-    if len(found) > 1 or (projection and (len(projection.shape) == 2) != version.linear_projection):
+    mixed = projection is not None and (projection.ndim == 2) != versions[0].linear_projection
+    if len(versions) > 1 or mixed:
         raise CheckpointError(
-            f"{path} is neither Stable Diffusion 1.x nor 2.x but has parts of both (text encoder of "
-            f"{' and '.join(version.name for version in found)}; the UNet's projections): fetch another file."
+            f"{path} is neither Stable Diffusion 1.x nor 2.x but has parts of both (the text encoder of "
+            f"{' and '.join(version.name for version in versions)}; the UNet's projections): fetch another file."
         )
-    return version
+    return versions[0]
 
 
-def part(tensors: Tensors, prefix: str, names: Table) -> Part:
-    inverse = backwards(names)
-    own = {
-        translate(name.removeprefix(prefix), inverse): tensor
+def network(tensors: Tensors, prefix: str, names: Table, path: Path) -> Network:
+    """The tensors under ``prefix``, by our names."""
+    ours = inverse(names)
+    selected = {
+        translate(name.removeprefix(prefix), ours): tensor
         for name, tensor in tensors.items()
         if name.startswith(prefix) and not NOT_NEEDED.fullmatch(name)
     }
-    return Part(own, prefix, names)
+    return Network(selected, path, lambda name: prefix + translate(name.removeprefix("text_model."), names))
 
 
-def averaged(tensors: Tensors, path: Path) -> dict[str, StoredTensor]:
-    """The UNet's EMA copies under the names of what they are copies of. There, names have lost their dots."""
+def ema_weights(tensors: Tensors, path: Path) -> dict[str, Tensor]:
+    """The UNet's EMA weights, by the names of the weights they average. Their own names have lost the dots."""
     names = {f"{EMA}{name.removeprefix('model.').replace('.', '')}": name for name in tensors if name.startswith(UNET)}
-    found = {name: tensors[copy] for copy, name in names.items() if copy in tensors}
-    if not found:
+    weights = {name: tensors[copy] for copy, name in names.items() if copy in tensors}
+    if not weights:
         raise CheckpointError(f"{path} has no EMA copy of the UNet: leave --ema out.")
-    return found
+    return weights
 
 
-def read_text(tensors: Tensors, version: Version) -> Part:
-    """The text encoder: OpenCLIP's without the last block, and its queries, keys and values apart."""
+def text_network(tensors: Tensors, version: Version, path: Path) -> Network:
+    """The text encoder. OpenCLIP's loses its last block, and its stacked q, k and v come apart."""
     needed = (name for name in tensors if not NOT_NEEDED.fullmatch(name))
     numbered = (re.match(rf"{version.text}.*?(?:layers|resblocks)\.(\d+)\.", name) for name in needed)
     blocks = len({match[1] for match in numbered if match})
-    text = part(tensors, version.text, version.text_names(blocks))
+    text = network(tensors, version.text, version.text_names(blocks), path)
     if version.text_names is not openclip_names:
         return text
     if blocks == 24 or (blocks != 23 and f"{version.text}text_projection" in tensors):
-        # A whole OpenCLIP, not one cut already, to 23: SD 2.x takes what goes into the last block.
-        own = {name: t for name, t in text.tensors.items() if not name.startswith(f"encoder.layers.{blocks - 1}.")}
-        text = replace(text, tensors=own)
-    for name in [name for name in text.tensors if FUSED[-1] in name]:  # where the table's inverse puts all three
-        fused = text.tensors.pop(name)
-        text.tensors.update({name.replace(FUSED[-1], third): fused.part(i, 3) for i, third in enumerate(FUSED)})
+        # A complete OpenCLIP: SD 2.x uses the input of its last block. With 23 blocks, that one is cut off already.
+        last = f"encoder.layers.{blocks - 1}."
+        text = text._replace(tensors={name: t for name, t in text.tensors.items() if not name.startswith(last)})
+    for name in [name for name in text.tensors if FUSED[-1] in name]:  # the inverse table calls all three v_proj
+        stacked = text.tensors.pop(name)
+        if len(stacked) % 3:
+            raise ValueError(f"{text.name_in_file(name)} has {len(stacked)} rows, not three equal blocks")
+        text.tensors.update({name.replace(FUSED[-1], part): t for part, t in zip(FUSED, stacked.chunk(3))})
     return text
 
 
 def number(tensors: Mapping, name: str, first: int = 0) -> int:
-    """How many there are of what is counted in its name."""
+    """How many names ``name.format(first)``, ``name.format(first + 1)``, ... there are."""
     return len(list(takewhile(lambda i: name.format(i) in tensors, count(first))))
 
 
-def read_unet_shapes(tensors: Tensors, version: Version, prediction: str) -> UNetConfig:
-    """Read off the tensors' shapes, by the file's names. Raises KeyError for one that is not there."""
+def unet_shapes(tensors: Tensors, version: Version, prediction: str) -> UNetConfig:
+    """The UNet's configuration, from tensor shapes. Raises KeyError for a tensor that is missing."""
 
     def shape(name: str) -> tuple[int, ...]:
         return tensors[UNET + name].shape
@@ -252,8 +231,8 @@ def read_unet_shapes(tensors: Tensors, version: Version, prediction: str) -> UNe
     )
 
 
-def read_vae_shapes(tensors: Tensors) -> VAEConfig:
-    """The same of the VAE."""
+def vae_shapes(tensors: Tensors) -> VAEConfig:
+    """The VAE's configuration, from tensor shapes."""
     levels = number(tensors, VAE + "encoder.down.{}.block.0.conv1.weight")
     return VAEConfig(
         image_channels=tensors[f"{VAE}encoder.conv_in.weight"].shape[1],
@@ -263,8 +242,8 @@ def read_vae_shapes(tensors: Tensors) -> VAEConfig:
     )
 
 
-def read_text_shapes(tensors: Tensors, version: Version) -> CLIPTextConfig:
-    """The same of the text encoder, by our names."""
+def text_shapes(tensors: Tensors, version: Version) -> CLIPTextConfig:
+    """The text encoder's configuration, from the shapes of tensors under our names."""
     vocabulary, width = tensors["embeddings.token_embedding.weight"].shape
     return CLIPTextConfig(
         vocab_size=vocabulary,
@@ -280,24 +259,24 @@ def read_text_shapes(tensors: Tensors, version: Version) -> CLIPTextConfig:
 
 
 def to_single_file(
-    unet: Mapping[str, Tensor],
+    unet: Tensors,
     unet_config: UNetConfig,
-    vae: Mapping[str, Tensor],
+    vae: Tensors,
     vae_config: VAEConfig,
-    text: Mapping[str, Tensor],
+    text: Tensors,
     text_config: CLIPTextConfig,
 ) -> dict[str, Tensor]:
-    """The inverse: three state dicts under our names -> all tensors of a single file.
+    """The inverse of ``read_single_file``: three state dicts -> all tensors of a single file.
 
-    SD 2.x comes out with the text encoder cut as SD uses it. Raises ValueError for a model that could not be read
-    again, because it differs from SD 1.x and 2.x in what no shape tells.
+    The text encoder of SD 2.x is written as SD uses it, without its last block. Raises ValueError for a model that
+    would be read back differently, because it differs from SD 1.x and 2.x in something that no shape tells.
     """
     kind = text_config.hidden_act, unet_config.linear_projection
     version = next((v for v in VERSIONS if (v.activation, v.linear_projection) == kind), None)
     if version is None:
         raise ValueError(
-            f"No single file's text encoder has the activation {kind[0]} beside "
-            f"{'linear' if kind[1] else 'convolutional'} projections in the UNet. Write a folder."
+            f"No single file has a text encoder with activation {kind[0]} and a UNet with "
+            f"{'linear' if kind[1] else 'convolutional'} projections. Write a folder."
         )
     names = unet_names(unet_config)
     tensors = {UNET + translate(name, names): tensor for name, tensor in unet.items()}
@@ -308,19 +287,18 @@ def to_single_file(
     names = version.text_names(text_config.num_hidden_layers)
     text = {name.removeprefix("text_model."): tensor for name, tensor in text.items()}
     for name, tensor in text.items():
-        if version.text_names is openclip_names and any(third in name for third in FUSED):
+        if version.text_names is openclip_names and any(part in name for part in FUSED):
             if FUSED[0] not in name:
                 continue
-            tensor = torch.cat([text[name.replace(FUSED[0], third)] for third in FUSED])
+            tensor = torch.cat([text[name.replace(FUSED[0], part)] for part in FUSED])
         tensors[version.text + translate(name, names)] = tensor
 
-    found = read_unet_shapes(tensors, version, "eps"), read_vae_shapes(tensors), read_text_shapes(text, version)
-    same = replace(unet_config, upcast_attention=False, sample_size=64), vae_config
-    heads = text_config.num_attention_heads, found[2].num_attention_heads
-    if found[:2] != same or heads[0] != heads[1]:
+    expected = replace(unet_config, upcast_attention=False, sample_size=64), vae_config, text_config.num_attention_heads
+    heads = text_shapes(text, version).num_attention_heads
+    if (read_back := (unet_shapes(tensors, version, "eps"), vae_shapes(tensors), heads)) != expected:
         raise ValueError(
-            "A single file holds no configuration, and this model would be read as another: "
-            f"{found[0]}, {found[1]} and {heads[1]} heads in place of {same[0]}, {same[1]} and {heads[0]}. "
-            "Write a folder."
+            "A single file holds no configuration, and this model would be read back as another: "
+            f"{read_back[0]}, {read_back[1]} and {heads} heads instead of {expected[0]}, {expected[1]} and "
+            f"{expected[2]}. Write a folder."
         )
     return tensors

@@ -1,125 +1,207 @@
-"""A file of named tensors, whatever its format: told by its first bytes, described without reading the tensors.
+"""Files of named tensors: .safetensors read and written, PyTorch's own .ckpt and .bin read without running them."""
 
-And written, as safetensors.
-"""
-
+import ctypes
+import io
 import json
+import mmap
+import os
+import pickle
+import pickletools
+import struct
+import zipfile
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, _weights_only_unpickler, nn
 
-from minidistill.formats.files import CheckpointError, blamed, written_whole
-from minidistill.formats.pickles import read_pickle
-from minidistill.formats.stored import MappedFile, StoredTensor, is_shape, row_major
+from minidistill.formats.files import CheckpointError, atomic_write, reading
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # as safetensors calls them
-
-HEADER_LIMIT = 2**20  # bytes, and in a large file more
-
-# What people have in place of a checkpoint, by its first bytes.
+# What people have instead of a checkpoint, by its first bytes.
 MISTAKEN = {
     b"<": "a web page: the download went wrong. Fetch the file itself",
-    b"version https://git-lfs": "a pointer of Git LFS, not the file it stands for: run `git lfs pull`",
+    b"version https://git-lfs": "a pointer of Git LFS instead of the file itself: run `git lfs pull`",
     b"{": "a JSON text: name a checkpoint",
-    b"GGUF": "a GGUF file, which is not read here: fetch the .safetensors",
+    b"GGUF": "a GGUF file, which minidistill does not read: fetch the .safetensors",
 }
+# A .ckpt that names one of these was made to run code. Any other class or function gets a harmless stand-in.
+ATTACKS = ("os.", "posix.", "nt.", "sys.", "subprocess.", "builtins.eval", "builtins.exec")
 
 
-def read_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a .safetensors, .ckpt or .bin file by name, and the metadata of a .safetensors.
 
-    Nothing in the file is run, and no tensor is read. Raises CheckpointError.
+    The tensors are mapped: the file is read when their values are used, and writing to them leaves it unchanged.
+    Nothing in the file is run. Raises CheckpointError.
     """
     if not path.is_file():
-        what = "a folder, where a file should be" if path.is_dir() else "missing"
-        raise CheckpointError(f"{path} is {what}: fetch the file anew, or name another.")
-    with blamed(path):
+        problem = "a folder, where a file should be" if path.is_dir() else "missing"
+        raise CheckpointError(f"{path} is {problem}: fetch the file again, or name another.")
+    with reading(path):
         with path.open("rb") as file:
             head = file.read(64)
         if not head:
             raise CheckpointError(f"{path} is empty: fetch it again.")
         if head[8:9] == b"{":
-            return read_safetensors(MappedFile(path))
+            return read_safetensors(path)
         if head.startswith((b"PK\3\4", b"\x80")):
-            return read_pickle(MappedFile(path)), {}
-        for start, what in MISTAKEN.items():
-            if head.lstrip().startswith(start):
-                raise CheckpointError(f"{path} is not a readable checkpoint but {what}.")
-    raise CheckpointError(
-        f"{path} is not a readable checkpoint: neither safetensors nor what PyTorch writes. Fetch it again."
-    )
+            return read_pickle(path, zipped=head.startswith(b"PK")), {}
+    for start, mistake in MISTAKEN.items():
+        if head.lstrip().startswith(start):
+            raise CheckpointError(f"{path} is not a readable checkpoint but {mistake}.")
+    raise CheckpointError(f"{path} is not a readable checkpoint, neither safetensors nor PyTorch's: fetch it again.")
 
 
-def read_safetensors(file: MappedFile) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Eight bytes with the header's length, the header as JSON, and the tensors, each where the one before it ends."""
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({error}): fetch it again.") from error
 
-    def refuse(what: str) -> CheckpointError:
-        return CheckpointError(f"{file.path} is not a readable safetensors file: {what}. Fetch it again.")
 
-    with file.path.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        # Parsed, a header is many times its length; those of honest files are a small part of the whole.
-        if length > min(HEADER_LIMIT + file.size // 16, file.size - 8):
-            raise refuse(f"its header is said to have {length:,} bytes, the file has {file.size:,}")
-        header = json.loads(opened.read(length))
-    metadata = header.pop("__metadata__", {})
-    if not all(isinstance(text, str) for text in metadata.values()):
-        raise refuse("its metadata are not text")
+class StandIn:
+    """Replaces every class and function in a .ckpt that tensors do not need. Calling it does nothing."""
 
-    tensors, spans = {}, []
-    for name, entry in header.items():
-        dtype, shape, (start, stop) = DTYPES.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
-        if dtype is None:
-            raise refuse(f"{name} has the unknown dtype {entry['dtype']}")
-        if not is_shape(shape) or not is_shape((start, stop)):
-            raise refuse(f"{name} has the shape {list(shape)} and the offsets {start} to {stop}")
-        if stop - start != prod(shape) * dtype.itemsize:
-            raise refuse(f"{name} takes {stop - start:,} bytes, which its shape {list(shape)} does not")
-        tensors[name] = StoredTensor(file, 8 + length + start, dtype, shape, row_major(shape))
-        spans.append((start, stop))
+    __slots__ = ()
 
-    end = 0
-    for start, stop in sorted(spans):
-        if start != end:
-            raise refuse(f"its tensors overlap, or leave a gap, at byte {start:,}")
-        end = stop
-    if end != file.size - 8 - length:
-        raise refuse(f"its tensors take {end:,} bytes, and the file has {file.size - 8 - length:,} for them")
-    return tensors, metadata
+    def __new__(cls, *args: object) -> "StandIn":
+        return super().__new__(cls)
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def read_pickle(path: Path, zipped: bool) -> dict[str, Tensor]:
+    """The tensors of the dict in a .ckpt or .bin, or of the ``state_dict`` inside that dict.
+
+    PyTorch's restricted unpickler builds tensors and plain containers only. It is told to put a StandIn wherever
+    anything else is named, such as the callbacks of a training framework. ``zipped``: the format since PyTorch 1.6.
+    """
+    if zipped and path.suffix == ".safetensors":
+        raise CheckpointError(f"{path} is a PyTorch file under the wrong name: rename it to .ckpt.")
+    if zipped:
+        check_archive(path)
+    try:
+        names = unknown_globals(path, zipped)
+        if attacks := sorted(name for name in names if name.startswith(ATTACKS)):
+            raise CheckpointError(f"{path} tries to run code ({', '.join(attacks)[:100]}): do not use this file.")
+        with torch.serialization.safe_globals([(StandIn, name) for name in names]):
+            root = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = (
+            str(error).partition("\n\nCheck the documentation")[0].rpartition("\n")[2]
+        )  # without PyTorch's unsafe advice
+        raise CheckpointError(
+            f"{path} is damaged, or holds more than tensors and plain data ({reason[:200]}): fetch it again, or "
+            "convert it to .safetensors where it was made."
+        ) from error
+    # dict.get(x) instead of x.get(): the file can set attributes of its OrderedDicts.
+    if isinstance(root, dict) and isinstance(dict.get(root, "state_dict"), dict):
+        root = dict.get(root, "state_dict")
+    items = dict.items(root) if isinstance(root, dict) else ()
+    tensors = {name: Tensor.detach(value) for name, value in items if isinstance(name, str) and is_plain(value)}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no named tensors: it is not a checkpoint of a model.")
+    # Tensors may share storage, but a file whose tensors together exceed it would fill the memory.
+    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * path.stat().st_size:
+        raise CheckpointError(f"{path} holds tensors larger than itself: do not use this file.")
+    if not zipped and not all(tensor.untyped_storage().resizable() for tensor in tensors.values()):
+        raise CheckpointError(f"{path} holds views of storages, as PyTorch wrote them before 0.4: save it again.")
+    return tensors
+
+
+def is_plain(value: object) -> bool:
+    """True for an ordinary dense tensor."""
+    if type(value) not in (Tensor, nn.Parameter):
+        return False
+    return value.layout is torch.strided and value.is_cpu and not value.is_quantized
+
+
+def unknown_globals(path: Path, zipped: bool) -> set[str]:
+    """The classes and functions that a PyTorch file names, beyond those that torch.load(weights_only=True) allows."""
+    if zipped:
+        return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    with path.open("rb") as file:  # five pickles: magic number, version, system, contents, names of storages
+        names = set().union(*(_weights_only_unpickler.get_globals_in_pkl(file) for _ in range(5)))
+        file.seek(0)
+        for _ in range(5):
+            check_nesting(file)
+    return names - _weights_only_unpickler._get_allowed_globals().keys()
+
+
+def check_archive(path: Path) -> None:
+    """Raise unless every record is uncompressed and ends before the next: torch.load(mmap=True) relies on both."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+        ends = [*(record.header_offset for record in records[1:]), archive.start_dir]
+        for record, end in zip(records, ends):
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{record.filename} is compressed, which PyTorch never does")
+            file.seek(record.header_offset + 26)  # the local header: 30 bytes, a name, padding
+            name, padding = struct.unpack("<HH", file.read(4))
+            if record.header_offset + 30 + name + padding + record.file_size > end:
+                raise ValueError(f"{record.filename} overlaps what follows it")
+            if record.filename.endswith("/data.pkl"):
+                file.seek(name + padding, os.SEEK_CUR)
+                check_nesting(io.BytesIO(file.read(record.file_size)))
+
+
+def check_nesting(file: BinaryIO) -> None:
+    """Raise if tuples in the next pickle may be nested so deeply that hashing one would crash Python."""
+    if sum(opcode.name.startswith("TUPLE") for opcode, _, _ in pickletools.genops(file)) > 50_000:
+        raise ValueError("it nests tuples too deeply")
+
+
+def convert(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor itself, still mapped, if it has that dtype already; else a copy, and the pages read for it are freed.
+
+    Copies of convolution weights [out, in, k, k] are channels last, the fastest layout for small convolutions.
+    """
+    if tensor.dtype == dtype and tensor.is_contiguous() and tensor.data_ptr() % tensor.itemsize == 0:
+        return tensor
+    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+    copy = tensor.to(dtype, copy=True).contiguous(memory_format=layout)
+    release_pages(tensor)
+    return copy
+
+
+def release_pages(tensor: Tensor) -> None:
+    """Free the memory behind a mapped tensor. If it is used again, the system reads it from the file again.
+
+    Without this, a float16 file loaded as float32 takes 1.5 times the memory of its weights.
+    """
+    storage = tensor.untyped_storage()
+    if storage.resizable() or not hasattr(mmap, "MADV_DONTNEED"):  # not mapped; not available on Windows
+        return
+    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < stop:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write safetensors whole, equal bytes for equal contents."""
-    with written_whole(path) as beside:
-        beside.touch()
-        mode = beside.stat().st_mode
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, {**metadata, "format": "pt"})
-        sort_header(beside)
-        beside.chmod(mode)  # the library's files are for their owner only
+    """Write a .safetensors atomically. Equal contents give equal bytes."""
+    with atomic_write(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, temporary, {**metadata, "format": "pt"})
+        sort_header(temporary)
+        temporary.chmod(mode)  # safetensors would leave it readable by its owner only
 
 
 def sort_header(path: Path) -> None:
-    """Put the metadata of a safetensors in order: the library's order differs from call to call."""
+    """Sort the header of a .safetensors, because safetensors writes the metadata in arbitrary order."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         contents = json.loads(file.read(length))
         header = json.dumps(contents, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
         file.seek(8)
-        file.write(header.ljust(length))  # spaces at the end, as before: the tensors stay where they are
+        file.write(header.ljust(length))  # padded with spaces to the same length: the tensors stay in place

@@ -26,7 +26,6 @@ from tqdm import tqdm
 from minidistill import load, load_lora, merge_lora
 from minidistill.evaluate import draw, interval, pixels
 from minidistill.evaluate.metrics import Estimate
-from minidistill.evaluate.students import read_interval
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write, write_json
 from minidistill.formats.lora_formats import read_lora
@@ -273,10 +272,11 @@ def held_out(path: Path, limit: int | None = None) -> list[Composition]:
 
 def sample_all(sd: StableDiffusion, args: Namespace, prompts: list[str]) -> dict[str, Tensor]:
     """Images of the prompts by teacher, unguided model and, with a LoRA, student: uint8 [N, 3, H, W] each."""
-    learned = read_lora(args.lora).metadata if args.lora else {}
-    guidance = args.guidance if args.guidance is not None else float(learned.get("guidance", 2.5))
-    options = dict(steps=args.steps, guidance=guidance, interval=read_interval(learned), batch=args.batch)
-    options |= dict(negative_prompt=learned.get("negative_prompt", ""), progress=True)
+    lora = read_lora(args.lora) if args.lora else None
+    header = lora.metadata if lora else {}
+    guidance = args.guidance if args.guidance is not None else float(header.get("guidance", 2.5))
+    options = dict(steps=args.steps, guidance=guidance, negative_prompt=header.get("negative_prompt", ""))
+    options |= dict(interval=lora.interval if lora else None, batch=args.batch, progress=True)
     rows = {f"teacher, guidance {guidance:g}": draw(sd, "teacher", prompts, **options)}
     rows["no guidance"] = draw(sd, "no guidance", prompts, **options)
     if args.lora:

@@ -79,8 +79,8 @@ class Progress:
                 yield step
             self.bar.close()
 
-    def note(self, batch: Batch, target: Tensor) -> None:
-        """Remember examples and targets, to see before a checkpoint whether the student has diverged."""
+    def remember(self, batch: Batch, target: Tensor) -> None:
+        """Keep the last examples and targets, to check before a checkpoint that the student has not diverged."""
         self.recent.append(replace(batch, target=target))
         while sum(map(len, self.recent)) - len(self.recent[0]) >= ENOUGH:
             self.recent.popleft()

@@ -22,9 +22,10 @@ LOW_MEMORY = 1000
 
 
 def recompute(model: UNet | LoRAModel, below: float) -> None:
-    """Have each residual block and transformer keep only numbers that took ``below`` multiply-adds or more.
+    """Have residual blocks, transformers and upsamplers keep only numbers that took ``below`` multiply-adds or more.
 
-    0 keeps everything; ``math.inf`` keeps only what goes into a block.
+    0 keeps everything; ``math.inf`` keeps only what goes into a block. Call it after ``inject_lora``: the backward pass
+    needs the model's switch.
     """
     unet = model.base if isinstance(model, LoRAModel) else model
     vars(unet).pop("run_block", None)  # back to the class's own

@@ -1,10 +1,11 @@
 """The folder of a run: one run at a time, and checkpoints to resume from."""
 
+import argparse
 import hashlib
 import io
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +19,9 @@ try:
 except ImportError:  # on Windows, where two runs in one folder go unnoticed
     fcntl = None
 
+# Flags that do not change what is learned; --student and --source are recorded as --method.
+FREE = {"out", "states", "resume", "no_report", "save_every", "device", "kernel", "memory", "accumulate", "compile"}
+FREE |= {"batched_teacher", "student", "source"}
 KEPT = 2  # checkpoints: the older one is for when the newer turns out to be damaged
 DIGEST = 32  # bytes of SHA-256 at the end of a checkpoint: torch.load itself does not notice a flipped bit
 
@@ -80,6 +84,15 @@ def save_checkpoint(
     newest = files.index(file) + 1
     for other in [*files[: max(newest - KEPT, 0)], *files[newest:]]:  # later ones were damaged, and passed over
         other.unlink()
+
+
+def fixed_settings(args: argparse.Namespace, contents: Mapping[str, str]) -> dict[str, str]:
+    """The flags that must be the same when a run is resumed, as text.
+
+    ``contents`` are fingerprints by flag, because other weights, prompts or images may lie under the same name.
+    """
+    settings = {flag: str(value) for flag, value in vars(args).items() if flag not in FREE}
+    return settings | {flag: f"{settings[flag]} ({fingerprint})" for flag, fingerprint in contents.items()}
 
 
 def is_intact(file: Path) -> bool:

@@ -36,32 +36,19 @@ def add_model_flags(
 ) -> argparse._ArgumentGroup:
     """Which Stable Diffusion to load, and how: --model and the flags that ``load_options`` hands on."""
     flags = parser.add_argument_group("which Stable Diffusion, and how it is loaded")
-    flags.add_argument(
-        "--model",
-        type=Path,
-        default=DEFAULT_MODEL,
-        metavar="PATH",
-        help="a folder in the official layout, a single file, or a hub id (default: %(default)s)",
-    )
-    flags.add_argument("--ema", action="store_true", help="load the UNet's EMA weights, which some single files hold")
-    flags.add_argument(
-        "--variant", metavar="TEXT", help='which weights of a folder or hub id to load, for example "fp16"'
-    )
-    flags.add_argument(
-        "--prediction",
-        choices=("eps", "v"),
-        help="what the UNet predicts (default: what the model says; v for an SD 2.x single file that says nothing)",
-    )
-    flags.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="PATH",
-        help="folder with vocab.json and merges.txt (default: the model's own; for a single file, CLIP's from the hub)",
-    )
-    flags.add_argument(
-        "--device", default=DEFAULT_DEVICE, metavar="DEVICE", help="where to compute (default: %(default)s)"
-    )
-    flags.add_argument("--dtype", default="float32", choices=dtypes, help="dtype of the weights (default: %(default)s)")
+    add, path = flags.add_argument, dict(type=Path, metavar="PATH")
+    # fmt: off
+    add("--model", **path, default=DEFAULT_MODEL, help="a folder in the official layout, a single file, or a hub id "
+        "(default: %(default)s)")
+    add("--ema", action="store_true", help="load the UNet's EMA weights, which some single files hold")
+    add("--variant", metavar="TEXT", help='which weights of a folder or hub id to load, for example "fp16"')
+    add("--prediction", choices=("eps", "v"), help="what the UNet predicts (default: what the model says; v for an "
+        "SD 2.x single file that says nothing)")
+    add("--tokenizer", **path, help="folder with vocab.json and merges.txt (default: the model's own; for a single "
+        "file, CLIP's from the hub)")
+    add("--device", default=DEFAULT_DEVICE, metavar="DEVICE", help="where to compute (default: %(default)s)")
+    add("--dtype", default="float32", choices=dtypes, help="dtype of the weights (default: %(default)s)")
+    # fmt: on
     return flags
 
 

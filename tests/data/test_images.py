@@ -1,4 +1,4 @@
-"""images.py: pictures of your own become latents, once, as the VAE makes them, and what is left out is named."""
+"""data/images.py: your own images are encoded once, by the VAE, and those left out are named with the reason."""
 
 import json
 import shutil
@@ -14,14 +14,14 @@ from tiny import error, write_tiny
 from torch import Tensor
 
 from minidistill import StableDiffusion
-from minidistill.data.images import Latents, encode, read_folder, read_picture
+from minidistill.data.images import ImageLatents, encode, read_folder, read_image
 from minidistill.formats.lora_formats import read_lora
 
-SIDE = 16  # of the tiny model's pictures
+SIDE = 16  # of the tiny model's images
 
 
 def pixels(seed: int, height: int = SIDE, width: int = SIDE) -> np.ndarray:
-    """Smooth and different: [H, W, 3]."""
+    """A smooth image that depends on the seed: [H, W, 3]."""
     coarse = torch.rand(1, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
     smooth = F.interpolate(coarse, size=(height, width), mode="bilinear")[0]
     return (255 * smooth).byte().permute(1, 2, 0).numpy()
@@ -37,19 +37,19 @@ def write(file: Path, seed: int, caption: str | None = None, **size: int) -> Pat
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twelve good ones, in both layouts."""
+    """Twelve images with captions, in both layouts."""
     for i in range(6):
-        write(tmp_path / f"pictures/{i}.png", i, f"picture {i}\n")
+        write(tmp_path / f"images/{i}.png", i, f"image {i}\n")
     for i in range(6, 12):
-        write(tmp_path / f"pictures/more/{i}.JPG", i)
-    lines = [json.dumps({"file_name": f"{i}.JPG", "text": f"picture {i}", "other": 1}) for i in range(6, 12)]
-    (tmp_path / "pictures/more/metadata.jsonl").write_text("\n".join(lines) + "\n")
-    return tmp_path / "pictures"
+        write(tmp_path / f"images/more/{i}.JPG", i)
+    lines = [json.dumps({"file_name": f"{i}.JPG", "text": f"image {i}", "other": 1}) for i in range(6, 12)]
+    (tmp_path / "images/more/metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "images"
 
 
-def encoded(sd: StableDiffusion, folder: Path, cache: Path) -> tuple[Latents, dict[Path, str]]:
-    pictures, _ = read_folder(folder)
-    return encode(sd, pictures, [picture.caption for picture in pictures], cache)
+def encoded(sd: StableDiffusion, folder: Path, cache: Path) -> tuple[ImageLatents, dict[Path, str]]:
+    images, _ = read_folder(folder)
+    return encode(sd, images, [image.caption for image in images], cache)
 
 
 @pytest.fixture
@@ -60,25 +60,26 @@ def calls(sd: StableDiffusion) -> list[int]:
     return sizes
 
 
-# Finding pictures and captions
+# Finding images and captions
 
 
 def test_captions_in_text_files_and_in_metadata(folder: Path):
     (folder / "more/7.txt").write_text("from its\nown file")
-    pictures, left_out = read_folder(folder)
-    assert [p.file.stem for p in pictures] == ["0", "1", "2", "3", "4", "5", "10", "11", "6", "7", "8", "9"]
+    images, left_out = read_folder(folder)
+    assert [image.file.stem for image in images] == ["0", "1", "2", "3", "4", "5", "10", "11", "6", "7", "8", "9"]
     assert not left_out
-    assert all(p.caption == (f"picture {p.file.stem}" if p.file.stem != "7" else "from its own file") for p in pictures)
+    captions = {image.file.stem: image.caption for image in images}
+    assert captions == {stem: f"image {stem}" for stem in captions} | {"7": "from its own file"}
 
 
-def test_what_has_no_caption_is_named(folder: Path):
+def test_images_without_a_caption_are_named(folder: Path):
     write(folder / "silent.png", 20)
     write(folder / "blank.png", 21, " \n")
     write(folder / "binary.png", 22).with_suffix(".txt").write_bytes(b"\xff\xfe\x00")
     with (folder / "more/metadata.jsonl").open("a") as file:
         file.write('{"file_name": "gone.jpg", "text": "a ghost"}\n')
-    pictures, left_out = read_folder(folder)
-    assert len(pictures) == 12
+    images, left_out = read_folder(folder)
+    assert len(images) == 12
     reasons = {file.name: reason for file, reason in left_out.items()}
     assert set(reasons) == {"silent.png", "blank.png", "binary.png", "gone.jpg"}
     assert "no caption" in reasons["silent.png"] and "no caption" in reasons["blank.png"]
@@ -89,28 +90,28 @@ def test_what_has_no_caption_is_named(folder: Path):
 def test_a_bad_line_of_metadata_is_named(line: str, folder: Path):
     good = '{"file_name": "0.png", "text": "fine"}'
     (folder / "metadata.jsonl").write_text(f"{good}\n\n{line}\n", encoding="latin-1")
-    with pytest.raises(ValueError, match=r"metadata.jsonl, line 3 should read like"):
+    with pytest.raises(ValueError, match=r"metadata.jsonl, line 3 should look like"):
         read_folder(folder)
 
 
 def test_nothing_to_learn_from(tmp_path: Path, sd: StableDiffusion):
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         read_folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"holds no picture \(.bmp, .* with a caption\.$"):
+    with pytest.raises(ValueError, match=r"has no image \(.bmp, .* with a caption\.$"):
         read_folder(tmp_path)
     write(tmp_path / "a.png", 0)
-    with pytest.raises(ValueError, match="of 1 left out, the first is .*a.png: no caption"):
+    with pytest.raises(ValueError, match="1 left out, the first is .*a.png: no caption"):
         read_folder(tmp_path)
     write(tmp_path / "a.png", 0, "tiny", height=4)
-    with pytest.raises(ValueError, match="No picture is left .* of 1 left out, the first is .*a.png: 16x4 pixels"):
+    with pytest.raises(ValueError, match="No image is left .* 1 left out, the first is .*a.png: 16x4 pixels"):
         encoded(sd, tmp_path, tmp_path / "cache")
 
 
-# From a picture to its latent
+# From an image to its latent
 
 
 def resized(file: Path) -> Tensor:
-    """PyTorch's resampling instead of Pillow's, in the other order: first the short side, then the crop. Levels."""
+    """Levels, by PyTorch's resampling instead of Pillow's, in the other order: the short side first, then the crop."""
     x = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)[None].float()
     size = [SIDE * length // min(x.shape[2:]) for length in x.shape[2:]]
     x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 255)
@@ -119,28 +120,28 @@ def resized(file: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("height, width", [(32, 48), (96, 64), (16, 16), (8, 12)])
-def test_a_latent_is_the_vaes_of_the_resized_picture(height: int, width: int, sd: StableDiffusion, tmp_path: Path):
-    file = write(tmp_path / "pictures/a.png", 3, "one", height=height, width=width)
+def test_a_latent_is_the_vaes_of_the_resized_image(height: int, width: int, sd: StableDiffusion, tmp_path: Path):
+    file = write(tmp_path / "images/a.png", 3, "one", height=height, width=width)
     expected = resized(file)
-    found = read_picture(file, SIDE)
-    assert ((found + 1) * 127.5 - expected).abs().max() < 1.5  # Pillow rounds to levels, once a direction
-    latents, _ = encoded(sd, tmp_path / "pictures", tmp_path / "cache")
+    x = read_image(file, SIDE)
+    assert ((x + 1) * 127.5 - expected).abs().max() < 1.5  # Pillow rounds to levels, once per direction
+    latents, _ = encoded(sd, tmp_path / "images", tmp_path / "cache")
     with torch.no_grad():
         z_0 = sd.vae.encode(expected / 127.5 - 1)
     assert error(latents.ends(torch.tensor([0])), z_0) < 1e-2
-    assert error(latents.ends(torch.tensor([0])), z_0.flip(-1)) > 0.1  # the picture is not the same everywhere
+    assert error(latents.ends(torch.tensor([0])), z_0.flip(-1)) > 0.1  # the image is not symmetric
 
 
-def test_upright(tmp_path: Path):
-    """Orientation 6: the camera lay on its side, and the picture is to be turned clockwise."""
+def test_images_are_rotated_upright(tmp_path: Path):
+    """Orientation 6: the camera lay on its side, so the image must be rotated clockwise."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(pixels(0)).save(tmp_path / "a.png", exif=exif)
     expected = torch.from_numpy(np.rot90(pixels(0), -1).copy()).permute(2, 0, 1) / 127.5 - 1
-    assert torch.equal(read_picture(tmp_path / "a.png", SIDE), expected)
+    assert torch.equal(read_image(tmp_path / "a.png", SIDE), expected)
 
 
-def test_transparent_is_white(tmp_path: Path):
+def test_transparent_pixels_become_white(tmp_path: Path):
     black = np.zeros((SIDE, SIDE, 4), np.uint8)
     black[8:, :, 3] = 255
     Image.fromarray(black).save(tmp_path / "a.png")
@@ -148,19 +149,19 @@ def test_transparent_is_white(tmp_path: Path):
     palette.putpalette([255, 0, 0, 0, 0, 0])  # red, where it shows
     palette.save(tmp_path / "b.png", transparency=0)
     for name in ("a.png", "b.png"):
-        x = read_picture(tmp_path / name, SIDE)
+        x = read_image(tmp_path / name, SIDE)
         assert x.shape == (3, SIDE, SIDE) and (x[:, :8] == 1).all() and (x[:, 8:] == -1).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK"])
-def test_other_kinds_of_pixels(mode: str, tmp_path: Path):
-    picture = Image.fromarray(pixels(1)).convert(mode)
-    picture.save(tmp_path / "a.tiff")
-    expected = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
-    assert torch.equal(read_picture(tmp_path / "a.tiff", SIDE), expected)
+def test_other_pixel_formats(mode: str, tmp_path: Path):
+    image = Image.fromarray(pixels(1)).convert(mode)
+    image.save(tmp_path / "a.tiff")
+    expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
+    assert torch.equal(read_image(tmp_path / "a.tiff", SIDE), expected)
 
 
-def test_what_cannot_be_used_is_left_out_and_named(folder: Path, sd: StableDiffusion, tmp_path: Path):
+def test_unusable_images_are_left_out_and_named(folder: Path, sd: StableDiffusion, tmp_path: Path):
     good = (folder / "0.png").read_bytes()
     write(folder / "tiny.png", 0, "too small", height=7, width=40)
     write(folder / "just.png", 0, "large enough", height=8, width=40)
@@ -175,14 +176,14 @@ def test_what_cannot_be_used_is_left_out_and_named(folder: Path, sd: StableDiffu
     assert len(latents) == 13 and len(list((tmp_path / "cache").iterdir())) == 13
 
 
-def test_held_out_captions_are_not_learned(folder: Path, sd: StableDiffusion, tmp_path: Path):
-    pictures, _ = read_folder(folder)
-    captions = [p.caption for p in pictures[3:]]
-    latents, _ = encode(sd, pictures, captions, tmp_path / "cache")
+def test_images_with_held_out_captions_are_not_learned(folder: Path, sd: StableDiffusion, tmp_path: Path):
+    images, _ = read_folder(folder)
+    captions = [image.caption for image in images[3:]]
+    latents, _ = encode(sd, images, captions, tmp_path / "cache")
     assert len(latents) == 9 and latents.prompts(torch.tensor([8, 0])).tolist() == [8, 0]
 
 
-# Once
+# Encoding once
 
 
 def test_a_second_run_encodes_nothing(folder: Path, sd: StableDiffusion, calls: list[int], tmp_path: Path):
@@ -209,7 +210,7 @@ def test_only_what_changed_is_encoded_again(folder: Path, sd: StableDiffusion, c
     assert len(calls) == 2 + 13
 
 
-def test_damaged_latents_are_made_again(folder: Path, sd: StableDiffusion, calls: list[int], tmp_path: Path):
+def test_damaged_latents_are_encoded_again(folder: Path, sd: StableDiffusion, calls: list[int], tmp_path: Path):
     encoded(sd, folder, tmp_path / "cache")
     before = {file: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
     first, second, third, fourth, *_ = before
@@ -231,7 +232,7 @@ def flags(model: Path, folder: Path, out: Path, *more: object) -> list[object]:
     return [x for name, value in settings.items() for x in (f"--{name.replace('_', '-')}", value)] + list(more)
 
 
-def test_train_learns_from_pictures(command, tiny_model: Path, folder: Path, tmp_path: Path):
+def test_train_learns_from_images(command, tiny_model: Path, folder: Path, tmp_path: Path):
     write(folder / "tiny.png", 0, "too small", height=4)
     write(folder / "silent.png", 0)
     out = tmp_path / "run"
@@ -242,14 +243,14 @@ def test_train_learns_from_pictures(command, tiny_model: Path, folder: Path, tmp
     file = read_lora(out / "lora.safetensors")
     assert file.metadata["method"] == "noised" and all(pair.up.abs().max() > 0 for pair in file.layers.values())
     assert "on 2 held-out prompts" in (out / "report.md").read_text()
-    assert len(list((out / "states").glob("picture-*"))) == 12 and not list((out / "states").glob("trajectories-*"))
+    assert len(list((out / "states").glob("image-*"))) == 12 and not list((out / "states").glob("trajectories-*"))
 
-    write(folder / "5.png", 50)  # after which it would be another run
+    write(folder / "5.png", 50)  # which makes it another run
     assert f"--images {folder} (" in command("train.py", *flags(tiny_model, folder, out, "--resume")).complaint
 
 
 def test_resuming_with_another_teacher_is_refused(command, tiny_model: Path, folder: Path, tmp_path: Path):
-    """Other weights under the same name: there are no trajectories that would say so."""
+    """Other weights under the same name: here no trajectories exist that would show it."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
     run = flags(model, folder, tmp_path / "run", "--no-report")
     assert command("train.py", *run).code == 0
@@ -258,7 +259,7 @@ def test_resuming_with_another_teacher_is_refused(command, tiny_model: Path, fol
     assert f"--model {model} (" in command("train.py", *run, "--resume").complaint
 
 
-def test_which_picture_is_learned_is_what_counts(command, tiny_model: Path, folder: Path, tmp_path: Path):
+def test_other_images_give_another_student(command, tiny_model: Path, folder: Path, tmp_path: Path):
     command("train.py", *flags(tiny_model, folder, tmp_path / "one", "--no-report"))
     for file in sorted(folder.rglob("*.png")):
         write(file, 100 + int(file.stem))
@@ -275,12 +276,14 @@ def test_which_picture_is_learned_is_what_counts(command, tiny_model: Path, fold
         (("--prompts", "prompts.txt"), "--prompts"),
     ],
 )
-def test_pictures_and_what_they_exclude(more, message, command, tiny_model: Path, folder: Path, tmp_path: Path):
+def test_flags_that_contradict_images_are_refused(
+    more, message, command, tiny_model: Path, folder: Path, tmp_path: Path
+):
     result = command("train.py", *flags(tiny_model, folder, tmp_path / "run", *more))
     assert message in result.complaint and len(result.lines) == 1 and not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_captions_leaves_nothing(command, tiny_model: Path, tmp_path: Path):
-    write(tmp_path / "pictures/a.png", 0)
-    complaint = command("train.py", *flags(tiny_model, tmp_path / "pictures", tmp_path / "run")).complaint
-    assert "holds no picture" in complaint and not (tmp_path / "run").exists()
+    write(tmp_path / "images/a.png", 0)
+    complaint = command("train.py", *flags(tiny_model, tmp_path / "images", tmp_path / "run")).complaint
+    assert "has no image" in complaint and not (tmp_path / "run").exists()

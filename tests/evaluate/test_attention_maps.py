@@ -1,4 +1,4 @@
-"""attention_maps.py: the recorded weights are those that the network mixes its values with."""
+"""attention_maps.py: the recorded weights are the ones that the network applies to its values."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ def cross_attention(unet: nn.Module) -> dict[str, Attention]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("lora_enabled", [False, True])
-def test_the_weights_mix_the_values_into_the_layers_own_output(lora_enabled: bool):
-    """What the layer gave, from the recorded weights: the values summed up token by token and head by head."""
+def test_the_recorded_weights_give_the_output_of_the_layer(lora_enabled: bool):
+    """Sum the values with the recorded weights, token by token and head by head."""
     unet, outputs, values = tiny_student(), {}, {}
     for name, layer in cross_attention(unet).items():
         layer.register_forward_hook(lambda m, args, out, name=name: outputs.update({name: out}))
@@ -37,7 +37,7 @@ def test_the_weights_mix_the_values_into_the_layers_own_output(lora_enabled: boo
             assert error(layer.to_out(mixed), outputs[name]) < 1e-5
 
 
-def test_every_pixel_spends_one():
+def test_the_weights_of_a_pixel_sum_to_one():
     unet = tiny_unet()
     with torch.no_grad(), attention_maps(unet) as maps:
         unet(*unet_inputs())
@@ -45,7 +45,7 @@ def test_every_pixel_spends_one():
         assert weights.min() >= 0 and error(weights.sum(2), torch.ones_like(weights.sum(2))) < 1e-6
 
 
-def test_pictures_that_are_not_square():
+def test_latents_that_are_not_square():
     unet, (z_t, t, context) = tiny_unet(), unet_inputs(side=6)
     with torch.no_grad(), attention_maps(unet) as maps:
         unet(z_t[:, :, :4], t, context)
@@ -53,7 +53,7 @@ def test_pictures_that_are_not_square():
     assert sizes == {(4, 6), (2, 3)}
 
 
-def test_a_list_grows_with_the_calls_and_ends_with_the_block():
+def test_every_call_in_the_block_is_recorded_and_none_after():
     unet, inputs = tiny_unet(), unet_inputs()
     with torch.no_grad():
         before = unet(*inputs)
@@ -61,10 +61,10 @@ def test_a_list_grows_with_the_calls_and_ends_with_the_block():
             during = [unet(*inputs) for _ in range(3)]
         unet(*inputs)
     assert all(len(calls) == 3 for calls in maps.values())
-    assert all(torch.equal(before, output) for output in during)  # nothing that is computed changes
+    assert all(torch.equal(before, output) for output in during)  # recording changes no output
 
 
-def test_hooks_are_gone_when_the_block_fails():
+def test_hooks_are_removed_when_the_block_fails():
     unet = tiny_unet()
     with pytest.raises(ZeroDivisionError), attention_maps(unet):
         raise ZeroDivisionError

@@ -1,4 +1,4 @@
-"""Quality: every measure has its known value where there is one, and the command measures every method."""
+"""The quality command: its measures agree with known values, and it measures every method."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def test_noise_error_share_of_a_negative_prompt(sd: StableDiffusion):
 
 @pytest.mark.parametrize("noised", [False, True])
 def test_noise_error_share_of_a_teacher_guided_in_an_interval(noised: bool, sd: StableDiffusion):
-    """At 751, 501, 251 and 1: nothing is left to learn outside, and whoever guides there is wrong."""
+    """Steps at t = 751, 501, 251 and 1: outside the interval no guidance is missing, and any guidance is an error."""
     interval, options = Interval(251, 600), dict(steps=4, guidance=GUIDANCE, noised=noised)
     sd.unet = Imitation(sd, 0.5, interval=interval)
     share = noise_error_share(sd, PROMPTS, interval=interval, **options)
@@ -90,20 +90,20 @@ def flat(level: int) -> Image.Image:
 
 def test_psnr():
     found = psnr([flat(100), flat(110), flat(0)], [flat(100), flat(100), flat(255)])
-    assert found[0] >= 99  # the same picture
+    assert found[0] >= 99  # identical images
     assert math.isclose(found[1], 20 * math.log10(255 / 10), abs_tol=1e-3)
     assert math.isclose(found[2], 0, abs_tol=1e-3)
 
 
 def test_psnr_sees_every_pixel_and_channel():
-    picture = np.zeros((6, 8, 3), dtype=np.uint8)
-    picture[5, 7, 2] = 255
+    image = np.zeros((6, 8, 3), dtype=np.uint8)
+    image[5, 7, 2] = 255
     expected = 10 * math.log10(6 * 8 * 3)
-    assert math.isclose(psnr([Image.fromarray(picture)], [flat(0)])[0], expected, abs_tol=1e-3)
+    assert math.isclose(psnr([Image.fromarray(image)], [flat(0)])[0], expected, abs_tol=1e-3)
 
 
 def test_ssim():
-    """1 for the same picture; of two flat ones only the means differ ("SSIM", eq. 6)."""
+    """1 for identical images. Two flat images differ only in their means ("SSIM", eq. 6)."""
     c1 = (0.01 * 255) ** 2
     dark, light = (flat(level).resize((8, 8)) for level in (100, 110))  # its window is 7 wide
     found = ssim([dark, light], [dark, dark])
@@ -112,10 +112,10 @@ def test_ssim():
 
 
 def test_frechet_distance():
-    """Of Gaussians whose covariances commute: |m1 - m2|^2 + |s1 - s2|^2."""
+    """For Gaussians whose covariances commute it is |m1 - m2|^2 + |s1 - s2|^2."""
     torch.manual_seed(0)
     x = torch.randn(20_000, 3, dtype=torch.float64)
-    x = (x - x.mean(0)) @ torch.linalg.cholesky(torch.linalg.inv(x.T.cov()))  # exactly standard
+    x = (x - x.mean(0)) @ torch.linalg.cholesky(torch.linalg.inv(x.T.cov()))  # mean 0 and covariance 1, exactly
     turned = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
     s1, s2, shift = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 0.5, 3.0]), torch.tensor([0.0, 1.0, -2.0])
     expected = shift.square().sum() + (s1 - s2).square().sum()
@@ -125,20 +125,20 @@ def test_frechet_distance():
 
 def test_interval_resamples_prompts():
     assert interval(torch.ones(10, 4)) == (1, 1, 1)
-    values = torch.tensor([[1.0] * 4, [0.0] * 4]).repeat(50, 1)  # all pictures of a prompt agree
+    values = torch.tensor([[1.0] * 4, [0.0] * 4]).repeat(50, 1)  # all images of a prompt agree
     value, low, high = interval(values)
-    assert value == 0.5 and abs(high - low - 2 * 1.96 * 0.05) < 0.03  # as 100 independent values, not 400
+    assert value == 0.5 and abs(high - low - 2 * 1.96 * 0.05) < 0.03  # the width for 100 independent values, not 400
 
 
 def test_interval_of_a_ratio_pools():
-    """Sums over sums: prompts whose gap is large count more."""
+    """It is a ratio of sums: prompts with a large gap weigh more."""
     errors, gaps = torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [3.0, 3.0]])
     value, low, high = interval(errors, gaps)
     assert value == 0.25 and low == 0 and high == 1
 
 
 @pytest.mark.parametrize("method, calls", [("teacher", 6), ("no guidance", 3), ("student", 3)])
-def test_drawn_says_what_a_picture_cost(method: str, calls: int, sd: StableDiffusion):
+def test_draw_counts_unet_calls(method: str, calls: int, sd: StableDiffusion):
     sd.unet = inject_lora(sd.unet, rank=2)
     counted = []
     sd.unet.get_submodule("conv_in").register_forward_hook(lambda *_: counted.append(1))
@@ -158,7 +158,7 @@ def test_selective_guidance_drops_the_last_steps(selective: float, calls: int, s
     assert contexts == [False, True] * guided + [False] * (5 - guided)
 
 
-def test_selective_guidance_of_all_steps_is_none(sd: StableDiffusion):
+def test_selective_guidance_in_no_step_is_no_guidance(sd: StableDiffusion):
     nothing, none = (
         draw(sd, method, PROMPTS, steps=3, guidance=GUIDANCE, selective=part)
         for method, part in (("teacher", 1.0), ("no guidance", 0.0))
@@ -170,7 +170,7 @@ def test_selective_guidance_of_all_steps_is_none(sd: StableDiffusion):
 
 @pytest.mark.parametrize("interval, calls", [((0, 1000), 10), ((401, 601), 7), ((402, 600), 5), ((1, 1), 6)])
 def test_guidance_in_an_interval_costs_two_calls_inside(interval: tuple, calls: int, sd: StableDiffusion):
-    """DDIM's five steps are at 801, 601, 401, 201 and 1."""
+    """Five DDIM steps, at t = 801, 601, 401, 201 and 1."""
     counted = []
     sd.unet.register_forward_pre_hook(lambda *_: counted.append(1))
     drawn = draw(sd, "teacher", PROMPTS[:1], steps=5, guidance=GUIDANCE, interval=Interval(*interval))
@@ -187,7 +187,7 @@ def test_methods_start_from_the_same_noise(sd: StableDiffusion):
     assert all(np.array_equal(a, b) for a, b in zip(student.images, unguided.images))
 
 
-def test_grid_shows_every_picture(sd: StableDiffusion):
+def test_grid_shows_every_image(sd: StableDiffusion):
     sd.unet = inject_lora(sd.unet, rank=2)
     rows = [draw(sd, method, PROMPTS, steps=1, guidance=GUIDANCE) for method in ("teacher", "student")]
     for i, row in enumerate(rows):
@@ -225,7 +225,7 @@ def test_a_missing_clip_is_an_error(sd: StableDiffusion, tmp_path: Path):
 
 @pytest.fixture
 def run(sd: StableDiffusion, tmp_path: Path) -> Path:
-    """A run's folder: all that is asked of it is its LoRA."""
+    """A run's folder with a LoRA in it, which is all that evaluation reads."""
     save_lora(fill_up(inject_lora(sd.unet, rank=2)), tmp_path / "a run/lora.safetensors", LEARNED)
     return tmp_path / "a run"
 
@@ -258,7 +258,7 @@ def test_the_command_measures_every_method(run: Path, evaluate: Callable[..., Pa
         ("guided but for the last 50%", 3),
         ("a run", 2),
     ]
-    assert (found["prompts"], found["each"]) == (4, 2)  # seven pictures asked for
+    assert (found["prompts"], found["each"]) == (4, 2)  # for --pictures 7
     sd = load(tiny_model)
     sd.unet = load_lora(sd.unet, run / "lora.safetensors")
     prompts = (out.parent / "four.txt").read_text().splitlines()
@@ -270,14 +270,16 @@ def test_the_command_measures_every_method(run: Path, evaluate: Callable[..., Pa
     assert found["t"] == sd.schedule.timesteps(2)
     twice = [prompt for prompt in prompts for _ in range(2)]
     teacher, student = (draw(sd, method, twice, steps=2, guidance=4.0).images for method in ("teacher", "student"))
-    assert math.isclose(rows["a run"]["PSNR"]["value"], psnr(student, teacher).mean(), rel_tol=1e-2)  # merged there
+    assert math.isclose(
+        rows["a run"]["PSNR"]["value"], psnr(student, teacher).mean(), rel_tol=1e-2
+    )  # there the LoRA is merged
     table = (out / "table.md").read_text()
     assert "a run" in table and found["command"] in table
     assert found["command"].startswith("python -m minidistill.evaluate quality ")
     assert Image.open(out / "pictures.png").size[0] > 4 * 128 and Image.open(out / "error_by_step.png").size[0] > 0
 
 
-def test_further_teachers_are_guided_in_intervals(run: Path, evaluate: Callable[..., Path], tiny_model: Path):
+def test_intervals_add_teachers(run: Path, evaluate: Callable[..., Path], tiny_model: Path):
     out = evaluate(run, "--interval", 0, 400, "--interval", 2, 501)
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert [(row["method"], row["unet_calls"]) for row in rows[2:]] == [
@@ -294,7 +296,7 @@ def test_further_teachers_are_guided_in_intervals(run: Path, evaluate: Callable[
 
 
 def test_a_student_of_a_teacher_guided_in_an_interval(run: Path, evaluate: Callable[..., Path], tiny_model: Path):
-    """Its header says so, and that teacher is what it is compared with."""
+    """The interval is in the LoRA's header, and the teacher in the comparison is guided there only."""
     header = LEARNED | dict(interval="2 501", rank="2", alpha="2")
     write_tensors(run / "lora.safetensors", load_file(run / "lora.safetensors"), header)
     out = evaluate(run)
@@ -309,10 +311,10 @@ def test_a_student_of_a_teacher_guided_in_an_interval(run: Path, evaluate: Calla
     assert math.isclose(first, share.per_step[0], rel_tol=1e-4) and last is None  # at t = 1 there is no guidance
 
 
-def test_what_is_drawn_is_kept(run: Path, evaluate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+def test_images_are_cached(run: Path, evaluate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     results = [(evaluate(run) / "results.json").read_text()]
     with monkeypatch.context() as patched:
-        patched.setattr(StableDiffusion, "sample", lambda *_, **__: pytest.fail("drawn again"))
+        patched.setattr(StableDiffusion, "sample", lambda *_, **__: pytest.fail("sampled again"))
         results.append((evaluate(run) / "results.json").read_text())
     assert results[0] == results[1]
     other = {name: 2 * tensor for name, tensor in load_file(run / "lora.safetensors").items()}
@@ -322,17 +324,17 @@ def test_what_is_drawn_is_kept(run: Path, evaluate: Callable[..., Path], monkeyp
     assert before[:2] == after[:2] and before[2]["PSNR"] != after[2]["PSNR"]
 
 
-def test_a_full_student_is_measured_too(
+def test_a_full_student_is_measured(
     sd: StableDiffusion, tiny_model: Path, evaluate: Callable[..., Path], tmp_path: Path
 ):
-    """One that has learned nothing: all of the guidance is missing, whatever its pictures."""
+    """This one has learned nothing: it misses all of the guidance, and samples as no guidance does."""
     write_checkpoint(tiny_model, replaced_by(sd.unet), tmp_path / "a run/student", LEARNED | dict(method="full"))
     rows = json.loads((evaluate(tmp_path / "a run") / "results.json").read_text())["rows"]
     assert rows[2]["noise error share"]["value"] == pytest.approx(1, rel=1e-5)
     assert rows[2]["PSNR"] == rows[1]["PSNR"]
 
 
-def test_the_dial_is_compared_with_the_guidance_it_stands_for(
+def test_a_scaled_lora_is_compared_with_the_teacher_of_its_nominal_guidance(
     run: Path, evaluate: Callable[..., Path], tiny_model: Path
 ):
     out = evaluate(f"{run}:0.5")
@@ -344,10 +346,10 @@ def test_the_dial_is_compared_with_the_guidance_it_stands_for(
     assert math.isclose(rows[2]["noise error share"]["value"], share.pooled, rel_tol=1e-4)
 
 
-def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(
+def test_bad_input_is_refused_before_sampling(
     run: Path, evaluate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(StableDiffusion, "sample", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(StableDiffusion, "sample", lambda *_, **__: pytest.fail("sampled"))
     with pytest.raises(ValueError, match="--judge nonsense"):
         evaluate(run, "--judge", "nonsense")
     with pytest.raises(ValueError, match="embedded model's captions"):
@@ -362,7 +364,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(
         evaluate(run / "odd.safetensors")
 
 
-def test_the_teacher_is_asked_once_for_all_students(
+def test_the_teachers_predictions_are_made_once_for_all_students(
     run: Path, evaluate: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     batches = []

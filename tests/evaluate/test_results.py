@@ -15,6 +15,7 @@ from PIL import Image
 from tiny import ROOT, fill_up, randn
 
 from minidistill import StableDiffusion, inject_lora, load, load_lora, save_lora
+from minidistill.bench.__main__ import COMMANDS as BENCH_COMMANDS
 from minidistill.data.prompts import prompt_split, spread
 from minidistill.evaluate import noise_error_share, spectrum, sweeps
 from minidistill.evaluate.__main__ import COMMANDS, main
@@ -121,7 +122,7 @@ def test_a_sweep(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         main(["sweeps", "colour"])
 
 
-def test_two_runs_that_are_alike_are_one():
+def test_equal_settings_give_equal_commands():
     parser = ArgumentParser()
     sweeps.add_flags(parser)
     args = parser.parse_args([])
@@ -132,9 +133,9 @@ def test_two_runs_that_are_alike_are_one():
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """results/make.sh in a folder of its own, with a python that only writes down what it is asked to run.
+    """results/make.sh in a separate folder, with a fake python that only records its arguments.
 
-    ``make(fails="dial")`` fails in the commands that contain the word; ``make.ran`` lists the commands so far.
+    ``make(fails="dial")`` fails in commands that contain the word. ``make.ran()`` lists the commands so far.
     """
     (tmp_path / "bin").mkdir()
     (tmp_path / "results").mkdir()
@@ -159,7 +160,7 @@ needs_bash = pytest.mark.skipif(not shutil.which("bash"), reason="there is no ba
 
 
 @needs_bash
-def test_make_goes_on_where_it_stopped(make: Callable[..., subprocess.CompletedProcess], tmp_path: Path):
+def test_make_resumes_where_it_stopped(make: Callable[..., subprocess.CompletedProcess], tmp_path: Path):
     stopped = make(fails="evaluate dial")
     before = len(make.ran())
     assert stopped.returncode and "the dial" in stopped.stdout and "evaluate dial" in make.ran()[-1]
@@ -170,7 +171,7 @@ def test_make_goes_on_where_it_stopped(make: Callable[..., subprocess.CompletedP
     checks = [line for line in again if line.startswith("-c")]
     before = len(make.ran())
     assert make().returncode == 0
-    assert make.ran()[before:] == [*checks, "-m minidistill.evaluate summary"]  # all is done
+    assert make.ran()[before:] == [*checks, "-m minidistill.evaluate summary"]  # every step is done
     (tmp_path / "weights/pocket-emoji/guidance-lora.safetensors").write_bytes(b"another")
     before = len(make.ran())
     make()
@@ -179,21 +180,21 @@ def test_make_goes_on_where_it_stopped(make: Callable[..., subprocess.CompletedP
 
 @needs_bash
 @pytest.mark.parametrize("missing", ["diffusers", "find_font"])
-def test_make_checks_first_what_it_needs(missing: str, make: Callable[..., subprocess.CompletedProcess]):
-    """Before hours of work."""
+def test_make_checks_requirements_before_hours_of_work(missing: str, make: Callable[..., subprocess.CompletedProcess]):
     assert make(fails=missing).returncode and missing in make.ran()[-1]
     assert all(line.startswith("-c") for line in make.ran())
 
 
 @needs_bash
-def test_make_runs_commands_that_there_are(make: Callable[..., subprocess.CompletedProcess], monkeypatch):
-    """Every command of ``python -m minidistill.evaluate`` in make.sh has flags that exist."""
+def test_make_runs_existing_commands(make: Callable[..., subprocess.CompletedProcess]):
+    """The evaluate and bench commands in make.sh exist, with their flags."""
     make()
-    evaluated = [shlex.split(line)[2:] for line in make.ran() if line.startswith("-m minidistill.evaluate ")]
-    assert {words[0] for words in evaluated} == {"quality", "dial", "spectrum", "summary"}
-    for name, *words in evaluated:
+    commands = {"minidistill.evaluate": COMMANDS, "minidistill.bench": BENCH_COMMANDS}
+    modules = [shlex.split(line)[1:] for line in make.ran() if line.startswith("-m ")]
+    assert {name for _, name, *_ in modules} == {"quality", "dial", "spectrum", "summary", "memory", "speed"}
+    for module, name, *words in modules:
         parser = ArgumentParser()
-        COMMANDS[name].add_flags(parser)
+        commands[module][name].add_flags(parser)
         parser.parse_args(words)
 
 
@@ -211,7 +212,7 @@ def test_the_summary(tmp_path: Path):
     measures = {title: interval(i) for i, title in enumerate(MEASURES.values())}
     rows = [{"method": name} | measures for name in ("teacher", "no guidance")]
     for row in rows:
-        row.pop("noise error share")  # which neither has by measurement
+        row.pop("noise error share")  # it is not measured for these two
     write(tmp_path, "evaluation/results.json", {"rows": [*rows, {"method": "guidance-lora"} | measures]})
     write(tmp_path, "memory.json", {"sizes": {"sd15": {"batch": 1}}})
     for size in ("pocket", "sd15"):

@@ -18,8 +18,9 @@ from minidistill import CheckpointError, inject_lora, load, load_lora, merge_lor
 from minidistill.config import UNetConfig, VAEConfig
 from minidistill.export import __main__ as export
 from minidistill.formats import tensor_files
+from minidistill.formats.files import read_json, write_json
 from minidistill.formats.lora_formats import peft_tensors, read_lora
-from minidistill.formats.model_configs import published_unet, published_vae, read_json, write_json
+from minidistill.formats.model_configs import published_unet, published_vae
 from minidistill.formats.tensor_files import write_tensors
 from minidistill.unet import UNet
 from minidistill.vae import VAE

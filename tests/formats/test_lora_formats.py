@@ -155,7 +155,7 @@ def test_scale_times_alpha(tmp_path: Path):
 
 def test_the_text_encoders_part_is_left_out_aloud(tmp_path: Path):
     extra = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": randn(2, 4)}
-    with pytest.warns(UserWarning, match="x.safetensors changes the text encoder too"):
+    with pytest.warns(UserWarning, match="x.safetensors also changes the text encoder"):
         file = read_lora(one_layer(tmp_path / "x.safetensors", "kohya", extra))
     assert list(file.layers) == [LAYER]
 

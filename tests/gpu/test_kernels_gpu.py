@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_shapes import CONVS, SDXL
 from tiny import ROOT, randn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -26,28 +27,12 @@ from minidistill.kernels.op import lora_linear, reference
 OPS = torch.ops.minidistill
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-SDXL = [  # at 1024 x 1024 pixels, batch size 1
-    *(Shape(4096, K, N) for K, N in ((640, 640), (640, 5120), (2560, 640))),
-    *(Shape(1024, K, N) for K, N in ((1280, 1280), (1280, 10240), (5120, 1280))),
-    *(Shape(77, 2048, N) for N in (640, 1280)),
-    *(Shape(1, 1280, N) for N in (320, 640, 1280)),
-    *(Shape(1, K, 1280) for K in (320, 2816)),
-    # 1x1 convolutions, which change the number of channels
-    *(Shape(1024, K, 1280) for K in (640, 1920, 2560)),
-    *(Shape(4096, K, 640) for K in (320, 960, 1280, 1920)),
-    *(Shape(16384, K, 320) for K in (640, 960)),
-]
-# 3x3 convolutions of SD 1.5 and SDXL: channels in and out, side
-CONVS = [
-    *((C, 320, side) for C in (320, 640, 960) for side in (64, 128)),
-    *((C, 640, side) for C in (320, 640, 960, 1280, 1920) for side in (32, 64)),
-    *((C, 1280, side) for C in (640, 1280, 1920, 2560) for side in (16, 32)),
-    *((C, 1280, 8) for C in (1280, 2560)),
-]
 ODD = [Shape(1, 8, 8), Shape(3, 24, 200), Shape(129, 328, 168), Shape(300, 72, 1000)]
 USUAL, LARGE = Shape(300, 320, 640), Shape(18000, 320, 640)  # small blocks; large blocks, which use wgmma on Hopper
 both_sizes = pytest.mark.parametrize("shape", [USUAL, LARGE], ids=["small blocks", "large blocks"])
-SHAPES = list(dict.fromkeys([*layer_shapes(), *SDXL, *ODD])) if torch.cuda.is_available() else [USUAL]
+SHAPES = [USUAL]
+if torch.cuda.is_available():
+    SHAPES = list(dict.fromkeys([*layer_shapes(), *map(Shape._make, SDXL), *ODD]))
 BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 

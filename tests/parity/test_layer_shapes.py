@@ -1,7 +1,7 @@
-"""The shapes that the kernel's tests on a GPU go through, beside diffusers': SDXL's UNet is not built here."""
+"""The shapes in the kernel's GPU tests against those of diffusers' UNets."""
 
 import torch
-from test_kernels_gpu import CONVS, SDXL
+from kernel_shapes import CONVS, SDXL
 from torch import Tensor, nn
 
 from .helpers import diffusers
@@ -23,7 +23,7 @@ SD15_CONFIG = dict(sample_size=64, cross_attention_dim=768)
 
 
 def shapes(config: dict) -> tuple[set, set]:
-    """Of linear layers and 1x1 convolutions; of 3x3 convolutions, but for those at the ends and the resamplers."""
+    """Shapes of linear layers and 1x1 convolutions, and of 3x3 convolutions except the outermost and the resamplers."""
     linear, convolutions = set(), set()
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -45,6 +45,6 @@ def shapes(config: dict) -> tuple[set, set]:
     return linear, convolutions
 
 
-def test_every_layer_is_there():
+def test_no_layer_is_missing():
     (linear, convolutions), (_, others) = shapes(SDXL_CONFIG), shapes(SD15_CONFIG)
     assert linear == set(SDXL) and convolutions | others == set(CONVS)

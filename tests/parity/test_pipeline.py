@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from minidistill import load
-from minidistill.formats.checkpoint import build
-from minidistill.formats.model_configs import read_json
+from minidistill.formats.checkpoint import build, fill_positions
+from minidistill.formats.files import read_json
 from minidistill.formats.model_folder import match_text_names, read_weights
 from minidistill.samplers import ddim_sample
-from minidistill.text import encode_tokens, fill_positions
+from minidistill.text import encode_tokens
 
 from .helpers import POCKET, PROMPTS, SD1, SD2, diffusers, error, shake, write_small
 
@@ -94,11 +94,12 @@ def test_full_size_text_encoder(version: tuple[str, dict], tmp_path: Path) -> No
         reference = theirs(ids).last_hidden_state
 
     config = CLIPTextConfig.from_dict(read_json(tmp_path / "config.json"))
-    tensors, file = read_weights(tmp_path, "model")
-    ours = build(lambda: CLIPTextModel(config), match_text_names(tensors), file, torch.float32)
+    network = read_weights(tmp_path, "model")
+    network = network._replace(tensors=match_text_names(network.tensors))
+    ours = build(lambda: CLIPTextModel(config), network, torch.float32)
     fill_positions(ours)
     shutil.rmtree(tmp_path)  # up to 1.4 GB
-    assert error(encode_tokens(ours, ids), reference) <= 1e-4
+    assert error(encode_tokens(ours, ids).tokens, reference) <= 1e-4
 
 
 @pytest.mark.skipif(not (POCKET / "unet").is_dir(), reason="weights/pocket-emoji has no unet yet")

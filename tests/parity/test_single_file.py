@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from minidistill import load
-from minidistill.formats.checkpoint import read_checkpoint
+from minidistill.conditioning import Conditioning
 from minidistill.formats.model_configs import read_unet_config, read_vae_config
 from minidistill.formats.single_file import to_single_file
+from minidistill.guidance import guided
 from minidistill.samplers import ddim_sample
 
 from .helpers import POCKET, PROMPTS, ddim_scheduler, diffusers, error, randn, shake, small_unet, small_vae
@@ -130,7 +131,7 @@ def check_parts(sd, pipe: "diffusers.StableDiffusionPipeline", tolerance: float,
     x = randn(2, 3, side * factor, side * factor, seed=1).clamp(-1, 1).to(dtype)
     with torch.no_grad():
         context = pipe.text_encoder(ids).last_hidden_state
-        assert error(sd.encode_prompt(PROMPTS), context) <= tolerance
+        assert error(sd.encode_prompt(PROMPTS).tokens, context) <= tolerance
         t = torch.tensor([981, 21])
         assert error(sd.unet(z, t, context), pipe.unet(z, t, context).sample) <= tolerance
         assert error(sd.vae.decode(z), pipe.vae.decode(z / 0.18215).sample) <= tolerance
@@ -144,8 +145,8 @@ def check_parts(sd, pipe: "diffusers.StableDiffusionPipeline", tolerance: float,
             guidance_scale=7.5,
             output_type="latent",
         ).images
-        uncond = sd.encode_prompt([""]).expand(2, -1, -1)
-        *_, ours = ddim_sample(sd.denoiser(context, uncond, guidance=7.5), sd.schedule, z, 20)
+        model = guided(sd.unet, Conditioning(context), sd.encode_prompt([""]).expand(2), guidance=7.5)
+        *_, ours = ddim_sample(model, sd.schedule, z, 20)
     assert error(ours, theirs) <= tolerance
 
 
@@ -199,13 +200,13 @@ def test_prediction(version: int, guess: str, tmp_path: Path, recwarn: pytest.Wa
     """Guessed, stated by the file, or said."""
     tensors = single(small_pipe(version, "eps"), tmp_path)
     file = as_safetensors(tensors, tmp_path)
-    assert read_checkpoint(file).schedule.prediction == guess
+    assert load(file).schedule.prediction == guess
     warned = [str(w.message) for w in recwarn if "--prediction" in str(w.message)]
     assert len(warned) == (guess == "v")
     for stated, expected in (("epsilon", "eps"), ("v", "v")):
         save_file(tensors, file, {"modelspec.prediction_type": stated})
-        assert read_checkpoint(file).schedule.prediction == expected
-        assert read_checkpoint(file, prediction="v").schedule.prediction == "v"
+        assert load(file).schedule.prediction == expected
+        assert load(file, prediction="v").schedule.prediction == "v"
     assert len([w for w in recwarn if "--prediction" in str(w.message)]) == len(warned)
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from minidistill.config import SD15_UNET, SD21_BASE_UNET, SD21_UNET
-from minidistill.formats.checkpoint import build, read_folder
+from minidistill.formats.checkpoint import build, load
 from minidistill.formats.model_configs import read_unet_config
 from minidistill.formats.model_folder import read_weights
+from minidistill.training.recompute import recompute
 from minidistill.unet import UNet
 
 from .helpers import SD1, SD2, diffusers, error, randn, shake, write_small
@@ -38,7 +39,7 @@ CASES = {
 def test_small(case: str, tmp_path: Path) -> None:
     style, changes = CASES[case]
     theirs = write_small(tmp_path, style=style, **changes).unet
-    ours = read_folder(tmp_path, torch.float64).unet
+    ours = load(tmp_path, dtype=torch.float64).unet
     for height, width, length in ((8, 8, 16), (8, 12, 7), (20, 4, 1), (9, 10, 3)):
         z_t, t = randn(2, 4, height, width), torch.tensor([1, 981])
         context = randn(2, length, style["cross_attention_dim"], seed=1)
@@ -49,7 +50,7 @@ def test_small(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("style", [SD1, SD2], ids=["sd1", "sd2"])
 def test_gradients_with_activation_checkpointing(style: dict, tmp_path: Path) -> None:
     theirs = write_small(tmp_path, style=style).unet
-    ours = read_folder(tmp_path, torch.float64).unet
+    ours = load(tmp_path, dtype=torch.float64).unet
     t, out_grad = torch.tensor([500, 3]), randn(2, 4, 8, 12, seed=2)
 
     def gradients(model) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,10 +60,11 @@ def test_gradients_with_activation_checkpointing(style: dict, tmp_path: Path) ->
 
     reference = gradients(lambda *args: theirs(*args).sample)
     plain = gradients(ours)
-    for ours.recompute_below in (math.inf, 50.0):
-        for got, kept, want in zip(gradients(ours), plain, reference):
-            assert error(got, want) <= 1e-9
-            assert torch.equal(got, kept)
+    for below in (math.inf, 50.0):
+        recompute(ours, below)
+        for actual, ours_plain, expected in zip(gradients(ours), plain, reference):
+            assert error(actual, expected) <= 1e-9
+            assert torch.equal(actual, ours_plain)
 
 
 FULL = {
@@ -93,7 +95,7 @@ def test_full_size(version: str, tmp_path: Path) -> None:
     del theirs
 
     config = read_unet_config(tmp_path / "config.json")
-    ours = build(lambda: UNet(config), *read_weights(tmp_path, "diffusion_pytorch_model"), torch.float32)
+    ours = build(lambda: UNet(config), read_weights(tmp_path, "diffusion_pytorch_model"), torch.float32)
     with torch.no_grad():
         difference = error(ours(*inputs), reference)
     del ours

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minidistill.config import SD15_VAE
-from minidistill.formats.checkpoint import build, read_folder
+from minidistill.formats.checkpoint import build, load
 from minidistill.formats.model_configs import read_vae_config
 from minidistill.formats.model_folder import read_weights
 from minidistill.vae import VAE
@@ -48,7 +48,7 @@ def errors(ours: VAE, theirs, height: int, width: int, dtype: torch.dtype) -> di
 @pytest.mark.parametrize("case", CASES)
 def test_small(case: str, tmp_path: Path) -> None:
     theirs = write_small(tmp_path, vae=CASES[case]).vae
-    ours = read_folder(tmp_path, torch.float64).vae
+    ours = load(tmp_path, dtype=torch.float64).vae
     for height, width in ((32, 32), (16, 40)):
         found = errors(ours, theirs, height, width, torch.float64)
         assert max(found.values()) <= 1e-9, found
@@ -66,7 +66,7 @@ def test_old_attention_names(convolutions: bool, tmp_path: Path) -> None:
         tensors[name] = tensor[:, :, None, None] if convolutions and old_name and tensor.ndim == 2 else tensor
     assert not any("to_q" in name for name in tensors)
     save_file(tensors, file)
-    found = errors(read_folder(tmp_path, torch.float64).vae, theirs, 16, 24, torch.float64)
+    found = errors(load(tmp_path, dtype=torch.float64).vae, theirs, 16, 24, torch.float64)
     assert max(found.values()) <= 1e-9, found
 
 
@@ -84,7 +84,7 @@ def test_full_size(tmp_path: Path) -> None:
     )
     theirs.save_pretrained(tmp_path)
     config = read_vae_config(tmp_path / "config.json")
-    ours = build(lambda: VAE(config), *read_weights(tmp_path, "diffusion_pytorch_model"), torch.float32)
+    ours = build(lambda: VAE(config), read_weights(tmp_path, "diffusion_pytorch_model"), torch.float32)
     assert config == SD15_VAE
     x, z = randn(1, 3, 256, 256).clamp(-1, 1).float(), randn(1, 4, 32, 32, seed=1).float()
     with torch.no_grad():

@@ -13,7 +13,7 @@ from minidistill.pocket.compositions import COLOURS, EMOJI, all_compositions, wr
 from minidistill.pocket.images import find_font, render
 from minidistill.schedule import Schedule
 
-FEW = all_compositions()[::131]  # 12 emoji on all sorts of colours
+FEW = all_compositions()[::131]  # 12 emoji on various colours
 
 
 @pytest.fixture
@@ -25,31 +25,31 @@ def font():
 
 
 def flat(colours, side=64):
-    """uint8 [N, 3, side, side], each picture of one colour."""
+    """uint8 [N, 3, side, side], one flat colour each."""
     return torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].repeat(1, 1, side, side)
 
 
-def test_background_is_the_nearest_named_colour_whatever_the_middle_shows():
-    pictures = flat(list(COLOURS.values()))
-    pictures[:, :, 1:-1, 1:-1] = 128
-    pictures[:, :, 0, :20] = 77  # something that touches the border
-    noise = torch.randint(-15, 16, pictures.shape, generator=torch.Generator().manual_seed(0))
-    pictures = (pictures.int() + noise).clamp(0, 255).to(torch.uint8)
-    assert judge.background(pictures).tolist() == list(range(len(COLOURS)))
+def test_background_is_the_named_colour_nearest_to_the_border():
+    images = flat(list(COLOURS.values()))
+    images[:, :, 1:-1, 1:-1] = 128
+    images[:, :, 0, :20] = 77  # an object that touches the border
+    noise = torch.randint(-15, 16, images.shape, generator=torch.Generator().manual_seed(0))
+    images = (images.int() + noise).clamp(0, 255).to(torch.uint8)
+    assert judge.background(images).tolist() == list(range(len(COLOURS)))
 
 
-def test_the_template_with_the_least_squared_error_is_found(monkeypatch):
-    """The sum that was multiplied out, against the squares themselves: made-up stamps, shifted, on a background."""
+def test_identity_is_the_template_with_the_least_squared_error(monkeypatch):
+    """The expanded sum agrees with the squares themselves, for made-up stamps, shifted, on a background."""
     generator, side, shift = torch.Generator().manual_seed(1), judge.TEMPLATE_SIDE, judge.TEMPLATE_SHIFT
     stamps = torch.rand(6 * judge.TEMPLATE_SIZES, 4, side, side, generator=generator)
     stamps[:, :3] *= stamps[:, 3:]
-    stamps *= torch.nn.functional.pad(torch.ones(side - 8, side - 8), [4] * 4)  # nothing in the outer four pixels
+    stamps *= torch.nn.functional.pad(torch.ones(side - 8, side - 8), [4] * 4)  # empty in the outer four pixels
     monkeypatch.setattr(judge, "templates", lambda font: stamps)
     monkeypatch.setattr(judge, "find_font", lambda font: font)
 
-    pictures = torch.randint(256, (8, 3, side, side), generator=generator, dtype=torch.uint8)
-    pictures[:, :, :3], pictures[:, :, -3:], pictures[..., :3], pictures[..., -3:] = 60, 60, 60, 60
-    x, b = pictures.double() / 255, 60 / 255
+    images = torch.randint(256, (8, 3, side, side), generator=generator, dtype=torch.uint8)
+    images[:, :, :3], images[:, :, -3:], images[..., :3], images[..., -3:] = 60, 60, 60, 60
+    x, b = images.double() / 255, 60 / 255
     errors = []
     for dy in range(-shift, shift + 1):
         for dx in range(-shift, shift + 1):
@@ -57,29 +57,29 @@ def test_the_template_with_the_least_squared_error_is_found(monkeypatch):
             drawn = moved[:, :3] + (1 - moved[:, 3:]) * b
             errors.append((x[:, None] - drawn).square().flatten(2).sum(2))
     nearest = torch.stack(errors).amin(0).argmin(1) // judge.TEMPLATE_SIZES
-    assert torch.equal(judge.identity_by_template(pictures), nearest)
+    assert torch.equal(judge.identity_by_template(images), nearest)
 
 
-def test_templates_tell_rendered_emoji_also_poor_ones(font):
-    pictures, index = render(FEW, 1, seed=7, font=font)
-    for name, version in judge.degraded(pictures).items():
+def test_templates_recognise_rendered_and_degraded_emoji(font):
+    images, index = render(FEW, 1, seed=7, font=font)
+    for name, version in judge.degraded(images).items():
         found = [EMOJI[i] for i in judge.identity_by_template(version, font)]
         assert found == [c.emoji for c in FEW], name
         if "contrast" not in name:
             assert [list(COLOURS)[i] for i in judge.background(version)] == [c.colour for c in FEW], name
 
 
-def test_templates_do_not_see_what_is_not_there(font):
-    """A picture of another emoji, a flat one and noise are not taken for the emoji of the caption."""
+def test_templates_do_not_see_an_absent_emoji(font):
+    """Another emoji, a flat image and noise are not mistaken for the emoji in the caption."""
     others = all_compositions()[8::131]
     drawn = render(others[: len(FEW)], 1, seed=8, font=font)[0]
     noise = torch.randint(256, drawn.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    for pictures in (drawn, noise, flat([c.rgb for c in FEW])):
-        found = [EMOJI[i] for i in judge.identity_by_template(pictures, font)]
+    for images in (drawn, noise, flat([c.rgb for c in FEW])):
+        found = [EMOJI[i] for i in judge.identity_by_template(images, font)]
         assert sum(f == c.emoji for f, c in zip(found, FEW)) <= 1
 
 
-def test_classifier_is_trained_once_and_kept(tmp_path, monkeypatch):
+def test_classifier_is_trained_once_and_stored(tmp_path, monkeypatch):
     made = []
 
     def train(font):
@@ -107,8 +107,8 @@ def test_classifier_learns(font, monkeypatch):
 
 
 def test_mean_distance_is_within_compositions():
-    pictures = flat([(0, 0, 0), (51, 51, 51), (255, 255, 255), (255, 255, 255)], side=8)
-    assert judge.mean_distance(pictures, each=2) == pytest.approx(0.1)
+    images = flat([(0, 0, 0), (51, 51, 51), (255, 255, 255), (255, 255, 255)], side=8)
+    assert judge.mean_distance(images, each=2) == pytest.approx(0.1)
 
 
 def test_held_out(tmp_path):
@@ -123,7 +123,7 @@ def test_held_out(tmp_path):
         judge.held_out(path)
 
 
-def test_blur_keeps_flat_pictures_and_smooths_others():
+def test_blur_keeps_flat_images_and_smooths_others():
     assert torch.allclose(judge.blur(torch.full((1, 3, 9, 9), 0.3), 1.5), torch.full((1, 3, 9, 9), 0.3))
     dot = torch.zeros(1, 3, 9, 9)
     dot[..., 4, 4] = 1
@@ -148,18 +148,18 @@ class Painter:
         return [Image.new("RGB", (64, 64), (215, 45, 45) if red else known[p]) for p in prompts]
 
 
-def test_main_draws_judges_and_writes(tmp_path, monkeypatch, capsys):
+def test_main_samples_judges_and_writes(tmp_path, monkeypatch, capsys):
     write_compositions(tmp_path / "compositions.json")
     painter = Painter()
-    learned = SimpleNamespace(metadata={"guidance": "4", "negative_prompt": "blurry"})
+    learned = SimpleNamespace(metadata={"guidance": "4", "negative_prompt": "blurry"}, interval=None)
     fakes = dict(
         load=lambda path, device: painter,
         read_lora=lambda path: learned,
         load_lora=lambda unet, path: unet,
         merge_lora=lambda unet: None,
         load_classifier=lambda work, font: None,
-        identity_by_template=lambda pictures, font: torch.zeros(len(pictures), dtype=torch.int64),
-        identity_by_classifier=lambda pictures, classifier: torch.ones(len(pictures), dtype=torch.int64),
+        identity_by_template=lambda images, font: torch.zeros(len(images), dtype=torch.int64),
+        identity_by_classifier=lambda images, classifier: torch.ones(len(images), dtype=torch.int64),
         render=lambda compositions, each, seed, size, font: (flat([c.rgb for c in compositions for _ in range(each)]),),
     )
     for name, fake in fakes.items():

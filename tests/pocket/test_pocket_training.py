@@ -1,4 +1,4 @@
-"""How the embedded model is trained: a stage goes on where it stopped, and the empty prompt becomes a weak one."""
+"""Training the embedded model: stages resume where they stopped, and the empty prompt becomes weak."""
 
 import sys
 from functools import partial
@@ -22,7 +22,7 @@ from minidistill.unet import UNet
 FOLDER = ROOT / "weights/pocket-emoji"
 
 
-def test_a_stage_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+def test_a_stage_resumes_where_it_was_stopped(tmp_path: Path) -> None:
     def train(state: Path, stop_at: int | None = None) -> Tensor:
         torch.manual_seed(0)
         model, drawn = nn.Conv2d(3, 3, 1), iter(range(100))
@@ -39,7 +39,7 @@ def test_a_stage_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "stopped.pt", stop_at=5)
     assert torch.equal(train(tmp_path / "stopped.pt"), whole)
-    assert torch.equal(train(tmp_path / "whole.pt", stop_at=0), whole)  # what is done draws nothing
+    assert torch.equal(train(tmp_path / "whole.pt", stop_at=0), whole)  # a finished stage takes no batch
 
 
 def test_the_empty_prompt_learns_from_the_weak_model_and_captions_stay(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_the_empty_prompt_learns_from_the_weak_model_and_captions_stay(tmp_path:
 def test_each_latent_comes_with_its_own_caption() -> None:
     contexts = torch.arange(3.0).view(3, 1, 1).expand(3, 5, 12)
     captions = torch.tensor([2, 0, 1, 2])
-    latents = captions.view(4, 1, 1, 1).expand(4, 4, 8, 8) * 100.0  # so far apart that no noise hides which it is
+    latents = captions.view(4, 1, 1, 1).expand(4, 4, 8, 8) * 100.0  # so far apart that noise cannot confuse them
     torch.manual_seed(0)
     data = Captioned(latents, captions, contexts, contexts[0])
     z_t, noise, t, context = data.noised(64)
@@ -70,7 +70,7 @@ def test_each_latent_comes_with_its_own_caption() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
-def test_dropped_captions_give_way_to_the_empty_prompt(tmp_path: Path, dropout: float) -> None:
+def test_the_empty_prompt_replaces_dropped_captions(tmp_path: Path, dropout: float) -> None:
     unet, seen = UNet(TINY_SIZE.unet), []
     unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
     data = Captioned(torch.randn(8, 4, 8, 8), torch.arange(8) % 3, torch.ones(3, 5, 12), torch.zeros(5, 12))
@@ -79,7 +79,7 @@ def test_dropped_captions_give_way_to_the_empty_prompt(tmp_path: Path, dropout: 
 
 
 def test_the_command_makes_a_model_and_does_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All its stages, with two updates each, on noise in place of emoji, which need their font."""
+    """All stages with two updates each, on noise instead of emoji, which need the font."""
     some = [c for c in all_compositions() if c.emoji in EMOJI[:6]]
     noise = torch.randint(256, (len(some), 3, 64, 64), dtype=torch.uint8), torch.arange(len(some))
     monkeypatch.setattr(command, "all_compositions", lambda: some)
@@ -96,8 +96,8 @@ def test_the_command_makes_a_model_and_does_nothing_twice(tmp_path: Path, monkey
     networks = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
     command.main()
     assert networks == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
-    (picture,) = load(tmp_path / "new/model").sample(some[0].caption, steps=2, guidance=2.5)
-    assert picture.size == (64, 64)
+    (image,) = load(tmp_path / "new/model").sample(some[0].caption, steps=2, guidance=2.5)
+    assert image.size == (64, 64)
 
 
 def test_without_the_font_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_without_the_font_nothing_is_written(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
-def test_the_clip_that_ships_has_the_recipes_shape() -> None:
+def test_the_shipped_clip_has_the_configuration_of_the_recipe() -> None:
     tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")
     made, shipped = clip_config(tokenizer), CLIPConfig.from_pretrained(FOLDER / "clip")
     for half in ("text_config", "vision_config"):

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, write_tiny
 
-from minidistill.formats.files import folder_written_whole, written_whole
+from minidistill.formats.files import atomic_folder, atomic_write
 
 SHARDS, UPDATES = 4, 12  # a checkpoint after each of these
 
@@ -122,14 +122,14 @@ def test_a_file_gets_its_name_when_it_is_on_the_disk(tmp_path: Path, monkeypatch
     (tmp_path / "file").write_text("old")
     monkeypatch.setattr(os, "fsync", full)
     said = f"No space left on device: '{tmp_path}/file'"
-    with pytest.raises(OSError, match=said), written_whole(tmp_path / "file") as beside:
+    with pytest.raises(OSError, match=said), atomic_write(tmp_path / "file") as beside:
         beside.write_text("new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
 
 
 def test_what_a_killed_process_left_of_a_folder(tmp_path: Path):
     (tmp_path / "student.tmp/half").mkdir(parents=True)
-    with folder_written_whole(tmp_path / "student") as beside:
+    with atomic_folder(tmp_path / "student") as beside:
         (beside / "whole").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["student", "whole"]
 

@@ -1,4 +1,4 @@
-"""The memory ledger: a network whose bytes are counted by hand, what columns must be, and torch's own allocator."""
+"""The memory ledger against a network counted by hand, the sizes of parameters, and torch's own allocator."""
 
 import json
 from contextlib import nullcontext
@@ -12,13 +12,17 @@ from tiny import TINY_SIZE as TINY
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from minidistill.bench import __main__ as bench
 from minidistill.bench import memory
-from minidistill.bench.memory import CASES, Case, Live, ledger
-from minidistill.bench.workloads import Size
+from minidistill.bench.ledger import Live
+from minidistill.bench.memory import CASES, Case, ledger
+from minidistill.bench.peak_memory import in_fresh_process
+from minidistill.bench.workloads import SIZES, Size, attention
 from minidistill.lora import inject_lora
 from minidistill.unet import UNet
 
 RANK = 4
+COLUMNS = ("weights", "gradients", "optimizer", "saved", "peak")
 CPU = torch.device("cpu")
 
 
@@ -41,7 +45,7 @@ def test_a_network_counted_by_hand(fake: bool) -> None:
         assert live.bytes == 32 + 128
         y = F.linear(x, w)
         assert live.bytes == 160 + 64
-        y = y.relu()  # whose backward needs its result, not what went in
+        y = y.relu()  # its backward pass needs the result, not the input
         assert live.bytes == 160 + 64 and live.peak == 160 + 64 + 64
         view = y.view(4, 4)[1:]
         assert live.bytes == 160 + 64
@@ -52,18 +56,18 @@ def test_a_network_counted_by_hand(fake: bool) -> None:
         loss.backward()
         del loss
         assert live.bytes == 160 + 128  # the gradient
-        assert live.peak == 160 + 4 + 4 + 64 + 128  # and beside it the loss, and the gradients of loss and relu
+        assert live.peak == 160 + 4 + 4 + 64 + 128  # with the loss, and the gradients of loss and relu
     del x, w
     assert live.bytes == 0
 
 
 @pytest.mark.parametrize("dtype, itemsize", [("float32", 4), pytest.param("bfloat16", 2, marks=pytest.mark.slow)])
-def test_columns_are_what_the_parameters_say(dtype: str, itemsize: int) -> None:
+def test_columns_match_the_parameters(dtype: str, itemsize: int) -> None:
     numbers, tensors = sum(p.numel() for p in parameters()), len(parameters())
     pairs = [p for p in parameters(lora=True) if p.requires_grad]
     low_rank = sum(p.numel() for p in pairs)
     weights = itemsize * numbers
-    step = 4  # AdamW's count of updates, for each tensor
+    step = 4  # AdamW counts the updates of each tensor
 
     sampling = tiny(f"sampling/{dtype}")
     assert (sampling["weights"], sampling["saved"]) == (weights, 0) and weights < sampling["peak"]
@@ -76,21 +80,21 @@ def test_columns_are_what_the_parameters_say(dtype: str, itemsize: int) -> None:
     assert plain["saved"] == full["saved"] + 4 * TINY.batch * 4 * 8 * 8  # the teacher's prediction
 
     noised, trajectories = tiny(f"noised/{dtype}"), tiny(f"trajectories/{dtype}")
-    assert noised["weights"] == trajectories["weights"] == weights + 4 * low_rank  # the LoRA is float32 always
+    assert noised["weights"] == trajectories["weights"] == weights + 4 * low_rank  # the LoRA is always float32
     assert noised["gradients"] == trajectories["gradients"] == 4 * low_rank
     assert noised["optimizer"] == 8 * low_rank + step * len(pairs)
     assert noised["saved"] >= trajectories["saved"]
 
 
 @pytest.mark.parametrize("row", ["full", "noised"])
-def test_recomputation_lowers_what_is_saved_and_nothing_else(row: str) -> None:
+def test_recomputation_lowers_saved_and_no_other_column(row: str) -> None:
     kept, recomputed = tiny(f"{row}/float32"), tiny(f"{row}/float32/recompute")
     assert recomputed["saved"] < kept["saved"] / 2 and recomputed["peak"] < kept["peak"]
     assert all(recomputed[column] == kept[column] for column in ("weights", "gradients", "optimizer"))
 
 
-def test_the_peak_is_no_sum_of_columns() -> None:
-    """What is saved goes as the gradients come."""
+def test_the_peak_is_not_the_sum_of_columns() -> None:
+    """Saved activations are freed while the gradients appear."""
     row = tiny("full/float32")
     columns = ("weights", "gradients", "optimizer", "saved")
     assert max(row[column] for column in columns) < row["peak"] < sum(row[column] for column in columns)
@@ -101,49 +105,48 @@ def test_on_cuda_adamw_copies_what_it_trains() -> None:
     assert 5 * recompute[1]["weights"] <= recompute[1]["peak"] and recompute[0]["peak"] < recompute[1]["peak"]
 
 
-def test_attention_matrices_are_kept_on_demand() -> None:
+def test_keeping_attention_matrices() -> None:
     fused = tiny("full/float32")["saved"]
-    with memory.attention(keep=True):
+    with attention(fused=False):
         kept = ledger(CASES["full/float32"], TINY, RANK)["saved"]
     heads, tokens = 2, 64
     assert kept - fused >= 3 * 4 * TINY.batch * heads * tokens**2  # at the finer level: once down, twice up
 
 
 def saved_bytes(case: Case, size: Size) -> int:
-    """By autograd's own hooks, on real tensors: what it keeps that is no parameter and no input."""
-    what = memory.program(case, size, CPU, 16, foreach=False)
-    known = {p.untyped_storage().data_ptr() for p in what.weights}
-    found: dict[int, Tensor] = {}
+    """What autograd's own hooks see it keep of real tensors, without parameters and inputs."""
+    update = case.update(size, CPU, 16, foreach=False)
+    known = {p.untyped_storage().data_ptr() for p in update.weights}
+    saved: dict[int, Tensor] = {}
 
     def pack(x: Tensor) -> Tensor:
-        found.setdefault(x.untyped_storage().data_ptr(), x)  # kept alive, lest its address be used again
+        saved.setdefault(x.untyped_storage().data_ptr(), x)  # kept alive, so that its address is not reused
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = what.forward()
+        loss = update.loss()
     assert loss.grad_fn is not None
-    return sum(x.untyped_storage().nbytes() for address, x in found.items() if address not in known)
+    return sum(x.untyped_storage().nbytes() for address, x in saved.items() if address not in known)
 
 
 @pytest.mark.parametrize(
     "name", ["full/float32", "noised/float32", pytest.param("noised/bfloat16", marks=pytest.mark.slow)]
 )
 def test_saved_is_what_autograd_keeps_of_real_tensors(name: str) -> None:
-    """At pocket size; the inputs, which the ledger does not count, are less than one per cent."""
-    size = memory.SIZES["pocket"]
+    """At pocket size. The inputs, which the ledger does not count, are less than one per cent."""
+    size = SIZES["pocket"]
     assert saved_bytes(CASES[name], size) == pytest.approx(ledger(CASES[name], size)["saved"], rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["full/float32", pytest.param("noised/float32/recompute", marks=pytest.mark.slow)])
 def test_the_peak_is_the_allocators(name: str, tmp_path: Path) -> None:
-    """At pocket size, on real tensors: torch's profiler logs every allocation, within kernels too."""
-    size = memory.SIZES["pocket"]
-    what = memory.program(CASES[name], size, CPU, 16, foreach=False)
-    what.run()
-    what.optimizer.zero_grad()
+    """At pocket size, on real tensors: torch's profiler logs every allocation, also inside kernels."""
+    size = SIZES["pocket"]
+    update = CASES[name].update(size, CPU, 16, foreach=False)
+    update()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        what.run()
+        update()
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     logged = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
@@ -154,41 +157,45 @@ def test_the_peak_is_the_allocators(name: str, tmp_path: Path) -> None:
 
 
 def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(memory, "SIZES", {"pocket": TINY})
+    monkeypatch.setitem(SIZES, "pocket", TINY)
     monkeypatch.setattr(memory, "LARGEST_MEASURED", 0)
     counted = {"weights": 2_000_000, "gradients": 0, "optimizer": 0, "saved": 0}
     peaks = {"full": 5_000_000}
     monkeypatch.setattr(memory, "ledger", lambda case, *_, **__: counted | {"peak": peaks.get(case.row, 4_000_000)})
-    memory.main(["--out", str(tmp_path / "memory.json"), "--measure", "--device", "cpu"])
+    bench.main(["memory", "--size", "pocket", "--out", str(tmp_path / "memory.json"), "--measure", "--device", "cpu"])
     report = json.loads((tmp_path / "memory.json").read_text())
     rows = report["sizes"]["pocket"]["rows"]
     assert list(rows) == list(CASES) and rows["full/float32"]["measured"] is None  # too large
     assert "| plain distillation | bfloat16 | yes | 2 | 0 | 0 | 0 | 4 | -20% |  |  |" in capsys.readouterr().out
-    assert report["command"].startswith("python -m minidistill.bench.memory --out")
-    memory.main(["--out", str(tmp_path / "half.json"), "--device", "cpu", "--dtype", "bfloat16"])
+    assert report["command"].startswith("python -m minidistill.bench memory --size pocket --out")
+    bench.main(["memory", "--size", "pocket", "--out", str(tmp_path / "half.json"), "--dtype", "bfloat16"])
     half = json.loads((tmp_path / "half.json").read_text())["sizes"]["pocket"]["rows"]
     assert list(half) == [name for name in CASES if "bfloat16" in name]
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="read from /proc")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 convolutions = pytest.mark.xfail(reason="the CPU's convolutions take workspaces, which count at so small a size")
 
 
 @pytest.mark.slow
 @needs_proc
 @pytest.mark.parametrize("size", ["sd15", pytest.param("pocket", marks=convolutions)])
-def test_measured_beside_the_ledger(size: str) -> None:
-    found = memory.measured_elsewhere(memory.Settings(device="cpu"), size, "noised/float32")
-    assert found == pytest.approx(ledger(CASES["noised/float32"], memory.SIZES[size])["peak"], rel=0.1)
+def test_measured_against_the_ledger(size: str) -> None:
+    case = CASES["noised/float32"]
+    peak = in_fresh_process(memory.measured, case, SIZES[size], CPU, 16, **memory.RETURN_FREED_MEMORY)
+    assert peak == pytest.approx(ledger(case, SIZES[size])["peak"], rel=0.1)
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--row", "full"], "full/float32/recompute"),
-        (["--row", "full/float32", "--size", "pocket", "sd15"], "one --size"),
-    ],
-)
-def test_bad_flags(flags: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        memory.main(["--device", "cpu", *flags])
+def test_measured_peaks_are_of_fresh_processes_with_the_case_and_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setitem(SIZES, "pocket", TINY)
+    monkeypatch.setattr(memory, "ledger", lambda case, *_, **__: dict.fromkeys(COLUMNS, 100))
+    monkeypatch.setattr(memory, "in_fresh_process", lambda *args, **env: calls.append((args, env)) or 110)
+    flags = ["--size", "pocket", "--device", "cpu", "--rank", "3", "--keep-attention", "--measure"]
+    bench.main(["memory", *flags, "--out", str(tmp_path / "memory.json")])
+    rows = json.loads((tmp_path / "memory.json").read_text())["sizes"]["pocket"]["rows"]
+    assert all(row["measured"] == 110 for row in rows.values())
+    expected = [((memory.measured, case, TINY, CPU, 3, True), memory.RETURN_FREED_MEMORY) for case in CASES.values()]
+    assert calls == expected

@@ -1,4 +1,4 @@
-"""The benchmark of an update on tiny networks: every way, table and JSON, and that the ways are what they say."""
+"""The updates benchmark on tiny networks: every way, table and JSON, and that the ways do what they say."""
 
 import json
 from functools import partial
@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import TINY_SIZE as TINY
 
-from minidistill.bench import speed as bench
-from minidistill.bench import updates as bench_train
-from minidistill.bench import workloads as contestants
+from minidistill.bench import __main__ as bench
+from minidistill.bench import timing
+from minidistill.bench import updates as bench_updates
 from minidistill.bench.updates import METHODS, WAYS, Way, markdown, measure, network, updates, ways
-from minidistill.bench.workloads import Setup
+from minidistill.bench.workloads import SIZES, Setup
 from minidistill.distill import teacher
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(contestants.SIZES, "pocket", TINY)
+    monkeypatch.setitem(SIZES, "pocket", TINY)
 
 
 @pytest.fixture
@@ -30,9 +30,9 @@ def setup() -> Setup:
 
 def test_every_way_in_table_and_json(tmp_path: Path, capsys):
     out = tmp_path / "bench.json"
-    bench.main(["train", "--device", "cpu", "--rank", "2", "--repeats", "1", "--no-compile", "--out", str(out)])
+    bench.main(["updates", "--device", "cpu", "--rank", "2", "--repeats", "1", "--no-compile", "--out", str(out)])
     report = json.loads(out.read_text())
-    assert report["command"].startswith("python -m minidistill.bench train --device cpu") and report["commit"]
+    assert report["command"].startswith("python -m minidistill.bench updates --device cpu") and report["commit"]
     result = report["sizes"]["pocket"]
     for method in METHODS:
         rows = result["methods"][method]
@@ -52,7 +52,7 @@ def test_which_ways_make_a_difference_where():
     assert all(not WAYS[name].compiled for name in ways("noised", CPU, compiled=False))
 
 
-def test_networks_are_of_the_same_numbers_in_the_ways_dtype_and_layout(setup: Setup):
+def test_networks_hold_the_same_numbers_in_each_dtype_and_layout(setup: Setup):
     plain = network(setup, Way())
     for way in (Way(channels_last=True), Way(weights=torch.bfloat16), WAYS["all"]):
         other = network(setup, way)
@@ -68,25 +68,25 @@ def test_ways_learn_the_same(method: str, setup: Setup):
     expected = updates(setup, Way(), method, 2)()
     assert expected.shape == (2,) and expected[0] != expected[1]
     for name in ways(method, CPU, compiled=False):
-        found = updates(setup, WAYS[name], method, 2)()
+        losses = updates(setup, WAYS[name], method, 2)()
         exact = WAYS[name].dtype == torch.float32
-        assert (found / expected - 1).abs().max() < (1e-4 if exact else 5e-2), name
-        assert exact or not torch.equal(found, expected), name
+        assert (losses / expected - 1).abs().max() < (1e-4 if exact else 5e-2), name
+        assert exact or not torch.equal(losses, expected), name
 
 
-def test_what_does_not_agree_is_not_timed(setup: Setup, monkeypatch: pytest.MonkeyPatch):
+def test_losses_that_disagree_are_not_timed(setup: Setup, monkeypatch: pytest.MonkeyPatch):
     def unguided(unet, z_t, t, cond, uncond, guidance, batched):
-        return teacher(unet, z_t, t, cond, uncond, 1.0 if batched else guidance, batched)
+        return teacher(unet, z_t, t, cond, uncond, 1.0 if batched else guidance, batched=batched)
 
-    monkeypatch.setattr(bench_train, "teacher", unguided)
-    monkeypatch.setattr(bench_train, "timed", lambda *args: pytest.fail("timed"))
+    monkeypatch.setattr(bench_updates, "teacher", unguided)
+    monkeypatch.setattr(timing, "timed", lambda *args: pytest.fail("timed"))
     with pytest.raises(ValueError, match="noised, teacher in one call: the loss differs from the plain loop's by"):
         measure(setup, 1, 1, compiled=False)
 
 
-def test_times_are_of_one_update(setup: Setup, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bench_train, "WAYS", {"plain": Way()})
-    monkeypatch.setattr(bench_train, "timed", lambda turn, device: 6.0)
+def test_times_are_per_update(setup: Setup, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench_updates, "WAYS", {"plain": Way()})
+    monkeypatch.setattr(timing, "timed", lambda turn, device: 6.0)
     rows = measure(setup, repeats=2, number=3, compiled=False)
     assert rows["noised"]["plain"] | {"difference": 0} == dict(seconds=2, to_plain=1, difference=0, turns_s=[2, 2])
 
@@ -99,9 +99,3 @@ def test_compiled_ways(setup: Setup, monkeypatch: pytest.MonkeyPatch):
     rows = measure(setup, 1, 1, compiled=True)
     assert {"compiled", "all"} <= set(rows["noised"]) and rows["noised"]["compiled"]["difference"] < 1e-4
     torch._dynamo.reset()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
-def test_without_a_gpu_it_says_so():
-    with pytest.raises(ValueError, match="no CUDA device here: use --device cpu"):
-        bench.main(["train", "--device", "cuda"])

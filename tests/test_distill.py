@@ -1,0 +1,194 @@
+"""distill.py: teacher and student, what the student is asked for, when it counts as diverged, and its learning rate."""
+
+import math
+
+import pytest
+import torch
+from test_guidance import Recorded
+from tiny import error, fill_up, randn, tiny_student, tiny_unet, unet_inputs
+from torch import Tensor
+
+from minidistill.conditioning import Conditioning
+from minidistill.distill import (
+    ENOUGH,
+    Batch,
+    FullStudent,
+    divergence,
+    guided_target,
+    learning_rate,
+    stored_target,
+    student,
+    teacher,
+)
+from minidistill.guidance import Interval
+from minidistill.lora import LoRAModel
+
+
+@pytest.fixture
+def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z_t, t, cond = unet_inputs(dtype=torch.float64)
+    return z_t, t, cond, randn(*cond.shape, seed=5, dtype=torch.float64)
+
+
+@pytest.fixture
+def unet():
+    """A student, and the settings of its switch at each call."""
+    model, settings = tiny_student(dtype=torch.float64), []
+    model.get_submodule("conv_in").register_forward_hook(lambda *_: settings.append(model.switch.enabled))
+    return model, settings
+
+
+def examples(size: int, seed: int = 0, target: bool = True) -> Batch:
+    z_t, tokens, stored = (
+        randn(size, *shape, seed=seed + i) for i, shape in enumerate([(4, 4, 4), (5, 32), (4, 4, 4)])
+    )
+    t = torch.randint(1000, (size,), generator=torch.Generator().manual_seed(seed))
+    return Batch(z_t, t, Conditioning(tokens), torch.ones(size, 1, 1, 1), stored if target else None)
+
+
+# Teacher and student
+
+
+def test_teacher_is_two_calls_switched_off(unet, inputs):
+    model, settings = unet
+    z_t, t, cond, uncond = inputs
+    prediction = teacher(model, z_t, t, cond, uncond, 3.0)
+    assert settings == [False, False]
+    base = model.base
+    assert error(prediction, -2 * base(z_t, t, uncond) + 3 * base(z_t, t, cond)) < 1e-12
+
+
+def test_teacher_outside_its_interval_is_one_call_switched_off(unet, inputs):
+    model, settings = unet
+    z_t, t, cond, uncond = inputs  # t is 20 and 420
+    assert torch.equal(teacher(model, z_t, t, cond, uncond, 3.0, Interval(500, 999)), model.base(z_t, t, cond))
+    assert settings == [False, False]  # the teacher's call, and the one it is compared with
+    mixed = teacher(model, z_t, t, cond, uncond, 3.0, Interval(400, 999))
+    base = model.base
+    assert error(mixed[:1], base(z_t, t, cond)[:1]) < 1e-12
+    assert error(mixed[1:], (-2 * base(z_t, t, uncond) + 3 * base(z_t, t, cond))[1:]) < 1e-12
+
+
+def test_teacher_keeps_no_graph(unet, inputs):
+    z_t, t, cond, uncond = inputs
+    assert not teacher(unet[0], z_t.requires_grad_(), t, cond, uncond, 3.0).requires_grad
+
+
+def test_student_is_one_call_switched_on(unet, inputs):
+    model, settings = unet
+    z_t, t, cond, _ = inputs
+    prediction = student(model, z_t, t, cond)
+    assert settings == [True]
+    assert prediction.requires_grad and torch.equal(prediction, model(z_t, t, cond, lora_enabled=True))
+
+
+@pytest.mark.parametrize("wide, narrow", [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
+def test_latents_may_be_wider_than_the_weights(wide: torch.dtype, narrow: torch.dtype):
+    """The network computes in its own dtype; whatever is done with its predictions keeps that of the latents."""
+    model = tiny_student(dtype=narrow)
+    z_t, t, cond = unet_inputs(dtype=wide)
+    cond, uncond = cond.to(narrow), torch.zeros_like(cond, dtype=narrow)
+    expected = model(z_t.to(narrow), t, cond, lora_enabled=True)
+    assert expected.dtype == narrow and torch.equal(student(model, z_t, t, cond), expected.to(wide))
+    eps_cond, eps_uncond = (model(z_t.to(narrow), t, context).to(wide) for context in (cond, uncond))
+    assert torch.equal(teacher(model, z_t, t, cond, uncond, 3.0), eps_uncond + 3.0 * (eps_cond - eps_uncond))
+
+
+def test_a_full_student_is_a_second_network_in_its_own_dtype():
+    base, other = tiny_unet().bfloat16(), tiny_unet(seed=1)
+    model = FullStudent(base, other)
+    z_t, t, tokens = unet_inputs()
+    with torch.no_grad():
+        for cond in (tokens.bfloat16(), Conditioning(tokens.bfloat16())):
+            assert torch.equal(model(z_t, t, cond), base(z_t, t, tokens.bfloat16()))
+            assert torch.equal(model(z_t, t, cond, lora_enabled=True), other(z_t, t, tokens.bfloat16().float()))
+
+
+# Batches and targets
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    return [batch.z_t, batch.t, batch.cond.tokens, batch.weight, *([] if batch.target is None else [batch.target])]
+
+
+@pytest.mark.parametrize("target", [False, True])
+@pytest.mark.parametrize("size, parts, sizes", [(6, 2, [3, 3]), (5, 2, [3, 2]), (3, 5, [1, 1, 1]), (4, 1, [4])])
+def test_a_batch_splits_into_parts(size: int, parts: int, sizes: list[int], target: bool):
+    whole = examples(size, target=target)
+    split = whole.split(parts)
+    assert [len(part) for part in split] == sizes and len(whole) == size
+    for whole_tensor, *part_tensors in zip(tensors(whole), *map(tensors, split), strict=True):
+        assert torch.equal(torch.cat(part_tensors), whole_tensor)
+    assert (split[0].target is None) != target
+
+
+def test_a_batch_maps_every_tensor():
+    batch = examples(3)
+    assert all(torch.equal(x, 2 * y) for x, y in zip(tensors(batch.map(lambda x: 2 * x)), tensors(batch), strict=True))
+
+
+def test_the_stored_target_calls_no_network():
+    batch = examples(3)
+    assert stored_target(None, batch) is batch.target
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("interval", [None, Interval(300, 700)])
+def test_the_guided_target_is_the_teacher_now(interval: Interval | None, batched: bool):
+    """One uncond prompt for the whole batch. Compared with the formula, one example at a time in float64."""
+    batch = examples(6).map(lambda x: x.double() if x.is_floating_point() else x)
+    uncond, model = Conditioning(randn(1, 5, 32, seed=9, dtype=torch.float64)), Recorded()
+
+    def unet(*args, lora_enabled: bool) -> Tensor:
+        assert lora_enabled is False
+        return model(*args)
+
+    target = guided_target(uncond, 4.0, interval, batched)(unet, batch)
+    for i in range(6):
+        one = batch[i : i + 1]
+        expected = Recorded()(one.z_t, one.t, one.cond)
+        if interval is None or 300 <= one.t <= 700:
+            expected = 4 * expected - 3 * Recorded()(one.z_t, one.t, uncond)
+        assert error(target[i : i + 1], expected) < 1e-12
+    assert [len(call[0]) for call in model.calls] == ([12] if batched else [6, 6])
+    assert len({call[2].tokens.stride() for call in model.calls}) == 1  # or --compile would make another graph
+
+
+# Divergence
+
+
+def squared_error(model: LoRAModel, batch: Batch, enabled: bool) -> float:
+    with torch.no_grad():
+        return (model(batch.z_t, batch.t, batch.cond, lora_enabled=enabled) - batch.target).square().mean().item()
+
+
+def test_a_few_examples_are_compared_with_zeros():
+    """Fewer than ENOUGH: a student is allowed the error of a prediction of zeros."""
+    model, batches = fill_up(tiny_student()), [examples(2), examples(3, seed=10)]
+    assert sum(map(len, batches)) < ENOUGH
+    student_error, most = divergence(model, batches)
+    assert student_error == pytest.approx(sum(squared_error(model, b, True) for b in batches) / 2, rel=1e-5)
+    assert most == pytest.approx(sum(b.target.square().mean().item() for b in batches) / 2, rel=1e-5)
+
+
+def test_enough_examples_are_compared_with_the_teacher_alone_too():
+    """Four times W's own squared error, where that is less than the error of zeros."""
+    model, batch = fill_up(tiny_student()), examples(ENOUGH)
+    with torch.no_grad():
+        plain = model(batch.z_t, batch.t, batch.cond)
+    near = Batch(batch.z_t, batch.t, batch.cond, batch.weight, plain + 0.1 * batch.target)
+    student_error, most = divergence(model, [near])
+    assert most == pytest.approx(4 * squared_error(model, near, False), rel=1e-4)
+    assert most < near.target.square().mean().item()
+    assert student_error == pytest.approx(squared_error(model, near, True), rel=1e-5)
+    assert divergence(model, [batch])[1] == pytest.approx(batch.target.square().mean().item(), rel=1e-5)
+
+
+# Learning rate
+
+
+def test_learning_rate_rises_linearly_and_falls_along_a_cosine():
+    rates = [learning_rate(step, 100, 2.0, warmup=10) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[50:] == pytest.approx([1 + math.cos(math.pi * step / 100) for step in range(50, 100)])
+    assert max(rates) <= 2.0 and 0 < rates[-1] < 2e-3 and learning_rate(100, 100, 2.0, 10) == pytest.approx(0)

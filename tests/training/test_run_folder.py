@@ -1,0 +1,235 @@
+"""training/run_folder.py: one run at a time in a folder; interrupted and resumed, it ends as if undisturbed."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import pytest
+import torch
+from tiny import ROOT, UPDATES, listing, same_result
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from minidistill.data import shards
+from minidistill.training.run_folder import lock, resume, save_checkpoint
+
+# Interrupted and resumed
+
+
+@contextmanager
+def ctrl_c(when: str, update: int) -> Iterator[None]:
+    """A real SIGINT right before or after the optimizer's given update."""
+    updates = []
+
+    def interrupt(*_):
+        updates.append(1)
+        if len(updates) == update:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    register = dict(before=register_optimizer_step_pre_hook, after=register_optimizer_step_post_hook)[when]
+    handle = register(interrupt)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("when, update", [("before", 1), ("before", 4), ("after", 3)])
+def test_interrupted_and_resumed_is_uninterrupted(when: str, update: int, whole_run, command, flags, tmp_path: Path):
+    run = [*flags(tmp_path / "run"), "--no-report"]
+    with ctrl_c(when, update):
+        stopped = command("train.py", *run)
+    assert "--resume" in stopped.complaint and not (tmp_path / "run/lora.safetensors").exists()
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == update
+    assert command("train.py", *run, "--resume").code == 0
+    assert same_result(tmp_path / "run", whole_run[0])
+
+
+def test_interrupted_and_resumed_with_the_teacher_in_the_loop(command, flags, tmp_path: Path):
+    one, other = ([*flags(tmp_path / name, method="noised"), "--no-report"] for name in ("one", "other"))
+    command("train.py", *one)
+    with ctrl_c("before", 3):
+        assert command("train.py", *other).code != 0
+    command("train.py", *other, "--resume")
+    assert same_result(tmp_path / "one", tmp_path / "other")
+
+
+def test_killed_and_resumed_is_uninterrupted(whole_run, command, flags, tmp_path: Path):
+    """As after a power cut: only an older checkpoint is left, and half of the newest."""
+    run = [*flags(tmp_path / "run"), "--no-report"]
+    command("train.py", *run)
+    checkpoints = sorted((tmp_path / "run/checkpoints").iterdir())
+    assert len(checkpoints) == 2
+    (tmp_path / "run/lora.safetensors").unlink()
+    checkpoints[-1].rename(checkpoints[-1].with_name(checkpoints[-1].name + ".tmp"))
+    command("train.py", *run, "--resume")
+    assert same_result(tmp_path / "run", whole_run[0])
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_the_teacher_samples(asked: int, whole_run, command, flags, tmp_path: Path, monkeypatch):
+    run, save = [*flags(tmp_path / "run"), "--no-report"], shards.save
+
+    def save_and_interrupt(*args):
+        os.kill(os.getpid(), asked)
+        return save(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "save", save_and_interrupt)
+        assert "--resume" in command("train.py", *run).complaint
+    assert command("train.py", *run, "--resume").code == 0
+    assert same_result(tmp_path / "run", whole_run[0])
+
+
+def test_ctrl_c_from_outside(flags, tmp_path: Path):
+    """A process gets a signal from another: it saves, says how to continue, and ends soon."""
+    command = [sys.executable, str(ROOT / "train.py"), *flags(tmp_path / "run", steps=100_000, save_every=100_000)]
+    process = subprocess.Popen(
+        [*command, "--no-report"], env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE
+    )
+    seen = b""
+    while not re.search(rb"distilling.* [1-9]\d*/100000", seen):
+        seen += (byte := process.stderr.read(1))
+        assert byte, seen.decode()
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=300)[1].decode()
+    assert process.returncode != 0 and "Traceback" not in rest
+    done = re.search(r"after (\d+) of 100000.*--resume", rest.splitlines()[-1])[1]
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == int(done) > 0
+
+
+def test_resume_without_a_checkpoint_starts_a_run(whole_run, command, flags, tmp_path: Path):
+    assert command("train.py", *flags(tmp_path / "run"), "--no-report", "--resume").code == 0
+    assert same_result(tmp_path / "run", whole_run[0])
+
+
+def test_resume_of_a_finished_run_changes_nothing(whole_run, command, flags, tmp_path: Path):
+    run = [*flags(tmp_path / "run"), "--no-report"]
+    command("train.py", *run)
+    assert command("train.py", *run, "--resume").code == 0
+    assert same_result(tmp_path / "run", whole_run[0])
+
+
+# What is refused
+
+
+def test_a_second_run_in_the_same_folder_is_refused(whole_run, command, flags):
+    before = listing(whole_run[0])
+    complaint = command("train.py", *flags(whole_run[0])).complaint
+    assert str(whole_run[0]) in complaint and "--resume" in complaint and "--out" in complaint
+    assert listing(whole_run[0]) == before
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(rank=3), dict(guidance=2), dict(seed=1), dict(batch=2), dict(method="noised")]
+)
+def test_resume_with_other_settings_is_refused(changes: dict, whole_run, command, flags):
+    before = listing(whole_run[0])
+    result = command("train.py", *flags(whole_run[0], **changes), "--resume")
+    assert "settings" in result.complaint or f"--{next(iter(changes))}" in result.complaint
+    assert listing(whole_run[0]) == before
+
+
+def test_resume_with_other_prompts_in_the_file_is_refused(command, flags, prompts_file: Path, tmp_path: Path):
+    own = tmp_path / "prompts.txt"
+    own.write_text(prompts_file.read_text())
+    command("train.py", *flags(tmp_path / "run", prompts=own), "--no-report")
+    shutil.rmtree(tmp_path / "run/states")
+    own.write_text(prompts_file.read_text() + "\na blue boat\na red boat\n")
+    result = command("train.py", *flags(tmp_path / "run", prompts=own), "--no-report", "--resume")
+    assert f"--prompts {own}" in result.complaint
+
+
+def test_a_second_run_beside_the_first_is_refused(whole_run, command, flags, tmp_path: Path):
+    run = [*flags(tmp_path / "run"), "--no-report", "--resume"]
+    (tmp_path / "run").mkdir()
+    with lock(tmp_path / "run"):
+        assert f"Another run is at work in {tmp_path}/run" in command("train.py", *run).complaint
+        assert [file.name for file in (tmp_path / "run").iterdir()] == ["lock"]
+    assert command("train.py", *run).code == 0
+    assert same_result(tmp_path / "run", whole_run[0])
+
+
+def test_runs_that_share_states_take_turns(whole_run, command, flags, tmp_path: Path, monkeypatch):
+    """One samples while the other waits; both learn at the same time."""
+    fcntl = pytest.importorskip("fcntl")
+    states, flock = tmp_path / "states", fcntl.flock
+    other = lock(states, wait=True)
+
+    def let_the_other_end(file: IO[str], how: int) -> None:
+        if not how & fcntl.LOCK_NB:
+            other.close()
+        flock(file, how)
+
+    def can_lock(*_) -> None:
+        with (states / "filling").open("a") as file:
+            flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if the lock is still held
+
+    monkeypatch.setattr(fcntl, "flock", let_the_other_end)
+    handle = register_optimizer_step_pre_hook(can_lock)
+    result = command("train.py", *flags(tmp_path / "run", states=states), "--no-report")
+    handle.remove()
+    assert result.out.count(f"Another run is at work in {states}: waiting") == 1
+    assert same_result(tmp_path / "run", whole_run[0])
+
+
+# Damaged checkpoints
+
+
+def truncated(contents: bytes) -> bytes:
+    return contents[:1000]
+
+
+def empty(contents: bytes) -> bytes:
+    return b""
+
+
+def flipped(contents: bytes) -> bytes:
+    """One bit in the middle of a weight, which torch.load alone would not notice."""
+    middle = len(contents) // 2
+    return contents[:middle] + bytes([contents[middle] ^ 4]) + contents[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [truncated, empty, flipped])
+def test_a_damaged_checkpoint_is_named_and_passed_over(damage, whole_run, command, flags, tmp_path: Path):
+    run = [*flags(tmp_path / "run"), "--no-report"]
+    command("train.py", *run)
+    newest = sorted((tmp_path / "run/checkpoints").iterdir())[-1]
+    newest.write_bytes(damage(newest.read_bytes()))
+    with pytest.warns(UserWarning, match=f"{newest} is damaged and passed over"):
+        result = command("train.py", *run, "--resume")
+    assert f"{UPDATES - 2}/{UPDATES}" in result.err  # after the checkpoint before
+    assert same_result(tmp_path / "run", whole_run[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*damaged")
+def test_checkpoints_made_after_damaged_ones_are_kept(whole_run, command, flags, tmp_path: Path):
+    """Both are damaged, so the run starts again; stopped early, it continues from what it has saved since."""
+    run = [*flags(tmp_path / "run"), "--no-report"]
+    command("train.py", *run)
+    for file in (tmp_path / "run/checkpoints").iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    with ctrl_c("after", 3):
+        assert "Saved after 3 of 6" in command("train.py", *run, "--resume").complaint
+    assert {file.name for file in (tmp_path / "run/checkpoints").iterdir()} == {"step-000002.pt", "step-000003.pt"}
+    result = command("train.py", *run, "--resume")
+    assert f"3/{UPDATES}" in result.err and same_result(tmp_path / "run", whole_run[0])
+
+
+def test_a_checkpoint_is_in_memory_once(tmp_path: Path):
+    """Not counting its tensors. (The checkpoint of a full copy is several times the size of W.)"""
+    weight = torch.nn.Parameter(torch.zeros(10**6))
+    optimizer = torch.optim.AdamW([weight])
+    save_checkpoint(tmp_path, [weight], optimizer, [0.5], {})
+    tracemalloc.start()
+    assert resume(tmp_path, [weight], optimizer, {}) == [0.5]
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 4e6 < most < 6e6

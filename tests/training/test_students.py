@@ -1,0 +1,100 @@
+"""training/students.py: which flags choose which student, what a full copy leaves, and styled teachers."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import TINY_UNET, fill_up, listing, tiny_unet
+
+from minidistill import inject_lora, load, save_lora
+from minidistill.data.prompts import prompt_split
+from minidistill.data.trajectories import generate
+from minidistill.formats.lora_files import merge_file
+from minidistill.formats.lora_formats import read_lora
+from minidistill.formats.tensor_files import read_tensors
+
+
+def test_a_full_copy_becomes_a_model_of_its_own(command, flags, tiny_model: Path, tmp_path: Path):
+    """Every weight of the UNet has learned, and nothing else has changed."""
+    out = tmp_path / "run"
+    result = command("train.py", *flags(out, method="full"))
+    assert result.code == 0, result.err
+    assert not (out / "lora.safetensors").exists() and "student" in (out / "report.md").read_text()
+    teacher, student = load(tiny_model), load(out / "student")
+    pairs = zip(teacher.unet.parameters(), student.unet.parameters(), strict=True)
+    assert all(not torch.equal(before, after) for before, after in pairs)
+    assert all(torch.equal(a, b) for a, b in zip(teacher.vae.parameters(), student.vae.parameters(), strict=True))
+    header = read_tensors(out / "student/unet/diffusion_pytorch_model.safetensors")[1]
+    assert (header["method"], header["guidance"]) == ("full", "2.5")
+    again = command("train.py", *flags(out, method="full"))
+    assert "already holds a run" in again.complaint
+    assert command("train.py", *flags(out, method="full"), "--resume").code == 0  # as after a stop in the report
+    for file in (out / "checkpoints").iterdir():
+        file.write_bytes(b"")
+    before = listing(out)
+    with pytest.warns(UserWarning, match="is damaged and passed over"):
+        afresh = command("train.py", *flags(out, method="full", guidance=5.0), "--resume")
+    assert "holds a result, and no checkpoint" in afresh.complaint
+    assert listing(out) == before
+
+
+# A styled teacher
+
+
+@pytest.fixture(scope="module")
+def style(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("style") / "style.safetensors"
+    save_lora(fill_up(inject_lora(load(tiny_model).unet, rank=1)), file)
+    return file
+
+
+def test_the_student_learns_from_the_styled_teacher(
+    whole_run, command, flags, style: Path, tiny_model: Path, prompts_file: Path, tmp_path: Path
+):
+    """Its trajectories come from W + BA of the style, which is merged into W and not part of the student's file."""
+    run = flags(tmp_path / "run", teacher_lora=f"{style}:0.5")
+    assert command("train.py", *run, "--no-report").code == 0
+    assert read_lora(tmp_path / "run/lora.safetensors").metadata["teacher_lora"] == "style.safetensors:0.5"
+    assert "teacher_lora" not in read_lora(whole_run[0] / "lora.safetensors").metadata
+    sd = load(tiny_model)
+    merge_file(sd.unet, read_lora(style, 0.5))
+    captions, _ = prompt_split(tiny_model, prompts_file)
+    generate(sd, captions, tmp_path / "expected", count=8, steps=3, guidance=2.5, batch=4, stride=3)
+    expected = {file.name: load_file(file) for file in (tmp_path / "expected").iterdir()}
+    for name, tensors in expected.items():
+        actual = load_file(tmp_path / "run/states" / name)
+        assert all(torch.equal(actual[key], tensors[key]) for key in tensors)
+        assert not torch.equal(actual["z_0"], load_file(whole_run[0] / "states" / name)["z_0"])
+
+
+def test_trajectories_of_another_style_are_not_used(whole_run, command, flags, style: Path, tmp_path: Path):
+    command("train.py", *flags(tmp_path / "run", teacher_lora=style), "--no-report")
+    (tmp_path / "run/lora.safetensors").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    for changes in [{}, dict(teacher_lora=f"{style}:0.5")]:
+        assert "other settings" in command("train.py", *flags(tmp_path / "run", **changes), "--no-report").complaint
+    other = fill_up(inject_lora(tiny_unet(), rank=1), seed=70)
+    save_lora(other, tmp_path / "style.safetensors")  # a style of the same name
+    changed = flags(tmp_path / "run", teacher_lora=tmp_path / "style.safetensors")
+    assert "other settings" in command("train.py", *changed, "--no-report").complaint
+
+
+def test_resuming_with_another_style_is_refused(command, flags, style: Path, tmp_path: Path):
+    command("train.py", *flags(tmp_path / "run", teacher_lora=style), "--no-report")
+    shutil.rmtree(tmp_path / "run/states")
+    other = flags(tmp_path / "run", teacher_lora=f"{style}:0.5")
+    assert f"--teacher-lora {style}:1" in command("train.py", *other, "--no-report", "--resume").complaint
+
+
+def test_a_student_is_refused_as_a_style(whole_run, command, flags, tmp_path: Path):
+    result = command("train.py", *flags(tmp_path / "run", teacher_lora=whole_run[0] / "lora.safetensors"))
+    assert "has learned guidance" in result.complaint and not (tmp_path / "run").exists()
+
+
+def test_a_style_for_another_model_is_refused(command, flags, tmp_path: Path):
+    save_lora(inject_lora(tiny_unet(config=replace(TINY_UNET, context_width=48)), rank=1), tmp_path / "style")
+    result = command("train.py", *flags(tmp_path / "run", teacher_lora=tmp_path / "style"))
+    assert result.code != 0 and "another model" in result.err and not (tmp_path / "run").exists()
