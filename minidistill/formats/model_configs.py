@@ -49,48 +49,65 @@ MODEL_INDEX = {
 }
 
 # What SD 1.x and 2.x leave at these defaults. Any other value means a network that we do not have.
-UNET_FIXED = {
-    "act_fn": "silu",
-    "addition_embed_type": None,
-    "attention_type": "default",
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "cross_attention_norm": None,
-    "downsample_padding": 1,
-    "dual_cross_attention": False,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "mid_block_only_cross_attention": False,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "norm_eps": 1e-5,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "out_channels": 4,
-    "resnet_out_scale_factor": 1,
-    "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default",
-    "time_cond_proj_dim": None,
-    "time_embedding_act_fn": None,
-    "time_embedding_type": "positional",
-    "timestep_post_act": None,
+# fmt: off
+UNET_FIXED = dict(
+    act_fn="silu", addition_embed_type=None, attention_type="default", center_input_sample=False, class_embed_type=None,
+    conv_in_kernel=3, conv_out_kernel=3, cross_attention_norm=None, downsample_padding=1, dual_cross_attention=False,
+    encoder_hid_dim=None, encoder_hid_dim_type=None, flip_sin_to_cos=True, freq_shift=0, in_channels=4,
+    mid_block_only_cross_attention=False, mid_block_scale_factor=1, mid_block_type="UNetMidBlock2DCrossAttn",
+    norm_eps=1e-5, num_class_embeds=None, only_cross_attention=False, out_channels=4, resnet_out_scale_factor=1,
+    resnet_skip_time_act=False, resnet_time_scale_shift="default", time_cond_proj_dim=None, time_embedding_act_fn=None,
+    time_embedding_type="positional", timestep_post_act=None,
+)
+VAE_FIXED = dict(
+    act_fn="silu", in_channels=3, latents_mean=None, latents_std=None, out_channels=3, shift_factor=None,
+    use_post_quant_conv=True, use_quant_conv=True,
+)
+# fmt: on
+SCHEDULE_FIXED = dict(rescale_betas_zero_snr=False, trained_betas=None)
+
+# Field of our configuration: its key in the file, and the value of a key that is absent.
+Keys = dict[str, tuple[str, object]]
+UNET_KEYS: Keys = {
+    "widths": ("block_out_channels", (320, 640, 1280, 1280)),
+    "layers": ("layers_per_block", 2),
+    "heads": ("attention_head_dim", 8),  # it says "head_dim", but the value has always been the number of heads
+    "context_width": ("cross_attention_dim", 1280),
+    "linear_projection": ("use_linear_projection", False),
+    "upcast_attention": ("upcast_attention", False),  # null in converted checkpoints
+    "groups": ("norm_num_groups", 32),
+    "sample_size": ("sample_size", 64),
 }
-VAE_FIXED = {
-    "act_fn": "silu",
-    "in_channels": 3,
-    "latents_mean": None,
-    "latents_std": None,
-    "out_channels": 3,
-    "shift_factor": None,
-    "use_post_quant_conv": True,
-    "use_quant_conv": True,
+VAE_KEYS: Keys = {
+    "latent_channels": ("latent_channels", 4),
+    "widths": ("block_out_channels", (128, 256, 512, 512)),
+    "layers": ("layers_per_block", 2),
+    "groups": ("norm_num_groups", 32),
+    "scaling_factor": ("scaling_factor", 0.18215),
 }
-SCHEDULE_FIXED = {"rescale_betas_zero_snr": False, "trained_betas": None}
+SCHEDULE_KEYS: Keys = {
+    "train_steps": ("num_train_timesteps", 1000),
+    "beta_start": ("beta_start", 0.0001),
+    "beta_end": ("beta_end", 0.02),
+    "beta_schedule": ("beta_schedule", "linear"),
+}
+
+
+def pick(contents: dict, keys: Keys) -> dict:
+    """The fields of our configuration, from the contents of a file. Null counts as absent."""
+    values = {}
+    for field, (key, default) in keys.items():
+        value = default if contents.get(key) is None else contents[key]
+        values[field] = tuple(value) if isinstance(value, list) else value
+    return values
+
+
+def publish(config: UNetConfig | VAEConfig | ScheduleConfig, keys: Keys, **others: object) -> dict:
+    """The inverse of ``pick``, with ``others`` added."""
+    values = {key: getattr(config, field) for field, (key, _) in keys.items()}
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return dict(sorted((values | others).items()))
+
 
 # Other models, by the channels of their UNet's input.
 OTHER_INPUTS = {9: "an inpainting model", 8: "InstructPix2Pix", 7: "an upscaling model", 5: "a depth-to-image model"}
@@ -142,8 +159,8 @@ def checked(config: Config, file: Path) -> Config:
     return config
 
 
-def per_level(value: int | list[int], levels: int) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, list) else (value,) * levels
+def per_level(value: int | list[int] | tuple[int, ...], levels: int) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,) * levels
 
 
 def up_blocks(down_blocks: list[str]) -> list[str]:
@@ -152,87 +169,63 @@ def up_blocks(down_blocks: list[str]) -> list[str]:
 
 
 def read_unet_config(file: Path) -> UNetConfig:
-    """Read ``unet/config.json``. A key that is absent has its default in the published layout."""
+    """Read ``unet/config.json``."""
     contents = read_json(file)
     with reading(file):
         check_fixed(contents, UNET_FIXED, file)
-        widths = tuple(contents.get("block_out_channels", (320, 640, 1280, 1280)))
-        blocks = contents.get("down_block_types", ["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"])
+        values = pick(contents, UNET_KEYS)
+        levels = len(values["widths"])
+        blocks = contents.get("down_block_types", ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"])
         up = contents.get("up_block_types", up_blocks(blocks))
         if not set(blocks) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or up != up_blocks(blocks):
             raise CheckpointError(f"{file} asks for blocks that SD 1.x and 2.x do not have: {blocks}, {up}.")
-        side = contents.get("sample_size")
-        if isinstance(side, list) and side == side[:1] * 2:
+        depths = per_level(contents.get("transformer_layers_per_block", 1), levels)
+        values["depth"] = tuple(d if name.startswith("CrossAttn") else 0 for d, name in zip(depths, blocks))
+        values["mid_depth"] = depths[-1]
+        values["heads"] = per_level(contents.get("num_attention_heads") or values["heads"], levels)
+        side = values["sample_size"]
+        if isinstance(side, tuple) and side == side[:1] * 2:
             side = side[0]
         version = str(contents.get("_diffusers_version", "1.0")).split(".")[:2]
         if side == 32 and [int(number) for number in version] < [0, 9]:
             side = 64  # early converters wrote 32 for every SD 1.x; diffusers replaces it with 64 too
-        depth = per_level(contents.get("transformer_layers_per_block", 1), len(widths))
-        config = UNetConfig(
-            widths=widths,
-            layers=contents.get("layers_per_block", 2),
-            depth=tuple(d if name.startswith("CrossAttn") else 0 for d, name in zip(depth, blocks)),
-            mid_depth=depth[-1],
-            # The published name says "head_dim", but the value has always been the number of heads.
-            heads=per_level(contents.get("num_attention_heads") or contents.get("attention_head_dim", 8), len(widths)),
-            context_width=contents.get("cross_attention_dim", 1280),
-            linear_projection=contents.get("use_linear_projection", False),
-            upcast_attention=contents.get("upcast_attention") or False,  # null in converted checkpoints
-            groups=contents.get("norm_num_groups", 32),
-            sample_size=64 if side is None else side,
-        )
-        return checked(config, file)
+        return checked(UNetConfig(**values | {"sample_size": side}), file)
 
 
 def published_unet(config: UNetConfig) -> dict:
     """The inverse of ``read_unet_config``, for SD 1.x and 2.x, which have one transformer layer per block."""
     blocks = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.depth]
-    return {
-        "_class_name": "UNet2DConditionModel",
-        "attention_head_dim": list(config.heads),  # the published name for the number of heads
-        "block_out_channels": list(config.widths),
-        "cross_attention_dim": config.context_width,
-        "down_block_types": blocks,
-        "in_channels": config.in_channels,
-        "layers_per_block": config.layers,
-        "norm_num_groups": config.groups,
-        "out_channels": config.out_channels,
-        "sample_size": config.sample_size,
-        "up_block_types": up_blocks(blocks),
-        "upcast_attention": config.upcast_attention,
-        "use_linear_projection": config.linear_projection,
-    }
+    return publish(
+        config,
+        UNET_KEYS,
+        _class_name="UNet2DConditionModel",
+        down_block_types=blocks,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        up_block_types=up_blocks(blocks),
+    )
 
 
 def read_vae_config(file: Path) -> VAEConfig:
+    """Read ``vae/config.json``."""
     contents = read_json(file)
     with reading(file):
         check_fixed(contents, VAE_FIXED, file)
-        config = VAEConfig(
-            latent_channels=contents.get("latent_channels", 4),
-            widths=tuple(contents.get("block_out_channels", (128, 256, 512, 512))),
-            layers=contents.get("layers_per_block", 2),
-            groups=contents.get("norm_num_groups", 32),
-            scaling_factor=contents.get("scaling_factor", 0.18215),
-        )
-        return checked(config, file)
+        return checked(VAEConfig(**pick(contents, VAE_KEYS)), file)
 
 
 def published_vae(config: VAEConfig, side: int) -> dict:
     """The inverse of ``read_vae_config``; ``side`` is the size in pixels of the images it was trained on."""
-    return {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": list(config.widths),
-        "down_block_types": ["DownEncoderBlock2D"] * len(config.widths),
-        "in_channels": config.image_channels,
-        "latent_channels": config.latent_channels,
-        "layers_per_block": config.layers,
-        "norm_num_groups": config.groups,
-        "out_channels": config.image_channels,
-        "sample_size": side,
-        "scaling_factor": config.scaling_factor,
-        "up_block_types": ["UpDecoderBlock2D"] * len(config.widths),
-    }
+    return publish(
+        config,
+        VAE_KEYS,
+        _class_name="AutoencoderKL",
+        down_block_types=["DownEncoderBlock2D"] * len(config.widths),
+        in_channels=config.image_channels,
+        out_channels=config.image_channels,
+        sample_size=side,
+        up_block_types=["UpDecoderBlock2D"] * len(config.widths),
+    )
 
 
 # All that we take from a text encoder's configuration, with the largest sizes allowed. Transformers would obey
@@ -278,10 +271,7 @@ def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
         if published not in list(PREDICTIONS):  # a list, because the value may be unhashable
             raise CheckpointError(f'{file}: prediction_type is "{published}"; known are {", ".join(PREDICTIONS)}.')
         config = ScheduleConfig(
-            train_steps=contents.get("num_train_timesteps", 1000),
-            beta_start=contents.get("beta_start", 0.0001),
-            beta_end=contents.get("beta_end", 0.02),
-            beta_schedule=contents.get("beta_schedule", "linear"),
+            **pick(contents, SCHEDULE_KEYS),
             prediction=prediction or PREDICTIONS[published],
             steps_offset=1,  # the official pipeline overrides any other value for Stable Diffusion
             set_alpha_to_one=contents.get("set_alpha_to_one", kind == "DDIMScheduler"),
@@ -298,15 +288,13 @@ def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
 
 def published_schedule(config: ScheduleConfig) -> dict:
     """The inverse of ``read_schedule_config``."""
-    return {
-        "_class_name": "DDIMScheduler",
-        "beta_end": config.beta_end,
-        "beta_schedule": config.beta_schedule,
-        "beta_start": config.beta_start,
-        "clip_sample": False,
-        "num_train_timesteps": config.train_steps,
-        "prediction_type": next(published for published, ours in PREDICTIONS.items() if ours == config.prediction),
-        "set_alpha_to_one": config.set_alpha_to_one,
-        "steps_offset": config.steps_offset,
-        "timestep_spacing": "leading",
-    }
+    return publish(
+        config,
+        SCHEDULE_KEYS,
+        _class_name="DDIMScheduler",
+        clip_sample=False,
+        prediction_type=next(published for published, ours in PREDICTIONS.items() if ours == config.prediction),
+        set_alpha_to_one=config.set_alpha_to_one,
+        steps_offset=config.steps_offset,
+        timestep_spacing="leading",
+    )

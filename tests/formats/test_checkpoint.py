@@ -1,4 +1,4 @@
-"""What loads, in every shape it comes in; and what is refused, by what name. diffusers' side is in tests/parity."""
+"""checkpoint.py: which models load, in every form, and what is refused. tests/parity compares with diffusers."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def single(tensors: dict[str, Tensor], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(tiny_model: Path, tmp_path: Path) -> Path:
-    """One's own copy, to change."""
+    """A private copy, to change."""
     return Path(shutil.copytree(tiny_model, tmp_path / "tiny"))
 
 
@@ -98,18 +98,18 @@ def is_mapped(tensor: Tensor, file: Path) -> bool:
 
 
 def test_a_header_of_any_length(single: Path) -> None:
-    """Old files do not pad it, and their tensors lie at odd places."""
+    """Old files do not pad it, so their tensors are not aligned."""
     data = single.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + length].rstrip() + b" "
     header += b" " * (1 - len(header) % 2)
-    expected = {name: tensor.clone() for name, tensor in written_again(load(single)).items()}  # not the file's
+    expected = {name: tensor.clone() for name, tensor in written_again(load(single)).items()}  # a copy, not mapped
     single.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
     assert equal(written_again(load(single)), expected)
 
 
 def test_views_in_a_ckpt(tensors: dict[str, Tensor], tmp_path: Path) -> None:
-    """Transposed, and in the middle of another's storage."""
+    """A transposed tensor in the middle of another tensor's storage."""
     weight = tensors[LINEAR]
     around = torch.zeros(3, *weight.T.shape)
     around[1] = weight.T
@@ -118,7 +118,7 @@ def test_views_in_a_ckpt(tensors: dict[str, Tensor], tmp_path: Path) -> None:
 
 
 def test_a_cut_and_an_uncut_openclip(tmp_path: Path) -> None:
-    """A projection says that the last block is one more than is used."""
+    """A text_projection means that the file holds one block more than SD uses."""
     tensors, text = tiny_tensors(version=2), "cond_stage_model.model."
     first = text + "transformer.resblocks.0."
     last = {name.replace("blocks.0", "blocks.1"): t + 1 for name, t in tensors.items() if name.startswith(first)}
@@ -128,7 +128,7 @@ def test_a_cut_and_an_uncut_openclip(tmp_path: Path) -> None:
 
 
 def test_23_blocks_are_a_cut_openclip(tmp_path: Path) -> None:
-    """As SD 2.x is published in folders; some of the files that are made of them keep the projection."""
+    """SD 2.x in folders has 23 blocks. Some files converted from them keep the projection."""
     tensors, text = tiny_tensors(version=2), "cond_stage_model.model."
     first = text + "transformer.resblocks.0."
     others = {
@@ -143,8 +143,8 @@ def test_23_blocks_are_a_cut_openclip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_what_else_comes_with_a_model(version: int, tmp_path: Path) -> None:
-    """CLIP's other half, a mask, and a stray tensor of a LoRA."""
+def test_tensors_that_are_not_needed_are_ignored(version: int, tmp_path: Path) -> None:
+    """CLIP's vision half, a mask, and a stray tensor of a LoRA are ignored."""
     tensors, text = tiny_tensors(version), f"cond_stage_model.{('transformer', 'model')[version - 1]}."
     extra = {
         1: ["vision_model.encoder.layers.5.x", "visual_projection.weight"],
@@ -181,13 +181,13 @@ def test_padding_is_the_versions(version: int, padding: int, tmp_path: Path) -> 
     assert sd.encode_prompt(["a red apple"]).tokens.shape == (1, 16, 64)
 
 
-def test_what_a_single_file_cannot_say(tiny_model: Path) -> None:
+def test_a_model_that_no_single_file_can_hold(tiny_model: Path) -> None:
     with pytest.raises(ValueError, match=r"heads=\(8, 8\).*heads=\(2, 2\).*Write a folder"):
         written_again(load(tiny_model))
 
 
 def test_a_misspelt_path_is_not_looked_up_online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Two words and a slash are a hub id, unless the first names a folder that is here."""
+    """Two words and a slash are a hub id, unless the first is an existing folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minidistill.formats.hub.snapshot_download", lambda *_, **__: pytest.fail("looked up online"))
     (tmp_path / "models").mkdir()
@@ -288,8 +288,8 @@ def test_impossible_configurations(file: str, changes: dict, folder: Path) -> No
     [dict(attn_implementation="someone/kernel@main"), dict(return_dict=False), dict(output_hidden_states="yes")],
     ids=str,
 )
-def test_what_a_text_encoder_does_not_have(changes: dict, folder: Path, sd: StableDiffusion) -> None:
-    """Transformers obeys some of it: fetches and runs that kernel, returns a tuple."""
+def test_unknown_text_encoder_settings_are_ignored(changes: dict, folder: Path, sd: StableDiffusion) -> None:
+    """Transformers would obey these: download and run that kernel, or return a tuple."""
     config = folder / "text_encoder/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     found = load(folder)
@@ -302,7 +302,7 @@ def test_what_a_text_encoder_does_not_have(changes: dict, folder: Path, sd: Stab
     [dict(sample_size=[8, 8]), dict(only_cross_attention=[False, False]), dict(upcast_attention=None)],
     ids=str,
 )
-def test_the_same_said_otherwise(changes: dict, folder: Path, sd: StableDiffusion) -> None:
+def test_equivalent_settings(changes: dict, folder: Path, sd: StableDiffusion) -> None:
     config = folder / "unet/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     assert load(folder).unet.config == sd.unet.config
@@ -312,7 +312,7 @@ def test_the_same_said_otherwise(changes: dict, folder: Path, sd: StableDiffusio
 
 @pytest.mark.parametrize("version, side", [("0.4.0.dev0", 64), ("0.8.1", 64), ("0.9.0", 32), ("0.42.1", 32)])
 def test_the_size_that_early_converters_wrote(version: str, side: int, folder: Path) -> None:
-    """diffusers' pipeline takes 64 in its place for what was written before 0.9."""
+    """diffusers' pipeline replaces it with 64 in files written before 0.9."""
     config = folder / "unet/config.json"
     changes = {"sample_size": 32, "_diffusers_version": version}
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
@@ -326,7 +326,7 @@ def test_a_configuration_of_any_length(folder: Path) -> None:
 
 
 def test_a_folder_of_another_kind_is_named(folder: Path) -> None:
-    """SD 3 and Flux have no UNet, and say so in their index."""
+    """SD 3 and Flux have no UNet, as their index says."""
     shutil.rmtree(folder / "unet")
     index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -334,7 +334,7 @@ def test_a_folder_of_another_kind_is_named(folder: Path) -> None:
         load(folder)
 
 
-def test_all_that_does_not_fit_is_listed(folder: Path) -> None:
+def test_every_tensor_that_does_not_fit_is_listed(folder: Path) -> None:
     file = folder / "unet/diffusion_pytorch_model.safetensors"
     wanted, strange = load_file(file), {f"x.{i}": torch.zeros(1) for i in range(200)}
     save_file(strange, file)
@@ -351,8 +351,8 @@ def test_all_that_does_not_fit_is_listed(folder: Path) -> None:
         (dict(_class_name="DDIMScheduler", set_alpha_to_one=False), False, 0.02),
     ],
 )
-def test_what_a_sampler_leaves_out(config: dict, alpha_to_one: bool, beta_end: float, folder: Path) -> None:
-    """As its class has it; but the offset is always Stable Diffusion's."""
+def test_defaults_of_samplers(config: dict, alpha_to_one: bool, beta_end: float, folder: Path) -> None:
+    """It has the default of the sampler's class, except the offset, which is always Stable Diffusion's."""
     file = folder / "scheduler/scheduler_config.json"
     file.write_text(json.dumps(config))
     found = read_schedule_config(file, None)
@@ -454,7 +454,7 @@ def entry(start: int, stop: int, dtype: str = "F32", shape: object = (1,)) -> di
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 
-NO_CHECKPOINTS = {
+NOT_CHECKPOINTS = {
     "empty": (b"", "is empty"),
     "a web page": (b"<!DOCTYPE html><html>404</html>", "web page"),
     "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "git lfs pull"),
@@ -476,9 +476,9 @@ NO_CHECKPOINTS = {
 }
 
 
-@pytest.mark.parametrize("contents, message", NO_CHECKPOINTS.values(), ids=NO_CHECKPOINTS)
+@pytest.mark.parametrize("contents, message", NOT_CHECKPOINTS.values(), ids=NOT_CHECKPOINTS)
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
-def test_no_checkpoints(name: str, contents: bytes, message: str, tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints(name: str, contents: bytes, message: str, tmp_path: Path) -> None:
     file = tmp_path / name
     file.write_bytes(contents)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -509,14 +509,14 @@ def test_every_dtype_of_safetensors(tmp_path: Path) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no way out."""
+    """An empty cache, without a network connection."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
 
 def put(cache: Path, repo: str, folder: Path) -> Path:
-    """A repository as the hub's client keeps it."""
+    """A repository in the layout of the hub client's cache."""
     place = cache / f"models--{repo.replace('/', '--')}"
     (place / "refs").mkdir(parents=True)
     (place / "refs/main").write_text("0" * 40)
@@ -550,7 +550,7 @@ def test_the_tokenizer_of_a_single_file_is_the_hubs(cache: Path, single: Path, c
 
 
 def served(folder: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """``folder`` as if it were the hub's; what is fetched of it goes to ``snapshot``."""
+    """Serve ``folder`` in place of the hub; downloaded files go to ``snapshot``."""
 
     def download(repo: str, allow_patterns: list[str]) -> Path:
         for file in (file for file in folder.rglob("*") if file.is_file()):

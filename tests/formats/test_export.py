@@ -1,4 +1,4 @@
-"""export.py: what it writes is the student, for other tools; nothing is half-written."""
+"""minidistill.export: the files it writes are the student, in other formats, and are never half-written."""
 
 import shutil
 import subprocess
@@ -31,7 +31,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A training run's folder."""
+    """The folder of a training run."""
     return write_lora(tmp_path / "run/lora.safetensors").parent
 
 
@@ -53,19 +53,19 @@ def test_a_run_becomes_a_file_beside_its_lora(run: Path, capsys):
 
 
 @pytest.mark.parametrize("to", ["peft", "kohya"])
-def test_they_say_what_they_are(to: str, run: Path):
+def test_exported_metadata(to: str, run: Path):
     export.main([str(run), "--to", to])
     found = metadata(run / f"lora-{to}.safetensors")
     assert found.items() >= (METADATA | {"rank": "2", "format": "pt"}).items()
-    assert "alpha" not in found  # peft's readers know none; kohya's have a tensor
+    assert "alpha" not in found  # peft readers ignore it, kohya readers use a tensor
     assert read_lora(run / f"lora-{to}.safetensors").is_student
 
 
-def test_what_kohyas_readers_look_for(run: Path):
+def test_metadata_for_kohyas_readers(run: Path):
     export.main([str(run), "--to", "kohya"])
     wanted = dict(ss_network_dim="2", ss_network_alpha="3", ss_network_module="networks.lora", ss_sd_model_name="tiny")
     found = metadata(run / "lora-kohya.safetensors")
-    assert found.items() >= wanted.items() and "ss_v2" not in found  # 32 wide: no version of SD
+    assert found.items() >= wanted.items() and "ss_v2" not in found  # width 32 is no version of SD
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_what_kohyas_readers_look_for(run: Path):
     [(768, "eps", "sd_v1", "False"), (1024, "eps", "sd_v2", "True"), (1024, "v", "sd_v2_v", "True")],
 )
 def test_the_version_is_read_off_the_context(width: int, prediction: str, version: str, v2: str, tmp_path: Path):
-    """Without ss_v2, AUTOMATIC1111 takes a LoRA for one of SD 1 and hides it beside SD 2."""
+    """Without ss_v2, AUTOMATIC1111 treats a LoRA as one for SD 1 and hides it with SD 2."""
     unet = inject_lora(tiny_unet(config=replace(TINY_UNET, context_width=width)), rank=1, targets=["*attn2*"])
     save_lora(unet, tmp_path / "lora.safetensors", METADATA | dict(prediction=prediction))
     export.main([str(tmp_path), "--to", "kohya"])
@@ -89,7 +89,7 @@ def test_equal_students_give_equal_bytes(to: str, run: Path, tmp_path: Path):
 
 
 def test_from_one_format_to_the_next_and_back(run: Path, tmp_path: Path):
-    """peft -> kohya -> peft leaves every byte of the tensors."""
+    """peft -> kohya -> peft preserves the tensors exactly."""
     write_tensors(tmp_path / "a", peft_tensors(read_lora(run / "lora.safetensors")), {})
     export.main([str(tmp_path / "a"), "--to", "kohya", "--out", str(tmp_path / "b")])
     export.main([str(tmp_path / "b"), "--to", "peft", "--out", str(tmp_path / "c")])
@@ -97,7 +97,7 @@ def test_from_one_format_to_the_next_and_back(run: Path, tmp_path: Path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_half_of_it(run: Path):
+def test_half_strength(run: Path):
     export.main([f"{run}:0.5", "--to", "peft"])
     whole, half = (read_lora(run / name).layers for name in ("lora.safetensors", "lora-peft.safetensors"))
     assert all(torch.equal(half[name].up, 0.5 * pair.scale * pair.up) for name, pair in whole.items())
@@ -105,7 +105,7 @@ def test_half_of_it(run: Path):
 
 
 def test_the_command_line(run: Path):
-    """As README.md gives it; in a process of its own, which says nothing but what it wrote."""
+    """The command in the README prints nothing but the file it wrote."""
     command = [sys.executable, "-m", "minidistill.export", str(run), "--to", "kohya"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, f"Wrote {run / 'lora-kohya.safetensors'}\n"), result.stderr
@@ -134,20 +134,20 @@ def test_the_checkpoint_is_the_merged_student(run: Path, tiny_model: Path):
 
 def test_the_rest_of_the_folder_is_copied(run: Path, tiny_model: Path):
     shutil.copytree(tiny_model, run / "model")
-    (run / "model/unet/diffusion_pytorch_model.fp16.safetensors").touch()  # unmerged, like the next
+    (run / "model/unet/diffusion_pytorch_model.fp16.safetensors").touch()  # not merged, like the next
     (run / "model/v1-5-pruned.ckpt").touch()
     (run / "model/clip").mkdir()
     export.main([str(run), "--to", "checkpoint", "--model", str(run / "model"), "--out", str(run / "out")])
     files = {str(path.relative_to(tiny_model)) for path in tiny_model.rglob("*") if path.is_file()}
     found = {str(path.relative_to(run / "out")) for path in (run / "out").rglob("*") if path.is_file()}
-    assert found == files | {"model_index.json"}  # the tiny model has no index: it gets one
+    assert found == files | {"model_index.json"}  # the tiny model has no index, so one is written
     assert all((run / "out" / name).read_bytes() == (tiny_model / name).read_bytes() for name in files - {UNET})
     assert read_json(run / "out/model_index.json")["unet"] == ["diffusers", "UNet2DConditionModel"]
     assert metadata(run / "out" / UNET).items() >= METADATA.items()
 
 
 def test_the_index_names_only_what_is_there(run: Path, tiny_model: Path):
-    """Of a hub's model the safety checker is not fetched, and diffusers opens no folder without a part it names."""
+    """We do not download the safety checker, and diffusers rejects a folder that lacks a part its index names."""
     named = {name: ["diffusers", "Something"] for name in ("unet", "vae", "safety_checker", "feature_extractor")}
     shutil.copytree(tiny_model, run / "model")
     write_json(run / "model/model_index.json", named | {"requires_safety_checker": True})
@@ -191,7 +191,7 @@ def test_a_student_of_a_styled_teacher_misses_the_style(run: Path, tiny_model: P
 
 @pytest.fixture(scope="module")
 def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that fits into a single file, which holds no configuration: heads and groups as SD 1.x has them."""
+    """A folder that can become a single file, because it has the heads and groups of SD 1.x."""
     folder = write_tiny(tmp_path_factory.mktemp("models") / "ordinary")
     unet = UNetConfig(widths=(32, 64), layers=1, depth=(1, 0), heads=(8, 8), context_width=64, sample_size=8)
     vae = VAEConfig(widths=(32, 64), layers=1)
@@ -232,7 +232,7 @@ def test_a_single_file_of_a_folder(student_of_it: Path, ordinary: Path, tmp_path
 def test_a_single_file_says_what_it_predicts(
     published: str, ours: str, student_of_it: Path, ordinary: Path, tmp_path: Path
 ):
-    """A folder's scheduler does; of a file it would be guessed, from the version."""
+    """A folder's scheduler states it; for a file it would be guessed from the version."""
     model, out = shutil.copytree(ordinary, tmp_path / "model"), tmp_path / "x.safetensors"
     config = model / "scheduler/scheduler_config.json"
     write_json(config, read_json(config) | {"prediction_type": published})
@@ -242,7 +242,7 @@ def test_a_single_file_says_what_it_predicts(
 
 
 def test_a_single_file_of_a_single_file(student_of_it: Path, ordinary: Path, tmp_path: Path):
-    """Everything but the UNet is in it as it was; averaged copies, which nothing was merged into, are not."""
+    """Everything but the UNet is unchanged. EMA copies are left out, since nothing was merged into them."""
     plain, found, expected = (tmp_path / f"{name}.safetensors" for name in ("plain", "found", "expected"))
     flags = ["--to", "checkpoint", "--model"]
     export.main([f"{student_of_it}:0", *flags, str(ordinary), "--out", str(plain)])
@@ -294,8 +294,8 @@ def test_a_folder_needs_a_folder(student_of_it: Path, ordinary: Path, tmp_path: 
     assert not (tmp_path / "folder").exists()
 
 
-def test_what_no_single_file_can_say(student_of_it: Path, ordinary: Path, tmp_path: Path):
-    """There is no configuration in one: it would be read with eight heads again."""
+def test_heads_that_no_single_file_can_hold(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    """A file holds no configuration: this model would be read back with eight heads."""
     config = read_json(shutil.copytree(ordinary, tmp_path / "model") / "unet/config.json")
     write_json(tmp_path / "model/unet/config.json", config | dict(attention_head_dim=4))
     flags = ["--to", "checkpoint", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "x.safetensors")]
@@ -305,7 +305,7 @@ def test_what_no_single_file_can_say(student_of_it: Path, ordinary: Path, tmp_pa
 
 
 def test_a_variant_stays_one(student_of_it: Path, ordinary: Path, tmp_path: Path):
-    """What is read with --variant fp16 is read so again, though .bin comes out as .safetensors."""
+    """The output loads with the same --variant, although a .bin becomes a .safetensors."""
     model = Path(shutil.copytree(ordinary, tmp_path / "model"))
     for weights in list(model.glob("*/*.safetensors")):
         weights.rename(weights.with_suffix(".fp16.safetensors"))
@@ -320,7 +320,7 @@ def test_a_variant_stays_one(student_of_it: Path, ordinary: Path, tmp_path: Path
     load(tmp_path / "out", variant="fp16")
 
 
-# What it says when it cannot
+# Errors
 
 
 def test_a_folder_without_a_part_makes_no_single_file(student_of_it: Path, ordinary: Path, tmp_path: Path):

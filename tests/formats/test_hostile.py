@@ -1,4 +1,4 @@
-"""Files that are damaged, or made to do harm: each ends in one CheckpointError, or loads without what was harmful."""
+"""Damaged and hostile files: each ends in one CheckpointError, or loads without its harmful part."""
 
 import io
 import os
@@ -24,7 +24,7 @@ from minidistill.formats.tensor_files import read_tensors
 
 
 class Calls:
-    """Unpickled by pickle, it would call ``function``."""
+    """pickle would call ``function`` when it loads this."""
 
     def __init__(self, function: Any, *args: object):
         self.function, self.args = function, args
@@ -33,15 +33,15 @@ class Calls:
         return self.function, self.args
 
     def __call__(self):
-        """Nothing; but what is to be called has to look as if it could be."""
+        """Does nothing; pickle only accepts callables."""
 
 
-MARK = "harmed"  # a file, in the working directory, that only code from the pickle would make
+MARK = "harmed"  # this file appears only if code from the pickle runs
 TOUCH = f"open({MARK!r}, 'w')"
 
 
 def zipped(program: bytes, file: Path) -> Path:
-    """A .ckpt of a program of one's own; large, where that lets the program be longer."""
+    """A .ckpt with any pickle program."""
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", program)
         archive.writestr("archive/version", "3")
@@ -51,31 +51,31 @@ def zipped(program: bytes, file: Path) -> Path:
 
 def legacy(program: bytes, file: Path, keys: bytes = pickle.dumps(["0"], protocol=2)) -> Path:
     before = [pickle.dumps(x, protocol=2) for x in (torch.serialization.MAGIC_NUMBER, 1001, {"little_endian": True})]
-    program = program.replace(b"tQ", b"NtQ")  # in this format, a storage is described by one value more
+    program = program.replace(b"tQ", b"NtQ")  # this format describes a storage with one more value
     after = keys + struct.pack("<q", 16) + bytes(room(program))
     file.write_bytes(b"".join(before) + program + after)
     return file
 
 
 def room(program: bytes) -> int:
-    """Bytes of the one storage."""
+    """Bytes in the file's only storage; large for a long program."""
     return 2**24 if len(program) > 150_000 else 64
 
 
 def tensor(key: str = "0", numel: str = "K\x10", offset: str = "K\x00", shape: str = "K\x10", stride: str = "K\x01"):
-    """A program that describes one tensor of 16 float32, or of whatever else."""
+    """A pickle of {"a": a tensor of 16 float32}, or with other values in it."""
     storage = f"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x00{key}X\x03\x00\x00\x00cpu{numel}tQ"
     rebuilt = f"ctorch._utils\n_rebuild_tensor_v2\n({storage}{offset}({shape}t({stride}t\x89}}tR"
     return f"\x80\x02}}X\x01\x00\x00\x00a{rebuilt}s.".encode("latin-1")
 
 
 def text(contents: str) -> bytes:
-    """A string on the stack."""
+    """Push a string."""
     return b"X" + struct.pack("<i", len(contents)) + contents.encode()
 
 
 def deep(n: int) -> bytes:
-    """A tuple of a tuple of a tuple ..."""
+    """Push n nested tuples."""
     return b")" + b"\x85" * n
 
 
@@ -141,7 +141,7 @@ def test_a_hostile_list_of_storages(tmp_path: Path) -> None:
 
 
 def test_they_would_do_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pickle itself runs the first ones, so that the test above tests something."""
+    """pickle itself runs these, so the test above tests something."""
     monkeypatch.chdir(tmp_path)
     for name in ("os.system", "builtins.eval", "builtins.exec", "nested", "old instance", "object"):
         pickle.loads(HOSTILE[name])
@@ -151,7 +151,7 @@ def test_they_would_do_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("form", [zipped, legacy])
 def test_the_honest_one(form, tmp_path: Path) -> None:
-    """The program that the tensors above are variations of."""
+    """The unchanged program loads."""
     found = read_tensors(form(tensor(), tmp_path / "model.ckpt"))
     assert torch.equal(found[0]["a"], torch.zeros(16))
 
@@ -161,7 +161,7 @@ def harm() -> None:
 
 
 class Harmful:
-    """Does harm when it is created, called or given a state."""
+    """Does harm when it is created or gets its state."""
 
     def __init__(self) -> None:
         harm()
@@ -174,7 +174,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_what_comes_beside_the_weights_is_inert(zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_objects_in_the_file_are_inert(zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tensors, file = tiny_tensors(), tmp_path / "model.ckpt"
     extra = {"callbacks": {Calls: Calls(harm)}, "hyper_parameters": object.__new__(Harmful)}
@@ -185,7 +185,7 @@ def test_what_comes_beside_the_weights_is_inert(zipped: bool, tmp_path: Path, mo
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("call", [Calls(eval, TOUCH), Calls(os.system, f"touch {MARK}")], ids=["eval", "system"])
-def test_harm_beside_the_weights_is_refused(call: Calls, zipped: bool, tmp_path: Path, monkeypatch) -> None:
+def test_attacks_are_refused(call: Calls, zipped: bool, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     extra = {"hyper_parameters": call}
     torch.save(extra | {"state_dict": tiny_tensors()}, "model.ckpt", _use_new_zipfile_serialization=zipped)
@@ -195,13 +195,13 @@ def test_harm_beside_the_weights_is_refused(call: Calls, zipped: bool, tmp_path:
 
 
 class Disguised:
-    """Unpickled, an OrderedDict with attributes that hide its methods."""
+    """Loads as an OrderedDict with attributes that hide its methods."""
 
     def __reduce__(self):
         return OrderedDict, (), {"get": set, "items": set}, None, iter([("a", torch.ones(2))])
 
 
-def test_what_a_file_attaches_to_its_dict_is_not_called(tmp_path: Path) -> None:
+def test_attributes_of_a_dict_are_not_called(tmp_path: Path) -> None:
     torch.save(Disguised(), tmp_path / "model.ckpt")
     assert torch.equal(read_tensors(tmp_path / "model.ckpt")[0]["a"], torch.ones(2))
 
@@ -213,7 +213,7 @@ def test_other_tensors_are_left_out(tensor: torch.Tensor, tmp_path: Path) -> Non
 
 
 def test_many_views_of_one_storage(tmp_path: Path) -> None:
-    """Each within its storage, and all together more than memory."""
+    """Each fits its storage, but together they can exceed the memory."""
     whole = torch.zeros(1000, 1000)
     torch.save({str(i): whole[: 1000 - i] for i in range(100)}, tmp_path / "model.ckpt")
     with pytest.raises(CheckpointError, match="larger than itself"):
@@ -251,7 +251,7 @@ def test_a_pickle_named_safetensors(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A real model in each form."""
+    """A tiny model in every format."""
     place, tensors = tmp_path_factory.mktemp("healthy"), tiny_tensors(dtype=torch.float16)
     save_file(tensors, place / "model.safetensors")
     torch.save({"state_dict": tensors, "global_step": 5}, place / "zip.ckpt")
@@ -263,7 +263,7 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @st.composite
 def damages(draw: st.DrawFn, data: bytes) -> bytes:
-    """Cut off, overwritten, moved, or another file; often near the ends, where the formats' own numbers lie."""
+    """Truncated, overwritten, shifted or replaced bytes; often near the ends, where the headers are."""
     size = len(data)
     near = st.integers(0, min(size, 4096))
     at = draw(st.one_of(near, near.map(lambda n: size - n), st.integers(0, size)))
@@ -288,7 +288,7 @@ def damages(draw: st.DrawFn, data: bytes) -> bytes:
 
 
 def damaged_copy(path: Path, place: Path, data: st.DataObject) -> Path:
-    """A copy of a file or folder, with one file of it damaged, missing or a folder."""
+    """A copy of a file or folder in which one file is damaged, missing or a folder."""
     copy = place / path.name
     if path.is_file():
         copy.write_bytes(data.draw(damages(path.read_bytes())))
@@ -349,7 +349,7 @@ def test_truncated_anywhere(name: str, healthy: dict[str, Path], tmp_path: Path)
 
 
 def test_moved_storages(healthy: dict[str, Path], tmp_path: Path) -> None:
-    """Values that are not where the file's own numbers say: none loads as something else."""
+    """Data that has moved from where the file says is refused, not loaded as something else."""
     contents = healthy["legacy.ckpt"].read_bytes()
     (tmp_path / "legacy.ckpt").write_bytes(contents[: len(contents) // 3] + bytes(64) + contents[len(contents) // 3 :])
     contents = bytearray(healthy["zip.ckpt"].read_bytes())
@@ -363,7 +363,7 @@ def test_moved_storages(healthy: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_the_damage_is_done_to_bytes() -> None:
-    """Of the examples, most do damage: a strategy that changed nothing would pass."""
+    """Most examples do change the bytes: a strategy that changed nothing would pass the tests above."""
     buffer = io.BytesIO()
     torch.save({"a": torch.zeros(100)}, buffer)
     changed = []

@@ -1,4 +1,4 @@
-"""lora_files.py: a LoRA file gives back what was saved, belongs to one network, and is never half-written."""
+"""lora_files.py: a LoRA file returns what was saved, fits one network only, and is never half-written."""
 
 import resource
 from dataclasses import replace
@@ -114,7 +114,7 @@ def test_another_base_lists_layers_that_it_lacks(file: Path):
 
 
 def test_linear_and_convolution_are_not_mixed_up(file: Path):
-    """SD 1 and SD 2 differ so: the attention's way in and out."""
+    """SD 1 and SD 2 differ in this: attention's proj_in and proj_out."""
     with pytest.raises(CheckpointError, match="proj_in"):
         load_lora(tiny_unet(config=replace(TINY_UNET, linear_projection=True)), file)
 
@@ -196,7 +196,7 @@ def test_writing_that_fails_leaves_the_old_file(failure: BaseException, file: Pa
 
 
 def test_a_full_disk_names_the_file(file: Path):
-    """No file may grow beyond a thousand bytes. What the library raises then is no OSError, which the scripts know."""
+    """With files limited to a thousand bytes, safetensors raises its own error; scripts expect an OSError."""
     before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:

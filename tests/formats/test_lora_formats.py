@@ -1,4 +1,4 @@
-"""lora_formats.py: names and numbers of each format, and what is said of files that have others."""
+"""lora_formats.py: the names and alphas of each format, and the errors for files that have others."""
 
 import json
 import random
@@ -30,17 +30,17 @@ ENDINGS = {
 
 
 def pair(rank: int = 2) -> tuple[Tensor, Tensor]:
-    """A LoRA of LAYER."""
+    """A LoRA for LAYER."""
     return randn(rank, 64), randn(64, rank, seed=1)
 
 
 def one_layer(path: Path, kind: str, extra: dict | None = None, header: dict | None = None, rank: int = 2) -> Path:
-    """A file with a pair for LAYER in one of the foreign formats."""
+    """A file with a pair for LAYER, in the format of another tool."""
     save_file(dict(zip(ENDINGS[kind], pair(rank))) | (extra or {}), path, header)
     return path
 
 
-def test_what_diffusers_first_scripts_call_the_way_out_of_attention(tmp_path: Path):
+def test_to_out_in_the_first_scripts_of_diffusers(tmp_path: Path):
     name = LAYER.replace(".to_q", ".processor.to_out_lora")
     save_file({f"{name}.{part}.weight": x for part, x in zip(("down", "up"), pair())}, tmp_path / "x")
     assert list(read_lora(tmp_path / "x").layers) == [LAYER.replace(".to_q", ".to_out.0")]
@@ -65,7 +65,7 @@ def test_every_layer_of_a_unet_is_known_by_its_underscored_name(config: UNetConf
 
 @pytest.mark.parametrize("rank, alpha", [(1, None), (3, None), (2, 1.0), (3, 0.1), (3, 7.0), (2, 0.0)])
 @pytest.mark.parametrize("tensors", [peft_tensors, kohya_tensors])
-def test_written_and_read_it_has_the_very_same_effect(tensors, rank: int, alpha: float | None, tmp_path: Path):
+def test_a_round_trip_preserves_the_effect(tensors, rank: int, alpha: float | None, tmp_path: Path):
     student = tiny_student(rank, alpha)
     save_lora(student, tmp_path / "lora.safetensors")
     written = tensors(read_lora(tmp_path / "lora.safetensors"))
@@ -76,7 +76,7 @@ def test_written_and_read_it_has_the_very_same_effect(tensors, rank: int, alpha:
         assert torch.equal(found[name][0], down) and torch.equal(found[name][1], up)
 
 
-def test_with_alpha_the_rank_the_tensors_are_as_they_were(tmp_path: Path):
+def test_tensors_are_unchanged_if_alpha_is_the_rank(tmp_path: Path):
     save_lora(tiny_student(), tmp_path / "lora.safetensors")
     file = read_lora(tmp_path / "lora.safetensors")
     peft, kohya = peft_tensors(file), kohya_tensors(file)
@@ -97,7 +97,7 @@ def test_convolutions_keep_their_kernel_in_lora_down(tmp_path: Path):
     assert kohya[f"{name}.alpha"].shape == () and kohya[f"{name}.alpha"].dtype == torch.float32
 
 
-# Files that others made
+# Files from other tools
 
 
 @pytest.mark.parametrize("kind", ENDINGS)
@@ -132,7 +132,7 @@ def test_ranks_and_alphas_that_differ(tmp_path: Path):
         ({"lora_alpha": 6}, 6),
         ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"to_q": 3}}, 3),
         ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"^" + LAYER: 3}}, 3),
-        ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"to_q": 3, LAYER: 4}}, 3),  # the first that fits
+        ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"to_q": 3, LAYER: 4}}, 3),  # the first match
         ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"to_v": 3}}, 6),
         ({"unet.lora_alpha": 6, "unet.use_rslora": True}, 12),
         ({"text_encoder.lora_alpha": 6}, 4),
@@ -153,7 +153,7 @@ def test_scale_times_alpha(tmp_path: Path):
     assert lora_layers(load_lora(tiny_unet(), tmp_path / "x", -0.5))[LAYER].scale == -0.5
 
 
-def test_the_text_encoders_part_is_left_out_aloud(tmp_path: Path):
+def test_a_text_encoders_part_is_ignored_with_a_warning(tmp_path: Path):
     extra = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": randn(2, 4)}
     with pytest.warns(UserWarning, match="x.safetensors also changes the text encoder"):
         file = read_lora(one_layer(tmp_path / "x.safetensors", "kohya", extra))
@@ -202,7 +202,7 @@ def test_a_damaged_file_gets_one_sentence(case: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ENDINGS)
-def test_whatever_happens_to_a_file_it_is_read_or_named(kind: str, tmp_path: Path):
+def test_a_damaged_file_is_read_or_named(kind: str, tmp_path: Path):
     header = {"lora_adapter_metadata": '{"unet.lora_alpha": 3, "unet.alpha_pattern": {"to_q": 2}}'}
     data = one_layer(tmp_path / "whole", kind, header=header).read_bytes()
     dice, refused, file = random.Random(0), 0, tmp_path / "x.safetensors"
@@ -210,7 +210,7 @@ def test_whatever_happens_to_a_file_it_is_read_or_named(kind: str, tmp_path: Pat
     for _ in range(300):
         damaged = bytearray(data[: dice.choice([len(data), dice.randrange(len(data))])])
         for _ in range(dice.randrange(4)):
-            if damaged:  # most of it in the header
+            if damaged:  # most of the damage hits the header
                 damaged[dice.randrange(min(len(damaged), 600))] = dice.randrange(256)
         file.write_bytes(damaged)
         try:
@@ -242,7 +242,7 @@ def test_equal_contents_equal_bytes(tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
-def test_what_are_not_floats(dtype: torch.dtype, tmp_path: Path):
+def test_tensors_that_are_not_floats(dtype: torch.dtype, tmp_path: Path):
     names = [f"mid_block.attentions.0.proj_in.{part}" for part in ("lora_A.weight", "lora_B.weight")]
     save_file(dict(zip(names, (torch.zeros(1, 8).to(dtype), torch.zeros(8, 1).to(dtype)))), tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="not floats"):

@@ -1,4 +1,4 @@
-"""LoRA files beside diffusers and peft: what we write, it draws; what they write, we draw."""
+"""LoRA files exchanged with diffusers and peft give the same images in both directions."""
 
 import logging
 import warnings
@@ -33,7 +33,7 @@ STUDENTS = [
 
 @contextmanager
 def no_warning() -> Iterator[None]:
-    """Nothing in diffusers' log but what it says of every LoRA that leaves the text encoder alone."""
+    """diffusers logs nothing but its usual message about a LoRA without a text encoder part."""
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())
@@ -48,7 +48,7 @@ def no_warning() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=["sd1", "sd2"])
 def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model of either kind: the attention's way in is a convolution, or linear."""
+    """A small model of each kind: attention's proj_in is a convolution, or linear."""
     folder = tmp_path_factory.mktemp(request.param)
     pipe = write_small(folder, style=dict(sd1=SD1, sd2=SD2)[request.param])
     pipe.to(torch.float32).save_pretrained(folder)
@@ -59,7 +59,7 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def write_student(model: Path, path: Path, rank: int, alpha: float, targets: list[str]) -> Path:
     student = inject_lora(load(model).unet, rank, alpha, targets)
     for i, layer in enumerate(lora_layers(student).values()):
-        layer.lora_up.copy_(0.5 * rank**0.5 / alpha * randn(*layer.lora_up.shape, seed=i))  # alike at every rank
+        layer.lora_up.copy_(0.5 * rank**0.5 / alpha * randn(*layer.lora_up.shape, seed=i))  # of equal size
     save_lora(student, path, dict(base="small", guidance="5", negative_prompt="", method="trajectories"))
     return path
 
@@ -86,7 +86,7 @@ def draw_theirs(pipe, model: Path, side: int = 32) -> np.ndarray:
 
 
 def draw_ours(model: Path, lora: Path | None, side: int = 32) -> np.ndarray:
-    """As sample.py does: merged, one call a step."""
+    """Like sample.py: merged, one call per step."""
     sd = load(model)
     if lora:
         sd.unet = load_lora(sd.unet, lora)
@@ -101,7 +101,7 @@ def without_lora(model: Path, side: int) -> np.ndarray:
 
 
 def adapted(unet: nn.Module) -> dict[str, nn.Module]:
-    """The layers that peft has put a LoRA on."""
+    """The layers to which peft has added a LoRA."""
     return {name: m for name, m in unet.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
 
 
@@ -119,7 +119,7 @@ def same_pictures(model: Path, written: Path, lora: Path, side: int = 32) -> Non
             assert theirs[name].scaling[adapter] == 1 and torch.equal(up, layer.scale * layer.lora_up)
     found = draw_ours(model, lora, side)
     assert np.abs(found - draw_theirs(pipe, model, side)).max() <= 1
-    assert np.abs(found - without_lora(model, side)).max() > 8  # it makes a difference
+    assert np.abs(found - without_lora(model, side)).max() > 8  # the LoRA has a visible effect
 
 
 @pytest.mark.parametrize("rank, alpha, targets", STUDENTS)
@@ -164,7 +164,7 @@ def test_diffusers_draws_the_merged_checkpoint(small: Path, tmp_path: Path) -> N
 
 @torch.no_grad()
 def adapter(pipe, **settings) -> None:
-    """A LoRA as peft trains it, with values in it."""
+    """Add a LoRA as peft trains it, with nonzero values."""
     pipe.unet.add_adapter(peft.LoraConfig(init_lora_weights="gaussian", **settings))
     for i, layer in enumerate(adapted(pipe.unet).values()):
         up = layer.lora_B["default"].weight
@@ -184,7 +184,7 @@ ADAPTERS = {
 @pytest.mark.parametrize("names", ["peft", "diffusers"])
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_lora_trained_by_peft(kind: str, names: str, small: Path, tmp_path: Path) -> None:
-    """Saved by diffusers with its configuration in the header, in present names and in those of its own scripts."""
+    """diffusers saves it with its configuration in the header, under its present names and its older scripts' names."""
     pipe = pipeline(small)
     adapter(pipe, **ADAPTERS[kind])
     layers = peft.get_peft_model_state_dict(pipe.unet)
@@ -198,7 +198,7 @@ def test_a_lora_trained_by_peft(kind: str, names: str, small: Path, tmp_path: Pa
 
 
 def test_a_lora_without_a_configuration(small: Path, tmp_path: Path) -> None:
-    """alpha is not in the file: diffusers takes it for the rank, and so do we."""
+    """Without alpha in the file, diffusers and we use the rank."""
     pipe = pipeline(small)
     adapter(pipe, **ADAPTERS["convolutions"])
     pipe.save_lora_weights(tmp_path, unet_lora_layers=peft.get_peft_model_state_dict(pipe.unet))

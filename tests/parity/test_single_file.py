@@ -1,4 +1,4 @@
-"""Single files as people have them, beside diffusers: the same tensors by its conversion, and the same pictures."""
+"""Single files compared with diffusers: the same tensors after its conversion, and the same images."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +38,7 @@ def small_text(version: int) -> CLIPTextModel:
 
 
 def small_pipe(version: int, prediction: str) -> "diffusers.StableDiffusionPipeline":
-    """What a single file can say: group norms of 32 groups; 8 heads, or heads of width 64."""
+    """A model that a single file can hold: group norms of 32 groups; 8 heads, or heads of width 64."""
     style = {
         1: dict(block_out_channels=(32, 64, 64), attention_head_dim=8),
         2: dict(block_out_channels=(64, 128, 128), attention_head_dim=(1, 2, 2), use_linear_projection=True),
@@ -58,7 +58,7 @@ def small_pipe(version: int, prediction: str) -> "diffusers.StableDiffusionPipel
 
 
 def single(pipe: "diffusers.StableDiffusionPipeline", folder: Path) -> dict[str, Tensor]:
-    """The pipeline's tensors as a single file holds them."""
+    """The pipeline's tensors under the names of a single file."""
     for part in ("unet", "vae"):
         getattr(pipe, part).save_config(folder / part)
     tensors = to_single_file(
@@ -73,14 +73,14 @@ def single(pipe: "diffusers.StableDiffusionPipeline", folder: Path) -> dict[str,
 
 
 def uncut(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SD 2.x as published: OpenCLIP with its last block and projection, which are not used."""
+    """SD 2.x as published: OpenCLIP with its last block and projection, which SD does not use."""
     block = "transformer.resblocks.1."
     last = {n.replace(block, block.replace("1", "2")): t + 1 for n, t in tensors.items() if TEXT[2] + block in n}
     return tensors | last | {TEXT[2] + "text_projection": randn(128, 128), TEXT[2] + "logit_scale": torch.tensor(4.6)}
 
 
 def with_ema(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The UNet's copies under their dotless names, and the UNet itself moved away from them."""
+    """Add EMA copies of the UNet, under their names without dots, and change the UNet itself."""
     own = {name: tensor for name, tensor in tensors.items() if name.startswith(UNET)}
     copies = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": tensor for name, tensor in own.items()}
     counters = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(5)}
@@ -92,7 +92,7 @@ def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class ModelCheckpoint:
-    """A callback, which the official .ckpt files hold."""
+    """A callback, as in the official .ckpt files."""
 
 
 def as_safetensors(tensors: dict[str, Tensor], folder: Path) -> Path:
@@ -123,7 +123,7 @@ EXTRA = {
 
 
 def check_parts(sd, pipe: "diffusers.StableDiffusionPipeline", tolerance: float, side: int) -> None:
-    """Text embeddings, the UNet, the VAE both ways, and a guided picture's latents after 20 steps."""
+    """Compare text embeddings, the UNet, the VAE both ways, and the latents of a guided image after 20 steps."""
     dtype = sd.dtype
     ids = pipe.tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
     z = randn(2, 4, side, side).to(dtype)
@@ -175,7 +175,7 @@ def test_small(version: int, prediction: str, change: Callable, write: Callable,
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_names_are_those_that_diffusers_converts(version: int, tmp_path: Path) -> None:
-    """Its conversion of what we write gives back its own tensors, every one and bit for bit."""
+    """diffusers converts what we write back to its own tensors, bit for bit."""
     from diffusers.loaders import single_file_utils as theirs
 
     pipe = small_pipe(version, "eps")
@@ -197,7 +197,7 @@ def test_names_are_those_that_diffusers_converts(version: int, tmp_path: Path) -
 
 @pytest.mark.parametrize("version, guess", [(1, "eps"), (2, "v")])
 def test_prediction(version: int, guess: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    """Guessed, stated by the file, or said."""
+    """Guessed from the version, stated by the file, or given."""
     tensors = single(small_pipe(version, "eps"), tmp_path)
     file = as_safetensors(tensors, tmp_path)
     assert load(file).schedule.prediction == guess
@@ -213,7 +213,7 @@ def test_prediction(version: int, guess: str, tmp_path: Path, recwarn: pytest.Wa
 @pytest.mark.slow
 @pytest.mark.parametrize("version, prediction", [(1, "eps"), (2, "eps"), (2, "v")])
 def test_full_size(version: int, prediction: str, tmp_path: Path) -> None:
-    """Random weights of the official shapes, float32."""
+    """Random float32 weights in the official shapes."""
     pipe = full_pipe(version, prediction)
     tensors = single(pipe, tmp_path)
     file = as_ckpt(tensors, tmp_path) if version == 1 else as_safetensors(tensors, tmp_path)

@@ -1,4 +1,4 @@
-"""A folder that diffusers wrote and somebody damaged: one error that says all."""
+"""Damaged folders written by diffusers: one error lists everything that is wrong."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(written: Path, tmp_path: Path) -> Path:
-    """One's own copy, to damage."""
+    """A private copy, to damage."""
     return Path(shutil.copytree(written, tmp_path / "model"))
 
 
@@ -92,7 +92,7 @@ def test_truncated_weights(folder: Path) -> None:
 
 def test_missing_tokenizer(folder: Path) -> None:
     shutil.rmtree(folder / "tokenizer")
-    sd = load(folder)  # ids may come from elsewhere
+    sd = load(folder)  # token ids may come from elsewhere
     with pytest.raises(CheckpointError, match="no tokenizer"):
         sd.encode_prompt(["a red apple"])
 
