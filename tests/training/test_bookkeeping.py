@@ -1,4 +1,4 @@
-"""training/progress.py: a student that diverges is stopped before a checkpoint of it is written."""
+"""training/bookkeeping.py: a student that diverges is stopped before a checkpoint of it is written."""
 
 import re
 from pathlib import Path

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from minidistill.guidance import Interval
+
 DEFAULT_MODEL = Path("weights/pocket-emoji")
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -96,6 +98,13 @@ def fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
     return value
+
+
+def interval(values: Sequence[float] | None) -> Interval | None:
+    """LOW and HIGH of --interval as an Interval. Raises ValueError if they are in the wrong order."""
+    if values and values[0] > values[1]:
+        raise ValueError(f"--interval {values[0]:g} {values[1]:g} is empty: give the lower time step first.")
+    return Interval(*values) if values else None
 
 
 class ScaledFile(NamedTuple):
