@@ -18,7 +18,6 @@ from minidistill.evaluate import comparison_grid, draw
 from minidistill.formats.files import atomic_write
 from minidistill.formats.lora_files import inject_file, merge_file, student_and_styles
 from minidistill.formats.lora_formats import LoRAFile, read_lora, read_run
-from minidistill.guidance import Interval
 from minidistill.training import settings
 
 SHIPPED_LORA = "guidance-lora.safetensors"  # beside the model that ships
@@ -120,7 +119,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", **n, default=8, help="images sampled at once (default: %(default)s)")
     # fmt: on
     args = parser.parse_args(argv)
-    args.interval = args.interval and Interval(*args.interval)
+    args.interval = settings.interval(args.interval)
     if args.interval and args.selective:
         raise ValueError("--selective is an interval of its own: give one of --selective and --interval.")
     if args.out.suffix == ".png" and len(args.prompt) > 1 and not args.compare:

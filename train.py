@@ -22,7 +22,6 @@ from minidistill.distill import guided_target, stored_target
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.evaluate.report import write_report
 from minidistill.formats.files import atomic_write
-from minidistill.guidance import Interval
 from minidistill.pipeline import StableDiffusion
 from minidistill.training import settings
 from minidistill.training.progress import Progress
@@ -105,7 +104,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
         print(f"Peak GPU memory in tensors: {torch.cuda.max_memory_allocated(sd.device) / 1e9:.2f} GB.")
     metadata |= dict(base=name, guidance=f"{args.guidance:g}", negative_prompt=args.negative_prompt)
     metadata |= dict(method=args.method, prediction=sd.schedule.prediction)
-    metadata |= {"interval": f"{args.interval.low:g} {args.interval.high:g}"} if args.interval else {}
+    metadata |= {"interval": str(args.interval)} if args.interval else {}
     student.save(sd, result, args, metadata)
     print(f"Wrote {result}")
     if not args.no_report:
@@ -195,7 +194,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.guidance == 1:
         raise ValueError("--guidance 1 is no guidance, which takes one pass already: there is nothing to distil.")
-    args.interval = args.interval and Interval(*args.interval)
+    args.interval = settings.interval(args.interval)
     choose_method(args)
     return args
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from minidistill.guidance import Interval
+
 DEFAULT_MODEL = Path("weights/pocket-emoji")
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -96,6 +98,13 @@ def fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
     return value
+
+
+def interval(ends: Sequence[float] | None) -> Interval | None:
+    """The two numbers of --interval. Raises ValueError for an interval that no time step can lie in."""
+    if ends and ends[0] > ends[1]:
+        raise ValueError(f"--interval {Interval(*ends)} is empty: give the lower time step first.")
+    return Interval(*ends) if ends else None
 
 
 class ScaledFile(NamedTuple):
