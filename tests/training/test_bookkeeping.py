@@ -1,11 +1,19 @@
-"""training/bookkeeping.py: a student that diverges is stopped before a checkpoint of it is written."""
+"""training/bookkeeping.py: signals stop a run between updates, and no checkpoint is written of a diverged student."""
 
+import os
 import re
+import signal
 from pathlib import Path
 
+import pytest
 import torch
+from minidistill.training.progress import Progress, stop_signals
+from minidistill.training.ranks import Ranks
 from tiny import UPDATES
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from minidistill.conditioning import Conditioning
+from minidistill.distill import ENOUGH, Batch
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(command, flags, tmp_path: Path):
@@ -47,3 +55,32 @@ def test_a_last_update_that_is_not_finite_is_not_saved(command, flags, tmp_path:
     assert f"After update {UPDATES} the student's squared error is nan" in result.complaint
     assert not (tmp_path / "run/lora.safetensors").exists()
     assert sorted(file.name for file in (tmp_path / "run/checkpoints").iterdir())[-1] == "step-000004.pt"
+
+
+def test_signals_are_collected_and_handlers_restored():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with stop_signals() as caught:
+        assert not caught
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert caught == [signal.SIGTERM, signal.SIGINT]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("changes, succeeds", [(dict(), True), (dict(lr=1e30), False)])
+def test_a_run_restores_the_signal_handlers(changes: dict, succeeds: bool, command, flags, tmp_path: Path):
+    before = signal.getsignal(signal.SIGTERM)
+    assert (command("train.py", *flags(tmp_path / "run", **changes), "--no-report").code == 0) == succeeds
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_student_is_judged_by_its_last_examples(tmp_path: Path):
+    """By as few batches as have ENOUGH examples together, the newest last, each with its target."""
+    progress = Progress(tmp_path, [], None, [], None, {}, Ranks(), steps=9, peak=1, save_every=9, preview=print)
+    for i, size in enumerate([4, 4, 4, 3, 1, 20, 2]):
+        batch = Batch(*(torch.full((size, 1), i) for _ in range(2)), Conditioning(torch.zeros(size)), torch.ones(size))
+        progress.remember(batch, batch.z_t + 1)
+        sizes = [len(kept) for kept in progress.recent]
+        assert sum(sizes[1:]) < ENOUGH and (sum(sizes) >= ENOUGH or i < 2)
+        assert all(torch.equal(kept.target, kept.z_t + 1) for kept in progress.recent)
+        assert progress.recent[-1].z_t[0] == i
