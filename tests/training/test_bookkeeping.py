@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from minidistill.training.progress import Progress, stop_signals
-from minidistill.training.ranks import Ranks
+from minidistill.training.bookkeeping import Progress, stop_signals
+from minidistill.training.distributed import Ranks
 from tiny import UPDATES
 from torch.optim.optimizer import register_optimizer_step_post_hook
 

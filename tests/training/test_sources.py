@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from minidistill.training.progress import Progress
+from minidistill.training.bookkeeping import Progress
 from safetensors.torch import load_file
 from tiny import same_result
 
