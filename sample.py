@@ -16,9 +16,9 @@ from PIL import Image
 from minidistill import load, merge_lora
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.formats.files import atomic_write
-from minidistill.formats.lora_files import inject_file, merge_file, student_and_styles
 from minidistill.formats.lora_formats import LoRAFile, read_lora, read_run
-from minidistill.training import settings
+from minidistill.formats.lora_io import inject_file, merge_file, student_and_styles
+from minidistill.training import command_line as cli
 
 SHIPPED_LORA = "guidance-lora.safetensors"  # beside the model that ships
 
@@ -32,9 +32,9 @@ def main() -> None:
             raise ValueError(f"--compare needs a student: there is no {shipped}, so name one with --lora.")
         student = read_lora(shipped)
     student = student and student.scaled(args.lora_scale)
-    options = teacher_options(args, student)
+    options = sampling_options(args, student)
 
-    sd = load(args.model, **settings.load_options(args))
+    sd = load(args.model, **cli.load_options(args))
     for style in styles:
         merge_file(sd.unet, style)
     if student is None:
@@ -54,7 +54,7 @@ def main() -> None:
         save(image, args.out if args.out.suffix == ".png" else args.out / name)
 
 
-def teacher_options(args: argparse.Namespace, student: LoRAFile | None) -> dict:
+def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict:
     """How to sample. Beside a student the teacher has the guidance, negative prompt and interval that it learned.
 
     Raises ValueError for flags that ask for others.
@@ -92,34 +92,34 @@ def save(image: Image.Image, path: Path) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line. Raises ValueError for flags that contradict each other."""
-    parser = settings.new_parser(__doc__, positional="PROMPT ... ")
-    n = dict(type=settings.positive_int, metavar="N")
+    parser = cli.new_parser(__doc__, positional="PROMPT ... ")
+    n = dict(type=cli.positive_int, metavar="N")
     # fmt: off
     add = parser.add_argument_group("what to sample").add_argument
     add("prompt", nargs="+", metavar="PROMPT", help="what the image shows; one image for each prompt")
     add("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from (default: none)")
-    add("--seed", type=settings.seed_number, default=0, metavar="N", help="seed of the first image's noise; each "
+    add("--seed", type=cli.seed_number, default=0, metavar="N", help="seed of the first image's noise; each "
         "further image has the next (default: %(default)s)")
     add("--out", type=Path, default=Path("samples"), metavar="PATH", help="folder for the images, or one .png file "
         "(default: %(default)s)")
     add("--compare", action="store_true", help="teacher beside student, same seeds, with what each cost")
-    add = settings.add_model_flags(parser).add_argument
-    add("--lora", type=settings.ScaledFile.parse, action="append", metavar="RUN_OR_LORA[:SCALE]", help="a "
+    add = cli.add_model_flags(parser).add_argument
+    add("--lora", type=cli.ScaledFile.parse, action="append", metavar="RUN_OR_LORA[:SCALE]", help="a "
         "distilled LoRA (default with --compare: the one beside the model) or a style; give the flag once for each")
-    add("--lora-scale", type=settings.positive, default=1.0, metavar="X", help="strength of the student's LoRA, a "
+    add("--lora-scale", type=cli.positive, default=1.0, metavar="X", help="strength of the student's LoRA, a "
         "dial: 0.5 samples roughly as guidance 1 + 0.5 (s - 1) would (default: %(default)s)")
     add = parser.add_argument_group("how to sample").add_argument
-    add("--guidance", type=settings.finite, metavar="X", help="guidance scale; 7.5 is usual for large models (default: "
+    add("--guidance", type=cli.finite, metavar="X", help="guidance scale; 7.5 is usual for large models (default: "
         "2.5; with --compare the LoRA's own)")
-    add("--selective", type=settings.fraction, default=0.0, metavar="SHARE", help="the teacher goes without guidance "
+    add("--selective", type=cli.fraction, default=0.0, metavar="SHARE", help="the teacher goes without guidance "
         "on this share of the steps, the last ones (default: %(default)s)")
-    add("--interval", type=settings.finite, nargs=2, metavar=("LOW", "HIGH"), help="the teacher is guided only at "
+    add("--interval", type=cli.finite, nargs=2, metavar=("LOW", "HIGH"), help="the teacher is guided only at "
         "time steps t from LOW to HIGH (default: at every step; with --compare the LoRA's own)")
     add("--steps", **n, default=25, help="DDIM steps (default: %(default)s)")
     add("--batch", **n, default=8, help="images sampled at once (default: %(default)s)")
     # fmt: on
     args = parser.parse_args(argv)
-    args.interval = settings.interval(args.interval)
+    args.interval = cli.interval(args.interval)
     if args.interval and args.selective:
         raise ValueError("--selective is an interval of its own: give one of --selective and --interval.")
     if args.out.suffix == ".png" and len(args.prompt) > 1 and not args.compare:
@@ -128,7 +128,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with settings.one_line_errors(
+    with cli.one_line_errors(
         "sample.py", "stopped.", "Try, in this order: --batch 1; --dtype float16 (on a CPU bfloat16)."
     ):
         main()

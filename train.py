@@ -7,7 +7,7 @@ Teacher and student are one network: the student is the teacher with its LoRA sw
 """
 
 import argparse
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +20,12 @@ from minidistill.data.prompts import spread
 from minidistill.data.shards import fingerprint
 from minidistill.distill import guided_target, stored_target
 from minidistill.evaluate import comparison_grid, draw
-from minidistill.evaluate.report import write_report
+from minidistill.evaluate.run_report import write_report
 from minidistill.formats.files import atomic_write
 from minidistill.pipeline import StableDiffusion
-from minidistill.training import settings
-from minidistill.training.progress import Progress
-from minidistill.training.ranks import Ranks, process_group
+from minidistill.training import command_line as cli
+from minidistill.training.bookkeeping import Progress
+from minidistill.training.distributed import Ranks, process_group
 from minidistill.training.run_folder import checkpoint_files, fixed_settings, lock, resume
 from minidistill.training.sources import SOURCES
 from minidistill.training.students import METHODS, STUDENTS, choose_method, merge_style
@@ -39,9 +39,9 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
         raise ValueError(f"{out} already holds a run: add --resume to continue it, or name another --out.")
     ranks.share(args.batch)  # raises for a batch that the processes cannot share
 
-    # One network: W is the teacher, and W with its LoRA switched on the student.
-    sd = load(args.model, **settings.load_options(args))
-    metadata = merge_style(sd.unet, args.teacher_lora)
+    # One network: W alone is the teacher; W with its LoRA switched on is the student.
+    sd = load(args.model, **cli.load_options(args))
+    style = merge_style(sd.unet, args.teacher_lora)
     source, student = SOURCES[args.source](args), STUDENTS[args.student]
     torch.manual_seed(args.seed)
     sd.unet = unet = student.make(sd.unet, args)
@@ -49,40 +49,41 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     trained = [p for p in unet.parameters() if p.requires_grad]
     for network in (sd.text_encoder, sd.vae):
         network.to("cpu")  # they move to the device when they are used
-    sd.schedule.timesteps(args.sample_steps)  # raises for a number of steps that DDIM cannot take
+    timesteps = torch.tensor(sd.schedule.timesteps(args.sample_steps))  # raises if DDIM cannot take so many
+    if args.interval and not args.interval.includes(timesteps).any():
+        raise ValueError(f"--interval: none of the DDIM steps, t = {timesteps.tolist()}, lies inside.")
     uncond = sd.encode_prompt([args.negative_prompt])
     if ranks.first:
         resources.enter_context(lock(out))
     ranks.wait()
     print(describe(name, args, sd.unet))
 
-    # Adam's steps have the same size whatever the width, but what they add up to over a layer's inputs grows with it.
+    # Adam moves every weight equally far, and summed over a layer's inputs that grows with its width.
     peak = args.lr or student.learning_rate / sd.unet_config.widths[0]
     optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     weights = fingerprint(sd.unet, sd.text_encoder)
     recorded = fixed_settings(args, {"model": weights, **source.stamp})
     losses = resume(out, trained, optimizer, recorded)  # empty in a new run
     result = student.result(out, args)
-    if args.student == "full" and result.exists() and not losses:
+    if args.student == "full" and result.exists() and not losses:  # a whole model is never written over
         raise ValueError(f"{out} holds a result, and no checkpoint to go on from: name another --out.")
     ranks.broadcast([p.data for p in trained])  # GPUs of two kinds may draw different random numbers
 
     # The teacher samples its trajectories, or your images are encoded; both are kept in a folder that runs may share.
     folder = args.states or out / "states"
-    filling = resources.enter_context(lock(folder, wait=True)) if ranks.first else None
-    ranks.wait()
-    examples = source.prepare(sd, folder, weights, ranks)
-    if filling:
-        filling.close()
-    ask = guided_target(uncond, args.guidance, args.interval, args.batched_teacher)
-    target_of = ask if source.asks_teacher else stored_target
+    with lock(folder, wait=True) if ranks.first else nullcontext():
+        ranks.wait()
+        examples = source.prepare(sd, folder, weights, ranks)
+    ask_teacher = guided_target(uncond, args.guidance, args.interval, args.batched_teacher)
+    target_of = ask_teacher if source.asks_teacher else stored_target
 
-    if args.compile:  # two graphs, the teacher's and the student's; sampling uses sd.unet, which is not compiled
+    if args.compile:  # a graph for each way of calling it; sampling uses sd.unet, which is not compiled
         unet = torch.compile(unet, fullgraph=True, dynamic=False)
-    schedule = dict(steps=args.steps, peak=peak, save_every=args.save_every)
-    show = partial(preview, sd, args, out, spread(source.held_out, 8))
-    progress = Progress(out, losses, sd.unet, trained, optimizer, recorded, ranks, **schedule, preview=show)
-    for step in progress.steps():
+    progress = Progress(
+        out, losses, sd.unet, trained, optimizer, recorded, ranks, steps=args.steps, peak=peak, interval=args.interval,
+        save_every=args.save_every, preview=partial(preview, sd, args, out, spread(source.held_out, 8)),
+    )  # fmt: skip
+    for step in progress.steps():  # sets the learning rate
         batch = batch_to_device(ranks.part(examples.batch(step)), sd.device)
         batch_loss = 0.0
         for part in batch.split(args.accumulate):
@@ -102,17 +103,17 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
         return
     if sd.device.type == "cuda":
         print(f"Peak GPU memory in tensors: {torch.cuda.max_memory_allocated(sd.device) / 1e9:.2f} GB.")
-    metadata |= dict(base=name, guidance=f"{args.guidance:g}", negative_prompt=args.negative_prompt)
-    metadata |= dict(method=args.method, prediction=sd.schedule.prediction)
+    metadata = dict(base=name, guidance=f"{args.guidance:g}", negative_prompt=args.negative_prompt, method=args.method)
+    metadata |= dict(prediction=sd.schedule.prediction) | style
     metadata |= {"interval": str(args.interval)} if args.interval else {}
     student.save(sd, result, args, metadata)
     print(f"Wrote {result}")
     if not args.no_report:
-        write_report(sd, out, spread(source.held_out, 24), losses, **teacher_options(args))
+        write_report(sd, out, spread(source.held_out, 24), losses, **sampling_options(args))
 
 
-def teacher_options(args: argparse.Namespace) -> dict:
-    """How the teacher samples, for images of teacher and student."""
+def sampling_options(args: argparse.Namespace) -> dict:
+    """How teacher and student sample the images that are shown."""
     return dict(
         steps=args.sample_steps, guidance=args.guidance, negative_prompt=args.negative_prompt, interval=args.interval,
         batch=args.batch,
@@ -122,7 +123,7 @@ def teacher_options(args: argparse.Namespace) -> dict:
 def preview(sd: StableDiffusion, args: argparse.Namespace, out: Path, prompts: list[str], step: int) -> None:
     """Images of the student as it is after ``step`` updates."""
     if not args.no_report:
-        row = draw(sd, "student", prompts, **teacher_options(args))
+        row = draw(sd, "student", prompts, **sampling_options(args))
         with atomic_write(out / f"pictures/step-{step:06d}.png") as temporary:
             comparison_grid([row], prompts).save(temporary, "png")
 
@@ -141,9 +142,9 @@ def describe(name: str, args: argparse.Namespace, unet: nn.Module) -> str:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line. Raises ValueError for flags that contradict each other."""
-    parser = settings.new_parser(__doc__)
-    settings.add_model_flags(parser, dtypes=("float32", "bfloat16", "float64"))
-    n, x = dict(type=settings.positive_int, metavar="N"), dict(type=settings.positive, metavar="X")
+    parser = cli.new_parser(__doc__)
+    cli.add_model_flags(parser, dtypes=("float32", "bfloat16", "float64"))
+    n, x = dict(type=cli.positive_int, metavar="N"), dict(type=cli.positive, metavar="X")
     path = dict(type=Path, metavar="PATH")
     # fmt: off
     add = parser.add_argument_group("the teacher, two UNet calls a step, samples images").add_argument
@@ -152,9 +153,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "from these, noised, instead of images that the teacher samples")
     add("--guidance", **x, default=2.5, help="guidance scale; 7.5 is usual for large models (default: %(default)s)")
     add("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from (default: none)")
-    add("--interval", type=settings.finite, nargs=2, metavar=("LOW", "HIGH"), help="guide only at time steps t "
+    add("--interval", type=cli.finite, nargs=2, metavar=("LOW", "HIGH"), help="guide only at time steps t "
         "from LOW to HIGH, with one UNet call elsewhere (default: guide at every step)")
-    add("--teacher-lora", type=settings.ScaledFile.parse, metavar="FILE[:SCALE]", help="a style for the "
+    add("--teacher-lora", type=cli.ScaledFile.parse, metavar="FILE[:SCALE]", help="a style for the "
         "teacher: a LoRA file that has not learned guidance, merged into W")
     add("--sample-steps", **n, default=25, help="DDIM steps from noise to image (default: %(default)s)")
     add("--stride", **n, default=3, help="use every N-th DDIM step, for more images per minute (default: %(default)s)")
@@ -164,8 +165,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--student", choices=STUDENTS, help="what learns: a LoRA, or a full copy of the UNet (default: lora)")
     add("--source", choices=SOURCES, help="learn from the teacher's trajectories, or from its images or --images, "
         "noised afresh with the teacher in the loop (default: trajectories; with --images: images)")
-    add("--method", choices=METHODS, help="short for --student and --source: a LoRA from trajectories, a LoRA from "
-        "noised images, a full copy from trajectories")
+    add("--method", choices=METHODS, help="short for --student and --source; trajectories, noised: a LoRA from them; "
+        "full: a full copy from trajectories")
     add("--rank", **n, default=16, help="rank of the LoRA (default: %(default)s)")
     add("--targets", nargs="+", metavar="TEXT", help="patterns for the names of layers that get a LoRA, for example "
         "'*.attn?.to_*' (default: every linear layer and convolution of attention and residual blocks)")
@@ -185,7 +186,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "(on a GPU, in bfloat16), or with PyTorch (default: %(default)s)")
     add = parser.add_argument_group("the run itself").add_argument
     add("--out", **path, help="folder of this run (default: runs/<name of the model>)")
-    add("--seed", type=settings.seed_number, default=0, metavar="N", help="random seed (default: %(default)s)")
+    add("--seed", type=cli.seed_number, default=0, metavar="N", help="random seed (default: %(default)s)")
     add("--states", **path, help="folder of trajectories or encoded images, which runs may share (default: in --out)")
     add("--save-every", **n, default=100, help="updates between checkpoints (default: %(default)s)")
     add("--resume", action="store_true", help="continue from the last checkpoint in --out, if there is one")
@@ -194,7 +195,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.guidance == 1:
         raise ValueError("--guidance 1 is no guidance, which takes one pass already: there is nothing to distil.")
-    args.interval = settings.interval(args.interval)
+    args.interval = cli.interval(args.interval)
     choose_method(args)
     return args
 
@@ -204,7 +205,7 @@ if __name__ == "__main__":
         "Try, in this order: --memory low, which takes more time; --accumulate with the number of --batch; "
         "--dtype bfloat16; a smaller --batch; a lower --rank."
     )
-    with settings.one_line_errors("train.py", "stopped. Continue with the same command and --resume.", less_memory):
+    with cli.one_line_errors("train.py", "stopped. Continue with the same command and --resume.", less_memory):
         args = parse()
         with process_group(args.device) as ranks, ExitStack() as resources:
             args.device = ranks.device  # with several processes, each has its own GPU

@@ -2,7 +2,7 @@
 
 from minidistill.formats.checkpoint import load
 from minidistill.formats.files import CheckpointError
-from minidistill.formats.lora_files import load_lora, save_lora
+from minidistill.formats.lora_io import load_lora, save_lora
 from minidistill.guidance import guided_noise
 from minidistill.lora import inject_lora, merge_lora, unmerge_lora
 from minidistill.pipeline import StableDiffusion

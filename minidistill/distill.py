@@ -6,7 +6,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from minidistill.conditioning import Conditioning
 from minidistill.guidance import Interval, UNetCall, interval_noise
 from minidistill.lora import LoRAModel
 
-ENOUGH = 10  # examples needed to tell whether a student has diverged
+ENOUGH_EXAMPLES = 10  # to tell whether a student has diverged
 
 
 class FullStudent(nn.Module):
@@ -30,7 +29,7 @@ class FullStudent(nn.Module):
         self.base, self.student = base, student
 
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditioning | Tensor, lora_enabled: bool = False) -> Tensor:
-        unet = self.student if lora_enabled else self.base
+        unet = self.student if lora_enabled else self.base  # the student is in float32, the teacher may be in bfloat16
         return unet(z_t, t, cond.to(next(unet.parameters()).dtype))
 
 
@@ -62,7 +61,7 @@ class Batch:
         return self.map(lambda x: x[index])
 
     def split(self, parts: int) -> list["Batch"]:
-        """``parts`` equal parts (the last may be smaller), or fewer if the batch has fewer examples."""
+        """At most ``parts`` parts of ceil(B / parts) examples; the last may be smaller."""
         size = -(-len(self) // parts)
         return [self[first : first + size] for first in range(0, len(self), size)]
 
@@ -81,49 +80,31 @@ def guided_target(uncond: Conditioning, guidance: float, interval: Interval | No
 
     @torch.no_grad()
     def target(frozen: UNetCall, batch: Batch) -> Tensor:
-        unconds = uncond.expand(len(batch)).map(Tensor.contiguous)  # other strides would cost a graph with --compile
+        unconds = uncond.expand(len(batch)).map(
+            Tensor.contiguous
+        )  # the zero strides of expand would cost another graph with --compile
         return interval_noise(frozen, batch.z_t, batch.t, batch.cond, unconds, guidance, interval, batched)
 
     return target
 
 
 @torch.no_grad()
-def teacher(
-    unet: LoRAModel | FullStudent,
-    z_t: Tensor,
-    t: Tensor,
-    cond: Conditioning,
-    uncond: Conditioning,
-    guidance: float,
-    interval: Interval | None = None,
-    batched: bool = False,
-) -> Tensor:
-    """eps_hat = eps_u + s (eps_c - eps_u), by two calls of the frozen UNet, its LoRA switched off. [B, 4, h, w]."""
-    return interval_noise(partial(unet, lora_enabled=False), z_t, t, cond, uncond, guidance, interval, batched)
-
-
-def student(unet: LoRAModel | FullStudent, z_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-    """One call of the same UNet, its LoRA switched on. [B, 4, h, w] -> [B, 4, h, w]."""
-    return unet(z_t, t, cond, lora_enabled=True)
-
-
-@torch.no_grad()
-def divergence(unet: LoRAModel | FullStudent, batches: Sequence[Batch]) -> tuple[float, float]:
+def error_and_limit(unet: LoRAModel | FullStudent, batches: Sequence[Batch]) -> tuple[float, float]:
     """The student's mean squared error on ``batches`` with targets, and the most it can be without having diverged.
 
     A student has diverged if it is further from the teacher than a prediction of zeros, or twice as far (four times the
-    squared error) as W alone, where it started. The second needs ``ENOUGH`` examples, because what guidance changes
-    differs greatly with t.
+    squared error) as W alone, where it started. The second needs ``ENOUGH_EXAMPLES``, because the size of guidance's
+    effect depends strongly on t.
     """
 
     def squared_error(lora_enabled: bool) -> Tensor:
         errors = [F.mse_loss(unet(b.z_t, b.t, b.cond, lora_enabled=lora_enabled), b.target) for b in batches]
         return sum(errors) / len(errors)
 
-    most = sum(batch.target.square().mean() for batch in batches) / len(batches)
-    if sum(map(len, batches)) >= ENOUGH:
-        most = min(most, 4 * squared_error(lora_enabled=False))
-    return squared_error(lora_enabled=True).item(), most.item()
+    limit = sum(batch.target.square().mean() for batch in batches) / len(batches)
+    if sum(map(len, batches)) >= ENOUGH_EXAMPLES:
+        limit = min(limit, 4 * squared_error(lora_enabled=False))
+    return squared_error(lora_enabled=True).item(), limit.item()
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:

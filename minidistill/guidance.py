@@ -15,32 +15,35 @@ from minidistill.conditioning import Conditioning, cat
 from minidistill.samplers import Predictor
 from minidistill.schedule import Schedule
 
-UNetCall = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (z_t, t, cond) -> eps or v
+UNetCall = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (z_t, t, cond) -> eps or v, [B, 4, h, w]
 
 
 def guide(eps_cond: Tensor, eps_uncond: Tensor, guidance: float | Tensor) -> Tensor:
-    """eps_hat = eps_u + s (eps_c - eps_u) (eq. 6, as Stable Diffusion writes it). It is linear, so v works as well."""
+    """eps_hat = eps_u + s (eps_c - eps_u) (eq. 6, as Stable Diffusion writes it).
+
+    The weights s and 1 - s sum to 1, so it holds for v too.
+    """
     return eps_uncond + guidance * (eps_cond - eps_uncond)
 
 
 def guided_noise(
-    model: UNetCall, z_t: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning, guidance: float | Tensor
+    unet: UNetCall, z_t: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning, guidance: float | Tensor
 ) -> Tensor:
-    """The guided prediction eps_hat (or v_hat) [B, 4, h, w], by two calls of ``model(z_t, t, cond)``.
+    """The guided prediction eps_hat (or v_hat) [B, 4, h, w], by two calls of ``unet(z_t, t, cond)``.
 
     Args:
         z_t: noisy latents [B, 4, h, w].  t: time steps [B].
-        cond, uncond: B prompts, and B times the empty or negative prompt; or their token embeddings [B, L, D].
+        cond: B prompts.  uncond: the empty or negative prompt, B times. Either may be token embeddings [B, L, D].
         guidance: the scale s. 1 is no guidance.
     """
-    return guide(model(z_t, t, cond), model(z_t, t, uncond), guidance)
+    return guide(unet(z_t, t, cond), unet(z_t, t, uncond), guidance)
 
 
 def batched_guided_noise(
-    model: UNetCall, z_t: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning, guidance: float | Tensor
+    unet: UNetCall, z_t: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning, guidance: float | Tensor
 ) -> Tensor:
     """``guided_noise`` by one call on a batch of 2B: more memory, often less time."""
-    both = model(torch.cat([z_t, z_t]), torch.cat([t, t]), cat([cond, uncond]))  # [2B, 4, h, w]
+    both = unet(torch.cat([z_t, z_t]), torch.cat([t, t]), cat([cond, uncond]))  # [2B, 4, h, w]
     return guide(*both.chunk(2), guidance)
 
 
@@ -67,16 +70,17 @@ def selective_interval(schedule: Schedule, steps: int, share: float) -> Interval
     Raises ValueError for a share outside 0 to 1.
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"selective is a share of the steps, from 0 to 1, not {share:g}.")
+        raise ValueError(f"selective must be a share of the steps, from 0 to 1, not {share:g}.")
     guided_steps = steps - round(share * steps)
     if guided_steps == steps:
         return None
     timesteps = schedule.timesteps(steps)  # the noisiest first
-    return Interval([schedule.train_steps, *timesteps][guided_steps], schedule.train_steps)
+    low = timesteps[guided_steps - 1] if guided_steps else schedule.train_steps  # none: above every t
+    return Interval(low, schedule.train_steps)
 
 
 def interval_noise(
-    model: UNetCall,
+    unet: UNetCall,
     z_t: Tensor,
     t: Tensor,
     cond: Conditioning,
@@ -91,12 +95,12 @@ def interval_noise(
     """
     guided_call = batched_guided_noise if batched else guided_noise
     if interval is None:
-        return guided_call(model, z_t, t, cond, uncond, guidance)
+        return guided_call(unet, z_t, t, cond, uncond, guidance)
     inside = interval.includes(t)  # [B]
     if not inside.any():
-        return model(z_t, t, cond)
+        return unet(z_t, t, cond)
     scale = 1 + (guidance - 1) * inside.to(z_t.dtype)  # s inside, 1 outside
-    return guided_call(model, z_t, t, cond, uncond, scale[:, None, None, None])
+    return guided_call(unet, z_t, t, cond, uncond, scale[:, None, None, None])
 
 
 def plain(unet: UNetCall, cond: Conditioning) -> Predictor:

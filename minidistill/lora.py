@@ -69,7 +69,7 @@ class LoRALayer(nn.Module):
         return low_rank(self.lora_down, self.lora_up, self.scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Cast the pair to float32 at the narrowest: in anything narrower, small updates would be lost."""
+        """Keep the pair in float32 or wider, also in ``model.to(bfloat16)``: in bfloat16 small updates round away."""
         pair = [x for p in (self.lora_down, self.lora_up) for x in (p, p.grad) if x is not None]
 
         def apply(x: Tensor) -> Tensor:
@@ -88,6 +88,8 @@ class LoRALayer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         if prefix + "weight" in state_dict:
             self.merged = bool(state_dict.pop(prefix + "merged", False))
+        elif self.merged and prefix + "lora_up" in state_dict:
+            raise ValueError(f"{prefix[:-1]} is merged: unmerge_lora before loading another pair.")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -176,6 +178,8 @@ def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]]) -> Lo
         raise ValueError("This model already has LoRA layers: load it again before adding others.")
     layers = {name: model.get_submodule(name) for name in pairs}
     for name, layer in layers.items():
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            raise ValueError(f"{name} is a {type(layer).__name__}: LoRA here is for linear layers and convolutions.")
         if getattr(layer, "groups", 1) != 1:
             raise ValueError(
                 f"{name} is a grouped convolution, which LoRA here does not cover: leave it out of targets."
@@ -210,7 +214,7 @@ def _add_to_weights(model: nn.Module, sign: int) -> None:
 def merge_lora(model: nn.Module) -> None:
     """W <- W + scale lora_up lora_down, in place: the student at the cost of the plain network.
 
-    Until ``unmerge_lora`` the switch has no effect and the teacher is gone. Merging twice merges once. The state dict
+    Until ``unmerge_lora`` the switch has no effect and the teacher is gone. A second call does nothing. The state dict
     of a merged model has a ``merged`` entry for each layer.
     """
     _add_to_weights(model, +1)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiny import ROOT, error, tiny_student, unet_inputs
 
-from minidistill.distill import student, teacher
+from minidistill import guided_noise
 from minidistill.lora import lora_layers, lora_parameters
 
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/*.md", "results/README.md", "weights/*/README.md"]
@@ -116,7 +116,8 @@ def test_the_ten_lines_of_the_method():
     unet, (z_t, t, cond), x = tiny_student(rank=2, alpha=6), unet_inputs(), torch.randn(3, 128)
     layer, uncond = lora_layers(unet)["mid_block.resnets.0.time_emb_proj"], torch.zeros_like(cond)
     with torch.no_grad(), unet.switch.set(True):
-        expected = dict(eps_hat=teacher(unet, z_t, t, cond, uncond, 2.5), eps=student(unet, z_t, t, cond), y=layer(x))
+        eps = unet(z_t, t, cond, lora_enabled=True)
+        expected = dict(eps_hat=guided_noise(unet, z_t, t, cond, uncond, 2.5), eps=eps, y=layer(x))
     before = {name: p.detach().clone() for name, p in unet.named_parameters()}
     scope = dict(torch=torch, F=F, unet=unet, z_t=z_t, t=t, cond=cond, uncond=uncond, guidance=2.5, alpha=6, rank=2)
     scope |= dict(x=x, W=layer.weight, bias=layer.bias, lora_down=layer.lora_down, lora_up=layer.lora_up)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from minidistill.bench import kernel, loading, memory, speed, updates
-from minidistill.training.settings import new_parser, one_line_errors
+from minidistill.training.command_line import new_parser, one_line_errors
 
 NAME = "python -m minidistill.bench"
 COMMANDS = {"speed": speed, "updates": updates, "loading": loading, "kernel": kernel, "memory": memory}

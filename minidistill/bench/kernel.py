@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidistill.bench.report import add_out_flag, new_report, save_report
+from minidistill.bench.output import add_out_flag, new_report, save_report
 from minidistill.bench.workloads import SIZES, Setup, distil, error
 from minidistill.config import SD15_UNET, UNetConfig
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import write_json
 from minidistill.kernels.build import obstacle
 from minidistill.kernels.dispatch import LoRAFunction, addmm_chain
-from minidistill.kernels.op import lora_linear
+from minidistill.kernels.linear import lora_linear
 from minidistill.lora import inject_lora, lora_layers
-from minidistill.training.settings import positive_int
+from minidistill.training.command_line import positive_int
 from minidistill.unet import UNet
 
 INNER = 20  # calls between two readings of the clock

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from minidistill.bench.output import add_out_flag, device_name, megabytes, new_report, save_report
 from minidistill.bench.peak_memory import in_fresh_process, resident
-from minidistill.bench.report import add_out_flag, device_name, megabytes, new_report, save_report
 from minidistill.bench.workloads import SIZES, Setup, Size
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.checkpoint import load
 from minidistill.formats.single_file import to_single_file
-from minidistill.training.settings import positive_int
+from minidistill.training.command_line import positive_int
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 

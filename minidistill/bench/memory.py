@@ -5,7 +5,7 @@
   python -m minidistill.bench memory --steps                               what each way to save memory saves
   python -m minidistill.bench memory --cards                               what fits on GPUs of four sizes
 
-The tables are counted, not measured (see ledger.py), and need no GPU. The libraries of a GPU take a few hundred
+The tables are counted, not measured (see counting.py), and need no GPU. The libraries of a GPU take a few hundred
 megabytes more.
 """
 
@@ -25,15 +25,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
-from minidistill.bench.ledger import Live, count_bytes, count_work
+from minidistill.bench.counting import Live, count_bytes, count_work
+from minidistill.bench.output import device_name, find_device, megabytes, new_report, save_report
 from minidistill.bench.peak_memory import in_fresh_process, peak_bytes
-from minidistill.bench.report import device_name, find_device, megabytes, new_report, save_report
 from minidistill.bench.workloads import GUIDANCE, SIZES, Networks, Setup, Size, Update, attention, decode, lora_student
 from minidistill.config import UNetConfig
 from minidistill.evaluate.tables import markdown_table
 from minidistill.guidance import guided_noise
+from minidistill.training.command_line import positive_int
 from minidistill.training.recompute import LOW_MEMORY
-from minidistill.training.settings import positive_int
 from minidistill.vae import VAE
 
 DTYPES = ("float32", "bfloat16")

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minidistill.bench.output import add_out_flag, device_name, find_device, megabytes, new_report, save_report
 from minidistill.bench.peak_memory import in_fresh_process, peak_bytes
-from minidistill.bench.report import add_out_flag, device_name, find_device, megabytes, new_report, save_report
 from minidistill.bench.timing import take_turns
 from minidistill.bench.workloads import GUIDANCE, IMAGES, PEERS, ROWS, SIZES, Setup, error
 from minidistill.evaluate.tables import markdown_table
-from minidistill.training.settings import DEFAULT_DEVICE, positive_int
+from minidistill.training.command_line import DEFAULT_DEVICE, positive_int
 
 # The largest difference between correct implementations, relative to the largest value.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}

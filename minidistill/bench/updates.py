@@ -11,6 +11,7 @@ C, ...), and medians are compared.
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 
 import torch
@@ -18,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from minidistill.bench.report import add_out_flag, device_name, find_device, new_report, save_report
+from minidistill.bench.output import add_out_flag, device_name, find_device, new_report, save_report
 from minidistill.bench.timing import take_turns
 from minidistill.bench.workloads import GUIDANCE, SIZES, Setup, Update, attention
 from minidistill.data.examples import to_device
-from minidistill.distill import student, teacher
 from minidistill.evaluate.tables import markdown_table
+from minidistill.guidance import interval_noise
 from minidistill.lora import LoRAModel
-from minidistill.training.settings import DEFAULT_DEVICE, positive_int
+from minidistill.training.command_line import DEFAULT_DEVICE, positive_int
 
 # Relative differences of a loss. Convolutions in float32 use TF32 on a GPU.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1}
@@ -105,12 +106,15 @@ def updates(setup: Setup, way: Way, method: str, number: int) -> Callable[[], Te
     if way.compiled:
         model = torch.compile(unet, fullgraph=True, dynamic=False, mode="reduce-overhead" if way.graphs else None)
 
+    frozen = partial(model, lora_enabled=False)
+
     def loss(z_t: Tensor, stored: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=way.autocast):
             eps_hat = stored
             if method == "noised":
-                eps_hat = teacher(model, z_t, t, cond, uncond, GUIDANCE, batched=way.batched_teacher)
-            eps = student(model, z_t, t, cond)
+                with torch.no_grad():
+                    eps_hat = interval_noise(frozen, z_t, t, cond, uncond, GUIDANCE, batched=way.batched_teacher)
+            eps = model(z_t, t, cond, lora_enabled=True)
         return F.mse_loss(eps, eps_hat)
 
     update = Update([unet], loss)

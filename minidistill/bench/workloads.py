@@ -15,7 +15,6 @@ from transformers import CLIPTextConfig
 
 from minidistill import config, kernels
 from minidistill.bench.peers import peer_call, peer_guided_image, peer_lora, peer_unet
-from minidistill.distill import student, teacher
 from minidistill.guidance import batched_guided_noise, guided, guided_noise
 from minidistill.guidance import student as student_predictor
 from minidistill.lora import LoRAModel, inject_lora, lora_layers, merge_lora
@@ -240,8 +239,9 @@ def lora_student(setup: Setup, teacher_in_loop: bool) -> Networks:
     unet, (z_t, t, cond, uncond, stored) = setup.lora_unet(), setup.inputs()
 
     def loss() -> Tensor:
-        eps_hat = teacher(unet, z_t, t, cond, uncond, GUIDANCE) if teacher_in_loop else stored
-        return F.mse_loss(student(unet, z_t, t, cond), eps_hat)
+        with torch.no_grad():  # the teacher: the LoRA is off by default
+            eps_hat = guided_noise(unet, z_t, t, cond, uncond, GUIDANCE) if teacher_in_loop else stored
+        return F.mse_loss(unet(z_t, t, cond, lora_enabled=True), eps_hat)
 
     return [unet], loss
 

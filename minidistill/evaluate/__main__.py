@@ -10,7 +10,7 @@ python -m minidistill.evaluate summary                                results/su
 import sys
 
 from minidistill.evaluate import dial, quality, spectrum, summary, sweeps
-from minidistill.training.settings import new_parser, one_line_errors, provenance
+from minidistill.training.command_line import new_parser, one_line_errors, provenance
 
 COMMANDS = {"quality": quality, "dial": dial, "spectrum": spectrum, "sweeps": sweeps, "summary": summary}
 

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from minidistill.data.prompts import prompt_split, spread
-from minidistill.evaluate.drawing import comparison_grid, draw
+from minidistill.evaluate.comparison import comparison_grid
 from minidistill.evaluate.figures import figure_file
 from minidistill.evaluate.metrics import EVALUATION_SEED, Estimate, interval, noise_error_share, psnr
+from minidistill.evaluate.sampling import draw
 from minidistill.evaluate.students import read_student
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.checkpoint import load
 from minidistill.formats.files import atomic_write, write_json
 from minidistill.lora import merge_lora
-from minidistill.training.settings import add_model_flags, load_options, positive, positive_int
+from minidistill.training.command_line import add_model_flags, load_options, positive, positive_int
 
 POSITIONAL = "RUN_OR_LORA "
 STRENGTHS = [0.25, 0.5, 0.75, 1.0, 1.25]

@@ -23,7 +23,7 @@ from minidistill.formats.checkpoint import load
 from minidistill.formats.files import write_json
 from minidistill.formats.lora_formats import read_run
 from minidistill.lora import low_rank
-from minidistill.training.settings import add_model_flags
+from minidistill.training.command_line import add_model_flags
 
 POSITIONAL = "FULL_RUN RUN_OR_LORA "
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)

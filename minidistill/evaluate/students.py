@@ -11,12 +11,12 @@ from torch import nn
 
 from minidistill.distill import FullStudent
 from minidistill.formats.checkpoint import load
-from minidistill.formats.lora_files import inject_file
 from minidistill.formats.lora_formats import LoRAFile, read_run
+from minidistill.formats.lora_io import inject_file
 from minidistill.formats.model_folder import STEMS, read_weights
 from minidistill.formats.tensor_files import read_tensors
 from minidistill.guidance import Interval
-from minidistill.training.settings import ScaledFile
+from minidistill.training.command_line import ScaledFile
 from minidistill.unet import UNet
 
 

@@ -24,10 +24,10 @@ from minidistill.evaluate.metrics import Estimate, interval, noise_error_share
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.checkpoint import load
 from minidistill.formats.files import write_json
-from minidistill.formats.lora_files import inject_file
 from minidistill.formats.lora_formats import read_run
+from minidistill.formats.lora_io import inject_file
 from minidistill.lora import DEFAULT_TARGETS
-from minidistill.training.settings import DEFAULT_DEVICE, DEFAULT_MODEL, positive, positive_int
+from minidistill.training.command_line import DEFAULT_DEVICE, DEFAULT_MODEL, positive, positive_int
 
 POSITIONAL = "[SWEEP ...] "
 LAYERS = {  # patterns of layer names

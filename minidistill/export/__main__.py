@@ -11,11 +11,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from minidistill.formats.lora_files import student_and_styles
 from minidistill.formats.lora_formats import LoRAFile, kohya_tensors, peft_tensors, read_run
+from minidistill.formats.lora_io import student_and_styles
 from minidistill.formats.merged_checkpoint import with_loras, write_checkpoint
 from minidistill.formats.tensor_files import write_tensors
-from minidistill.training.settings import DEFAULT_MODEL, ScaledFile, new_parser, one_line_errors
+from minidistill.training.command_line import DEFAULT_MODEL, ScaledFile, new_parser, one_line_errors
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from minidistill.formats.files import atomic_folder, read_json, write_json
 from minidistill.formats.hub import find_model
-from minidistill.formats.lora_files import check_fit
 from minidistill.formats.lora_formats import LoRAFile
+from minidistill.formats.lora_io import check_fit
 from minidistill.formats.model_configs import MODEL_INDEX
 from minidistill.formats.model_folder import STEMS, read_model_folder, read_weights
 from minidistill.formats.single_file import EMA, MODELSPEC, read_single_file, to_single_file

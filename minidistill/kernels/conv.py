@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidistill.kernels.dispatch import Region, lora_linear_or_addmm
-from minidistill.kernels.op import call, setup_context
+from minidistill.kernels.linear import call, setup_context
 
 CONV = "minidistill::lora_conv"
 torch.library.define(

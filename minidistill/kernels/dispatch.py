@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidistill.kernels.build import obstacle
-from minidistill.kernels.op import lora_linear
+from minidistill.kernels.linear import lora_linear
 
 # (x, W, b, A, B, scale) -> x W^T + b + scale (x A^T) B^T
 LoRAFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]

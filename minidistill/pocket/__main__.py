@@ -25,7 +25,7 @@ from minidistill.pocket.compositions import all_compositions, write_compositions
 from minidistill.pocket.denoiser import ROUNDS, WEAK, WEAKENING, Captioned, train_unet, weaken
 from minidistill.pocket.images import render
 from minidistill.pocket.tokenizer import CONTEXT, write_tokenizer
-from minidistill.training.settings import DEFAULT_MODEL, new_parser, one_line_errors, positive_int
+from minidistill.training.command_line import DEFAULT_MODEL, new_parser, one_line_errors, positive_int
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 

@@ -33,7 +33,7 @@ from minidistill.pipeline import StableDiffusion
 from minidistill.pocket.compositions import COLOURS, EMOJI, Composition, all_compositions
 from minidistill.pocket.images import EMOJI_SIZE, find_font, glyph, render
 from minidistill.pocket.stage import update
-from minidistill.training.settings import (
+from minidistill.training.command_line import (
     DEFAULT_DEVICE,
     DEFAULT_MODEL,
     finite,

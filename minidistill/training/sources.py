@@ -9,7 +9,7 @@ from minidistill.data.prompts import every_tenth_held_out, prompt_split
 from minidistill.data.trajectories import Trajectories, generate
 from minidistill.formats.files import digest
 from minidistill.pipeline import StableDiffusion
-from minidistill.training.ranks import Ranks
+from minidistill.training.distributed import Ranks
 
 
 class FromTrajectories:

@@ -7,13 +7,13 @@ from pathlib import Path
 from torch import nn
 
 from minidistill.distill import FullStudent
-from minidistill.formats.lora_files import merge_file, save_lora
 from minidistill.formats.lora_formats import read_lora
+from minidistill.formats.lora_io import merge_file, save_lora
 from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
 from minidistill.lora import DEFAULT_TARGETS, LoRAModel, inject_lora
 from minidistill.pipeline import StableDiffusion
+from minidistill.training.command_line import ScaledFile
 from minidistill.training.recompute import LOW_MEMORY, recompute
-from minidistill.training.settings import ScaledFile
 from minidistill.unet import UNet
 
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minidistill.bench import __main__ as bench
 from minidistill.bench import memory
-from minidistill.bench.ledger import Live
+from minidistill.bench.counting import Live
 from minidistill.bench.memory import CASES, Case, ledger
 from minidistill.bench.peak_memory import in_fresh_process
 from minidistill.bench.workloads import SIZES, Size, attention

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from minidistill.bench import __main__ as bench
 from minidistill.bench import memory
-from minidistill.bench.ledger import Work
+from minidistill.bench.counting import Work
 from minidistill.bench.memory import CARDS, INSTEAD, STEPS, Card, Case, Step, card_peaks, ledger, recomputed, step_peak
 from minidistill.bench.workloads import SIZES, attention
 from minidistill.vae import VAE

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from minidistill import CheckpointError, load_lora, save_lora
 from minidistill.config import UNetConfig
-from minidistill.formats.lora_files import check_fit, inject_file, merge_file
 from minidistill.formats.lora_formats import kohya_tensors, layer_name, peft_tensors, read_lora
+from minidistill.formats.lora_io import check_fit, inject_file, merge_file
 from minidistill.formats.tensor_files import write_tensors
 from minidistill.lora import lora_layers
 from minidistill.unet import UNet

@@ -22,7 +22,7 @@ from minidistill.kernels import FusedLoRALinear, install
 from minidistill.kernels.build import obstacle
 from minidistill.kernels.conv import lora_conv
 from minidistill.kernels.dispatch import EVERYWHERE, FASTER, addmm_chain
-from minidistill.kernels.op import lora_linear, reference
+from minidistill.kernels.linear import lora_linear, reference
 
 OPS = torch.ops.minidistill
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

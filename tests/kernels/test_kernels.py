@@ -19,7 +19,7 @@ from minidistill import inject_lora
 from minidistill.kernels import FusedLoRAConv, FusedLoRALinear, build, dispatch, install
 from minidistill.kernels.conv import lora_conv
 from minidistill.kernels.dispatch import EVERYWHERE, Region, addmm_chain, choose_region, fits, lora_linear_or_addmm
-from minidistill.kernels.op import lora_linear
+from minidistill.kernels.linear import lora_linear
 from minidistill.lora import LoRAConv, LoRALinear, LoRAModel, lora_layers, lora_parameters, merge_lora, unmerge_lora
 from minidistill.training.recompute import LOW_MEMORY, run_checkpointed
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from minidistill import inject_lora, load, load_lora, merge_lora, save_lora
 from minidistill.export import __main__ as export
-from minidistill.formats.lora_files import merge_file
 from minidistill.formats.lora_formats import LoRAFile, Pair, kohya_tensors, peft_tensors, read_lora
+from minidistill.formats.lora_io import merge_file
 from minidistill.formats.tensor_files import write_tensors
 from minidistill.lora import lora_layers
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from minidistill.training.bookkeeping import Progress
 from safetensors.torch import load_file
 from tiny import same_result
 
@@ -13,7 +14,6 @@ from minidistill.data.prompts import prompt_split
 from minidistill.data.shards import read_shard
 from minidistill.formats.lora_formats import read_lora
 from minidistill.guidance import Interval
-from minidistill.training.progress import Progress
 
 ALONE = "--no-report"
 

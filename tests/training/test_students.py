@@ -13,8 +13,8 @@ from tiny import TINY_UNET, fill_up, listing, tiny_unet
 from minidistill import inject_lora, load, save_lora
 from minidistill.data.prompts import prompt_split
 from minidistill.data.trajectories import generate
-from minidistill.formats.lora_files import merge_file
 from minidistill.formats.lora_formats import read_lora
+from minidistill.formats.lora_io import merge_file
 from minidistill.formats.tensor_files import read_tensors
 
 # Flags

@@ -1,4 +1,4 @@
-// The gradient of op.py in C++. In Python a call takes as long as the kernel itself at Stable Diffusion's sizes.
+// The gradient of linear.py in C++. In Python a call takes as long as the kernel itself at Stable Diffusion's sizes.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -62,6 +62,6 @@ Pair layer_with_gradient(const Tensor& x, const Tensor& W, const OptionalTensor&
 
 }  // namespace
 
-// Both override the gradient that op.py registers for all devices.
+// Both override the gradient that linear.py registers for all devices.
 TORCH_LIBRARY_IMPL(minidistill, AutogradCUDA, library) { library.impl("lora_linear", layer_with_gradient); }
 TORCH_LIBRARY_IMPL(minidistill, AutogradCPU, library) { library.impl("lora_linear", layer_with_gradient); }

@@ -25,7 +25,7 @@ from minidistill.bench.workloads import Setup, distil  # noqa: E402
 from minidistill.kernels import dispatch  # noqa: E402
 from minidistill.kernels.conv import lora_conv  # noqa: E402
 from minidistill.kernels.dispatch import EVERYWHERE, addmm_chain  # noqa: E402
-from minidistill.kernels.op import lora_linear  # noqa: E402
+from minidistill.kernels.linear import lora_linear  # noqa: E402
 
 CSRC, EMULATION = ROOT / "minidistill/kernels/csrc", ROOT / "tests/kernels/emulation"
 OPS = torch.ops.minidistill

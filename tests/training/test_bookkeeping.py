@@ -1,4 +1,4 @@
-"""training/progress.py: signals stop a run between updates, and no checkpoint is written of a diverged student."""
+"""training/bookkeeping.py: signals stop a run between updates, and no checkpoint is written of a diverged student."""
 
 import os
 import re
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from minidistill.training.bookkeeping import Progress, stop_signals
+from minidistill.training.distributed import Ranks
 from tiny import UPDATES
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minidistill.conditioning import Conditioning
 from minidistill.distill import ENOUGH, Batch
-from minidistill.training.progress import Progress, stop_signals
-from minidistill.training.ranks import Ranks
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(command, flags, tmp_path: Path):

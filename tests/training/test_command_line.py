@@ -1,4 +1,4 @@
-"""training/settings.py: a readable --help, and likely mistakes that end in one line with advice."""
+"""training/command_line.py: a readable --help, and likely mistakes that end in one line with advice."""
 
 import re
 import shutil
@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from minidistill import CheckpointError, load
-from minidistill.training.settings import one_line_errors
+from minidistill.training.command_line import one_line_errors
 
 SCRIPTS = ["train.py", "sample.py"]
 

@@ -1,4 +1,4 @@
-"""lora_files.py: a LoRA file returns what was saved, fits one network only, and is never half-written."""
+"""lora_io.py: a LoRA file returns what was saved, fits one network only, and is never half-written."""
 
 import resource
 from dataclasses import replace

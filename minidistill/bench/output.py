@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from minidistill.formats.files import write_json
-from minidistill.training.settings import provenance
+from minidistill.training.command_line import provenance
 
 
 def add_out_flag(parser: ArgumentParser, default: str) -> None:

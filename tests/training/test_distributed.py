@@ -1,4 +1,4 @@
-"""training/ranks.py: two processes of torchrun, on the CPU, learn what one process does, and stop together."""
+"""training/distributed.py: two processes of torchrun, on the CPU, learn what one process does, and stop together."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tiny import ROOT, randn
 
 from minidistill.conditioning import Conditioning
 from minidistill.distill import Batch
-from minidistill.training.ranks import Ranks
+from minidistill.training.distributed import Ranks
 
 UPDATES = 20
 

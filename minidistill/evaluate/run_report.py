@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from minidistill.evaluate.drawing import Drawn, comparison_grid, draw
+from minidistill.evaluate.comparison import comparison_grid
 from minidistill.evaluate.figures import figure_file
 from minidistill.evaluate.metrics import ClipScore, noise_error_share, psnr
+from minidistill.evaluate.sampling import Drawn, draw
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write
 from minidistill.guidance import Interval

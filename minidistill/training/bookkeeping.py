@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidistill.distill import ENOUGH, Batch, divergence, learning_rate
-from minidistill.training.ranks import Ranks
+from minidistill.distill import ENOUGH_EXAMPLES, Batch, error_and_limit, learning_rate
+from minidistill.guidance import Interval
+from minidistill.training.distributed import Ranks
 from minidistill.training.run_folder import save_checkpoint
 
 WINDOW = 10  # updates whose losses are read together, because reading them makes a GPU wait
@@ -39,7 +40,7 @@ class Progress:
         out: the run's folder.  losses: those of earlier updates; the run continues after them.
         unet: teacher and student.  trained: its parameters that learn.  settings: go into checkpoints.
         steps: updates of the whole run.  peak: learning rate.  save_every: updates between checkpoints.
-        preview: called with the number of updates after each checkpoint.
+        interval: of the teacher's guidance.  preview: called with the number of updates after each checkpoint.
     """
 
     def __init__(
@@ -55,12 +56,13 @@ class Progress:
         steps: int,
         peak: float,
         save_every: int,
+        interval: Interval | None,
         preview: Callable[[int], None],
     ):
         self.out, self.losses, self.settings, self.ranks = out, losses, settings, ranks
         self.unet, self.trained, self.optimizer = unet, trained, optimizer
-        self.total, self.peak, self.save_every, self.preview = steps, peak, save_every, preview
-        self.recent: deque[Batch] = deque()  # the last ENOUGH examples or more, with their targets
+        self.interval, self.total, self.peak, self.save_every, self.preview = interval, steps, peak, save_every, preview
+        self.recent: deque[Batch] = deque()  # the last ENOUGH_EXAMPLES or more, with their targets
         self.unread: list[Tensor] = []  # loss and gradient norm of the last updates, still on the device
 
     def steps(self) -> Iterator[int]:
@@ -80,9 +82,13 @@ class Progress:
             self.bar.close()
 
     def remember(self, batch: Batch, target: Tensor) -> None:
-        """Keep the last examples and targets, to check before a checkpoint that the student has not diverged."""
-        self.recent.append(replace(batch, target=target))
-        while sum(map(len, self.recent)) - len(self.recent[0]) >= ENOUGH:
+        """Keep the last guided examples and targets, to check before a checkpoint that the student has not diverged."""
+        batch = replace(batch, target=target)
+        if self.interval:  # elsewhere W alone is right, and says nothing about how far a student may be
+            batch = batch[self.interval.includes(batch.t)]
+        if len(batch):
+            self.recent.append(batch)
+        while self.recent and sum(map(len, self.recent)) - len(self.recent[0]) >= ENOUGH_EXAMPLES:
             self.recent.popleft()
 
     def after_update(self, step: int, loss: Tensor, norm: Tensor) -> None:
@@ -119,7 +125,7 @@ class Progress:
         self.bar.set_postfix(loss=f"{sum(last) / len(last):.5f}", refresh=False)
 
     def check_divergence(self, step: int) -> None:
-        error, most = divergence(self.unet, list(self.recent))
+        error, most = error_and_limit(self.unet, list(self.recent)) if self.recent else (0.0, 0.0)
         if not error <= most:  # NaN is not
             raise ValueError(
                 f"After update {step} the student's squared error is {error:g}, and at most {most:g} is saved: "

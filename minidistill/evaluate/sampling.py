@@ -1,0 +1,52 @@
+"""Sample images with each method from the same noise, and record what an image costs."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from minidistill.evaluate.metrics import EVALUATION_SEED
+from minidistill.guidance import Interval, selective_interval
+from minidistill.pipeline import StableDiffusion
+
+ALWAYS = Interval(0, math.inf)
+
+
+@dataclass
+class Drawn:
+    """The images of one method, and the cost of one image."""
+
+    method: str
+    images: list[Image.Image]
+    unet_calls: int
+    seconds: float
+
+
+def draw(
+    sd: StableDiffusion,
+    method: str,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    guidance: float,
+    selective: float = 0.0,
+    interval: Interval | None = None,
+    **options,
+) -> Drawn:
+    """Sample ``prompts`` with the "teacher", with "no guidance", or with the "student", from the same seeds.
+
+    The keyword arguments go to :meth:`StableDiffusion.sample`. The time covers the text encoder and the VAE.
+    """
+    guides = method == "teacher" and guidance != 1
+    scale = guidance if guides else 1.0
+    options = dict(seed=EVALUATION_SEED) | options | dict(steps=steps, guidance=scale, lora_enabled=method == "student")
+    start = time.perf_counter()
+    images = sd.sample(prompts, selective=selective, interval=interval, **options)
+    seconds = (time.perf_counter() - start) / len(prompts)
+    if selective:
+        interval = selective_interval(sd.schedule, steps, selective)
+    inside = (interval or ALWAYS).includes(torch.tensor(sd.schedule.timesteps(steps)))
+    return Drawn(method, images, steps + (int(inside.sum()) if guides else 0), seconds)
