@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,30 +81,29 @@ def new_progress(out: Path, interval: Interval | None = None) -> Progress:
     return Progress(out, [], None, [], None, {}, Ranks(), **how)
 
 
+def remembered(sizes: list[int], out: Path, interval: Interval | None = None) -> Iterator[list[Batch]]:
+    """What is kept after each of some batches of one pixel, whose z_t is the batch's number and t counts from 0."""
+    progress = Progress(
+        out, [], None, [], None, {}, Ranks(), steps=9, peak=1, save_every=9, interval=interval, preview=print
+    )  # fmt: skip
+    for i, size in enumerate(sizes):
+        z_t, weight = torch.full((size, 1), float(i)), torch.ones(size, 1)
+        progress.remember(Batch(z_t, torch.arange(size), Conditioning(torch.zeros(size, 1)), weight), z_t + 1)
+        yield list(progress.recent)
+
+
 def test_the_student_is_judged_by_its_last_examples(tmp_path: Path):
-    """By as few batches as have ENOUGH_EXAMPLES examples together, the newest last, each with its target."""
-    progress = new_progress(tmp_path)
-    for i, size in enumerate([4, 4, 4, 3, 1, 20, 2]):
-        batch = Batch(*(torch.full((size, 1), i) for _ in range(2)), Conditioning(torch.zeros(size)), torch.ones(size))
-        progress.remember(batch, batch.z_t + 1)
-        sizes = [len(kept) for kept in progress.recent]
+    """By as few batches as have ENOUGH_EXAMPLES together, the newest last, each with its target."""
+    for i, batches in enumerate(remembered([4, 4, 4, 3, 1, 20, 2], tmp_path)):
+        sizes = [len(batch) for batch in batches]
         assert sum(sizes[1:]) < ENOUGH_EXAMPLES and (sum(sizes) >= ENOUGH_EXAMPLES or i < 2)
-        assert all(torch.equal(kept.target, kept.z_t + 1) for kept in progress.recent)
-        assert progress.recent[-1].z_t[0] == i
+        assert all(torch.equal(batch.target, batch.z_t + 1) for batch in batches)
+        assert batches[-1].z_t[0] == i
 
 
-def test_only_guided_examples_judge_the_student_of_an_interval(tmp_path: Path):
-    """Elsewhere W alone is right, and any student would be infinitely further from the teacher than W."""
-    progress = new_progress(tmp_path, Interval(300, 600))
-    for low in (0, 250, 700):  # 4 examples each: none, three and none of them inside
-        t = torch.arange(low, low + 200, 50)
-        batch = Batch(torch.zeros(4, 1), t, Conditioning(torch.zeros(4)), torch.ones(4))
-        progress.remember(batch, t[:, None].float())
-    (kept,) = progress.recent
-    assert kept.t.tolist() == [300, 350, 400] and kept.target.flatten().tolist() == [300, 350, 400]
-
-
-def test_a_run_whose_last_examples_are_unguided_is_saved(command, flags, tmp_path: Path):
-    run = flags(tmp_path / "run", sample_steps=25, save_every=1, steps=20, trajectories=4)
-    assert command("train.py", *run, "--interval", 420, 540, "--no-report").code == 0
-    assert (tmp_path / "run/lora.safetensors").exists()
+def test_the_student_of_an_interval_is_judged_by_guided_examples(tmp_path: Path):
+    """t = 2 and 3 of each batch, where there are any."""
+    for i, batches in enumerate(remembered([4, 2, 9, 3, 4, 1, 4, 4], tmp_path, Interval(2, 3))):
+        assert all(set(batch.t.tolist()) <= {2, 3} and len(batch.target) == len(batch) for batch in batches)
+        assert [int(batch.z_t[0]) for batch in batches] == [j for j in (0, 2, 3, 4, 6, 7) if j <= i][-6:]
+    assert sum(map(len, batches)) == 11

@@ -42,7 +42,9 @@ def guided_everywhere(sd: StableDiffusion, batch, guidance: float) -> tuple[torc
 @pytest.mark.parametrize("source", ["trajectories", "noised"])
 def test_targets_are_guided_within_the_interval(source: str, seen: list, command, flags, sd, tmp_path: Path):
     """And the plain prediction elsewhere, for each example of a batch: computed again for every state learned from."""
-    run = flags(tmp_path / "run", source=source, guidance=4, steps=12, save_every=12, lr=1e-9)
+    run = flags(
+        tmp_path / "run", source=source, guidance=4, steps=12, save_every=12, lr=0.003
+    )  # the LoRA must show if it is on
     assert command("train.py", *run, "--interval", 300, 600, ALONE).code == 0
     counts = {True: 0, False: 0}
     for batch, target in seen:
@@ -99,6 +101,12 @@ def test_an_interval_with_swapped_ends_is_refused(command, flags, tmp_path: Path
         complaint = command(script, *more, "--interval", 700, 300).complaint
         assert complaint.startswith(f"{script}: ") and "--interval 700 300" in complaint
     assert not (tmp_path / "run").exists()
+
+
+def test_an_interval_without_any_ddim_step_is_refused(command, flags, tmp_path: Path):
+    """There would be nothing to learn: t = 667, 334, 1."""
+    complaint = command("train.py", *flags(tmp_path / "run"), "--interval", 700, 900).complaint
+    assert "--interval" in complaint and "667, 334, 1" in complaint and not (tmp_path / "run").exists()
 
 
 def test_the_teacher_is_asked_in_one_call_or_two(command, flags, sd, tmp_path: Path):
