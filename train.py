@@ -105,7 +105,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
         print(f"Peak GPU memory in tensors: {torch.cuda.max_memory_allocated(sd.device) / 1e9:.2f} GB.")
     metadata = dict(base=name, guidance=f"{args.guidance:g}", negative_prompt=args.negative_prompt, method=args.method)
     metadata |= dict(prediction=sd.schedule.prediction) | style
-    metadata |= {"interval": f"{args.interval.low:g} {args.interval.high:g}"} if args.interval else {}
+    metadata |= {"interval": str(args.interval)} if args.interval else {}
     student.save(sd, result, args, metadata)
     print(f"Wrote {result}")
     if not args.no_report:

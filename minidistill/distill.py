@@ -80,9 +80,8 @@ def guided_target(uncond: Conditioning, guidance: float, interval: Interval | No
 
     @torch.no_grad()
     def target(frozen: UNetCall, batch: Batch) -> Tensor:
-        unconds = uncond.expand(len(batch)).map(
-            Tensor.contiguous
-        )  # the zero strides of expand would cost another graph with --compile
+        # Contiguous, because torch.compile would make another graph for the zero strides of expand.
+        unconds = uncond.expand(len(batch)).map(Tensor.contiguous)
         return interval_noise(frozen, batch.z_t, batch.t, batch.cond, unconds, guidance, interval, batched)
 
     return target

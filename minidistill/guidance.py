@@ -56,6 +56,9 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.low:g} {self.high:g}"
+
     def includes(self, t: Tensor) -> Tensor:
         """[B] time steps -> [B] bool."""
         return (self.low <= t) & (t <= self.high)

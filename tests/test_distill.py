@@ -1,24 +1,23 @@
 """distill.py: teacher and student, what the student is asked for, when it counts as diverged, and its learning rate."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from test_guidance import Recorded
 from tiny import error, fill_up, randn, tiny_student, tiny_unet, unet_inputs
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidistill.conditioning import Conditioning
 from minidistill.distill import (
-    ENOUGH,
+    ENOUGH_EXAMPLES,
     Batch,
     FullStudent,
-    divergence,
+    error_and_limit,
     guided_target,
     learning_rate,
     stored_target,
-    student,
-    teacher,
 )
 from minidistill.guidance import Interval
 from minidistill.lora import LoRAModel
@@ -27,7 +26,16 @@ from minidistill.lora import LoRAModel
 @pytest.fixture
 def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z_t, t, cond = unet_inputs(dtype=torch.float64)
-    return z_t, t, cond, randn(*cond.shape, seed=5, dtype=torch.float64)
+    return z_t, t, cond, randn(1, *cond.shape[1:], seed=5, dtype=torch.float64).expand_as(cond)
+
+
+def teacher(
+    model: nn.Module, z_t: Tensor, t: Tensor, cond: Tensor, uncond: Tensor, guidance: float, interval=None
+) -> Tensor:
+    """The target of the teacher in the loop, asked as train.py asks it."""
+    batch = Batch(z_t, t, Conditioning(cond), torch.ones(len(t), 1, 1, 1))
+    target = guided_target(Conditioning(uncond[:1]), guidance, interval, batched=False)
+    return target(partial(model, lora_enabled=False), batch)
 
 
 @pytest.fixture
@@ -77,9 +85,9 @@ def test_teacher_keeps_no_graph(unet, inputs):
 def test_student_is_one_call_switched_on(unet, inputs):
     model, settings = unet
     z_t, t, cond, _ = inputs
-    prediction = student(model, z_t, t, cond)
+    prediction = model(z_t, t, cond, lora_enabled=True)
     assert settings == [True]
-    assert prediction.requires_grad and torch.equal(prediction, model(z_t, t, cond, lora_enabled=True))
+    assert prediction.requires_grad and not torch.equal(prediction, model(z_t, t, cond))
 
 
 @pytest.mark.parametrize("wide, narrow", [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
@@ -89,7 +97,7 @@ def test_latents_may_be_wider_than_the_weights(wide: torch.dtype, narrow: torch.
     z_t, t, cond = unet_inputs(dtype=wide)
     cond, uncond = cond.to(narrow), torch.zeros_like(cond, dtype=narrow)
     expected = model(z_t.to(narrow), t, cond, lora_enabled=True)
-    assert expected.dtype == narrow and torch.equal(student(model, z_t, t, cond), expected.to(wide))
+    assert expected.dtype == narrow and torch.equal(model(z_t, t, cond, lora_enabled=True), expected.to(wide))
     eps_cond, eps_uncond = (model(z_t.to(narrow), t, context).to(wide) for context in (cond, uncond))
     assert torch.equal(teacher(model, z_t, t, cond, uncond, 3.0), eps_uncond + 3.0 * (eps_cond - eps_uncond))
 
@@ -139,11 +147,7 @@ def test_the_guided_target_is_the_teacher_now(interval: Interval | None, batched
     batch = examples(6).map(lambda x: x.double() if x.is_floating_point() else x)
     uncond, model = Conditioning(randn(1, 5, 32, seed=9, dtype=torch.float64)), Recorded()
 
-    def unet(*args, lora_enabled: bool) -> Tensor:
-        assert lora_enabled is False
-        return model(*args)
-
-    target = guided_target(uncond, 4.0, interval, batched)(unet, batch)
+    target = guided_target(uncond, 4.0, interval, batched)(model, batch)
     for i in range(6):
         one = batch[i : i + 1]
         expected = Recorded()(one.z_t, one.t, one.cond)
@@ -163,25 +167,25 @@ def squared_error(model: LoRAModel, batch: Batch, enabled: bool) -> float:
 
 
 def test_a_few_examples_are_compared_with_zeros():
-    """Fewer than ENOUGH: a student is allowed the error of a prediction of zeros."""
+    """Fewer than ENOUGH_EXAMPLES: a student is allowed the error of a prediction of zeros."""
     model, batches = fill_up(tiny_student()), [examples(2), examples(3, seed=10)]
-    assert sum(map(len, batches)) < ENOUGH
-    student_error, most = divergence(model, batches)
+    assert sum(map(len, batches)) < ENOUGH_EXAMPLES
+    student_error, most = error_and_limit(model, batches)
     assert student_error == pytest.approx(sum(squared_error(model, b, True) for b in batches) / 2, rel=1e-5)
     assert most == pytest.approx(sum(b.target.square().mean().item() for b in batches) / 2, rel=1e-5)
 
 
 def test_enough_examples_are_compared_with_the_teacher_alone_too():
     """Four times W's own squared error, where that is less than the error of zeros."""
-    model, batch = fill_up(tiny_student()), examples(ENOUGH)
+    model, batch = fill_up(tiny_student()), examples(ENOUGH_EXAMPLES)
     with torch.no_grad():
         plain = model(batch.z_t, batch.t, batch.cond)
     near = Batch(batch.z_t, batch.t, batch.cond, batch.weight, plain + 0.1 * batch.target)
-    student_error, most = divergence(model, [near])
+    student_error, most = error_and_limit(model, [near])
     assert most == pytest.approx(4 * squared_error(model, near, False), rel=1e-4)
     assert most < near.target.square().mean().item()
     assert student_error == pytest.approx(squared_error(model, near, True), rel=1e-5)
-    assert divergence(model, [batch])[1] == pytest.approx(batch.target.square().mean().item(), rel=1e-5)
+    assert error_and_limit(model, [batch])[1] == pytest.approx(batch.target.square().mean().item(), rel=1e-5)
 
 
 # Learning rate

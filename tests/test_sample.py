@@ -12,6 +12,7 @@ from tiny import ROOT, TINY_UNET, fill_up, tiny_tensors, tiny_unet, write_tiny
 
 from minidistill import StableDiffusion, inject_lora, load, load_lora, merge_lora, save_lora
 from minidistill.export import __main__ as export
+from minidistill.guidance import Interval
 from minidistill.lora import lora_layers
 from minidistill.unet import UNet
 
@@ -51,11 +52,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def pictures(folder: Path) -> list[np.ndarray]:
+def images_in(folder: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(file), dtype=int) for file in sorted(folder.iterdir())]
 
 
-def test_a_picture_for_each_prompt(sample, tmp_path: Path):
+def test_an_image_for_each_prompt(sample, tmp_path: Path):
     result = sample(APPLE, ROCKET)
     assert result.code == 0
     files = sorted((tmp_path / "out").iterdir())
@@ -63,10 +64,10 @@ def test_a_picture_for_each_prompt(sample, tmp_path: Path):
     assert all(str(file) in result.out and Image.open(file).size == (16, 16) for file in files)
 
 
-def test_they_are_what_the_pipeline_draws(sample, tiny_model: Path, tmp_path: Path):
+def test_the_images_are_those_of_the_pipeline(sample, tiny_model: Path, tmp_path: Path):
     sample(APPLE, ROCKET, "--seed", 3, "--guidance", 6, "--negative-prompt", "a cat")
     expected = load(tiny_model).sample([APPLE, ROCKET], steps=3, guidance=6, seed=3, negative_prompt="a cat")
-    assert all(np.array_equal(a, b) for a, b in zip(pictures(tmp_path / "out"), expected, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(images_in(tmp_path / "out"), expected, strict=True))
 
 
 def test_same_seed_same_bytes(sample, tmp_path: Path):
@@ -76,9 +77,9 @@ def test_same_seed_same_bytes(sample, tmp_path: Path):
     assert one == again != other
 
 
-def test_the_same_prompt_twice_gives_two_pictures(sample, tmp_path: Path):
+def test_the_same_prompt_twice_gives_two_images(sample, tmp_path: Path):
     sample(APPLE, APPLE)
-    first, second = pictures(tmp_path / "out")
+    first, second = images_in(tmp_path / "out")
     assert not np.array_equal(first, second)
 
 
@@ -92,12 +93,12 @@ def test_the_student_makes_one_call_a_step(sample, calls: list[int], lora: Path)
     assert calls == [1] * 3
 
 
-def test_the_student_is_the_pipelines(sample, tiny_model: Path, lora: Path, tmp_path: Path):
+def test_the_student_is_that_of_the_pipeline(sample, tiny_model: Path, lora: Path, tmp_path: Path):
     sample(APPLE, "--lora", lora)
     sd = load(tiny_model)
     sd.unet = load_lora(sd.unet, lora)
     expected = np.asarray(sd.sample([APPLE], steps=3, lora_enabled=True)[0], dtype=int)
-    assert np.abs(pictures(tmp_path / "out")[0] - expected).max() <= 1
+    assert np.abs(images_in(tmp_path / "out")[0] - expected).max() <= 1
 
 
 def test_a_run_is_named_by_its_folder(sample, lora: Path, tmp_path: Path):
@@ -106,17 +107,17 @@ def test_a_run_is_named_by_its_folder(sample, lora: Path, tmp_path: Path):
     assert (tmp_path / f"{lora.name}.png").read_bytes() == (tmp_path / f"{lora.parent.name}.png").read_bytes()
 
 
-def test_batch_does_not_change_the_pictures(sample, calls: list[int], tmp_path: Path):
+def test_the_batch_size_does_not_change_the_images(sample, calls: list[int], tmp_path: Path):
     for batch in (1, 3):
         sample(APPLE, ROCKET, APPLE, "--batch", batch, "--out", tmp_path / str(batch))
     assert set(calls) == {1, 3}
-    one, three = (pictures(tmp_path / name) for name in "13")
+    one, three = (images_in(tmp_path / name) for name in "13")
     assert max(np.abs(a - b).max() for a, b in zip(one, three, strict=True)) <= 1
 
 
-def test_compare_draws_both_beside_each_other(sample, calls: list[int], lora: Path, tmp_path: Path):
+def test_compare_shows_teacher_and_student(sample, calls: list[int], lora: Path, tmp_path: Path):
     assert sample(APPLE, ROCKET, "--compare", "--lora", lora).code == 0
-    assert len(calls) == 2 + 6 + 3  # one step off the clock, the teacher's, the student's
+    assert len(calls) == 2 + 6 + 3  # one untimed step, the teacher, the student
     (file,) = (tmp_path / "out").iterdir()
     assert Image.open(file).size[0] > 2 * 100
 
@@ -128,7 +129,7 @@ def test_compare_uses_the_lora_beside_the_model(sample, lora: Path, tmp_path: Pa
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
-def test_compare_teaches_with_the_loras_own_guidance(sample, lora: Path, monkeypatch):
+def test_compare_uses_the_guidance_that_the_lora_learned(sample, lora: Path, monkeypatch):
     seen, original = [], StableDiffusion.sample
 
     def recorded(self, prompts, **options):
@@ -137,12 +138,12 @@ def test_compare_teaches_with_the_loras_own_guidance(sample, lora: Path, monkeyp
 
     monkeypatch.setattr(StableDiffusion, "sample", recorded)
     sample(APPLE, "--compare", "--lora", lora)
-    assert [options["lora_enabled"] for options in seen[1:]] == [False, True]  # after one step off the clock
+    assert [options["lora_enabled"] for options in seen[1:]] == [False, True]  # after one untimed step
     assert (seen[1]["guidance"], seen[1]["negative_prompt"]) == (4.0, "a cat")
 
 
 @pytest.mark.parametrize("flags", [("--guidance", "9"), ("--negative-prompt", "a dog")])
-def test_compare_refuses_a_teacher_the_lora_did_not_have(sample, lora: Path, flags: tuple[str, str], tmp_path: Path):
+def test_compare_refuses_another_teacher_than_the_loras(sample, lora: Path, flags: tuple[str, str], tmp_path: Path):
     result = sample(APPLE, "--compare", "--lora", lora, *flags)
     assert result.code != 0 and "has learned guidance 4" in result.err and not (tmp_path / "out").exists()
 
@@ -156,7 +157,7 @@ def test_the_loras_strength_is_a_dial(sample, calls: list[int], lora: Path, tmp_
     assert flag == colon != whole
 
 
-def test_compare_sets_the_teacher_to_where_the_dial_is(sample, lora: Path, monkeypatch):
+def test_compare_scales_the_teachers_guidance_with_the_dial(sample, lora: Path, monkeypatch):
     seen, original = [], StableDiffusion.sample
     monkeypatch.setattr(
         StableDiffusion, "sample", lambda sd, prompts, **how: seen.append(how) or original(sd, prompts, **how)
@@ -168,23 +169,88 @@ def test_compare_sets_the_teacher_to_where_the_dial_is(sample, lora: Path, monke
 
 def test_selective_guidance_costs_less(sample, calls: list[int], tmp_path: Path):
     assert sample(APPLE, "--selective", 0.34).code == 0
-    assert calls == [1] * 5  # of three steps the last without the unconditional pass
+    assert calls == [1] * 5  # the last of three steps has no unconditional call
 
 
 @pytest.mark.parametrize(
     "flags, complaint",
     [
-        (["--lora-scale", "2"], "give its --lora"),
+        (["--lora-scale", "2"], "name its file with --lora"),
         (["--selective", "1.5"], "from 0 to 1"),
         (["--selective", "0.5", "--lora", "{lora}"], "the teacher's"),
     ],
 )
-def test_what_belongs_to_the_other_is_refused(sample, lora: Path, flags: list[str], complaint: str, tmp_path: Path):
+def test_flags_of_the_other_network_are_refused(sample, lora: Path, flags: list[str], complaint: str, tmp_path: Path):
     result = sample(APPLE, *(flag.format(lora=lora) for flag in flags))
     assert result.code != 0 and complaint in result.err and not (tmp_path / "out").exists()
 
 
-# Styles: LoRAs that have learned no guidance
+# Guidance in an interval
+
+
+@pytest.fixture(scope="module")
+def interval_lora(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student whose teacher was guided at t = 300 to 600."""
+    file = tmp_path_factory.mktemp("interval") / "lora.safetensors"
+    save_lora(fill_up(inject_lora(load(tiny_model).unet, rank=2)), file, METADATA | dict(interval="300 600"))
+    return file
+
+
+def test_the_teacher_is_guided_in_the_interval(sample, calls: list[int], tiny_model: Path, tmp_path: Path):
+    assert sample(APPLE, "--interval", 300, 600, "--guidance", 6).code == 0
+    assert calls == [1] * 4  # t = 667, 334, 1, of which one is guided
+    expected = load(tiny_model).sample([APPLE], steps=3, guidance=6, interval=Interval(300, 600))
+    assert np.array_equal(images_in(tmp_path / "out")[0], expected[0])
+    always = load(tiny_model).sample([APPLE], steps=3, guidance=6)
+    assert not np.array_equal(images_in(tmp_path / "out")[0], always[0])
+
+
+@pytest.mark.parametrize("flags", [(), ("--interval", 300, 600)])
+def test_compare_uses_the_interval_that_the_lora_learned(flags: tuple, sample, calls, interval_lora: Path, monkeypatch):
+    """Naming the same interval again is no contradiction."""
+    seen, original = [], StableDiffusion.sample
+    monkeypatch.setattr(
+        StableDiffusion, "sample", lambda sd, prompts, **how: seen.append(how) or original(sd, prompts, **how)
+    )
+    assert sample(APPLE, "--compare", "--lora", interval_lora, *flags).code == 0
+    assert seen[1]["interval"] == Interval(300, 600) and seen[1]["guidance"] == 4
+    assert len(calls) == 2 + 4 + 3  # one untimed step, the teacher, the student
+
+
+@pytest.mark.parametrize("flags", [("--interval", 300, 601), ("--selective", 0.5), ("--guidance", 9)])
+def test_compare_refuses_another_teacher_than_the_intervals(flags: tuple, sample, interval_lora: Path, tmp_path: Path):
+    complaint = sample(APPLE, "--compare", "--lora", interval_lora, *flags).complaint
+    assert 'learned guidance 4 with negative prompt "a cat", interval 300 to 600' in complaint
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_refuses_an_interval_that_the_lora_did_not_learn(sample, lora: Path, tmp_path: Path):
+    complaint = sample(APPLE, "--compare", "--lora", lora, "--interval", 300, 600).complaint
+    assert "has learned guidance 4" in complaint and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--interval", 300, 600, "--selective", 0.5], "--selective and --interval"),
+        (["--interval", 300, 600, "--lora", "{lora}"], "--interval"),
+        (["--interval", 600, 300], "--interval 600 300"),
+        (["--interval", 300], "--interval"),
+        (["--interval", 300, "nan"], "finite"),
+    ],
+)
+def test_contradicting_intervals_are_refused(flags: list, named: str, sample, lora: Path, tmp_path: Path):
+    result = sample(APPLE, *(str(flag).format(lora=lora) for flag in flags))
+    assert named in result.complaint and not (tmp_path / "out").exists()
+
+
+def test_a_damaged_interval_in_a_header_is_named(sample, tiny_model: Path, tmp_path: Path):
+    file = tmp_path / "lora.safetensors"
+    save_lora(inject_lora(load(tiny_model).unet, rank=1), file, METADATA | dict(interval="300 to 600"))
+    assert str(file) in sample(APPLE, "--compare", "--lora", file).complaint
+
+
+# Styles: LoRAs that have not learned guidance
 
 
 @pytest.fixture(scope="module")
@@ -194,18 +260,18 @@ def style(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_a_style_is_drawn_with_guidance(sample, calls: list[int], tiny_model: Path, style: Path, tmp_path: Path):
+def test_a_style_is_sampled_with_guidance(sample, calls: list[int], tiny_model: Path, style: Path, tmp_path: Path):
     assert sample(APPLE, "--lora", style, "--guidance", 4, "--negative-prompt", "a cat").code == 0
     assert calls == [1] * 6
     sd = load(tiny_model)
     sd.unet = load_lora(sd.unet, style)
     merge_lora(sd.unet)
     expected = sd.sample([APPLE], steps=3, guidance=4, negative_prompt="a cat")
-    assert np.array_equal(pictures(tmp_path / "out")[0], expected[0])
+    assert np.array_equal(images_in(tmp_path / "out")[0], expected[0])
 
 
 def test_student_and_style(sample, calls: list[int], lora: Path, style: Path, tiny_model: Path, tmp_path: Path):
-    """In whichever order; the student, on weights that have the style in them."""
+    """In either order: the student, on weights with the style merged in."""
     sample(APPLE, "--lora", lora, "--lora", f"{style}:0.5", "--out", tmp_path / "one.png")
     sample(APPLE, "--lora", f"{style}:0.5", "--lora", lora, "--out", tmp_path / "other.png")
     assert calls == [1] * 6
@@ -224,18 +290,20 @@ def test_compare_styles_both(sample, calls: list[int], lora: Path, style: Path, 
         assert sample(APPLE, "--compare", "--lora", lora, *flags, "--out", tmp_path / f"{name}.png").code == 0
     assert len(calls) == 2 * (2 + 6 + 3)
     plain, styled = (np.asarray(Image.open(tmp_path / f"{name}.png"), dtype=int) for name in ("plain", "styled"))
-    rows = np.abs(plain - styled)[52:, 128:].max((1, 2))  # below the prompt, right of what it cost
+    rows = np.abs(plain - styled)[52:, 128:].max((1, 2))  # below the prompt, right of the costs
     assert rows[:128].max() > 0 and rows[134:].max() > 0
 
 
-def test_a_scale_of_nothing_is_no_lora(sample, style: Path, tmp_path: Path):
+def test_a_scale_of_zero_is_no_lora(sample, style: Path, tmp_path: Path):
     sample(APPLE, "--out", tmp_path / "without.png")
     sample(APPLE, "--lora", f"{style}:0", "--out", tmp_path / "with.png")
     assert (tmp_path / "with.png").read_bytes() == (tmp_path / "without.png").read_bytes()
 
 
 @pytest.mark.parametrize("to", ["peft", "kohya"])
-def test_the_student_in_other_formats_draws_the_same(to: str, sample, calls: list[int], lora: Path, tmp_path: Path):
+def test_the_student_in_other_formats_gives_the_same_image(
+    to: str, sample, calls: list[int], lora: Path, tmp_path: Path
+):
     export.main([str(lora), "--to", to, "--out", str(tmp_path / f"{to}.safetensors")])
     sample(APPLE, "--lora", lora, "--out", tmp_path / "ours.png")
     sample(APPLE, "--lora", tmp_path / f"{to}.safetensors", "--out", tmp_path / "theirs.png")
@@ -248,14 +316,14 @@ def test_the_missing_style_of_a_students_teacher_is_named(sample, tiny_model: Pa
     save_lora(student, tmp_path / "student.safetensors", METADATA | dict(teacher_lora="style.safetensors:0.5"))
     with pytest.warns(UserWarning, match="style.safetensors:0.5"):
         sample(APPLE, "--lora", tmp_path / "student.safetensors")
-    with pytest.warns(UserWarning, match="at that strength"):
+    with pytest.warns(UserWarning, match="at the same strength"):
         sample(APPLE, "--lora", tmp_path / "student.safetensors", "--lora", style)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         sample(APPLE, "--lora", tmp_path / "student.safetensors", "--lora", f"{style}:0.5")
 
 
-def test_two_students(sample, lora: Path, tmp_path: Path):
+def test_two_students_are_refused(sample, lora: Path, tmp_path: Path):
     assert "each learned guidance" in sample(APPLE, "--lora", lora, "--lora", lora).complaint
     assert not list(tmp_path.iterdir())
 
@@ -266,12 +334,12 @@ def test_any_prompt_names_a_file_in_the_folder(prompt: str, sample, tmp_path: Pa
     assert len(list((tmp_path / "out").glob("*.png"))) == 1 and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_long_prompt_shows_what_is_cut(sample):
+def test_a_long_prompt_shows_what_is_cut_off(sample):
     with pytest.warns(UserWarning, match="Cut off: .*rocket"):
         sample(" ".join(["apple"] * 14 + ["rocket"]))
 
 
-# What it says when it cannot
+# Bad input
 
 
 @pytest.mark.parametrize("flag", [("--guidance", 3), ("--guidance", 0), ("--negative-prompt", "a cat")])
@@ -280,12 +348,12 @@ def test_guidance_and_a_lora_contradict(flag: tuple, sample, lora: Path, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_one_file_for_two_pictures(sample, tmp_path: Path):
+def test_one_file_for_two_images_is_refused(sample, tmp_path: Path):
     assert "two.png" in sample(APPLE, ROCKET, "--out", tmp_path / "two.png").complaint
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lora_of_another_model(sample, tmp_path: Path):
+def test_a_lora_of_another_model_is_refused(sample, tmp_path: Path):
     file = tmp_path / "other.safetensors"
     save_lora(inject_lora(tiny_unet(config=replace(TINY_UNET, context_width=48)), rank=2), file, dict(base="other"))
     result = sample(APPLE, "--lora", file)
@@ -318,7 +386,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(case: str, sample, tmp_path:
 
 
 def test_no_prompt(command):
-    assert "prompt" in command("sample.py").complaint
+    assert "PROMPT" in command("sample.py").complaint
 
 
 def test_out_below_a_file(sample, tmp_path: Path):

@@ -100,11 +100,11 @@ def fraction(text: str) -> float:
     return value
 
 
-def interval(values: Sequence[float] | None) -> Interval | None:
-    """LOW and HIGH of --interval as an Interval. Raises ValueError if they are in the wrong order."""
-    if values and values[0] > values[1]:
-        raise ValueError(f"--interval {values[0]:g} {values[1]:g} is empty: give the lower time step first.")
-    return Interval(*values) if values else None
+def interval(ends: Sequence[float] | None) -> Interval | None:
+    """The two numbers of --interval. Raises ValueError for an interval that no time step can lie in."""
+    if ends and ends[0] > ends[1]:
+        raise ValueError(f"--interval {Interval(*ends)} is empty: give the lower time step first.")
+    return Interval(*ends) if ends else None
 
 
 class ScaledFile(NamedTuple):

@@ -13,7 +13,7 @@ from minidistill.bench import timing
 from minidistill.bench import updates as bench_updates
 from minidistill.bench.updates import METHODS, WAYS, Way, markdown, measure, network, updates, ways
 from minidistill.bench.workloads import SIZES, Setup
-from minidistill.distill import teacher
+from minidistill.guidance import interval_noise
 
 CPU = torch.device("cpu")
 
@@ -76,9 +76,9 @@ def test_ways_learn_the_same(method: str, setup: Setup):
 
 def test_losses_that_disagree_are_not_timed(setup: Setup, monkeypatch: pytest.MonkeyPatch):
     def unguided(unet, z_t, t, cond, uncond, guidance, batched):
-        return teacher(unet, z_t, t, cond, uncond, 1.0 if batched else guidance, batched=batched)
+        return interval_noise(unet, z_t, t, cond, uncond, 1.0 if batched else guidance, batched=batched)
 
-    monkeypatch.setattr(bench_updates, "teacher", unguided)
+    monkeypatch.setattr(bench_updates, "interval_noise", unguided)
     monkeypatch.setattr(timing, "timed", lambda *args: pytest.fail("timed"))
     with pytest.raises(ValueError, match="noised, teacher in one call: the loss differs from the plain loop's by"):
         measure(setup, 1, 1, compiled=False)

@@ -1,4 +1,4 @@
-"""Small random models as diffusers writes them, and the one measure of difference."""
+"""Small random models that diffusers writes, and the measure of difference."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ diffusers = pytest.importorskip("diffusers", reason="the parity tests compare wi
 POCKET = Path(__file__).parents[2] / "weights/pocket-emoji"
 PROMPTS = ["a rocket on a purple background", "a red apple"]
 
-SD1 = dict(attention_head_dim=2, cross_attention_dim=24)  # the name says width; it is the number of heads
+SD1 = dict(attention_head_dim=2, cross_attention_dim=24)  # the name says width, but it is the number of heads
 SD2 = dict(attention_head_dim=(2, 4, 4), cross_attention_dim=40, use_linear_projection=True, upcast_attention=True)
 
 
@@ -81,7 +81,7 @@ def small_text_encoder(width: int, activation: str = "quick_gelu") -> CLIPTextMo
 
 
 def ddim_scheduler(prediction: str = "eps", set_alpha_to_one: bool = False):
-    """As Stable Diffusion was trained."""
+    """The scheduler Stable Diffusion was trained with."""
     return diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -1,4 +1,4 @@
-"""The LoRA layers beside peft's: the same W, A and B give the same outputs and gradients."""
+"""The LoRA layers compared with peft's: the same W, A and B give the same outputs and gradients."""
 
 import copy
 
@@ -35,10 +35,10 @@ def test_layer(kind: str) -> None:
         pair.lora_up.copy_(up)
 
     x = randn(2, 6, dtype=torch.float64) if kind == "linear" else randn(2, 6, 8, 7, dtype=torch.float64)
-    reference, found = theirs(x), ours(x, lora_enabled=True)
-    assert error(found, reference) <= 1e-12
+    reference, output = theirs(x), ours(x, lora_enabled=True)
+    assert error(output, reference) <= 1e-12
     reference.square().sum().backward()
-    found.square().sum().backward()
+    output.square().sum().backward()
     assert error(pair.lora_down.grad, down.grad) <= 1e-12
     assert error(pair.lora_up.grad, up.grad) <= 1e-12
     merge_lora(ours)

@@ -1,4 +1,4 @@
-"""Prompt to picture beside diffusers' StableDiffusionPipeline, and the text encoder beside transformers'."""
+"""Prompt to image compared with diffusers' StableDiffusionPipeline, and the text encoder with transformers."""
 
 import shutil
 from pathlib import Path
@@ -13,19 +13,20 @@ from minidistill import load
 from minidistill.formats.checkpoint import build, fill_positions
 from minidistill.formats.files import read_json
 from minidistill.formats.model_folder import match_text_names, read_weights
+from minidistill.guidance import guided
 from minidistill.samplers import ddim_sample
 from minidistill.text import encode_tokens
 
 from .helpers import POCKET, PROMPTS, SD1, SD2, diffusers, error, shake, write_small
 
 
-def levels(pictures: list) -> np.ndarray:
-    return np.stack([np.asarray(picture, dtype=int) for picture in pictures])
+def levels(images: list) -> np.ndarray:
+    return np.stack([np.asarray(image, dtype=int) for image in images])
 
 
 @pytest.mark.parametrize("negative_prompt", ["", "a green apple"])
 @pytest.mark.parametrize("style, prediction", [(SD1, "eps"), (SD2, "v")], ids=["sd1", "sd2"])
-def test_guided_picture(style: dict, prediction: str, negative_prompt: str, tmp_path: Path) -> None:
+def test_guided_image(style: dict, prediction: str, negative_prompt: str, tmp_path: Path) -> None:
     pipe = write_small(tmp_path, style=style, prediction=prediction)
     sd = load(tmp_path, dtype=torch.float64)
     z_T = sd.starting_noise([3, 4], height=32, width=48)
@@ -41,12 +42,12 @@ def test_guided_picture(style: dict, prediction: str, negative_prompt: str, tmp_
         callback_on_step_end=lambda pipe, i, t, state: reference.append(state["latents"]) or {},
     ).images
 
-    uncond = sd.encode_prompt([negative_prompt]).expand(2, -1, -1)
-    model = sd.denoiser(sd.encode_prompt(PROMPTS), uncond, guidance=7.5)
-    for step, (z_t, want) in enumerate(zip(ddim_sample(model, sd.schedule, z_T, 50), reference, strict=True)):
-        assert error(z_t, want) <= 1e-9, f"after step {step}"
+    uncond = sd.encode_prompt([negative_prompt]).expand(2)
+    model = guided(sd.unet, sd.encode_prompt(PROMPTS), uncond, 7.5)
+    for step, (z_t, expected) in enumerate(zip(ddim_sample(model, sd.schedule, z_T, 50), reference, strict=True)):
+        assert error(z_t, expected) <= 1e-9, f"after step {step}"
     with torch.no_grad():
-        assert error(sd.vae.decode(z_t), pipe.vae.decode(want / pipe.vae.config.scaling_factor).sample) <= 1e-9
+        assert error(sd.vae.decode(z_t), pipe.vae.decode(expected / pipe.vae.config.scaling_factor).sample) <= 1e-9
 
     ours = sd.sample(PROMPTS, steps=50, guidance=7.5, seed=3, negative_prompt=negative_prompt, height=32, width=48)
     assert np.abs(levels(ours) - levels(theirs)).max() <= 1
@@ -55,7 +56,7 @@ def test_guided_picture(style: dict, prediction: str, negative_prompt: str, tmp_
 @pytest.mark.parametrize("prefix", ["", "text_model."])
 @pytest.mark.parametrize("style", [SD1, SD2], ids=["sd1", "sd2"])
 def test_text_encoder(style: dict, prefix: str, tmp_path: Path) -> None:
-    """Checkpoints name its tensors with or without a prefix, and so do the versions of transformers."""
+    """Tensor names have a prefix or not, in checkpoints as in versions of transformers."""
     pipe = write_small(tmp_path, style=style)
     file = tmp_path / "text_encoder/model.safetensors"
     tensors = {prefix + name.removeprefix("text_model."): tensor for name, tensor in load_file(file).items()}
@@ -65,8 +66,8 @@ def test_text_encoder(style: dict, prefix: str, tmp_path: Path) -> None:
     with torch.no_grad():
         reference = pipe.text_encoder(ids).last_hidden_state
     assert ids.shape == (3, 16)
-    assert error(sd.encode_prompt(PROMPTS + [""]), reference) <= 1e-9
-    assert error(sd.encode_tokens(ids), reference) <= 1e-9
+    assert error(sd.encode_prompt(PROMPTS + [""]).tokens, reference) <= 1e-9
+    assert error(sd.encode_tokens(ids).tokens, reference) <= 1e-9
 
 
 @pytest.mark.slow
@@ -77,7 +78,7 @@ def test_text_encoder(style: dict, prefix: str, tmp_path: Path) -> None:
         "sd21": dict(
             hidden_size=1024,
             intermediate_size=4096,
-            num_hidden_layers=23,  # cut off before the last, whose output SD 2 does not use
+            num_hidden_layers=23,  # without the last, whose output SD 2 does not use
             num_attention_heads=16,
             hidden_act="gelu",
             projection_dim=512,
@@ -103,8 +104,8 @@ def test_full_size_text_encoder(version: tuple[str, dict], tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not (POCKET / "unet").is_dir(), reason="weights/pocket-emoji has no unet yet")
-def test_pocket_emoji_draws_the_same_picture() -> None:
-    """diffusers loads the folder as it is, with no dtype named; no pixel differs by more than one level of 255."""
+def test_pocket_emoji_gives_the_same_image() -> None:
+    """diffusers loads the folder as it is, without a dtype; no pixel differs by more than one level of 255."""
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(POCKET, safety_checker=None, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]

@@ -1,4 +1,4 @@
-"""The schedule and DDIM beside diffusers' DDIMScheduler, with the settings Stable Diffusion was trained with."""
+"""The schedule and DDIM compared with diffusers' DDIMScheduler, with the settings of Stable Diffusion."""
 
 import pytest
 import torch
@@ -33,14 +33,14 @@ def test_every_ddim_step(eta: float, prediction: str, set_alpha_to_one: bool, st
     theirs.set_timesteps(steps)
 
     def model(z_t: Tensor, t: Tensor) -> Tensor:
-        return randn(*SHAPE, seed=int(t[0]))  # nothing that could hide an error
+        return randn(*SHAPE, seed=int(t[0]))  # unrelated to z_t, so that no error can hide
 
     generator = torch.Generator().manual_seed(7)
     ours = ddim_sample(model, schedule(prediction, set_alpha_to_one), randn(*SHAPE), steps, eta, generator)
     z_t, reference_generator = randn(*SHAPE), torch.Generator().manual_seed(7)
-    for t, got in zip(theirs.timesteps, ours, strict=True):
+    for t, actual in zip(theirs.timesteps, ours, strict=True):
         z_t = theirs.step(model(z_t, t[None]), t, z_t, eta=eta, generator=reference_generator).prev_sample
-        assert error(got, z_t) <= 1e-9, f"at t={t}"
+        assert error(actual, z_t) <= 1e-9, f"at t={t}"
 
 
 def test_add_noise_and_velocity() -> None:
@@ -53,7 +53,7 @@ def test_add_noise_and_velocity() -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_thousand_steps(eta: float) -> None:
-    """Where diffusers' offset runs past the end of the schedule."""
+    """Here diffusers' offset would run past the end of the schedule."""
     assert schedule().timesteps(1000) == list(range(999, -1, -1))
     *_, z = ddim_sample(lambda z_t, t: 0.1 * z_t, schedule(), randn(*SHAPE), 1000, eta)
     assert z.isfinite().all()
@@ -68,7 +68,7 @@ def test_other_numbers_of_steps_are_refused(steps: int) -> None:
 @pytest.mark.parametrize("set_alpha_to_one", [False, True])
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_inversion_leads_back(prediction: str, set_alpha_to_one: bool) -> None:
-    """With the exact model of data that are N(0, 1/4) the way there and back closes as the steps become many."""
+    """With the exact model of N(0, 1/4) data, inversion and sampling lead back as the steps become many."""
     ours = schedule(prediction, set_alpha_to_one)
 
     def model(z_t: Tensor, t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The UNet beside diffusers' UNet2DConditionModel, on weights that diffusers wrote."""
+"""The UNet compared with diffusers' UNet2DConditionModel, on weights that diffusers wrote."""
 
 import math
 import shutil

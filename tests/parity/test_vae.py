@@ -1,4 +1,4 @@
-"""The VAE beside diffusers' AutoencoderKL, both ways."""
+"""The VAE compared with diffusers' AutoencoderKL, in both directions."""
 
 import shutil
 from pathlib import Path
@@ -50,8 +50,8 @@ def test_small(case: str, tmp_path: Path) -> None:
     theirs = write_small(tmp_path, vae=CASES[case]).vae
     ours = load(tmp_path, dtype=torch.float64).vae
     for height, width in ((32, 32), (16, 40)):
-        found = errors(ours, theirs, height, width, torch.float64)
-        assert max(found.values()) <= 1e-9, found
+        differences = errors(ours, theirs, height, width, torch.float64)
+        assert max(differences.values()) <= 1e-9, differences
 
 
 @pytest.mark.parametrize("convolutions", [False, True], ids=["linear", "1x1 convolution"])
@@ -66,13 +66,13 @@ def test_old_attention_names(convolutions: bool, tmp_path: Path) -> None:
         tensors[name] = tensor[:, :, None, None] if convolutions and old_name and tensor.ndim == 2 else tensor
     assert not any("to_q" in name for name in tensors)
     save_file(tensors, file)
-    found = errors(load(tmp_path, dtype=torch.float64).vae, theirs, 16, 24, torch.float64)
-    assert max(found.values()) <= 1e-9, found
+    differences = errors(load(tmp_path, dtype=torch.float64).vae, theirs, 16, 24, torch.float64)
+    assert max(differences.values()) <= 1e-9, differences
 
 
 @pytest.mark.slow
 def test_full_size(tmp_path: Path) -> None:
-    """SD 1.x and 2.x have the same VAE."""
+    """SD 1.x and 2.x share one VAE."""
     torch.manual_seed(0)
     theirs = shake(
         diffusers.AutoencoderKL(
@@ -89,9 +89,9 @@ def test_full_size(tmp_path: Path) -> None:
     x, z = randn(1, 3, 256, 256).clamp(-1, 1).float(), randn(1, 4, 32, 32, seed=1).float()
     with torch.no_grad():
         posterior = theirs.encode(x).latent_dist
-        found = {
+        differences = {
             "mean": error(ours.encode(x), posterior.mode() * 0.18215),
             "decode": error(ours.decode(z), theirs.decode(z / 0.18215).sample),
         }
     shutil.rmtree(tmp_path)
-    assert max(found.values()) <= 1e-4, found
+    assert max(differences.values()) <= 1e-4, differences

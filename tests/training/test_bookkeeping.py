@@ -1,11 +1,20 @@
-"""training/bookkeeping.py: a student that diverges is stopped before a checkpoint of it is written."""
+"""training/bookkeeping.py: signals stop a run between updates, and no checkpoint is written of a diverged student."""
 
+import os
 import re
+import signal
 from pathlib import Path
 
+import pytest
 import torch
 from tiny import UPDATES
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from minidistill.conditioning import Conditioning
+from minidistill.distill import ENOUGH_EXAMPLES, Batch
+from minidistill.guidance import Interval
+from minidistill.training.bookkeeping import Progress, stop_signals
+from minidistill.training.distributed import Ranks
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(command, flags, tmp_path: Path):
@@ -47,3 +56,54 @@ def test_a_last_update_that_is_not_finite_is_not_saved(command, flags, tmp_path:
     assert f"After update {UPDATES} the student's squared error is nan" in result.complaint
     assert not (tmp_path / "run/lora.safetensors").exists()
     assert sorted(file.name for file in (tmp_path / "run/checkpoints").iterdir())[-1] == "step-000004.pt"
+
+
+def test_signals_are_collected_and_handlers_restored():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with stop_signals() as caught:
+        assert not caught
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert caught == [signal.SIGTERM, signal.SIGINT]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("changes, succeeds", [(dict(), True), (dict(lr=1e30), False)])
+def test_a_run_restores_the_signal_handlers(changes: dict, succeeds: bool, command, flags, tmp_path: Path):
+    before = signal.getsignal(signal.SIGTERM)
+    assert (command("train.py", *flags(tmp_path / "run", **changes), "--no-report").code == 0) == succeeds
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def new_progress(out: Path, interval: Interval | None = None) -> Progress:
+    how = dict(steps=9, peak=1, save_every=9, interval=interval, preview=print)
+    return Progress(out, [], None, [], None, {}, Ranks(), **how)
+
+
+def test_the_student_is_judged_by_its_last_examples(tmp_path: Path):
+    """By as few batches as have ENOUGH_EXAMPLES examples together, the newest last, each with its target."""
+    progress = new_progress(tmp_path)
+    for i, size in enumerate([4, 4, 4, 3, 1, 20, 2]):
+        batch = Batch(*(torch.full((size, 1), i) for _ in range(2)), Conditioning(torch.zeros(size)), torch.ones(size))
+        progress.remember(batch, batch.z_t + 1)
+        sizes = [len(kept) for kept in progress.recent]
+        assert sum(sizes[1:]) < ENOUGH_EXAMPLES and (sum(sizes) >= ENOUGH_EXAMPLES or i < 2)
+        assert all(torch.equal(kept.target, kept.z_t + 1) for kept in progress.recent)
+        assert progress.recent[-1].z_t[0] == i
+
+
+def test_only_guided_examples_judge_the_student_of_an_interval(tmp_path: Path):
+    """Elsewhere W alone is right, and any student would be infinitely further from the teacher than W."""
+    progress = new_progress(tmp_path, Interval(300, 600))
+    for low in (0, 250, 700):  # 4 examples each: none, three and none of them inside
+        t = torch.arange(low, low + 200, 50)
+        batch = Batch(torch.zeros(4, 1), t, Conditioning(torch.zeros(4)), torch.ones(4))
+        progress.remember(batch, t[:, None].float())
+    (kept,) = progress.recent
+    assert kept.t.tolist() == [300, 350, 400] and kept.target.flatten().tolist() == [300, 350, 400]
+
+
+def test_a_run_whose_last_examples_are_unguided_is_saved(command, flags, tmp_path: Path):
+    run = flags(tmp_path / "run", sample_steps=25, save_every=1, steps=20, trajectories=4)
+    assert command("train.py", *run, "--interval", 420, 540, "--no-report").code == 0
+    assert (tmp_path / "run/lora.safetensors").exists()

@@ -1,5 +1,7 @@
 """training/run_folder.py: one run at a time in a folder; interrupted and resumed, it ends as if undisturbed."""
 
+import hashlib
+import io
 import os
 import re
 import shutil
@@ -233,3 +235,26 @@ def test_a_checkpoint_is_in_memory_once(tmp_path: Path):
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 4e6 < most < 6e6
+
+
+# Checkpoints made before a flag existed
+
+
+def forget(checkpoint: Path, flag: str) -> None:
+    """Make a checkpoint one of an earlier version, which did not have the flag."""
+    state = torch.load(checkpoint, weights_only=True)
+    del state["settings"][flag]
+    contents = io.BytesIO()
+    torch.save(state, contents)
+    checkpoint.write_bytes(contents.getvalue() + hashlib.sha256(contents.getvalue()).digest())
+
+
+def test_a_run_from_before_intervals_can_be_resumed(whole_run, command, flags, tmp_path: Path):
+    run = [*flags(tmp_path / "run"), "--no-report"]
+    with ctrl_c("after", 3):
+        command("train.py", *run)
+    for checkpoint in (tmp_path / "run/checkpoints").iterdir():
+        forget(checkpoint, "interval")
+    assert "--interval None" in command("train.py", *run, "--interval", 300, 700, "--resume").complaint
+    result = command("train.py", *run, "--resume")
+    assert f"3/{UPDATES}" in result.err and same_result(tmp_path / "run", whole_run[0])

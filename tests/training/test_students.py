@@ -1,5 +1,6 @@
 """training/students.py: which flags choose which student, what a full copy leaves, and styled teachers."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,56 @@ from minidistill.data.trajectories import generate
 from minidistill.formats.lora_formats import read_lora
 from minidistill.formats.lora_io import merge_file
 from minidistill.formats.tensor_files import read_tensors
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    "flags, student, source, method",
+    [
+        ("", "lora", "trajectories", "trajectories"),
+        ("--student lora", "lora", "trajectories", "trajectories"),
+        ("--student full", "full", "trajectories", "full"),
+        ("--source trajectories", "lora", "trajectories", "trajectories"),
+        ("--source noised", "lora", "noised", "noised"),
+        ("--student lora --source noised", "lora", "noised", "noised"),
+        ("--student full --source noised", "full", "noised", "full noised"),
+        ("--method trajectories", "lora", "trajectories", "trajectories"),
+        ("--method noised", "lora", "noised", "noised"),
+        ("--method full", "full", "trajectories", "full"),
+        ("--images I", "lora", "images", "noised"),
+        ("--images I --source images", "lora", "images", "noised"),
+        ("--images I --method noised", "lora", "images", "noised"),
+        ("--images I --student full", "full", "images", "full noised"),
+        ("--images I --student full --source images", "full", "images", "full noised"),
+    ],
+)
+def test_flags_choose_student_and_source(flags: str, student: str, source: str, method: str, train):
+    args = train.parse(flags.split())
+    assert (args.student, args.source, args.method) == (student, source, method)
+
+
+@pytest.mark.parametrize(
+    "contradiction, named",
+    [
+        ("--method noised --source noised", "--method"),
+        ("--method full --student full", "--method"),
+        ("--method trajectories --student lora --source trajectories", "--method"),
+        ("--source images", "--images"),
+        ("--student full --source images", "--images"),
+        ("--images I --source trajectories", "--source"),
+        ("--images I --method trajectories", "--method"),
+        ("--images I --method full", "--method"),
+        ("--images I --prompts P", "--prompts"),
+    ],
+)
+def test_contradicting_flags_are_refused(contradiction: str, named: str, command, tmp_path: Path):
+    result = command("train.py", *contradiction.split(), "--out", tmp_path / "run")
+    assert len(result.lines) == 1 and result.complaint.startswith("train.py: ") and named in result.complaint
+    assert not list(tmp_path.iterdir())
+
+
+# A full copy
 
 
 def test_a_full_copy_becomes_a_model_of_its_own(command, flags, tiny_model: Path, tmp_path: Path):
@@ -39,6 +90,29 @@ def test_a_full_copy_becomes_a_model_of_its_own(command, flags, tiny_model: Path
         afresh = command("train.py", *flags(out, method="full", guidance=5.0), "--resume")
     assert "holds a result, and no checkpoint" in afresh.complaint
     assert listing(out) == before
+
+
+def test_a_full_copy_learns_from_noised_images(command, flags, tiny_model: Path, tmp_path: Path):
+    """With the teacher in the loop: shards hold images alone, every weight learns, and the header says how."""
+    out = tmp_path / "run"
+    result = command("train.py", *flags(out, student="full", source="noised"), "--no-report")
+    assert result.code == 0, result.err
+    assert all(set(load_file(shard)) == {"z_0", "prompt", "t"} for shard in (out / "states").glob("*.safetensors"))
+    pairs = zip(load(tiny_model).unet.parameters(), load(out / "student").unet.parameters(), strict=True)
+    assert all(not torch.equal(before, after) for before, after in pairs)
+    header = read_tensors(out / "student/unet/diffusion_pytorch_model.safetensors")[1]
+    assert (header["method"], header["guidance"]) == ("full noised", "2.5")
+
+
+@pytest.mark.parametrize("source", ["trajectories", "noised"])
+def test_a_full_copy_learns_what_the_teacher_predicts(source: str, command, flags, tiny_model: Path, tmp_path: Path):
+    """Its first loss is the LoRA's, whose student equals the teacher without guidance too; with either source."""
+    losses = []
+    for student in ("lora", "full"):
+        run = flags(tmp_path / student, student=student, source=source, steps=1, save_every=1)
+        assert command("train.py", *run, "--no-report").code == 0
+        losses.append(json.loads((tmp_path / student / "metrics.jsonl").read_text())["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] > 0
 
 
 # A styled teacher

@@ -1,0 +1,133 @@
+"""training/sources.py: what each source gives the student to learn, with guidance everywhere or in an interval."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import same_result
+
+from minidistill import StableDiffusion
+from minidistill.data.prompts import prompt_split
+from minidistill.data.shards import read_shard
+from minidistill.formats.lora_formats import read_lora
+from minidistill.guidance import Interval
+from minidistill.training.bookkeeping import Progress
+
+ALONE = "--no-report"
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list:
+    """(batch, target) of every part of a batch that a run learns from."""
+    pairs, remember = [], Progress.remember
+
+    def record(self, batch, target):
+        pairs.append((batch, target))
+        remember(self, batch, target)
+
+    monkeypatch.setattr(Progress, "remember", record)
+    return pairs
+
+
+def guided_everywhere(sd: StableDiffusion, batch, guidance: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The prediction of W without guidance, and with it."""
+    with torch.no_grad():
+        eps = sd.unet(batch.z_t, batch.t, batch.cond)
+        eps_uncond = sd.unet(batch.z_t, batch.t, sd.encode_prompt([""]).expand(len(batch)))
+    return eps, eps_uncond + guidance * (eps - eps_uncond)
+
+
+@pytest.mark.parametrize("source", ["trajectories", "noised"])
+def test_targets_are_guided_within_the_interval(source: str, seen: list, command, flags, sd, tmp_path: Path):
+    """And the plain prediction elsewhere, for each example of a batch: computed again for every state learned from."""
+    run = flags(tmp_path / "run", source=source, guidance=4, steps=12, save_every=12, lr=1e-9)
+    assert command("train.py", *run, "--interval", 300, 600, ALONE).code == 0
+    counts = {True: 0, False: 0}
+    for batch, target in seen:
+        eps, guided = guided_everywhere(sd, batch, 4.0)
+        inside = (batch.t >= 300) & (batch.t <= 600)
+        expected = torch.where(inside[:, None, None, None], guided, eps)
+        assert (target - expected).abs().max() < 5e-3 * expected.abs().max()  # trajectories are stored as float16
+        assert ((guided - eps).abs().amax((1, 2, 3)) > 0.02 * expected.abs().max()).all()  # so guidance would show
+        for value in inside.tolist():
+            counts[value] += 1
+    assert min(counts.values()) >= 8
+
+
+@pytest.mark.parametrize("source", ["trajectories", "noised"])
+def test_targets_are_guided_everywhere_without_an_interval(source: str, seen: list, command, flags, sd, tmp_path: Path):
+    assert command("train.py", *flags(tmp_path / "run", source=source, guidance=4), ALONE).code == 0
+    for batch, target in seen:
+        _, guided = guided_everywhere(sd, batch, 4.0)
+        assert (target - guided).abs().max() < 5e-3 * guided.abs().max()
+
+
+def test_the_interval_is_recorded(whole_run, command, flags, tmp_path: Path):
+    """In the student's header and in the shards; without an interval there is no such entry."""
+    assert command("train.py", *flags(tmp_path / "run"), "--interval", 300, 700.5, ALONE).code == 0
+    file = read_lora(tmp_path / "run/lora.safetensors")
+    assert file.metadata["interval"] == "300 700.5" and file.interval == Interval(300, 700.5)
+    shards = list((tmp_path / "run/states").glob("*.safetensors"))
+    assert shards and all(json.loads(read_shard(shard)[1])["interval"] == [300, 700.5] for shard in shards)
+    assert "interval" not in read_lora(whole_run[0] / "lora.safetensors").metadata
+
+
+def test_the_report_is_of_the_interval(command, flags, tmp_path: Path):
+    """t = 667, 334, 1, of which one is guided: four calls of the UNet for the teacher, three for the student."""
+    result = command("train.py", *flags(tmp_path / "run"), "--interval", 300, 600)
+    assert result.code == 0, result.err
+    report = (tmp_path / "run/report.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in report.splitlines() if line.startswith("|")]
+    assert rows[2:] == [["teacher", "4"], ["no guidance", "3"], ["student", "3"]]
+    assert "300 <= t <= 600" in report
+
+
+def test_resuming_with_another_interval_is_refused(whole_run, command, flags, tmp_path: Path):
+    run = [*flags(tmp_path / "run"), ALONE]
+    assert command("train.py", *run, "--interval", 300, 700).code == 0
+    complaint = command("train.py", *run, "--interval", 300, 800, "--resume").complaint
+    assert "--interval 300 700" in complaint
+    assert "--interval 300 700" in command("train.py", *run, "--resume").complaint
+    complaint = command("train.py", *flags(whole_run[0]), "--interval", 300, 800, "--resume").complaint
+    assert "--interval None" in complaint and "(" not in complaint.split("--interval")[1]
+
+
+def test_an_interval_with_swapped_ends_is_refused(command, flags, tmp_path: Path):
+    for script, more in [("train.py", flags(tmp_path / "run")), ("sample.py", ["a red apple"])]:
+        complaint = command(script, *more, "--interval", 700, 300).complaint
+        assert complaint.startswith(f"{script}: ") and "--interval 700 300" in complaint
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_teacher_is_asked_in_one_call_or_two(command, flags, sd, tmp_path: Path):
+    """--batched-teacher changes the loss by rounding alone."""
+    losses = []
+    for name, more in [("two", []), ("one", ["--batched-teacher"])]:
+        run = flags(tmp_path / name, source="noised")
+        assert command("train.py", *run, "--interval", 300, 700, *more, ALONE).code == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_trajectories_that_another_run_made_are_used(whole_run, command, flags, tmp_path: Path):
+    """--states shares them: nothing is sampled again, and the student is the same."""
+    shards = {file: file.stat().st_mtime_ns for file in (whole_run[0] / "states").glob("*.safetensors")}
+    assert command("train.py", *flags(tmp_path / "run", states=whole_run[0] / "states"), ALONE).code == 0
+    assert same_result(tmp_path / "run", whole_run[0]) and not (tmp_path / "run/states").exists()
+    assert shards == {file: file.stat().st_mtime_ns for file in shards}
+
+
+@pytest.mark.parametrize("source, states", [("trajectories", {"z_t", "target"}), ("noised", set())])
+def test_shards_hold_states_or_ends_alone(
+    source: str, states: set[str], command, flags, tiny_model: Path, prompts_file: Path, tmp_path: Path
+):
+    """And no shard holds a held-out prompt."""
+    assert command("train.py", *flags(tmp_path / "run", source=source, steps=1), ALONE).code == 0
+    shards = [load_file(file) for file in (tmp_path / "run/states").glob("*.safetensors")]
+    assert shards and all(set(shard) == {"z_0", "prompt", "t"} | states for shard in shards)
+    captions, held_out = prompt_split(tiny_model, prompts_file)
+    learned = {captions[i] for shard in shards for i in shard["prompt"]}
+    assert len(learned) == 8 and not learned & set(held_out)
