@@ -14,7 +14,7 @@ from minidistill.lora import LoRAModel, inject_pairs, lora_layers
 
 
 def save_lora(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the LoRA of ``model`` as a .safetensors with ``<layer>.lora_down`` and ``<layer>.lora_up``.
+    """Write the LoRA of ``model`` to ``path``, a .safetensors with ``<layer>.lora_down`` and ``<layer>.lora_up``.
 
     The header holds rank and alpha, and ``metadata`` (base, guidance, method, negative_prompt, ...). Raises ValueError
     if there is no LoRA, or if its layers differ in rank or alpha, as those of other tools' files may.

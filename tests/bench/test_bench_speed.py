@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,8 +19,8 @@ from minidistill.bench import speed, timing, workloads
 from minidistill.bench.peak_memory import in_fresh_process
 from minidistill.bench.workloads import IMAGES, PEERS, ROWS, SIZES, Setup
 from minidistill.config import POCKET_UNET
-from minidistill.guidance import guided
-from minidistill.lora import lora_layers
+from minidistill.guidance import guided_noise
+from minidistill.lora import LoRAModel, lora_layers
 from minidistill.unet import UNet
 
 needs_peers = pytest.mark.skipif(not all(map(find_spec, PEERS)), reason="diffusers or peft is not installed")
@@ -114,19 +115,22 @@ def other_guidance(case: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def other_lora_scale(case: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half_a_student(unet, *args):
+    lora_unet = Setup.lora_unet
+
+    def half_a_student(setup: Setup, zero: bool = False) -> LoRAModel:
+        unet = lora_unet(setup, zero)
         for layer in lora_layers(unet).values():
             layer.scale = 0.5
-        return unet(*args, lora_enabled=True)
+        return unet
 
-    monkeypatch.setattr(workloads, "student", half_a_student)
+    monkeypatch.setattr(Setup, "lora_unet", half_a_student)
 
 
 def teacher_with_lora(case: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    def teacher(unet, z_t, t, *args):
-        return guided(lambda *inputs: unet(*inputs, lora_enabled=True).detach(), *args)(z_t, t)
+    def our_teacher_with_lora(unet, *args):
+        return guided_noise(partial(unet, lora_enabled=True) if isinstance(unet, LoRAModel) else unet, *args)
 
-    monkeypatch.setattr(workloads, "teacher", teacher)
+    monkeypatch.setattr(workloads, "guided_noise", our_teacher_with_lora)
 
 
 @needs_peers
