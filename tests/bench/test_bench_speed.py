@@ -19,7 +19,7 @@ from minidistill.bench import speed, timing, workloads
 from minidistill.bench.peak_memory import in_fresh_process
 from minidistill.bench.workloads import IMAGES, PEERS, ROWS, SIZES, Setup
 from minidistill.config import POCKET_UNET
-from minidistill.guidance import guided_noise
+from minidistill.guidance import guided, guided_noise
 from minidistill.lora import LoRAModel, lora_layers
 from minidistill.unet import UNet
 
