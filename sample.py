@@ -97,7 +97,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add = parser.add_argument_group("what to sample").add_argument
     add("prompt", nargs="+", metavar="PROMPT", help="what the image shows; one image for each prompt")
-    add("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from (default: none)")
+    add("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from (default: "
+        "none; with --compare the LoRA's own)")
     add("--seed", type=cli.seed_number, default=0, metavar="N", help="seed of the first image's noise; each "
         "further image has the next (default: %(default)s)")
     add("--out", type=Path, default=Path("samples"), metavar="PATH", help="folder for the images, or one .png file "

@@ -7,7 +7,7 @@ Teacher and student are one network: the student is the teacher with its LoRA sw
 """
 
 import argparse
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -74,6 +74,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     with lock(folder, wait=True) if ranks.first else nullcontext():
         ranks.wait()
         examples = source.prepare(sd, folder, weights, ranks)
+    ranks.share(min(args.batch, len(examples)))
     ask_teacher = guided_target(uncond, args.guidance, args.interval, args.batched_teacher)
     target_of = ask_teacher if source.asks_teacher else stored_target
 
@@ -83,21 +84,22 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
         out, losses, sd.unet, trained, optimizer, recorded, ranks, steps=args.steps, peak=peak, interval=args.interval,
         save_every=args.save_every, preview=partial(preview, sd, args, out, spread(source.held_out, 8)),
     )  # fmt: skip
-    for step in progress.steps():  # sets the learning rate
-        batch = batch_to_device(ranks.part(examples.batch(step)), sd.device)
-        batch_loss = 0.0
-        for part in batch.split(args.accumulate):
-            target = target_of(partial(unet, lora_enabled=False), part)  # stored with the latents, or W called twice
-            eps = unet(part.z_t, part.t, part.cond, lora_enabled=True)  # W and the LoRA, called once
-            loss = (part.weight * (eps - target).square()).mean() * (len(part) / len(batch))
-            loss.backward()
-            batch_loss += loss.detach()
-            progress.remember(part, target)  # for the check before a checkpoint
-        (batch_loss,) = ranks.average_gradients(trained, batch_loss)
-        norm = nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.after_update(step, batch_loss, norm)
+    with closing(progress.steps()) as steps:  # however it ends, Ctrl-C works again after it
+        for step in steps:  # sets the learning rate
+            batch = batch_to_device(ranks.part(examples.batch(step)), sd.device)
+            batch_loss = 0.0
+            for part in batch.split(args.accumulate):
+                target = target_of(partial(unet, lora_enabled=False), part)  # stored, or W called twice now
+                eps = unet(part.z_t, part.t, part.cond, lora_enabled=True)  # W and the LoRA, called once
+                loss = (part.weight * (eps - target).square()).mean() * (len(part) / len(batch))
+                loss.backward()
+                batch_loss += loss.detach()
+                progress.remember(part, target)  # for the check before a checkpoint
+            (batch_loss,) = ranks.average_gradients(trained, batch_loss)
+            norm = nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.after_update(step, batch_loss, norm)
 
     if not ranks.first:
         return

@@ -88,20 +88,26 @@ def guided_target(uncond: Conditioning, guidance: float, interval: Interval | No
 
 
 @torch.no_grad()
-def error_and_limit(unet: LoRAModel | FullStudent, batches: Sequence[Batch]) -> tuple[float, float]:
+def error_and_limit(
+    unet: LoRAModel | FullStudent, batches: Sequence[Batch], interval: Interval | None = None
+) -> tuple[float, float]:
     """The student's mean squared error on ``batches`` with targets, and the most it can be without having diverged.
 
     A student has diverged if it is further from the teacher than a prediction of zeros, or twice as far (four times the
     squared error) as W alone, where it started. The second needs ``ENOUGH_EXAMPLES``, because the size of guidance's
-    effect depends strongly on t.
+    effect depends strongly on t; and only those inside the teacher's ``interval``, as W alone is right elsewhere.
     """
+    guided = [b[interval.includes(b.t)] for b in batches] if interval else batches
+    guided = [batch for batch in guided if len(batch)]
+    enough = sum(map(len, guided)) >= ENOUGH_EXAMPLES
+    batches = guided if enough else batches
 
     def squared_error(lora_enabled: bool) -> Tensor:
         errors = [F.mse_loss(unet(b.z_t, b.t, b.cond, lora_enabled=lora_enabled), b.target) for b in batches]
         return sum(errors) / len(errors)
 
     limit = sum(batch.target.square().mean() for batch in batches) / len(batches)
-    if sum(map(len, batches)) >= ENOUGH_EXAMPLES:
+    if enough:
         limit = min(limit, 4 * squared_error(lora_enabled=False))
     return squared_error(lora_enabled=True).item(), limit.item()
 

@@ -188,6 +188,24 @@ def test_enough_examples_are_compared_with_the_teacher_alone_too():
     assert error_and_limit(model, [batch])[1] == pytest.approx(batch.target.square().mean().item(), rel=1e-5)
 
 
+def test_only_guided_examples_are_compared_with_the_teacher_alone():
+    """Outside its interval W alone is right, and any student would be infinitely further from the teacher than W."""
+    model, batch = fill_up(tiny_student()), examples(40)
+    inside = (batch.t >= 300) & (batch.t <= 800)
+    assert ENOUGH_EXAMPLES <= inside.sum() < 40
+    with torch.no_grad():
+        plain = model(batch.z_t, batch.t, batch.cond)
+    guided = plain + 0.1 * batch.target * inside[:, None, None, None]
+    target = Batch(batch.z_t, batch.t, batch.cond, batch.weight, guided)
+    alone = Batch(*(x[inside] for x in (batch.z_t, batch.t, batch.cond, batch.weight, guided)))
+    student_error, most = error_and_limit(model, [target], Interval(300, 800))
+    assert student_error == pytest.approx(squared_error(model, alone, True), rel=1e-5)
+    assert most == pytest.approx(4 * squared_error(model, alone, False), rel=1e-4)
+    few = error_and_limit(model, [target], Interval(300, 301))  # too few inside: all are compared with zeros
+    assert few[0] == pytest.approx(squared_error(model, target, True), rel=1e-5)
+    assert few[1] == pytest.approx(guided.square().mean().item(), rel=1e-5)
+
+
 # Learning rate
 
 

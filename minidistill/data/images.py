@@ -73,7 +73,7 @@ def read_metadata(file: Path) -> dict[Path, str]:
 
 
 def nothing_left(problem: str, left_out: dict[Path, str]) -> ValueError:
-    first = [f"; {len(left_out)} left out, the first is {file}: {why}" for file, why in left_out.items()][:1]
+    first = [f"; {len(left_out)} left out; the first is {file}: {why}" for file, why in left_out.items()][:1]
     return ValueError(f"{problem}{''.join(first)}.")
 
 
@@ -132,6 +132,7 @@ def encode(
                     x = read_image(image.file, side)
                 except Exception as error:  # decoders raise anything at a damaged file
                     left_out[image.file] = str(error) or type(error).__name__
+                    file.unlink(missing_ok=True)  # damaged, or it would not be missing
                     continue
                 z_0 = sd.vae.encode(x[None].to(sd.device, sd.dtype))[0]  # [4, h, w]
                 write_shard(file, {"z_0": z_0.half().cpu().contiguous()}, made_with)  # half, as in trajectories.py

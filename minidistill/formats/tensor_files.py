@@ -28,6 +28,7 @@ MISTAKEN = {
     b"GGUF": "a GGUF file, which minidistill does not read: fetch the .safetensors",
 }
 # A .ckpt that names one of these was made to run code. Any other class or function gets a harmless stand-in.
+CONTAINERS = ("LIST", "DICT", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")  # pickle's instructions that make one
 ATTACKS = ("os.", "posix.", "nt.", "sys.", "subprocess.", "builtins.eval", "builtins.exec")
 
 
@@ -95,12 +96,10 @@ def read_pickle(path: Path, zipped: bool) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([(StandIn, name) for name in names]):
             root = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = (
-            str(error).partition("\n\nCheck the documentation")[0].rpartition("\n")[2]
-        )  # without PyTorch's unsafe advice
+        reason = str(error).partition("\n\nCheck the documentation")[0].rpartition("\n")[2]  # less its unsafe advice
         raise CheckpointError(
-            f"{path} is damaged, or holds more than tensors and plain data ({reason[:200]}): fetch it again, or "
-            "convert it to .safetensors where it was made."
+            f"{path} holds more than tensors and plain data, or is damaged ({reason[:200]}): convert it to "
+            ".safetensors where it was made, or fetch it again."
         ) from error
     # dict.get(x) instead of x.get(): the file can set attributes of its OrderedDicts.
     if isinstance(root, dict) and isinstance(dict.get(root, "state_dict"), dict):
@@ -154,9 +153,22 @@ def check_archive(path: Path) -> None:
 
 
 def check_nesting(file: BinaryIO) -> None:
-    """Raise if tuples in the next pickle may be nested so deeply that hashing one would crash Python."""
-    if sum(opcode.name.startswith("TUPLE") for opcode, _, _ in pickletools.genops(file)) > 50_000:
-        raise ValueError("it nests tuples too deeply")
+    """Raise if hashing or printing a container in the next pickle could crash or occupy Python.
+
+    Tuples may be nested deeply; and containers that hold one another twice each, over and over, double at every level.
+    """
+    memo: dict[int, str] = {}
+    tuples = shared = 0
+    before = ""
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[argument] = before
+        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            shared += memo.get(argument, "").endswith(CONTAINERS)
+        tuples += opcode.name.startswith("TUPLE")
+        before = opcode.name
+    if tuples > 50_000 or shared > 20:
+        raise ValueError("it nests lists, dicts or tuples too deeply")
 
 
 def convert(tensor: Tensor, dtype: torch.dtype) -> Tensor:

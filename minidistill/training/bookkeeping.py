@@ -82,13 +82,9 @@ class Progress:
             self.bar.close()
 
     def remember(self, batch: Batch, target: Tensor) -> None:
-        """Keep the last guided examples and targets, to check before a checkpoint that the student has not diverged."""
-        batch = replace(batch, target=target)
-        if self.interval:  # elsewhere W alone is right, and says nothing about how far a student may be
-            batch = batch[self.interval.includes(batch.t)]
-        if len(batch):
-            self.recent.append(batch)
-        while self.recent and sum(map(len, self.recent)) - len(self.recent[0]) >= ENOUGH_EXAMPLES:
+        """Keep the last examples and targets, to check before a checkpoint that the student has not diverged."""
+        self.recent.append(replace(batch, target=target))
+        while sum(map(len, self.recent)) - len(self.recent[0]) >= ENOUGH_EXAMPLES:
             self.recent.popleft()
 
     def after_update(self, step: int, loss: Tensor, norm: Tensor) -> None:
@@ -125,7 +121,7 @@ class Progress:
         self.bar.set_postfix(loss=f"{sum(last) / len(last):.5f}", refresh=False)
 
     def check_divergence(self, step: int) -> None:
-        error, most = error_and_limit(self.unet, list(self.recent)) if self.recent else (0.0, 0.0)
+        error, most = error_and_limit(self.unet, list(self.recent), self.interval)
         if not error <= most:  # NaN is not
             raise ValueError(
                 f"After update {step} the student's squared error is {error:g}, and at most {most:g} is saved: "

@@ -17,7 +17,7 @@ from minidistill.lora import LoRAModel, Switch
 from minidistill.unet import UNet
 
 # The threshold of ``train.py --memory low``, in multiply-adds per number. In SD 1.5 it keeps the 3x3 convolutions,
-# attention over many pixels and the widest linear layers; docs/gpus-and-memory.md has the cost of other thresholds.
+# attention over many pixels and the widest linear layers; results/README.md has the cost of other thresholds.
 LOW_MEMORY = 1000
 
 

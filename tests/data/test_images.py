@@ -100,10 +100,10 @@ def test_nothing_to_learn_from(tmp_path: Path, sd: StableDiffusion):
     with pytest.raises(ValueError, match=r"has no image \(.bmp, .* with a caption\.$"):
         read_folder(tmp_path)
     write(tmp_path / "a.png", 0)
-    with pytest.raises(ValueError, match="1 left out, the first is .*a.png: no caption"):
+    with pytest.raises(ValueError, match="1 left out; the first is .*a.png: no caption"):
         read_folder(tmp_path)
     write(tmp_path / "a.png", 0, "tiny", height=4)
-    with pytest.raises(ValueError, match="No image is left .* 1 left out, the first is .*a.png: 16x4 pixels"):
+    with pytest.raises(ValueError, match="No image is left .* 1 left out; the first is .*a.png: 16x4 pixels"):
         encoded(sd, tmp_path, tmp_path / "cache")
 
 

@@ -99,11 +99,3 @@ def test_the_student_is_judged_by_its_last_examples(tmp_path: Path):
         assert sum(sizes[1:]) < ENOUGH_EXAMPLES and (sum(sizes) >= ENOUGH_EXAMPLES or i < 2)
         assert all(torch.equal(batch.target, batch.z_t + 1) for batch in batches)
         assert batches[-1].z_t[0] == i
-
-
-def test_the_student_of_an_interval_is_judged_by_guided_examples(tmp_path: Path):
-    """t = 2 and 3 of each batch, where there are any."""
-    for i, batches in enumerate(remembered([4, 2, 9, 3, 4, 1, 4, 4], tmp_path, Interval(2, 3))):
-        assert all(set(batch.t.tolist()) <= {2, 3} and len(batch.target) == len(batch) for batch in batches)
-        assert [int(batch.z_t[0]) for batch in batches] == [j for j in (0, 2, 3, 4, 6, 7) if j <= i][-6:]
-    assert sum(map(len, batches)) == 11
