@@ -13,7 +13,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minidistill.conditioning import Conditioning
 from minidistill.distill import ENOUGH_EXAMPLES, Batch
-from minidistill.guidance import Interval
 from minidistill.training.bookkeeping import Progress, stop_signals
 from minidistill.training.distributed import Ranks
 
@@ -76,15 +75,10 @@ def test_a_run_restores_the_signal_handlers(changes: dict, succeeds: bool, comma
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def new_progress(out: Path, interval: Interval | None = None) -> Progress:
-    how = dict(steps=9, peak=1, save_every=9, interval=interval, preview=print)
-    return Progress(out, [], None, [], None, {}, Ranks(), **how)
-
-
-def remembered(sizes: list[int], out: Path, interval: Interval | None = None) -> Iterator[list[Batch]]:
+def remembered(sizes: list[int], out: Path) -> Iterator[list[Batch]]:
     """What is kept after each of some batches of one pixel, whose z_t is the batch's number and t counts from 0."""
     progress = Progress(
-        out, [], None, [], None, {}, Ranks(), steps=9, peak=1, save_every=9, interval=interval, preview=print
+        out, [], None, [], None, {}, Ranks(), steps=9, peak=1, save_every=9, interval=None, preview=print
     )  # fmt: skip
     for i, size in enumerate(sizes):
         z_t, weight = torch.full((size, 1), float(i)), torch.ones(size, 1)
