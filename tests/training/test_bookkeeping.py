@@ -93,3 +93,9 @@ def test_the_student_is_judged_by_its_last_examples(tmp_path: Path):
         assert sum(sizes[1:]) < ENOUGH_EXAMPLES and (sum(sizes) >= ENOUGH_EXAMPLES or i < 2)
         assert all(torch.equal(batch.target, batch.z_t + 1) for batch in batches)
         assert batches[-1].z_t[0] == i
+
+
+def test_an_interval_run_is_saved_while_its_last_examples_are_unguided(command, flags, tmp_path: Path):
+    run = flags(tmp_path / "run", sample_steps=25, trajectories=12, batch=12, steps=12, save_every=1)
+    assert command("train.py", *run, "--interval", 420, 540, "--no-report").code == 0
+    assert (tmp_path / "run/lora.safetensors").exists()
