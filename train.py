@@ -39,7 +39,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
         raise ValueError(f"{out} already holds a run: add --resume to continue it, or name another --out.")
     ranks.share(args.batch)  # raises for a batch that the processes cannot share
 
-    # One network: W alone is the teacher; W with its LoRA switched on is the student.
+    # With --student lora there is one network: W alone is the teacher; W with its LoRA switched on is the student.
     sd = load(args.model, **cli.load_options(args))
     style = merge_style(sd.unet, args.teacher_lora)
     source, student = SOURCES[args.source](args), STUDENTS[args.student]
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     ranks.wait()
     print(describe(name, args, sd.unet))
 
-    # Adam moves every weight equally far, and summed over a layer's inputs that grows with its width.
+    # Adam's steps are about equally large for every weight, so a layer's output changes more the wider its input.
     peak = args.lr or student.learning_rate / sd.unet_config.widths[0]
     optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     weights = fingerprint(sd.unet, sd.text_encoder)
@@ -66,7 +66,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     losses = resume(out, trained, optimizer, recorded)  # empty in a new run
     result = student.result(out, args)
     if args.student == "full" and result.exists() and not losses:  # a whole model is never written over
-        raise ValueError(f"{out} holds a result, and no checkpoint to go on from: name another --out.")
+        raise ValueError(f"{out} holds a result, and no checkpoint to continue from: name another --out.")
     ranks.broadcast([p.data for p in trained])  # GPUs of two kinds may draw different random numbers
 
     # The teacher samples its trajectories, or your images are encoded; both are kept in a folder that runs may share.
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     with lock(folder, wait=True) if ranks.first else nullcontext():
         ranks.wait()
         examples = source.prepare(sd, folder, weights, ranks)
-    ranks.share(min(args.batch, len(examples)))
+    ranks.share(min(args.batch, len(examples)))  # raises for fewer examples than processes
     ask_teacher = guided_target(uncond, args.guidance, args.interval, args.batched_teacher)
     target_of = ask_teacher if source.asks_teacher else stored_target
 
@@ -84,12 +84,12 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
         out, losses, sd.unet, trained, optimizer, recorded, ranks, steps=args.steps, peak=peak, interval=args.interval,
         save_every=args.save_every, preview=partial(preview, sd, args, out, spread(source.held_out, 8)),
     )  # fmt: skip
-    with closing(progress.steps()) as steps:  # however it ends, Ctrl-C works again after it
+    with closing(progress.steps()) as steps:  # restores the normal Ctrl-C, even after an error
         for step in steps:  # sets the learning rate
             batch = batch_to_device(ranks.part(examples.batch(step)), sd.device)
             batch_loss = 0.0
             for part in batch.split(args.accumulate):
-                target = target_of(partial(unet, lora_enabled=False), part)  # stored, or W called twice now
+                target = target_of(partial(unet, lora_enabled=False), part)  # stored, or two calls of W now
                 eps = unet(part.z_t, part.t, part.cond, lora_enabled=True)  # W and the LoRA, called once
                 loss = (part.weight * (eps - target).square()).mean() * (len(part) / len(batch))
                 loss.backward()
@@ -150,7 +150,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     path = dict(type=Path, metavar="PATH")
     # fmt: off
     add = parser.add_argument_group("the teacher, two UNet calls a step, samples images").add_argument
-    add("--prompts", **path, help="text file, one prompt per line (default: the model's own, or ours)")
+    add("--prompts", **path, help="text file, one prompt per line (default: those shipped with the model, else "
+        "the built-in ones)")
     add("--images", **path, help="folder of images with captions, in metadata.jsonl or in a .txt beside each: learn "
         "from these, noised, instead of images that the teacher samples")
     add("--guidance", **x, default=2.5, help="guidance scale; 7.5 is usual for large models (default: %(default)s)")
@@ -180,8 +181,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weighting", default="even", choices=("even", "min-snr"), help="weight of the squared error at each time "
         "step: the same everywhere, or min-SNR-5 (default: %(default)s)")
     add("--accumulate", **n, default=1, help="compute a batch in N parts, in less memory (default: %(default)s)")
-    add("--memory", default="normal", choices=("low", "normal"), help="low: do not keep activations that are cheap to "
-        "compute again in the backward pass (default: %(default)s)")
+    add("--memory", default="normal", choices=("low", "normal"), help="low: recompute cheap activations in the "
+        "backward pass instead of keeping them (default: %(default)s)")
     add("--batched-teacher", action="store_true", help="in the loop, guide by one call on a batch of twice the size")
     add("--compile", action="store_true", help="compile the UNet for the loop: minutes at first, then faster")
     add("--kernel", default="auto", choices=("auto", "fused", "torch"), help="compute LoRA layers with one CUDA kernel "
@@ -196,7 +197,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: on
     args = parser.parse_args(argv)
     if args.guidance == 1:
-        raise ValueError("--guidance 1 is no guidance, which takes one pass already: there is nothing to distil.")
+        raise ValueError("--guidance 1 is no guidance: one UNet call is already enough, so there is nothing to distil.")
     args.interval = cli.interval(args.interval)
     choose_method(args)
     return args

@@ -1,7 +1,7 @@
 """Distil classifier-free guidance into a LoRA: a reference implementation in plain PyTorch."""
 
-from minidistill.formats.checkpoint import load
 from minidistill.formats.files import CheckpointError
+from minidistill.formats.load_model import load
 from minidistill.formats.lora_io import load_lora, save_lora
 from minidistill.guidance import guided_noise
 from minidistill.lora import inject_lora, merge_lora, unmerge_lora

@@ -1,6 +1,8 @@
 """Guidance distillation: the teacher calls the frozen UNet twice; the student calls the same UNet once, with its LoRA.
 
-"LoRA-Enhanced Distillation on Guided Diffusion Models", arXiv 2312.06899.
+The loss is mean(weight * (eps_student(z_t, t, cond) - eps_hat)^2), with eps_hat guided at one scale s. The student is
+not told s, so there is one LoRA per guidance scale. "LoRA-Enhanced Distillation on Guided Diffusion Models", arXiv
+2312.06899.
 """
 
 import math
@@ -19,7 +21,7 @@ ENOUGH_EXAMPLES = 10  # to tell whether a student has diverged
 
 
 class FullStudent(nn.Module):
-    """Plain distillation: a second UNet, ``student``, learns in all its weights beside the frozen teacher ``base``.
+    """Plain distillation: a second UNet, ``student``, is trained in full beside the frozen teacher ``base``.
 
     Called like a :class:`~minidistill.lora.LoRAModel`: ``lora_enabled`` selects the student.
     """
@@ -66,7 +68,7 @@ class Batch:
         return [self[first : first + size] for first in range(0, len(self), size)]
 
 
-# What the student is asked for: a target takes the frozen UNet (LoRA off) and a batch, and returns [B, 4, h, w].
+# A target function takes the frozen UNet (LoRA off) and a batch; it returns what the student should predict.
 Target = Callable[[UNetCall, Batch], Tensor]
 
 
@@ -94,8 +96,8 @@ def error_and_limit(
     """The student's mean squared error on ``batches`` with targets, and the most it can be without having diverged.
 
     A student has diverged if it is further from the teacher than a prediction of zeros, or twice as far (four times the
-    squared error) as W alone, where it started. The second needs ``ENOUGH_EXAMPLES``, because the size of guidance's
-    effect depends strongly on t; and only those inside the teacher's ``interval``, as W alone is right elsewhere.
+    squared error) as W alone, where it started. The second test needs ``ENOUGH_EXAMPLES``, because the effect of
+    guidance depends strongly on t. It uses only examples inside the teacher's ``interval``: elsewhere W alone is right.
     """
     guided = [b[interval.includes(b.t)] for b in batches] if interval else batches
     guided = [batch for batch in guided if len(batch)]
@@ -113,5 +115,5 @@ def error_and_limit(
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Rises linearly for ``warmup`` updates, then falls along half a cosine to zero after ``steps``."""
+    """The smaller of a linear warm-up and half a cosine that falls from ``peak`` to zero over all ``steps``."""
     return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))

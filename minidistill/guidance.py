@@ -1,8 +1,8 @@
 """Classifier-free guidance ("Classifier-Free Diffusion Guidance", arXiv 2207.12598), and predictors made with it.
 
-``guide`` is the formula. ``guided_noise`` and ``batched_guided_noise`` call the UNet for it, ``interval_noise`` only at
-some time steps. ``plain``, ``guided`` and ``student`` make predictors, which samplers call: ``model(z_t, t) -> eps`` or
-v, with the prompt already inside.
+``guide`` is the formula. ``guided_noise`` and ``batched_guided_noise`` call the UNet and apply it; ``interval_noise``
+applies it only at some time steps. ``plain``, ``guided`` and ``student`` make predictors, which samplers call:
+``model(z_t, t) -> eps`` or v, with the prompt already inside.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ UNetCall = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (z_t, t, cond) ->
 
 
 def guide(eps_cond: Tensor, eps_uncond: Tensor, guidance: float | Tensor) -> Tensor:
-    """eps_hat = eps_u + s (eps_c - eps_u) (eq. 6, as Stable Diffusion writes it).
+    """eps_hat = eps_uncond + s (eps_cond - eps_uncond): eq. 6 with s = 1 + w, as Stable Diffusion writes it.
 
-    The weights s and 1 - s sum to 1, so it holds for v too.
+    v is linear in eps at a given z_t, and the weights s and 1 - s sum to 1, so the same formula holds for v.
     """
     return eps_uncond + guidance * (eps_cond - eps_uncond)
 
@@ -33,7 +33,7 @@ def guided_noise(
 
     Args:
         z_t: noisy latents [B, 4, h, w].  t: time steps [B].
-        cond: B prompts.  uncond: the empty or negative prompt, B times. Either may be token embeddings [B, L, D].
+        cond: B prompts.  uncond: the empty or negative prompt, B times. Both may be token embeddings [B, L, D].
         guidance: the scale s. 1 is no guidance.
     """
     return guide(unet(z_t, t, cond), unet(z_t, t, uncond), guidance)
@@ -48,7 +48,7 @@ def batched_guided_noise(
 
 
 class Interval(NamedTuple):
-    """Guide only at time steps low <= t <= high; elsewhere one call without guidance.
+    """Guide only at time steps low <= t <= high; a batch without such a t needs one call.
 
     "Applying Guidance in a Limited Interval", arXiv 2404.07724.
     """
@@ -65,9 +65,9 @@ class Interval(NamedTuple):
 
 
 def selective_interval(schedule: Schedule, steps: int, share: float) -> Interval | None:
-    """Selective guidance (arXiv 2305.09847): no guidance in the last ``share`` of the ``steps``. None: guide always.
+    """Selective guidance (arXiv 2305.09847): no guidance in the last ``share`` of the ``steps``.
 
-    Raises ValueError for a share outside 0 to 1.
+    Returns None if every step is guided. Raises ValueError for a share outside 0 to 1.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"selective must be a share of the steps, from 0 to 1, not {share:g}.")
@@ -75,7 +75,7 @@ def selective_interval(schedule: Schedule, steps: int, share: float) -> Interval
     if guided_steps == steps:
         return None
     timesteps = schedule.timesteps(steps)  # the noisiest first
-    low = timesteps[guided_steps - 1] if guided_steps else schedule.train_steps  # none: above every t
+    low = timesteps[guided_steps - 1] if guided_steps else schedule.train_steps  # no step is guided: above every t
     return Interval(low, schedule.train_steps)
 
 
@@ -89,7 +89,7 @@ def interval_noise(
     interval: Interval | None = None,
     batched: bool = False,
 ) -> Tensor:
-    """The guided prediction inside ``interval``, the plain one outside it, for time steps t [B] of either kind.
+    """The guided prediction inside ``interval``, the plain one outside it; t [B] may mix both.
 
     None guides everywhere. Where no t lies inside there is only one call; ``batched`` guides in one call of 2B.
     """

@@ -69,18 +69,18 @@ class LoRALayer(nn.Module):
         return low_rank(self.lora_down, self.lora_up, self.scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Keep the pair in float32 or wider, also in ``model.to(bfloat16)``: in bfloat16 small updates round away."""
+        """Keep the pair in float32 or wider, even in ``model.to(bfloat16)``, which would round small updates away."""
         pair = [x for p in (self.lora_down, self.lora_up) for x in (p, p.grad) if x is not None]
 
         def apply(x: Tensor) -> Tensor:
-            y = fn(x)
+            y = fn(x)  # shows which device and dtype are asked for
             wide = torch.promote_types(y.dtype, torch.float32)
             return x.to(y.device, wide) if y.dtype != wide and any(x is own for own in pair) else y
 
         return super()._apply(apply, recurse)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        """Record that W is merged, or the pair would be added twice where the state dict is loaded."""
+        """Record that W is merged; otherwise loading the state dict would add the pair twice."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             destination[prefix + "merged"] = torch.tensor(True)
@@ -102,7 +102,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         self.add_pair((rank, self.in_features), (self.out_features, rank), alpha, switch)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)  # W x
+        y = super().forward(x)  # W x + b
         if not self.active:
             return y
         down, up = self.pair(x.dtype)
@@ -120,7 +120,7 @@ class LoRAConv(LoRALayer, nn.Conv2d):
         self.add_pair(down_shape, (self.out_channels, rank, 1, 1), alpha, switch)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)  # W * x
+        y = super().forward(x)  # W convolved with x, + b
         if not self.active:
             return y
         down, up = self.pair(x.dtype)
@@ -128,9 +128,9 @@ class LoRAConv(LoRALayer, nn.Conv2d):
 
 
 class LoRAModel(nn.Module):
-    """A network whose call takes the switch: ``model(..., lora_enabled=True)`` is the student, without it the teacher.
+    """Wraps a network: ``model(..., lora_enabled=True)`` is the student, ``model(...)`` the teacher.
 
-    It shows the parameters and children of the wrapped network, ``base``, under their own names. All calls share one
+    It exposes the parameters and children of the network, ``base``, under their original names. All calls share one
     switch, so one thread at a time may call it.
     """
 
@@ -181,9 +181,7 @@ def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]]) -> Lo
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             raise ValueError(f"{name} is a {type(layer).__name__}: LoRA here is for linear layers and convolutions.")
         if getattr(layer, "groups", 1) != 1:
-            raise ValueError(
-                f"{name} is a grouped convolution, which LoRA here does not cover: leave it out of targets."
-            )
+            raise ValueError(f"{name} is a grouped convolution, which is not supported: leave it out of targets.")
     switch = Switch()
     model.requires_grad_(False)
     for name, layer in layers.items():

@@ -199,13 +199,17 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def run_block(self, block: Callable[..., Tensor], *args: Tensor | torch.Size) -> Tensor:
-        """Call a residual block, transformer or upsampler; training/recompute.py wraps this to save memory."""
+        """Call a part of the network; training/recompute.py wraps this to save memory."""
         return block(*args)
 
     def run_layer(self, level: Level, i: int, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         """The i-th residual block of a level, and the transformer after it if there is one."""
         x = self.run_block(level.resnets[i], x, emb)
         return self.run_block(level.attentions[i], x, context) if level.attends else x
+
+    def run_output(self, x: Tensor) -> Tensor:
+        """[B, widths[0], H, W] -> [B, 4, H, W]."""
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditioning | Tensor) -> Tensor:
         """Predict eps or v, [B, 4, H, W].
@@ -240,4 +244,4 @@ class UNet(nn.Module):
             if hasattr(level, "upsamplers"):
                 # [B, C, 2H, 2W], or one less where the way down halved an odd side
                 x = self.run_block(level.upsamplers[0], x, skips[-1].shape[2:])
-        return self.conv_out(F.silu(self.conv_norm_out(x))).to(z_t.dtype)
+        return self.run_block(self.run_output, x).to(z_t.dtype)

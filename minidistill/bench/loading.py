@@ -24,7 +24,7 @@ from minidistill.bench.output import add_out_flag, device_name, megabytes, new_r
 from minidistill.bench.peak_memory import in_fresh_process, resident
 from minidistill.bench.workloads import SIZES, Setup, Size
 from minidistill.evaluate.tables import markdown_table
-from minidistill.formats.checkpoint import load
+from minidistill.formats.load_model import load
 from minidistill.formats.single_file import to_single_file
 from minidistill.training.command_line import positive_int
 from minidistill.unet import UNet

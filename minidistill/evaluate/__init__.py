@@ -1,6 +1,6 @@
 """How good a student is: its distance to the teacher, its agreement with the prompt, and images side by side."""
 
-from minidistill.evaluate.comparison import comparison_grid
+from minidistill.evaluate.image_grid import comparison_grid
 from minidistill.evaluate.metrics import ClipScore, interval, noise_error_share, pixels, psnr
 from minidistill.evaluate.sampling import Drawn, draw
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from minidistill.data.prompts import prompt_split, spread
-from minidistill.evaluate.comparison import comparison_grid
 from minidistill.evaluate.figures import figure_file
+from minidistill.evaluate.image_grid import comparison_grid
 from minidistill.evaluate.metrics import EVALUATION_SEED, Estimate, interval, noise_error_share, psnr
 from minidistill.evaluate.sampling import draw
 from minidistill.evaluate.students import read_student
 from minidistill.evaluate.tables import markdown_table
-from minidistill.formats.checkpoint import load
 from minidistill.formats.files import atomic_write, write_json
+from minidistill.formats.load_model import load
 from minidistill.lora import merge_lora
 from minidistill.training.command_line import add_model_flags, load_options, positive, positive_int
 

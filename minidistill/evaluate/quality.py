@@ -26,14 +26,14 @@ from transformers import CLIPTokenizer
 from minidistill.data.prompts import prompt_split, read_prompts, spread
 from minidistill.data.shards import fingerprint, read_shard, write_shard
 from minidistill.evaluate import metrics
-from minidistill.evaluate.comparison import comparison_grid
 from minidistill.evaluate.figures import figure_file
+from minidistill.evaluate.image_grid import comparison_grid
 from minidistill.evaluate.metrics import ClipScore, ErrorShare, Estimate, noise_error_share, pixels
 from minidistill.evaluate.sampling import Drawn, draw
 from minidistill.evaluate.students import one_teacher, read_students
 from minidistill.evaluate.tables import markdown_table
-from minidistill.formats.checkpoint import load
 from minidistill.formats.files import atomic_write, digest, write_json
+from minidistill.formats.load_model import load
 from minidistill.guidance import Interval
 from minidistill.lora import merge_lora
 from minidistill.pipeline import StableDiffusion

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from minidistill.evaluate.comparison import comparison_grid
 from minidistill.evaluate.figures import figure_file
+from minidistill.evaluate.image_grid import comparison_grid
 from minidistill.evaluate.metrics import ClipScore, noise_error_share, psnr
 from minidistill.evaluate.sampling import Drawn, draw
 from minidistill.evaluate.tables import markdown_table

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from minidistill.evaluate.figures import figure_file
 from minidistill.evaluate.students import full_student, read_full
 from minidistill.evaluate.tables import markdown_table
-from minidistill.formats.checkpoint import load
 from minidistill.formats.files import write_json
+from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import read_run
 from minidistill.lora import low_rank
 from minidistill.training.command_line import add_model_flags

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from minidistill.distill import FullStudent
-from minidistill.formats.checkpoint import load
+from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import LoRAFile, read_run
 from minidistill.formats.lora_io import inject_file
 from minidistill.formats.model_folder import STEMS, read_weights

@@ -22,8 +22,8 @@ from minidistill.data.shards import fingerprint
 from minidistill.evaluate.figures import figure_file
 from minidistill.evaluate.metrics import Estimate, interval, noise_error_share
 from minidistill.evaluate.tables import markdown_table
-from minidistill.formats.checkpoint import load
 from minidistill.formats.files import write_json
+from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import read_run
 from minidistill.formats.lora_io import inject_file
 from minidistill.lora import DEFAULT_TARGETS

@@ -1,5 +1,6 @@
 """Activation checkpointing: keep what is expensive to compute for the backward pass, recompute the rest there."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from minidistill.blocks import Upsample
 from minidistill.lora import LoRAModel, Switch
 from minidistill.unet import UNet
 
@@ -22,7 +24,7 @@ LOW_MEMORY = 1000
 
 
 def recompute(model: UNet | LoRAModel, below: float) -> None:
-    """Have residual blocks, transformers and upsamplers keep only numbers that took ``below`` multiply-adds or more.
+    """Have the UNet's blocks keep only numbers that took ``below`` multiply-adds or more.
 
     0 keeps everything; ``math.inf`` keeps only what goes into a block. Call it after ``inject_lora``: the backward pass
     needs the model's switch.
@@ -37,6 +39,8 @@ def run_checkpointed(switch: Switch | None, below: float, block: Callable[..., T
     """``block(*args)``, checkpointed if there will be a backward pass."""
     if not torch.is_grad_enabled():
         return block(*args)
+    if isinstance(block, Upsample):
+        below = math.inf  # nothing needs what comes out of its frozen convolution, and recomputing stops before it
     if switch is not None:
         # The backward pass runs after the switch has been set back: recompute with its present setting.
         block = partial(call_switched, switch, switch.enabled, block)

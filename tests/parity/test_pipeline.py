@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from minidistill import load
-from minidistill.formats.checkpoint import build, fill_positions
 from minidistill.formats.files import read_json
+from minidistill.formats.load_model import build, fill_positions
 from minidistill.formats.model_folder import match_text_names, read_weights
 from minidistill.guidance import guided
 from minidistill.samplers import ddim_sample

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minidistill.config import SD15_UNET, SD21_BASE_UNET, SD21_UNET
-from minidistill.formats.checkpoint import build, load
+from minidistill.formats.load_model import build, load
 from minidistill.formats.model_configs import read_unet_config
 from minidistill.formats.model_folder import read_weights
 from minidistill.training.recompute import recompute

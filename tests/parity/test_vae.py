@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minidistill.config import SD15_VAE
-from minidistill.formats.checkpoint import build, load
+from minidistill.formats.load_model import build, load
 from minidistill.formats.model_configs import read_vae_config
 from minidistill.formats.model_folder import read_weights
 from minidistill.vae import VAE

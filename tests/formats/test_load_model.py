@@ -1,4 +1,4 @@
-"""checkpoint.py: which models load, in every form, and what is refused. tests/parity compares with diffusers."""
+"""load_model.py: which models load, in every form, and what is refused. tests/parity compares with diffusers."""
 
 import json
 import shutil
