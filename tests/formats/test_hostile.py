@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_checkpoint import as_bin, as_shards, equal, written_again
+from test_load_model import as_bin, as_shards, equal, written_again
 from tiny import tiny_tensors, write_tiny
 
 from minidistill import CheckpointError, load
