@@ -15,12 +15,11 @@ from minidistill.formats.files import atomic_write, write_json
 from minidistill.pocket.compositions import Composition
 from minidistill.pocket.images import to_pixels
 from minidistill.pocket.stage import set_learning_rate, update
-from minidistill.pocket.tokenizer import CONTEXT
 
 MAX_LOGIT_SCALE = math.log(100)  # as in CLIP
 
 
-def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
+def clip_config(tokenizer: CLIPTokenizer, patch_size: int = 16) -> CLIPConfig:
     """The configuration of two small transformers, for captions and for 64x64 images, with a shared embedding."""
     shared = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, projection_dim=128)
     text = dict(
@@ -28,16 +27,16 @@ def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,  # the caption's embedding is taken there
         pad_token_id=tokenizer.pad_token_id,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=tokenizer.model_max_length,
         num_hidden_layers=3,
     )
-    images = dict(image_size=64, patch_size=16, num_hidden_layers=4)
+    images = dict(image_size=64, patch_size=patch_size, num_hidden_layers=4)
     return CLIPConfig(text_config=text | shared, vision_config=images | shared, projection_dim=128)
 
 
 def tokenize(captions: list[str], tokenizer: CLIPTokenizer) -> Tensor:
     """Captions -> token ids, int64 [B, L], padded to the longest (attention is causal, so padding changes nothing)."""
-    return tokenizer(captions, padding=True, truncation=True, max_length=CONTEXT, return_tensors="pt").input_ids
+    return tokenizer(captions, padding=True, truncation=True, return_tensors="pt").input_ids
 
 
 def train_clip(
@@ -123,10 +122,10 @@ def tune_image_encoder(
 def save_clip(model: CLIPModel, folder: str | Path) -> None:
     """Write `clip/` (the whole CLIPModel) and `text_encoder/` (its text half, where Stable Diffusion has it) in fp16.
 
-    Casts ``model`` itself to fp16.
+    Moves ``model`` itself to the CPU and casts it to fp16.
     """
     clip, text_encoder = Path(folder) / "clip", Path(folder) / "text_encoder"
-    model = model.half()
+    model = model.cpu().half()
     model.save_pretrained(clip)
     preprocessor = {
         "image_processor_type": "CLIPImageProcessor",

@@ -1,10 +1,11 @@
 """The tokenizer: a byte-level BPE in CLIP's file format, in which every word of every caption is one token."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
-CONTEXT = 16  # tokens per prompt, including start and end
+CONTEXT = 16  # tokens per prompt, including start and end, of the model that ships
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -40,13 +41,13 @@ def learn_merges(words: set[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def write_tokenizer(captions: list[str], folder: str | Path) -> None:
+def write_tokenizer(captions: list[str], folder: str | Path, context: int = CONTEXT) -> None:
     """Write the files that transformers' CLIPTokenizer reads.
 
     As in CLIP: 256 bytes, the same 256 at the end of a word, the merges, then the two special tokens. The end token is
-    also the padding, as in Stable Diffusion 1.x. Captions must be lower-case ASCII words separated by single spaces.
+    also the padding, as in Stable Diffusion 1.x. Captions must be lower-case ASCII; CLIP splits words at hyphens.
     """
-    merges = learn_merges({word for caption in captions for word in caption.split()})
+    merges = learn_merges({word for caption in captions for word in re.findall("[a-z]+", caption)})
     symbols = byte_symbols()
     tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges), START, END]
     special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
@@ -55,7 +56,7 @@ def write_tokenizer(captions: list[str], folder: str | Path) -> None:
         "special_tokens_map.json": special,
         "tokenizer_config.json": {
             "tokenizer_class": "CLIPTokenizer",
-            "model_max_length": CONTEXT,
+            "model_max_length": context,
             "do_lower_case": True,
             "add_prefix_space": False,
             "errors": "replace",

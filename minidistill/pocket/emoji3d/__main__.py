@@ -1,0 +1,136 @@
+"""Make the next embedded model from scratch.
+
+  python -m minidistill.pocket.emoji3d
+
+Trains a CLIP, a VAE and a UNet on composed images, as Stable Diffusion was made, and writes the official folder layout.
+Stages that are complete in the folder are skipped. The VAE and the UNet resume where they were stopped; the CLIP, which
+takes minutes, starts again.
+
+  python -m minidistill.pocket.emoji3d --more unet
+
+trains the UNet further, from the weights in the folder. `--more vae` trains the VAE further; once there is a UNet, only
+the VAE's decoder, because the UNet has learned the latents of the encoder. On a GPU, add --compile and larger batches.
+"""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from minidistill.config import POCKET_UNET, POCKET_VAE, ScheduleConfig
+from minidistill.formats.files import atomic_write, write_json
+from minidistill.formats.model_configs import MODEL_INDEX, published_schedule, published_unet, published_vae
+from minidistill.pocket.autoencoder import encode_all, normalise_latents, psnr
+from minidistill.pocket.clip import save_clip
+from minidistill.pocket.emoji3d.autoencoder import train_vae
+from minidistill.pocket.emoji3d.clip import embed_captions, nearest_captions, train_clip, tune_image_encoder
+from minidistill.pocket.emoji3d.compositions import all_compositions, write_compositions
+from minidistill.pocket.emoji3d.denoiser import Captioned, train_unet
+from minidistill.pocket.emoji3d.images import PACKAGE, Renderer, as_tensors, render
+from minidistill.pocket.tokenizer import write_tokenizer
+from minidistill.schedule import Schedule
+from minidistill.training.command_line import DEFAULT_DEVICE, new_parser, one_line_errors, positive_int
+from minidistill.unet import UNet
+from minidistill.vae import VAE
+
+OUT, WORK = Path("weights/pocket-emoji-3d"), Path("runs/pocket3d")
+CONTEXT = 20  # tokens per prompt, including start and end
+RENDERS = 8  # images per composition whose latents the UNet learns from
+HELD_OUT_SEED, LATENTS_SEED = 1, 0
+
+
+def write_part(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
+    """Write a network in the official layout, in half precision. config.json comes last: it marks a complete stage."""
+    halves = {name: x.half().contiguous() for name, x in tensors.items()}
+    with atomic_write(folder / "diffusion_pytorch_model.safetensors") as file:
+        save_file(halves, file, {"format": "pt"})
+    write_json(folder / "config.json", config)
+
+
+def read_flags(argv: list[str]) -> Namespace:
+    parser = new_parser(__doc__, prog="python -m minidistill.pocket.emoji3d")
+    flag = parser.add_argument
+    flag("--out", type=Path, default=OUT, metavar="FOLDER", help="the model (default: %(default)s)")
+    flag("--more", choices=["vae", "unet"], help="train a part further, from its weights in --out")
+    flag("--work", type=Path, default=WORK, metavar="FOLDER", help="for unfinished stages (default: %(default)s)")
+    number = dict(type=positive_int, metavar="N")
+    flag("--emoji", type=Path, default=PACKAGE, metavar="FOLDER", help="the npm package (default: %(default)s)")
+    flag("--device", default=DEFAULT_DEVICE, help="where to train (default: %(default)s)")
+    flag("--compile", action="store_true", help="train the VAE and the UNet compiled by torch.compile: faster")
+    flag("--clip-steps", **number, default=1500, help="updates of the CLIP (default: %(default)s)")
+    flag("--vae-steps", **number, default=30000, help="updates of the VAE (default: %(default)s)")
+    flag("--vae-batch", **number, default=4, help="images per update of the VAE (default: %(default)s)")
+    flag("--unet-steps", **number, default=30000, help="updates of the UNet (default: %(default)s)")
+    flag("--unet-batch", **number, default=32, help="latents per update of the UNet (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = read_flags(sys.argv[1:] if argv is None else argv)
+    renderer = Renderer(args.emoji, device=args.device)
+    compositions = all_compositions()
+    trained = [c for c in compositions if not c.held_out]
+    held_out = [c for c in compositions if c.held_out]
+    unseen = render(renderer, held_out, 4, HELD_OUT_SEED)
+    write_compositions(args.out / "compositions.json", compositions)
+    write_json(args.out / "scheduler/scheduler_config.json", published_schedule(ScheduleConfig()))
+    write_tokenizer([c.caption for c in compositions], args.out / "tokenizer", CONTEXT)
+    tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
+
+    if not (args.out / "text_encoder/model.safetensors").exists():
+        clip = train_clip(trained, renderer, tokenizer, args.clip_steps)
+        tune_image_encoder(clip, trained, renderer, tokenizer, args.clip_steps)
+        save_clip(clip, args.out)
+    clip = CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32).to(args.device)
+    order = held_out + trained  # the caption of unseen[i] is order[i // 4]
+    nearest = nearest_captions(clip, unseen, embed_captions(clip, order, tokenizer)).cpu()
+    right = (nearest == torch.arange(len(unseen)) // 4).float().mean()
+    print(f"CLIP: the nearest of {len(order)} captions is the right one for {right:.1%} of the held-out images")
+
+    torch.manual_seed(0)
+    things, rgb = as_tensors(trained, args.device)
+
+    def new_images() -> Tensor:
+        some = torch.randint(len(trained), (args.vae_batch,), device=args.device)
+        return renderer.draw(things[some], rgb[some])
+
+    vae = VAE(POCKET_VAE).to(args.device, memory_format=torch.channels_last)
+    if vae_is_trained := (args.out / "vae/config.json").exists():
+        vae.load_state_dict(load_file(args.out / "vae/diffusion_pytorch_model.safetensors"))
+    unet_is_trained = (args.out / "unet/config.json").exists()
+    if args.more == "vae" or not vae_is_trained:
+        state = args.work / ("vae-more.pt" if args.more else "vae.pt")
+        vae = train_vae(vae, new_images, state, args.vae_steps, decoder_only=unet_is_trained, compiled=args.compile)
+        if not unet_is_trained:
+            normalise_latents(vae, encode_all(vae, render(renderer, trained, 1, LATENTS_SEED)))
+        write_part(args.out / "vae", published_vae(POCKET_VAE, renderer.side), vae.state_dict())
+        state.unlink()
+        vae.load_state_dict(load_file(args.out / "vae/diffusion_pytorch_model.safetensors"))  # rounded to fp16
+    print(f"VAE: {psnr(vae, unseen):.2f} dB on held-out images")
+
+    unet = UNet(POCKET_UNET).to(args.device)
+    if unet_is_trained:
+        unet.load_state_dict(load_file(args.out / "unet/diffusion_pytorch_model.safetensors"))
+    if args.more == "unet" or not unet_is_trained:
+        text_encoder = CLIPTextModel.from_pretrained(args.out / "text_encoder", dtype=torch.float32).to(args.device)
+        prompts = [c.caption for c in trained] + [""]
+        ids = tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+        with torch.no_grad():
+            contexts = text_encoder(ids.to(args.device)).last_hidden_state  # [C + 1, L, D]
+        latents = encode_all(vae, render(renderer, trained, RENDERS, LATENTS_SEED))
+        captions = torch.arange(len(trained), device=args.device).repeat_interleave(RENDERS)
+        data = Captioned(latents, captions, contexts[:-1], contexts[-1], Schedule.from_config(ScheduleConfig()))
+        state = args.work / ("unet-more.pt" if args.more else "unet.pt")
+        unet = train_unet(unet, data, state, args.unet_steps, args.unet_batch, compiled=args.compile)
+        write_part(args.out / "unet", published_unet(POCKET_UNET), unet.state_dict())
+        state.unlink()
+    write_json(args.out / "model_index.json", MODEL_INDEX)
+
+
+if __name__ == "__main__":
+    with one_line_errors("minidistill.pocket.emoji3d", "stopped. The same command continues."):
+        main()

@@ -1,0 +1,75 @@
+"""Shared by the training stages: the training loop, which averages the weights and resumes where it was stopped."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from minidistill.distill import learning_rate
+from minidistill.formats.files import atomic_write
+
+Model = TypeVar("Model", bound=nn.Module)
+
+EMA_DECAY = 0.998
+
+
+@torch.no_grad()
+def ema(averages: list[Tensor], weights: list[Tensor], updates: Tensor) -> None:
+    """An exponential moving average with a lower decay at first, to forget the initial weights."""
+    decay = min(EMA_DECAY, (1 + int(updates)) / (10 + int(updates)))
+    torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+def fit(
+    model: Model,
+    new_batch: Callable[[], tuple[Tensor, ...]],
+    loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    state: Path,
+    steps: int,
+    lr: float,
+    weight_decay: float,
+    compiled: bool = False,
+    save_every: int = 500,
+) -> Model:
+    """Train the parameters that require a gradient by AdamW; returns the averaged weights.
+
+    Resumes from the file ``state`` if it exists. ``loss_of(model, *new_batch())`` is the loss, and the values to show
+    beside the progress bar; on a GPU it is computed in bfloat16.
+    """
+    device = next(model.parameters()).device
+    model.to(memory_format=torch.channels_last).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    average = AveragedModel(model, multi_avg_fn=ema).eval()
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    parts = {"model": model, "average": average, "optimizer": optimizer}
+    start = 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        start = saved["step"]
+        torch.set_rng_state(saved["rng"])
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    loss_of = torch.compile(loss_of) if compiled else loss_of
+
+    progress = tqdm(range(start, steps), initial=start, total=steps, desc=state.stem, unit="step", mininterval=1)
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr, warmup=min(200, steps // 10 + 1))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss, values = loss_of(model, *new_batch())
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        if step % 20 == 0:
+            progress.set_postfix({name: f"{value.item():.4g}" for name, value in values.items()})
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            with atomic_write(state) as temporary:
+                now = {name: part.state_dict() for name, part in parts.items()}
+                torch.save(now | {"step": step + 1, "rng": torch.get_rng_state()}, temporary)
+    return average.module

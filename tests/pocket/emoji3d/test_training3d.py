@@ -1,0 +1,128 @@
+"""Training the embedded model: stages resume where they stopped, and the command makes a model that draws."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TINY_SIZE
+from torch import Tensor, nn
+
+from minidistill import load
+from minidistill.config import ScheduleConfig
+from minidistill.pocket.emoji3d import __main__ as command
+from minidistill.pocket.emoji3d.autoencoder import train_vae
+from minidistill.pocket.emoji3d.compositions import all_compositions
+from minidistill.pocket.emoji3d.denoiser import Captioned, train_unet
+from minidistill.pocket.emoji3d.stage import fit
+from minidistill.schedule import Schedule, clean_and_noise
+from minidistill.unet import UNet
+from minidistill.vae import VAE
+
+SCHEDULE = Schedule.from_config(ScheduleConfig())
+
+
+def test_a_stage_resumes_where_it_was_stopped(tmp_path: Path) -> None:
+    def train(state: Path, stop_at: int | None = None) -> Tensor:
+        torch.manual_seed(0)
+        model, drawn = nn.Conv2d(3, 3, 1), iter(range(100))
+
+        def new_batch() -> tuple[Tensor]:
+            if next(drawn) == stop_at:
+                raise KeyboardInterrupt
+            return (torch.randn(2, 3, 4, 4),)
+
+        def loss_of(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = model(x).square().mean()
+            return loss, {"loss": loss}
+
+        return fit(model, new_batch, loss_of, state, steps=9, lr=0.1, weight_decay=0.0, save_every=2).weight
+
+    whole = train(tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped.pt", stop_at=5)
+    assert torch.equal(train(tmp_path / "stopped.pt"), whole)
+    assert torch.equal(train(tmp_path / "whole.pt", stop_at=0), whole)  # a finished stage takes no batch
+
+
+def test_the_average_follows_the_weights(tmp_path: Path) -> None:
+    """As the exponential moving average by its definition."""
+    torch.manual_seed(0)
+    model, mean = nn.Conv2d(3, 3, 1), None
+    seen: list[Tensor] = []
+
+    def loss_of(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        seen.append(model.weight.detach().clone())
+        loss = model(x).square().mean()
+        return loss, {"loss": loss}
+
+    average = fit(model, lambda: (torch.randn(2, 3, 4, 4),), loss_of, tmp_path / "s.pt", 5, 0.1, 0.0).weight
+    for n, weight in enumerate([*seen[1:], model.weight.detach()]):
+        decay = 0.0 if n == 0 else (1 + n) / (10 + n)
+        mean = weight if mean is None else decay * mean + (1 - decay) * weight
+    assert torch.allclose(average, mean, atol=1e-6)
+
+
+def test_more_of_the_decoder_leaves_the_latents(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = VAE(TINY_SIZE.vae).to(memory_format=torch.channels_last)
+    images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
+    x = images[:4].float() / 127.5 - 1
+    with torch.no_grad():
+        z, before = vae.encode(x), vae.decode(vae.encode(x))
+    more = train_vae(vae, lambda: images[torch.randperm(8)[:4]], tmp_path / "s.pt", 60, decoder_only=True)
+    with torch.no_grad():
+        assert torch.equal(more.encode(x), z)
+        assert (more.decode(z) - x).square().mean() < 0.8 * (before - x).square().mean()
+
+
+def test_each_latent_comes_with_its_own_caption() -> None:
+    contexts = torch.arange(3.0).view(3, 1, 1).expand(3, 5, 12)
+    captions = torch.tensor([2, 0, 1, 2])
+    latents = captions.view(4, 1, 1, 1).expand(4, 4, 8, 8) * 100.0  # so far apart that noise cannot confuse them
+    torch.manual_seed(0)
+    data = Captioned(latents, captions, contexts, contexts[0], SCHEDULE)
+    z_t, noise, t, context, _ = data.batch(64, dropout=0.0)
+    z_0, _ = clean_and_noise("eps", noise, z_t, *data.schedule.alpha_sigma(t, z_t))
+    assert torch.equal((z_0.mean((1, 2, 3)) / 100).round(), context[:, 0, 0])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_the_empty_prompt_replaces_dropped_captions(tmp_path: Path, dropout: float) -> None:
+    unet, seen = UNet(TINY_SIZE.unet), []
+    unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
+    data = Captioned(torch.randn(8, 4, 8, 8), torch.arange(8) % 3, torch.ones(3, 5, 12), torch.zeros(5, 12), SCHEDULE)
+    train_unet(unet, data, tmp_path / "state.pt", steps=2, batch=4, dropout=dropout)
+    assert len(seen) == 2 and all((context == 1 - dropout).all() for context in seen)
+
+
+def test_the_command_makes_a_model_and_does_nothing_twice(
+    tmp_path: Path, emoji: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All stages with two updates each; then more of two of them."""
+    some = all_compositions()[::100]
+    monkeypatch.setattr(command, "all_compositions", lambda: some)
+    for stage in ("train_clip", "tune_image_encoder"):
+        monkeypatch.setattr(command, stage, partial(getattr(command, stage), batch=8))
+    flags = ["--out", tmp_path / "new/model", "--work", tmp_path / "work", "--emoji", emoji, "--device", "cpu"]
+    flags += [x for part in ("clip", "vae", "unet") for x in (f"--{part}-steps", 2)]
+
+    def run(*more: str) -> dict[Path, int]:
+        command.main([*map(str, flags), *more])
+        return {file: file.stat().st_mtime_ns for file in (tmp_path / "new").rglob("*.safetensors")}
+
+    networks = run()
+    assert run() == networks
+    (image,) = load(tmp_path / "new/model").sample(some[0].caption, steps=2, guidance=2.5)
+    assert image.size == (64, 64)
+    for part in ("vae", "unet"):
+        again = run("--more", part)
+        changed = {file.parent.name for file in networks if again[file] != networks[file]}
+        assert changed == {part}
+        networks = again
+
+
+def test_without_the_images_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="--emoji"):
+        command.main(["--emoji", str(tmp_path / "none"), "--out", str(tmp_path / "model")])
+    assert not list(tmp_path.iterdir())
