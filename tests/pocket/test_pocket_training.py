@@ -1,6 +1,7 @@
 """Training the embedded model: stages resume where they stopped, and the empty prompt becomes weak."""
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -79,10 +80,12 @@ def test_the_empty_prompt_replaces_dropped_captions(tmp_path: Path, dropout: flo
 
 
 def test_the_command_makes_a_model_and_does_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All stages with two updates each, on noise instead of emoji, which need the font."""
+    """All stages with two updates each, with narrow networks, on noise instead of emoji, which need the font."""
     some = [c for c in all_compositions() if c.emoji in EMOJI[:6]]
     noise = torch.randint(256, (len(some), 3, 64, 64), dtype=torch.uint8), torch.arange(len(some))
     monkeypatch.setattr(command, "all_compositions", lambda: some)
+    monkeypatch.setattr(command, "POCKET_UNET", replace(command.POCKET_UNET, widths=(16, 16, 32), groups=8))
+    monkeypatch.setattr(command, "POCKET_VAE", replace(command.POCKET_VAE, widths=(4, 8, 8)))
     monkeypatch.setattr(command, "render", lambda *args, **options: noise)
     for stage in ("train_clip", "tune_image_encoder"):
         monkeypatch.setattr(command, stage, partial(getattr(command, stage), steps=2, batch=8))

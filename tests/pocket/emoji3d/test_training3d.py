@@ -1,5 +1,6 @@
 """Training the embedded model: stages resume where they stopped, and the command makes a model that draws."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from minidistill.pocket.emoji3d import __main__ as command
 from minidistill.pocket.emoji3d.autoencoder import train_vae
 from minidistill.pocket.emoji3d.compositions import all_compositions
 from minidistill.pocket.emoji3d.denoiser import Captioned, train_unet
+from minidistill.pocket.emoji3d.images import Renderer
 from minidistill.pocket.emoji3d.stage import fit
 from minidistill.schedule import Schedule, clean_and_noise
 from minidistill.unet import UNet
@@ -97,14 +99,17 @@ def test_the_empty_prompt_replaces_dropped_captions(tmp_path: Path, dropout: flo
 
 
 def test_the_command_makes_a_model_and_does_nothing_twice(
-    tmp_path: Path, emoji: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All stages with two updates each; then more of two of them."""
-    some = all_compositions()[::100]
+    """All stages with two updates each and narrow networks; then more of two of them."""
+    some = all_compositions()[::250]
     monkeypatch.setattr(command, "all_compositions", lambda: some)
+    monkeypatch.setattr(command, "Renderer", lambda emoji, device: renderer)
+    monkeypatch.setattr(command, "POCKET_UNET", replace(command.POCKET_UNET, widths=(16, 16, 32), groups=8))
+    monkeypatch.setattr(command, "POCKET_VAE", replace(command.POCKET_VAE, widths=(4, 8, 8)))
     for stage in ("train_clip", "tune_image_encoder"):
         monkeypatch.setattr(command, stage, partial(getattr(command, stage), batch=8))
-    flags = ["--out", tmp_path / "new/model", "--work", tmp_path / "work", "--emoji", emoji, "--device", "cpu"]
+    flags = ["--out", tmp_path / "new/model", "--work", tmp_path / "work", "--device", "cpu"]
     flags += [x for part in ("clip", "vae", "unet") for x in (f"--{part}-steps", 2)]
 
     def run(*more: str) -> dict[Path, int]:
