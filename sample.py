@@ -18,6 +18,7 @@ from minidistill.evaluate import comparison_grid, draw
 from minidistill.formats.files import atomic_write
 from minidistill.formats.lora_formats import LoRAFile, read_lora, read_run
 from minidistill.formats.lora_io import inject_file, merge_file, student_and_styles
+from minidistill.schedule import SPACINGS
 from minidistill.training import command_line as cli
 
 SHIPPED_LORA = "guidance-lora.safetensors"  # beside the model that ships
@@ -78,9 +79,12 @@ def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict
                 "the teacher beside it must have the same."
             )
     guidance, negative_prompt, interval = (y if x is None else x for x, y in zip(asked, learned))
+    few_steps = student and student.few_steps
+    student_steps, steps = few_steps or (None, args.steps or 25)
     return dict(
-        steps=args.steps, guidance=guidance, negative_prompt=negative_prompt, interval=interval,
-        selective=args.selective, seed=args.seed, batch=args.batch, progress=True,
+        steps=steps, student_steps=few_steps and (args.steps or student_steps), guidance=guidance,
+        spacing=args.spacing or ("trailing" if few_steps else "leading"), negative_prompt=negative_prompt,
+        interval=interval, selective=args.selective, seed=args.seed, batch=args.batch, progress=True,
     )  # fmt: skip
 
 
@@ -116,7 +120,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "on this share of the steps, the last ones (default: %(default)s)")
     add("--interval", type=cli.finite, nargs=2, metavar=("LOW", "HIGH"), help="the teacher is guided only at "
         "time steps t from LOW to HIGH (default: at every step; with --compare the LoRA's own)")
-    add("--steps", **n, default=25, help="DDIM steps (default: %(default)s)")
+    add("--steps", **n, help="DDIM steps (default: as many as the LoRA was taught, else 25)")
+    add("--spacing", choices=SPACINGS, help="of the steps: leading, as Stable Diffusion has it, or trailing, which is "
+        "better for few steps (default: as the LoRA was taught, else leading)")
     add("--batch", **n, default=8, help="images sampled at once (default: %(default)s)")
     # fmt: on
     args = parser.parse_args(argv)

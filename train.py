@@ -28,7 +28,7 @@ from minidistill.training.bookkeeping import Progress
 from minidistill.training.distributed import Ranks, process_group
 from minidistill.training.run_folder import checkpoint_files, fixed_settings, lock, resume
 from minidistill.training.sources import SOURCES
-from minidistill.training.students import METHODS, STUDENTS, choose_method, merge_style
+from minidistill.training.students import METHODS, STUDENTS, choose_method, choose_steps, header, merge_style
 
 
 def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
@@ -49,7 +49,8 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     trained = [p for p in unet.parameters() if p.requires_grad]
     for network in (sd.text_encoder, sd.vae):
         network.to("cpu")  # they move to the device when they are used
-    timesteps = torch.tensor(sd.schedule.timesteps(args.sample_steps))  # raises if DDIM cannot take so many
+    # Raises if DDIM cannot take so many.
+    timesteps = torch.tensor(sd.schedule.timesteps(args.sample_steps, args.spacing))
     if args.interval and not args.interval.includes(timesteps).any():
         raise ValueError(f"--interval: none of the DDIM steps, t = {timesteps.tolist()}, lies inside.")
     uncond = sd.encode_prompt([args.negative_prompt])
@@ -105,9 +106,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
         return
     if sd.device.type == "cuda":
         print(f"Peak GPU memory in tensors: {torch.cuda.max_memory_allocated(sd.device) / 1e9:.2f} GB.")
-    metadata = dict(base=name, guidance=f"{args.guidance:g}", negative_prompt=args.negative_prompt, method=args.method)
-    metadata |= dict(prediction=sd.schedule.prediction) | style
-    metadata |= {"interval": str(args.interval)} if args.interval else {}
+    metadata = header(args, name, sd.schedule.prediction) | style
     student.save(sd, result, args, metadata)
     print(f"Wrote {result}")
     if not args.no_report:
@@ -118,7 +117,7 @@ def sampling_options(args: argparse.Namespace) -> dict:
     """How teacher and student sample the images that are shown."""
     return dict(
         steps=args.sample_steps, guidance=args.guidance, negative_prompt=args.negative_prompt, interval=args.interval,
-        batch=args.batch,
+        batch=args.batch, spacing=args.spacing, student_steps=args.student_steps,
     )  # fmt: skip
 
 
@@ -160,14 +159,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "from LOW to HIGH, with one UNet call elsewhere (default: guide at every step)")
     add("--teacher-lora", type=cli.ScaledFile.parse, metavar="FILE[:SCALE]", help="a style for the "
         "teacher: a LoRA file that has not learned guidance, merged into W")
-    add("--sample-steps", **n, default=25, help="DDIM steps from noise to image (default: %(default)s)")
-    add("--stride", **n, default=3, help="use every N-th DDIM step, for more images per minute (default: %(default)s)")
+    add("--sample-steps", **n, help="DDIM steps from noise to image (default: 25; with --student-steps about 24)")
+    add("--stride", **n, help="use every N-th DDIM step, for more images per minute (default: 3, or 1 with "
+        "--student-steps)")
     add("--trajectories", **n, default=480, help="images the teacher samples; the student learns from the states on "
         "the way (default: %(default)s)")
     add = parser.add_argument_group("the student, one UNet call a step, learns from them").add_argument
     add("--student", choices=STUDENTS, help="what learns: a LoRA, or a full copy of the UNet (default: lora)")
     add("--source", choices=SOURCES, help="learn from the teacher's trajectories, or from its images or --images, "
         "noised afresh with the teacher in the loop (default: trajectories; with --images: images)")
+    add("--student-steps", **n, help="teach the student to sample in N steps, from trajectories of --sample-steps; its "
+        "header says so, and sample.py follows it (default: as many as the teacher)")
     add("--method", choices=METHODS, help="short for --student and --source; trajectories, noised: a LoRA from them; "
         "full: a full copy from trajectories")
     add("--rank", **n, default=16, help="rank of the LoRA (default: %(default)s)")
@@ -200,6 +202,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise ValueError("--guidance 1 is no guidance: one UNet call is already enough, so there is nothing to distil.")
     args.interval = cli.interval(args.interval)
     choose_method(args)
+    choose_steps(args)
     return args
 
 

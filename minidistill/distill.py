@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minidistill.conditioning import Conditioning
 from minidistill.guidance import Interval, UNetCall, interval_noise
 from minidistill.lora import LoRAModel
+from minidistill.schedule import Schedule
 
 ENOUGH_EXAMPLES = 10  # to tell whether a student has diverged
 
@@ -87,6 +88,37 @@ def guided_target(uncond: Conditioning, guidance: float, interval: Interval | No
         return interval_noise(frozen, batch.z_t, batch.t, batch.cond, unconds, guidance, interval, batched)
 
     return target
+
+
+def few_step_states(schedule: Schedule, z_t: Tensor, z_0: Tensor, student_steps: int) -> tuple[Tensor, Tensor]:
+    """The states of the teacher that N ``student_steps`` visit, and the prediction that leads from each to the next.
+
+    A DDIM step (eq. 12 with eta 0) is linear in the prediction: z_s = k z_t + q eps. So eps* = (z_s - k z_t) / q leads
+    to the teacher's own z_s, however many steps it took there. If it took one, eps* is its guided prediction.
+
+    z_t: states at ``schedule.timesteps(steps, "trailing")``, [B, S, 4, h, w], with S a multiple of N; z_0: the ends
+    [B, 4, h, w]. Returns z_t and eps* (or v*, as the schedule says), [B, N, 4, h, w] each.
+    """
+    z_t = z_t[:, :: z_t.shape[1] // student_steps]  # [B, N, 4, h, w]
+    z_s = torch.cat([z_t[:, 1:], z_0[:, None]], 1)
+    k, q = (x.to(z_t) for x in ddim_coefficients(schedule, student_steps))
+    return z_t, (z_s - k * z_t) / q
+
+
+def few_step_weight(schedule: Schedule, student_steps: int) -> Tensor:
+    """The weight of the squared error at each of N steps, [N], with mean 1: q^2, which makes it the error of z_s."""
+    squares = ddim_coefficients(schedule, student_steps)[1].flatten().square().float()
+    return squares / squares.mean()
+
+
+def ddim_coefficients(schedule: Schedule, steps: int) -> tuple[Tensor, Tensor]:
+    """k and q in z_s = k z_t + q prediction, for ``steps`` with trailing spacing: [N, 1, 1, 1] each, float64."""
+    t = torch.tensor([*schedule.timesteps(steps, "trailing"), -1])
+    alpha, sigma = (x.double() for x in schedule.alpha_sigma(t, torch.empty(0)))  # rounded to float32 as in ddim_step
+    alpha_t, sigma_t, alpha_s, sigma_s = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
+    if schedule.prediction == "eps":
+        return alpha_s / alpha_t, sigma_s - alpha_s / alpha_t * sigma_t
+    return alpha_s * alpha_t + sigma_s * sigma_t, sigma_s * alpha_t - alpha_s * sigma_t  # v
 
 
 @torch.no_grad()

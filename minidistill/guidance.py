@@ -64,7 +64,7 @@ class Interval(NamedTuple):
         return (self.low <= t) & (t <= self.high)
 
 
-def selective_interval(schedule: Schedule, steps: int, share: float) -> Interval | None:
+def selective_interval(schedule: Schedule, steps: int, share: float, spacing: str = "leading") -> Interval | None:
     """Selective guidance (arXiv 2305.09847): no guidance in the last ``share`` of the ``steps``.
 
     Returns None if every step is guided. Raises ValueError for a share outside 0 to 1.
@@ -74,7 +74,7 @@ def selective_interval(schedule: Schedule, steps: int, share: float) -> Interval
     guided_steps = steps - round(share * steps)
     if guided_steps == steps:
         return None
-    timesteps = schedule.timesteps(steps)  # the noisiest first
+    timesteps = schedule.timesteps(steps, spacing)  # the noisiest first
     low = timesteps[guided_steps - 1] if guided_steps else schedule.train_steps  # no step is guided: above every t
     return Interval(low, schedule.train_steps)
 

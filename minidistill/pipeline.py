@@ -117,6 +117,7 @@ class StableDiffusion:
         width: int | None = None,
         batch: int = 8,
         eta: float = 0.0,
+        spacing: str = "leading",
         progress: bool = False,
     ) -> list[Image.Image]:
         """Sample an image for each prompt; image i starts from the noise of ``seed + i``.
@@ -133,6 +134,7 @@ class StableDiffusion:
             height, width: in pixels; by default the size the model was trained on.
             batch: images sampled at once.
             eta: 0 is deterministic DDIM; 1 adds as much fresh noise in each step as DDPM.
+            spacing: of the steps, "leading" as Stable Diffusion has it, or "trailing", which is better for few steps.
             progress: show a progress bar.
 
         Returns:
@@ -147,7 +149,7 @@ class StableDiffusion:
         uncond = self.encode_prompt([negative_prompt])
         if selective and interval:
             raise ValueError("selective is an interval of its own: give one of selective and interval.")
-        interval = interval or selective_interval(self.schedule, steps, selective)
+        interval = interval or selective_interval(self.schedule, steps, selective, spacing)
         images = []
         bar = tqdm(total=-(-len(prompts) // batch) * steps, desc="sampling", unit="step", disable=not progress)
         for first in range(0, len(prompts), batch):
@@ -161,7 +163,7 @@ class StableDiffusion:
             z_T = noise[first : first + batch]
             seeds = range(seed + first, seed + first + len(z_T))
             generators = [torch.Generator().manual_seed(FRESH_NOISE + own) for own in seeds]
-            for z_t in ddim_sample(model, self.schedule, z_T, steps, eta, generators):
+            for z_t in ddim_sample(model, self.schedule, z_T, steps, eta, generators, spacing):
                 bar.update()
             with on_device(self.vae, self.device):
                 for one in z_t.to(self.dtype).split(1):  # one by one: the decoder takes far more memory than the UNet

@@ -5,6 +5,7 @@ makes such models from a UNet and a prompt. They yield after each step, so calle
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Generator, Tensor
@@ -74,20 +75,21 @@ def ddim_sample(
     steps: int,
     eta: float = 0.0,
     generator: Generator | Sequence[Generator] | None = None,
+    spacing: str = "leading",
 ) -> Iterator[Tensor]:
     """Denoise z_T [B, 4, h, w] in ``steps`` calls of ``model(z_t, t)``, t [B] int64; yields z_t after each step.
 
     ``model`` predicts eps or v, as ``schedule`` says. ``eta`` from 0 (deterministic) to 1 adds fresh noise, drawn from
-    ``generator``: one for the batch, or one per image.
+    ``generator``: one for the batch, or one per image. ``spacing`` of the steps is "leading" or "trailing", see
+    ``Schedule.timesteps``.
 
     Raises ValueError for more steps than the schedule has, and for an eta outside 0 to 1, which would add more noise
     than the next step has.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta runs from 0 (deterministic) to 1 (as much noise as DDPM), not {eta:g}.")
-    stride = schedule.train_steps // max(steps, 1)
-    pairs = [(t, t - stride) for t in schedule.timesteps(steps)]
-    for z_t, _, _ in ddim_loop(model, schedule, z_T, pairs, eta, generator):
+    timesteps = schedule.timesteps(steps, spacing)
+    for z_t, _, _ in ddim_loop(model, schedule, z_T, list(pairwise([*timesteps, -1])), eta, generator):
         yield z_t
 
 
@@ -98,7 +100,6 @@ def ddim_invert(model: Predictor, schedule: Schedule, z_0: Tensor, steps: int) -
     its two times in place of the noisier (DDIM, section 4.3), so going there and back is exact only in the limit of
     many steps. Raises ValueError for more steps than the schedule has.
     """
-    stride = schedule.train_steps // max(steps, 1)
-    pairs = [(t - stride, t) for t in reversed(schedule.timesteps(steps))]
-    for z_t, _, _ in ddim_loop(model, schedule, z_0, pairs):
+    upwards = [-1, *reversed(schedule.timesteps(steps))]
+    for z_t, _, _ in ddim_loop(model, schedule, z_0, list(pairwise(upwards))):
         yield z_t

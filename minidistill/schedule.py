@@ -12,6 +12,8 @@ from torch import Tensor
 
 from minidistill.config import ScheduleConfig
 
+SPACINGS = ("leading", "trailing")
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -42,18 +44,28 @@ class Schedule:
         return len(self.alphas_cumprod)
 
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at time steps t [B], each [B, 1, 1, 1] in the dtype and on the device of ``like``."""
+        """alpha and sigma at time steps t [B], each [B, 1, 1, 1] in the dtype and on the device of ``like``.
+
+        Below 0 is the end of sampling, which has ``final_alpha``.
+        """
         wide = torch.promote_types(like.dtype, torch.float32)
-        alpha_bar = self.alphas_cumprod[t.cpu()].view(-1, 1, 1, 1).to(wide)
+        levels = torch.cat([self.alphas_cumprod, self.final_alpha.view(1)])  # the last one is that of t = -1
+        alpha_bar = levels[t.cpu().clamp(min=-1)].view(-1, 1, 1, 1).to(wide)
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
-    def timesteps(self, steps: int) -> list[int]:
-        """The ``steps`` time steps that DDIM visits, the noisiest first ("leading" spacing with SD's offset).
+    def timesteps(self, steps: int, spacing: str = "leading") -> list[int]:
+        """The ``steps`` time steps that DDIM visits, the noisiest first.
 
-        Raises ValueError unless 1 <= steps <= train_steps.
+        "leading" is Stable Diffusion's own, with its offset: of 4 steps the first is at t = 751. "trailing" starts at
+        the noisiest t, 999 ("Common Diffusion Noise Schedules", arXiv 2305.08891, section 3.3): better for few steps.
+        Raises ValueError unless 1 <= steps <= train_steps, and for another spacing.
         """
         if not 1 <= steps <= self.train_steps:
             raise ValueError(f"DDIM takes 1 to {self.train_steps} steps, not {steps}.")
+        if spacing not in SPACINGS:
+            raise ValueError(f'spacing must be "leading" or "trailing", not "{spacing}".')
+        if spacing == "trailing":
+            return [round(self.train_steps - i * self.train_steps / steps) - 1 for i in range(steps)]
         stride = self.train_steps // steps
         offset = min(self.steps_offset, self.train_steps - 1 - (steps - 1) * stride)  # 1000 steps leave no room for it
         return [i * stride + offset for i in reversed(range(steps))]

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,17 +11,22 @@ from tiny import error, fill_up, randn, tiny_student, tiny_unet, unet_inputs
 from torch import Tensor, nn
 
 from minidistill.conditioning import Conditioning
+from minidistill.config import ScheduleConfig
 from minidistill.distill import (
     ENOUGH_EXAMPLES,
     Batch,
     FullStudent,
     error_and_limit,
+    few_step_states,
+    few_step_weight,
     guided_target,
     learning_rate,
     stored_target,
 )
 from minidistill.guidance import Interval
 from minidistill.lora import LoRAModel
+from minidistill.samplers import ddim_loop, ddim_step
+from minidistill.schedule import Schedule
 
 
 @pytest.fixture
@@ -214,3 +220,42 @@ def test_learning_rate_rises_linearly_and_falls_along_a_cosine():
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[50:] == pytest.approx([1 + math.cos(math.pi * step / 100) for step in range(50, 100)])
     assert max(rates) <= 2.0 and 0 < rates[-1] < 2e-3 and learning_rate(100, 100, 2.0, 10) == pytest.approx(0)
+
+
+# Few steps
+
+
+def fine_trajectory(prediction: str, steps: int) -> tuple[Schedule, Tensor, Tensor, Tensor]:
+    """States [B, S, 4, h, w] of a made-up model at trailing steps, its predictions there, and the ends, in float64."""
+    s = Schedule.from_config(ScheduleConfig(prediction=prediction))
+    z_T = torch.randn(2, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pairs = list(pairwise([*s.timesteps(steps, "trailing"), -1]))
+    path = list(ddim_loop(lambda z_t, t: torch.tanh(z_t.roll(1, 1)) + 0.5 * z_t, s, z_T, pairs))
+    states = torch.stack([z_T, *(z_t for z_t, _, _ in path)], 1)
+    return s, states[:, :-1], torch.stack([predicted for _, predicted, _ in path], 1), states[:, -1]
+
+
+@pytest.mark.parametrize("student_steps", [1, 2, 4, 8, 24])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_our_ddim_step_lands_on_the_teachers_next_state(prediction: str, student_steps: int):
+    s, fine, predictions, z_0 = fine_trajectory(prediction, 24)
+    z_t, target = few_step_states(s, fine, z_0, student_steps)
+    timesteps = s.timesteps(student_steps, "trailing")
+    assert timesteps == s.timesteps(24, "trailing")[:: 24 // student_steps]
+    following = torch.cat([z_t[:, 1:], z_0[:, None]], 1)
+    for i, (t, t_next) in enumerate(pairwise([*timesteps, -1])):
+        landing = ddim_step(s, target[:, i], z_t[:, i], t, t_next)
+        assert (landing - following[:, i]).abs().max() < 1e-12
+    if student_steps == 24:  # as many steps as the teacher: the target is its own prediction
+        assert (target - predictions).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_the_weight_makes_an_error_of_the_prediction_one_of_the_landing(prediction: str):
+    s = Schedule.from_config(ScheduleConfig(prediction=prediction))
+    z_t, wrong = torch.zeros(1, 1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    pairs = pairwise([*s.timesteps(4, "trailing"), -1])
+    moved = torch.cat([ddim_step(s, wrong, z_t, t, t_next).flatten() ** 2 for t, t_next in pairs])
+    weight = few_step_weight(s, 4)
+    assert weight.mean().item() == pytest.approx(1)
+    torch.testing.assert_close(weight.double(), moved / moved.mean(), rtol=1e-6, atol=0)

@@ -16,7 +16,7 @@ METHOD = dict.fromkeys(("config", "blocks", "conditioning", "lora"), "") | {  # 
     "text": "conditioning",
     "samplers": "schedule",
     "guidance": "schedule samplers conditioning",
-    "distill": "guidance lora conditioning",
+    "distill": "guidance lora conditioning schedule",
     "pipeline": "config conditioning guidance samplers schedule text vae",
 }
 FOLDERS = dict.fromkeys(("formats", "kernels"), "") | {  # what a folder may import beside itself and the method

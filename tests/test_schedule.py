@@ -61,6 +61,26 @@ def test_timesteps(steps: int, expected: list[int]):
     assert schedule().timesteps(steps) == expected
 
 
+@pytest.mark.parametrize(
+    "steps, expected", [(1, [999]), (2, [999, 499]), (4, [999, 749, 499, 249]), (3, [999, 666, 332])]
+)
+def test_trailing_timesteps(steps: int, expected: list[int]):
+    assert schedule().timesteps(steps, "trailing") == expected
+
+
+def test_an_unknown_spacing_is_refused():
+    with pytest.raises(ValueError, match="leading.*trailing.*karras"):
+        schedule().timesteps(4, "karras")
+
+
+def test_below_zero_is_the_end_of_sampling():
+    for one in (True, False):
+        alpha, sigma = schedule(set_alpha_to_one=one).alpha_sigma(torch.tensor([-1, -40, 0]), torch.empty(0))
+        expected = 1.0 if one else 0.99915
+        assert alpha.flatten().square()[:2].tolist() == pytest.approx([expected] * 2)
+        assert (alpha**2 + sigma**2).flatten().tolist() == pytest.approx([1] * 3)
+
+
 def test_timesteps_without_offset():
     assert schedule(steps_offset=0).timesteps(4) == [750, 500, 250, 0]
 

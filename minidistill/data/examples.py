@@ -9,7 +9,7 @@ from torch import Tensor
 from minidistill.conditioning import Conditioning, cat
 from minidistill.data.images import ImageLatents
 from minidistill.data.trajectories import Trajectories
-from minidistill.distill import Batch
+from minidistill.distill import Batch, few_step_weight
 from minidistill.pipeline import StableDiffusion, on_device
 from minidistill.schedule import Schedule, add_noise, min_snr_weight
 
@@ -25,6 +25,7 @@ class Examples:
         prompts: embeddings of the distinct prompts; on the CPU, as those of many prompts would fill a small GPU.
         prompt_of: for each trajectory or image, its row in ``prompts``.
         batch_size: examples per update, over all processes.  weighting: "even" or "min-snr".
+        student_steps: how many steps the student is to take, if fewer than the teacher.
     """
 
     latents: Trajectories | ImageLatents
@@ -34,6 +35,7 @@ class Examples:
     batch_size: int
     seed: int
     weighting: str
+    student_steps: int | None = None
 
     def weight(self, t: Tensor) -> Tensor:
         """Of each example in the loss, [B, 1, 1, 1]."""
@@ -58,7 +60,10 @@ class StoredStates(Examples):
     def batch(self, step: int) -> Batch:
         trajectory, position = self.latents.examples[batch_indices(len(self), self.batch_size, self.seed, step)].T
         z_t, target, t = self.latents.states(trajectory, position)
-        return Batch(z_t, t, self.prompts[self.prompt_of[trajectory]], self.weight(t), target)
+        weight = self.weight(t)
+        if self.student_steps:
+            weight = few_step_weight(self.schedule, self.student_steps)[position].view(-1, 1, 1, 1)
+        return Batch(z_t, t, self.prompts[self.prompt_of[trajectory]], weight, target)
 
 
 class NoisedLatents(Examples):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from minidistill.conditioning import Conditioning
 from minidistill.data.shards import fingerprint, read_shard, write_shard
+from minidistill.distill import few_step_states
 from minidistill.formats.files import digest
 from minidistill.guidance import Interval, guided
 from minidistill.pipeline import StableDiffusion
@@ -58,6 +59,7 @@ def generate(
     batch: int = 16,
     stride: int = 1,
     keep_states: bool = True,
+    student_steps: int | None = None,
     weights: str | None = None,
     rank: int = 0,
     world: int = 1,
@@ -71,12 +73,13 @@ def generate(
 
     The states of one trajectory are much alike. With ``stride`` n the teacher takes the first step, then every n-th
     only, at offsets that shift from shard to shard: n times as many images in the same time, and over n shards every t.
-    Without ``keep_states`` only the ends z_0 are stored. ``weights`` is the fingerprint of UNet and text encoder, if it
-    is known already.
+    Without ``keep_states`` only the ends z_0 are stored. With ``student_steps`` the teacher's steps have trailing
+    spacing, and only the states that so many steps visit are stored, each with the prediction that leads to the next.
+    ``weights`` is the fingerprint of UNet and text encoder, if it is known already.
 
     Raises ValueError when the folder holds shards made with other settings.
     """
-    schedule, every_t = sd.schedule, sd.schedule.timesteps(steps)
+    schedule, every_t = sd.schedule, sd.schedule.timesteps(steps, "trailing" if student_steps else "leading")
     levels = [schedule.alphas_cumprod.tolist(), schedule.final_alpha.item(), every_t]
     tokens = [sd.tokenizer(captions).input_ids, sd.tokenizer.pad_token_id]
     settings = dict(
@@ -92,6 +95,7 @@ def generate(
         stride=stride,
         keep_states=keep_states,
         **({"interval": interval} if interval else {}),
+        **({"student_steps": student_steps} if student_steps else {}),
     )
     made_with = json.dumps(settings)
     order = torch.cat([
@@ -114,6 +118,9 @@ def generate(
             z_t, target, z_0 = teacher_trajectory(
                 sd, cond, uncond.expand(len(cond)), guidance, z_T, timesteps, interval
             )
+            if student_steps:
+                z_t, target = few_step_states(schedule, z_t, z_0, student_steps)
+                timesteps = schedule.timesteps(student_steps, "trailing")
             tensors = {"z_0": z_0, "z_t": z_t, "target": target} if keep_states else {"z_0": z_0}
             # Half precision rounds by 1/2000 of a value, far below what any student misses, and halves the disk space.
             tensors = {name: x.half().cpu().contiguous() for name, x in tensors.items()}

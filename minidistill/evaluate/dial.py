@@ -44,7 +44,10 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     prompts = spread(prompt_split(args.model)[1], args.prompts)
-    learned = read_student(args.run, 1.0, args).teacher
+    read = read_student(args.run, 1.0, args)
+    if read.few_steps:
+        raise ValueError(f"{args.run} takes fewer steps than its teacher: measure the dial of one that takes as many.")
+    learned = read.teacher
     s = learned.guidance
     states: dict[str, dict[str, Tensor]] = {}  # of the teacher at guidance s, the same for every strength
     rows, images = [], []

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from minidistill.data.trajectories import teacher_trajectory
+from minidistill.distill import few_step_states
 from minidistill.guidance import Interval, guided, plain, student
 from minidistill.pipeline import FRESH_NOISE, StableDiffusion
 from minidistill.samplers import Predictor, fresh_noise
@@ -62,16 +63,21 @@ def teacher_states(
     negative_prompt: str,
     interval: Interval | None,
     noised: bool,
+    student_steps: int | None,
 ) -> dict[str, Tensor]:
     """``z_t`` on the teacher's guided trajectories, with ``eps_hat`` and ``eps_cond`` there: [B, S, 4, h, w] each.
 
-    With ``noised`` the states are the ends z_0 of the trajectories, with fresh noise for the same time steps.
+    With ``noised`` the states are the ends z_0 of the trajectories, with fresh noise for the same time steps. For a
+    student of few steps, the states are those that it visits, and ``eps_hat`` is what leads from each to the next.
     """
-    timesteps = sd.schedule.timesteps(steps)
+    timesteps = sd.schedule.timesteps(steps, "trailing" if student_steps else "leading")
     cond = sd.encode_prompt(list(prompts))
     uncond = sd.encode_prompt([negative_prompt]).expand(len(cond))
     z_T = sd.starting_noise(seeds)
     z_t, eps_hat, z_0 = teacher_trajectory(sd, cond, uncond, guidance, z_T, timesteps, interval)
+    if student_steps:
+        z_t, eps_hat = few_step_states(sd.schedule, z_t, z_0, student_steps)
+        timesteps = sd.schedule.timesteps(student_steps, "trailing")
     if noised:
         generators = [torch.Generator().manual_seed(FRESH_NOISE + seed) for seed in seeds]
         times = (torch.full((len(z_0),), t, device=z_0.device) for t in timesteps)
@@ -90,6 +96,7 @@ def noise_error_share(
     negative_prompt: str = "",
     interval: Interval | None = None,
     noised: bool = False,
+    student_steps: int | None = None,
     batch: int = 16,
     progress: bool = False,
     cache: Callable[[str, Make], dict[str, Tensor]] = lambda name, make: make(),
@@ -101,11 +108,14 @@ def noise_error_share(
     Args:
         interval: the time steps at which the teacher is guided; None means all.
         noised: measure on the ends z_0 of the trajectories instead, with fresh noise for the same time steps.
+        student_steps: for a student of few steps, measure on the states it visits, and take what leads from each to
+            the next for eps_hat.
         cache: ``cache(name, make)`` returns ``make()``, the teacher's tensors for one batch. It may store them for
             the next student.
     """
-    timesteps = sd.schedule.timesteps(steps)
+    timesteps = sd.schedule.timesteps(student_steps, "trailing") if student_steps else sd.schedule.timesteps(steps)
     teacher = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, interval=interval, noised=noised)
+    teacher |= dict(student_steps=student_steps)
     parts = []  # per batch: errors, gaps, along, [B, S] each
     for first in tqdm(range(0, len(prompts), batch), desc="noise error", unit="batch", disable=not progress):
         some = list(prompts[first : first + batch])

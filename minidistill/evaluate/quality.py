@@ -124,12 +124,16 @@ def run(args: Namespace) -> None:
         sd = load(args.model, **load_options(args))
         sd.unet = student.install(sd.unet)
         learned = f"{digest(student.file.read_bytes())} {label}"
-        shares[label] = {
-            "noise error share": error_share(sd, label, learned, noised=False),
-            "on noised latents": error_share(sd, label, learned, noised=True),
-        }
+        few = {}
+        if student.few_steps:  # it predicts what leads to its next state, not the guided prediction
+            few = dict(student_steps=student.few_steps[0], spacing="trailing")
+        else:
+            shares[label] = {
+                "noise error share": error_share(sd, label, learned, noised=False),
+                "on noised latents": error_share(sd, label, learned, noised=True),
+            }
         merge_lora(sd.unet)
-        rows.append(images(sd, "student", label, learned))
+        rows.append(images(sd, "student", label, learned, **few))
 
     references = {}  # features [N, D] of the sets of images to compare with
     if clip:

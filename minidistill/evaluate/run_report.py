@@ -25,12 +25,15 @@ def write_report(
     negative_prompt: str,
     batch: int,
     interval: Interval | None = None,
+    spacing: str = "leading",
+    student_steps: int | None = None,
 ) -> None:
     """Evaluate the student in ``sd.unet`` on held-out ``prompts``; write images, a plot and a table into ``out``."""
     print(f"Evaluating on {len(prompts)} held-out prompts ...")
     options = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, interval=interval, batch=batch)
-    options |= dict(progress=True)
+    options |= dict(student_steps=student_steps, progress=True)
     share = noise_error_share(sd, prompts, **options).pooled
+    options |= dict(spacing=spacing)
     sd.sample(prompts[:1], steps=1)  # warm up: the first calls are slower
     rows = [draw(sd, method, prompts, **options) for method in ("teacher", "no guidance")]
     merge_lora(sd.unet)
@@ -44,6 +47,8 @@ def write_report(
     )
     memory = f"Weights: {frozen:.1f} MB frozen, {trained:.1f} MB trained."
     where = f" for {interval.low:g} <= t <= {interval.high:g}" if interval else ""
+    few = f", the student {student_steps}" if student_steps else ""
+    on = "what leads from one state to the next that it visits" if student_steps else "the guided prediction"
 
     with atomic_write(out / "teacher_vs_student.png") as file:
         comparison_grid(rows, prompts).save(file, "png")
@@ -51,9 +56,9 @@ def write_report(
     with atomic_write(out / "report.md") as file:
         file.write_text(
             f"# Teacher and student on {len(prompts)} held-out prompts\n\n{table}\n\n{memory}\n\n"
-            f"Guidance {guidance:g}{where}, {steps} DDIM steps, {len(losses)} updates. The noise error share is the "
-            "student's squared error on the teacher's guided trajectories, divided by the squared difference that "
-            "guidance makes there. PSNR compares images of the same prompt and seed.\n\n"
+            f"Guidance {guidance:g}{where}, {steps} DDIM steps{few}, {len(losses)} updates. The noise error share is "
+            f"the student's squared error in {on}, on the teacher's guided trajectories, divided by that of the model "
+            "without guidance. PSNR compares images of the same prompt and seed.\n\n"
             "![images](teacher_vs_student.png)\n\n![loss](loss.png)\n",
             encoding="utf-8",
         )

@@ -34,19 +34,23 @@ def draw(
     guidance: float,
     selective: float = 0.0,
     interval: Interval | None = None,
+    spacing: str = "leading",
+    student_steps: int | None = None,
     **options,
 ) -> Drawn:
     """Sample ``prompts`` with the "teacher", with "no guidance", or with the "student", from the same seeds.
 
-    The keyword arguments go to :meth:`StableDiffusion.sample`. The time covers the text encoder and the VAE.
+    The keyword arguments go to :meth:`StableDiffusion.sample`; a student of few steps takes ``student_steps``
+    instead of ``steps``. The time covers the text encoder and the VAE.
     """
+    steps = student_steps if student_steps and method == "student" else steps
     guides = method == "teacher" and guidance != 1
     scale = guidance if guides else 1.0
     options = dict(seed=EVALUATION_SEED) | options | dict(steps=steps, guidance=scale, lora_enabled=method == "student")
     start = time.perf_counter()
-    images = sd.sample(prompts, selective=selective, interval=interval, **options)
+    images = sd.sample(prompts, selective=selective, interval=interval, spacing=spacing, **options)
     seconds = (time.perf_counter() - start) / len(prompts)
     if selective:
-        interval = selective_interval(sd.schedule, steps, selective)
-    inside = (interval or ALWAYS).includes(torch.tensor(sd.schedule.timesteps(steps)))
+        interval = selective_interval(sd.schedule, steps, selective, spacing)
+    inside = (interval or ALWAYS).includes(torch.tensor(sd.schedule.timesteps(steps, spacing)))
     return Drawn(method, images, steps + (int(inside.sum()) if guides else 0), seconds)

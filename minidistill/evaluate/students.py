@@ -33,11 +33,15 @@ class Teacher(NamedTuple):
 
 
 class Student(NamedTuple):
-    """A student on disk: ``install`` puts it beside the teacher's UNet, which is then called with lora_enabled."""
+    """A student on disk: ``install`` puts it beside the teacher's UNet, which is then called with lora_enabled.
+
+    ``few_steps`` are its DDIM steps and its teacher's, if it was taught to take fewer.
+    """
 
     file: Path
     teacher: Teacher
     install: Callable[[UNet], nn.Module]
+    few_steps: tuple[int, int] | None = None
 
 
 def read_student(path: Path, scale: float, args: Namespace) -> Student:
@@ -62,7 +66,7 @@ def read_student(path: Path, scale: float, args: Namespace) -> Student:
             "(python -m minidistill.export --to checkpoint), and pass the result as --model."
         )
     teacher = Teacher(learned.guidance, learned.metadata.get("negative_prompt", ""), learned.interval)
-    return Student(learned.path, teacher, install)
+    return Student(learned.path, teacher, install, learned.few_steps)
 
 
 def full_student(run: Path) -> Path | None:

@@ -67,6 +67,13 @@ class LoRAFile:
         with reading(self.path):
             return Interval(*map(float, self.metadata["interval"].split())) if "interval" in self.metadata else None
 
+    @property
+    def few_steps(self) -> tuple[int, int] | None:
+        """The DDIM steps of a student of few steps, and those of its teacher; None if it takes as many."""
+        with reading(self.path):
+            steps = (self.metadata.get("student_steps"), self.metadata.get("teacher_steps"))
+            return None if steps[0] is None else (int(steps[0]), int(steps[1]))
+
     def scaled(self, scale: float) -> "LoRAFile":
         """The same LoRA with every alpha multiplied by ``scale``."""
         layers = {name: pair._replace(alpha=scale * pair.alpha) for name, pair in self.layers.items()}

@@ -19,9 +19,10 @@ try:
 except ImportError:  # on Windows, where two runs in one folder go unnoticed
     fcntl = None
 
-# Flags that do not change what is learned; --student and --source are recorded as --method.
+# Flags that do not change what is learned. --student and --source are recorded as --method; the spacing follows from
+# --student-steps.
 FREE = {"out", "states", "resume", "no_report", "save_every", "device", "kernel", "memory", "accumulate", "compile"}
-FREE |= {"batched_teacher", "student", "source"}
+FREE |= {"batched_teacher", "student", "source", "spacing"}
 KEPT = 2  # checkpoints: the older one is for when the newer turns out to be damaged
 DIGEST = 32  # bytes of SHA-256 at the end of a checkpoint: torch.load itself does not notice a flipped bit
 

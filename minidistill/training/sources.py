@@ -45,6 +45,7 @@ class FromTrajectories:
             batch=args.batch,
             stride=args.stride,
             keep_states=not self.asks_teacher,
+            student_steps=args.student_steps,
             weights=weights,
             rank=ranks.rank,
             world=ranks.world,
@@ -56,7 +57,8 @@ class FromTrajectories:
         latents = self.latents(sd, folder, weights, ranks)
         prompts, prompt_of = encode_prompts(sd, self.captions, latents)
         args = self.args
-        return self.examples(latents, prompts, prompt_of, sd.schedule, args.batch, args.seed, args.weighting)
+        settings = (args.batch, args.seed, args.weighting, args.student_steps)
+        return self.examples(latents, prompts, prompt_of, sd.schedule, *settings)
 
 
 class FromNoised(FromTrajectories):

@@ -86,6 +86,35 @@ def choose_method(args: argparse.Namespace) -> None:
     args.method = {"lora": ["trajectories", "noised"], "full": ["full", "full noised"]}[args.student][noised]
 
 
+def choose_steps(args: argparse.Namespace) -> None:
+    """Fill in ``args.sample_steps``, ``args.stride`` and ``args.spacing``, which depend on ``args.student_steps``.
+
+    Raises ValueError for flags that contradict each other.
+    """
+    few = args.student_steps
+    if few and (args.source != "trajectories" or args.weighting != "even" or args.stride not in (None, 1)):
+        raise ValueError(
+            "--student-steps learns from whole trajectories and has its own weights: leave out --method noised, "
+            "--source, --stride and --weighting."
+        )
+    args.spacing = "trailing" if few else "leading"
+    args.stride = args.stride or (1 if few else 3)
+    args.sample_steps = args.sample_steps or (few * max(1, round(24 / few)) if few else 25)
+    if few and args.sample_steps % few:
+        raise ValueError(f"--sample-steps {args.sample_steps} must be a multiple of --student-steps {few}.")
+
+
+def header(args: argparse.Namespace, base: str, prediction: str) -> dict[str, str]:
+    """What a result's file says of the student: which teacher it learned from, and how to sample with it."""
+    said = dict(base=base, guidance=f"{args.guidance:g}", negative_prompt=args.negative_prompt, method=args.method)
+    said |= dict(prediction=prediction)
+    if args.interval:
+        said |= dict(interval=str(args.interval))
+    if args.student_steps:
+        said |= dict(student_steps=str(args.student_steps), teacher_steps=str(args.sample_steps))
+    return said
+
+
 def merge_style(unet: nn.Module, lora: ScaledFile | None) -> dict[str, str]:
     """Merge the LoRA of a style into W, for teacher and student alike; returns the metadata that says so.
 

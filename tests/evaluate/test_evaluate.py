@@ -17,7 +17,7 @@ from minidistill import CheckpointError, StableDiffusion, inject_lora, load, loa
 from minidistill.conditioning import Conditioning
 from minidistill.evaluate import ClipScore, comparison_grid, draw, interval, metrics, noise_error_share, psnr
 from minidistill.evaluate.__main__ import main
-from minidistill.evaluate.metrics import frechet_distance, ssim
+from minidistill.evaluate.metrics import EVALUATION_SEED, frechet_distance, ssim
 from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
 from minidistill.formats.tensor_files import write_tensors
 from minidistill.guidance import Interval
@@ -309,6 +309,24 @@ def test_a_student_of_a_teacher_guided_in_an_interval(run: Path, evaluate: Calla
     assert math.isclose(results["rows"][2]["noise error share"]["value"], share.pooled, rel_tol=1e-4)
     first, last = results["by step"]["a run"]["noise error share"]
     assert math.isclose(first, share.per_step[0], rel_tol=1e-4) and last is None  # at t = 1 there is no guidance
+
+
+def test_a_student_of_few_steps(run: Path, evaluate: Callable[..., Path], tiny_model: Path):
+    """It takes the steps in its header, with trailing spacing; the dial is not for it."""
+    header = LEARNED | dict(student_steps="1", teacher_steps="2", rank="2", alpha="2")
+    write_tensors(run / "lora.safetensors", load_file(run / "lora.safetensors"), header)
+    out = evaluate(run)
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["unet_calls"] for row in rows] == [4, 2, 1]
+    assert "noise error share" not in rows[2]
+    twice = [line for line in (out.parent / "four.txt").read_text().splitlines() for _ in range(2)]
+    sd = load(tiny_model)
+    sd.unet = load_lora(sd.unet, run / "lora.safetensors")
+    student = sd.sample(twice, steps=1, spacing="trailing", lora_enabled=True, seed=EVALUATION_SEED)
+    teacher = draw(sd, "teacher", twice, steps=2, guidance=4.0).images
+    assert math.isclose(rows[2]["PSNR"]["value"], psnr(student, teacher).mean(), rel_tol=1e-2)
+    with pytest.raises(ValueError, match="fewer steps than its teacher"):
+        main(["dial", str(run), "--model", str(tiny_model)])
 
 
 def test_images_are_cached(run: Path, evaluate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):

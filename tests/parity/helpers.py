@@ -80,7 +80,7 @@ def small_text_encoder(width: int, activation: str = "quick_gelu") -> CLIPTextMo
     return shake(CLIPTextModel(config).double())
 
 
-def ddim_scheduler(prediction: str = "eps", set_alpha_to_one: bool = False):
+def ddim_scheduler(prediction: str = "eps", set_alpha_to_one: bool = False, spacing: str = "leading"):
     """The scheduler Stable Diffusion was trained with."""
     return diffusers.DDIMScheduler(
         beta_start=0.00085,
@@ -89,6 +89,7 @@ def ddim_scheduler(prediction: str = "eps", set_alpha_to_one: bool = False):
         clip_sample=False,
         set_alpha_to_one=set_alpha_to_one,
         steps_offset=1,
+        timestep_spacing=spacing,
         prediction_type={"eps": "epsilon", "v": "v_prediction"}[prediction],
     )
 

@@ -132,6 +132,21 @@ def test_diffusers_draws_what_we_draw(
     same_pictures(small, tmp_path / f"lora-{to}.safetensors", lora)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_diffusers_draws_the_same_in_few_steps(steps: int, small: Path, tmp_path: Path) -> None:
+    """With trailing spacing, set as docs/formats-and-tools.md says."""
+    lora = write_student(small, tmp_path / "lora.safetensors", 4, 4, CONVOLUTIONS)
+    export.main([str(lora), "--to", "peft"])
+    sd = load(small)
+    sd.unet = load_lora(sd.unet, lora)
+    options = dict(height=32, width=32)
+    ours = levels(sd.sample(PROMPTS, steps=steps, spacing="trailing", seed=3, lora_enabled=True, **options))
+    pipe = pipeline(small, tmp_path / "lora-peft.safetensors")
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    options |= dict(latents=sd.starting_noise([3, 4], **options), num_inference_steps=steps, guidance_scale=1)
+    assert np.abs(ours - levels(pipe(PROMPTS, **options).images)).max() <= 1
+
+
 @pytest.mark.parametrize("to", ["peft", "kohya"])
 def test_the_student_that_ships(to: str, tmp_path: Path) -> None:
     lora = POCKET / "guidance-lora.safetensors"

@@ -24,6 +24,30 @@ def test_timesteps(steps: int) -> None:
     assert schedule().timesteps(steps) == theirs.timesteps.tolist()
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 8, 24, 25, 50, 999, 1000])
+def test_trailing_timesteps(steps: int) -> None:
+    theirs = ddim_scheduler(spacing="trailing")
+    theirs.set_timesteps(steps)
+    assert schedule().timesteps(steps, "trailing") == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 25])  # divisors of 1000: elsewhere diffusers steps past the next time step
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_every_trailing_step(prediction: str, steps: int) -> None:
+    theirs = ddim_scheduler(prediction, spacing="trailing")
+    theirs.set_timesteps(steps)
+
+    def model(z_t: Tensor, t: Tensor) -> Tensor:
+        return randn(*SHAPE, seed=int(t[0]))
+
+    z_t = randn(*SHAPE)
+    for t, actual in zip(
+        theirs.timesteps, ddim_sample(model, schedule(prediction), z_t, steps, spacing="trailing"), strict=True
+    ):
+        z_t = theirs.step(model(z_t, t[None]), t, z_t).prev_sample
+        assert error(actual, z_t) <= 1e-9, f"at t={t}"
+
+
 @pytest.mark.parametrize("steps", [1, 7, 50])
 @pytest.mark.parametrize("set_alpha_to_one", [False, True])
 @pytest.mark.parametrize("prediction", ["eps", "v"])

@@ -1,0 +1,103 @@
+"""train.py --student-steps and what sample.py makes of its LoRA: guidance and few steps in one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from minidistill import StableDiffusion, load, load_lora
+from minidistill.data.prompts import prompt_split
+from minidistill.data.trajectories import teacher_trajectory
+from minidistill.distill import few_step_states
+from minidistill.formats.lora_formats import read_lora
+from minidistill.unet import UNet
+
+ALONE = "--no-report"
+
+
+@pytest.fixture
+def few_step_run(command, flags, tmp_path: Path) -> Path:
+    run = flags(tmp_path / "run", student_steps=2, sample_steps=4, save_every=6)
+    assert command("train.py", *run).code == 0
+    return tmp_path / "run"
+
+
+def test_the_states_that_the_student_visits_are_stored(few_step_run: Path, sd: StableDiffusion, prompts_file: Path):
+    """With what leads from each to the next, computed again from the teacher's fine trajectory."""
+    captions, _ = prompt_split(sd.path, prompts_file)
+    shard = load_file(sorted((few_step_run / "states").glob("*.safetensors"))[0])
+    assert shard["t"].tolist() == [999, 499]
+    cond = sd.encode_prompt([captions[i] for i in shard["prompt"]])
+    z_T, uncond = sd.starting_noise(range(len(cond))), sd.encode_prompt([""]).expand(len(cond))
+    with torch.no_grad():
+        z_t, _, z_0 = teacher_trajectory(sd, cond, uncond, 2.5, z_T, sd.schedule.timesteps(4, "trailing"))
+    expected = few_step_states(sd.schedule, z_t, z_0, 2)
+    for name, tensor in zip(("z_t", "target"), expected):
+        assert (shard[name] - tensor).abs().max() < 2e-3 * tensor.abs().max()  # stored in half precision
+
+
+def test_header_and_report_say_how_many_steps(few_step_run: Path):
+    assert read_lora(few_step_run / "lora.safetensors").few_steps == (2, 4)
+    report = (few_step_run / "report.md").read_text()
+    assert "4 DDIM steps, the student 2," in report
+    calls = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in report.splitlines() if "|" in line}
+    assert (calls["teacher"], calls["no guidance"], calls["student"]) == ("8", "4", "2")
+
+
+def test_sampling_follows_the_header(few_step_run: Path, command, monkeypatch, tiny_model: Path, tmp_path: Path):
+    sizes, forward = [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda self, *args: (sizes.append(1), forward(self, *args))[1])
+    alone = ("sample.py", "a red apple", "--model", tiny_model, "--device", "cpu", "--lora", few_step_run)
+    assert command(*alone, "--out", tmp_path / "one.png").code == 0
+    assert len(sizes) == 2
+    assert command(*alone, "--out", tmp_path / "four.png", "--steps", 4).code == 0
+    assert len(sizes) == 2 + 4
+    assert command(*alone, "--out", tmp_path / "both.png", "--compare").code == 0
+    assert len(sizes) == 2 + 4 + (2 + 8 + 2)  # an untimed step, the teacher, the student
+
+    sd = load(tiny_model)
+    sd.unet = load_lora(sd.unet, few_step_run / "lora.safetensors")
+    (expected,) = sd.sample("a red apple", steps=2, spacing="trailing", lora_enabled=True)
+    with Image.open(tmp_path / "one.png") as image:
+        difference = torch.tensor(list(image.tobytes())) - torch.tensor(list(expected.tobytes()))
+    assert difference.abs().max() <= 1  # merged or beside
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_the_spacing_can_be_chosen(spacing: str, command, tiny_model: Path, tmp_path: Path):
+    flags = ("--model", tiny_model, "--device", "cpu", "--steps", 2, "--spacing", spacing)
+    assert command("sample.py", "a red apple", *flags, "--out", tmp_path / "one.png").code == 0
+    (expected,) = load(tiny_model).sample("a red apple", steps=2, guidance=2.5, spacing=spacing)
+    with Image.open(tmp_path / "one.png") as image:
+        assert image.tobytes() == expected.tobytes()
+
+
+def test_learning_leads_closer_to_the_teachers_next_state(command, flags, tmp_path: Path):
+    run = flags(tmp_path / "run", student_steps=2, sample_steps=4, steps=60, save_every=60, rank=8, lr=3e-3)
+    assert command("train.py", *run, ALONE).code == 0
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (dict(sample_steps=5), "multiple of --student-steps 2"),
+        (dict(sample_steps=4, stride=2), "--stride"),
+        (dict(sample_steps=4, weighting="min-snr"), "--weighting"),
+        (dict(sample_steps=4, method="noised"), "--method noised"),
+    ],
+)
+def test_contradicting_flags_are_refused(changes: dict, named: str, command, flags, tmp_path: Path):
+    result = command("train.py", *flags(tmp_path / "run", student_steps=2, **changes))
+    assert named in result.complaint and len(result.lines) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("student_steps, steps, stride", [(None, 25, 3), (4, 24, 1), (5, 25, 1), (40, 40, 1)])
+def test_defaults(student_steps: int | None, steps: int, stride: int, train):
+    args = train.parse(["--student-steps", str(student_steps)] if student_steps else [])
+    assert (args.sample_steps, args.stride) == (steps, stride)
