@@ -5,7 +5,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -14,6 +16,7 @@ from minidistill.bench.workloads import Size
 from minidistill.config import UNetConfig, VAEConfig
 from minidistill.formats.single_file import to_single_file
 from minidistill.lora import LoRAModel, inject_lora, lora_layers
+from minidistill.pocket.emoji3d.compositions import THINGS
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 
@@ -159,4 +162,19 @@ def write_tiny(folder: Path, seed: int = 0) -> Path:
     save_file(vae.state_dict(), folder / "vae/diffusion_pytorch_model.safetensors")
     save_file(text_encoder.state_dict(), folder / "text_encoder/model.safetensors")
     shutil.copytree(ROOT / "weights/pocket-emoji/tokenizer", folder / "tokenizer")
+    return folder
+
+
+def write_emoji(folder: Path) -> Path:
+    """Write a package of emoji in which every thing is a blob of random colours."""
+    (folder / "assets").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i, character in enumerate(THINGS):
+        blob = np.full((4, 4, 4), 255, dtype=np.uint8)
+        blob[:, :, :3] = rng.integers(256, size=(4, 4, 3))
+        blob[0, 0, 3] = 0  # a transparent corner
+        sheet = Image.new("RGBA", (80, 80))
+        sheet.paste(Image.fromarray(blob).resize((64, 64), Image.Resampling.NEAREST), (8, 8))
+        suffix = "-fe0f" if i % 5 == 0 else ""
+        sheet.save(folder / f"assets/{ord(character):04x}{suffix}.webp", lossless=True)
     return folder

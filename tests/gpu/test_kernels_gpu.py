@@ -195,7 +195,7 @@ def test_on_a_device_that_is_not_the_current_one():
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
 def test_compute_sanitizer(tool: str):
-    """Only our two launches run and are checked; their operands come from the host."""
+    """Only our two launches run and are checked; their operands come from the host. A few ranks, as it is slow."""
     if not (sanitizer := shutil.which("compute-sanitizer")):
         pytest.skip("needs compute-sanitizer")
     script = """
@@ -205,7 +205,7 @@ from minidistill.kernels.build import obstacle
 ops, device = torch.ops.minidistill, torch.device("cuda")
 assert obstacle(device) is None
 for shape in (Shape(70, 72, 88), Shape(16384, 72, 328)):  # small blocks, large blocks
-    for rank in (0, 5, 16, 32, 64, 128):
+    for rank in (0, 5, 16, 128):
         layer = Layer.random(shape, rank, torch.bfloat16, "cpu")
         dy = torch.randn(shape.M, shape.N).bfloat16()
         dy, x, W, b, A, B = (tensor.detach().to(device) for tensor in (dy, *layer[:5]))
@@ -218,7 +218,7 @@ torch.cuda.synchronize()
     command = [sanitizer, *flags, sys.executable, "-c", script]
     # One allocation per tensor: accesses within PyTorch's cached blocks are never out of bounds.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 

@@ -2,28 +2,15 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from tiny import write_emoji
 
-from minidistill.pocket.emoji3d.compositions import THINGS
 from minidistill.pocket.emoji3d.images import Renderer
 
 
 @pytest.fixture(scope="session")
 def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("package")
-    (folder / "assets").mkdir()
-    rng = np.random.default_rng(0)
-    for i, character in enumerate(THINGS):
-        blob = np.full((4, 4, 4), 255, dtype=np.uint8)
-        blob[:, :, :3] = rng.integers(256, size=(4, 4, 3))
-        blob[0, 0, 3] = 0  # a transparent corner
-        sheet = Image.new("RGBA", (80, 80))
-        sheet.paste(Image.fromarray(blob).resize((64, 64), Image.Resampling.NEAREST), (8, 8))
-        suffix = "-fe0f" if i % 5 == 0 else ""
-        sheet.save(folder / f"assets/{ord(character):04x}{suffix}.webp", lossless=True)
-    return folder
+    return write_emoji(tmp_path_factory.mktemp("models") / "package")
 
 
 @pytest.fixture(scope="session")
