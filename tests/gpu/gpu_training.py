@@ -8,6 +8,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -20,6 +21,7 @@ from tiny import write_emoji, write_tiny
 from transformers import CLIPTextModel
 
 from minidistill.bench.workloads import SIZES
+from minidistill.config import POCKET_UNET
 from minidistill.formats.single_file import to_single_file
 from minidistill.pocket.emoji3d import __main__ as emoji3d
 from minidistill.pocket.emoji3d import images, judge
@@ -84,6 +86,7 @@ def tiny_world(task: Task) -> ExitStack:
         learned, held_out = ([c for c in all_compositions() if c.held_out == kind] for kind in (False, True))
         few = [*learned[:8], held_out[0], held_out[-1]]  # one held-out thing, and one pair
         changes.enter_context(patch.object(emoji3d, "all_compositions", lambda: few))
+        changes.enter_context(patch.object(emoji3d, "POCKET_UNET", replace(POCKET_UNET, widths=(16, 16, 16))))
         for name in ("train_clip", "tune_image_encoder"):
             changes.enter_context(patch.object(emoji3d, name, partial(getattr(emoji3d, name), batch=4)))
         changes.enter_context(patch.object(images, "SIZES", 1))

@@ -38,6 +38,17 @@ def test_every_stage_runs_dry(tmp_path: Path) -> None:
     assert {"logs/stages.txt", "logs/profile.txt", "logs/kernel-table.md"} <= set(contents["logs.tar.gz"])
 
 
+def test_the_model_comes_home() -> None:
+    """Its UNet in half precision, the largest file, fits into 16 MiB."""
+    import torch  # not above, because each process of stages_that_fail imports this file
+
+    from minidistill.config import POCKET_UNET
+    from minidistill.unet import UNet
+
+    with torch.device("meta"):
+        assert sum(2 * p.numel() for p in UNet(POCKET_UNET).parameters()) < 2**24
+
+
 def test_only_and_budget(tmp_path: Path) -> None:
     assert quarter_hour.main(["--out", str(tmp_path), "--only", "memory", "facts", "--dry", "--budget", "0"]) == 0
     stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
