@@ -62,6 +62,7 @@ def read_flags(argv: list[str]) -> Namespace:
     flag("--device", default=DEFAULT_DEVICE, help="where to train (default: %(default)s)")
     flag("--compile", action="store_true", help="train the VAE and the UNet compiled by torch.compile: faster")
     flag("--clip-steps", **number, default=1500, help="updates of the CLIP (default: %(default)s)")
+    flag("--clip-batch", **number, default=128, help="images per update of the CLIP (default: %(default)s)")
     flag("--vae-steps", **number, default=30000, help="updates of the VAE (default: %(default)s)")
     flag("--vae-batch", **number, default=4, help="images per update of the VAE (default: %(default)s)")
     flag("--unet-steps", **number, default=30000, help="updates of the UNet (default: %(default)s)")
@@ -82,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
 
     if not (args.out / "text_encoder/model.safetensors").exists():
-        clip = train_clip(trained, renderer, tokenizer, args.clip_steps)
-        tune_image_encoder(clip, trained, renderer, tokenizer, args.clip_steps)
+        clip = train_clip(trained, renderer, tokenizer, args.clip_steps, args.clip_batch)
+        tune_image_encoder(clip, trained, renderer, tokenizer, args.clip_steps, args.clip_batch)
         save_clip(clip, args.out)
     clip = CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32).to(args.device)
     order = held_out + trained  # the caption of unseen[i] is order[i // 4]
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         ids = tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
         with torch.no_grad():
             contexts = text_encoder(ids.to(args.device)).last_hidden_state  # [C + 1, L, D]
-        latents = encode_all(vae, render(renderer, trained, RENDERS, LATENTS_SEED))
+        latents = encode_all(vae, render(renderer, trained, RENDERS, LATENTS_SEED), batch=256)
         captions = torch.arange(len(trained), device=args.device).repeat_interleave(RENDERS)
         data = Captioned(latents, captions, contexts[:-1], contexts[-1], Schedule.from_config(ScheduleConfig()))
         state = args.work / ("unet-more.pt" if args.more else "unet.pt")

@@ -12,6 +12,7 @@ from minidistill.distill import learning_rate
 from minidistill.pocket.clip import MAX_LOGIT_SCALE, clip_config, tokenize
 from minidistill.pocket.emoji3d.compositions import Composition
 from minidistill.pocket.emoji3d.images import Renderer, as_tensors
+from minidistill.pocket.emoji3d.stage import half_precision
 from minidistill.pocket.images import to_pixels
 
 PATCH_SIZE = 8  # pixels: a thing of a pair is 27 pixels large
@@ -53,7 +54,8 @@ def train_clip(
     for step in progress:
         some = torch.randperm(len(compositions))[:batch].to(renderer.device)
         pixels = to_pixels(renderer.draw(things[some], rgb[some]))
-        logits = model(input_ids=ids[some], pixel_values=pixels).logits_per_image  # [B, B]
+        with half_precision(renderer.device):
+            logits = model(input_ids=ids[some], pixel_values=pixels).logits_per_image.float()  # [B, B]
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr, warmup)
@@ -91,7 +93,9 @@ def tune_image_encoder(
     for step in progress:
         some = torch.randint(len(compositions), (batch,), device=renderer.device)
         pixels = to_pixels(renderer.draw(things[some], rgb[some]))
-        features = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)  # [B, D]
+        with half_precision(renderer.device):
+            features = model.get_image_features(pixel_values=pixels).pooler_output  # [B, D]
+        features = F.normalize(features.float(), dim=-1)
         loss = F.cross_entropy(model.logit_scale.detach().exp() * features @ captions.T, some)
         loss.backward()
         optimizer.step()

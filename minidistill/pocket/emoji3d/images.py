@@ -55,7 +55,8 @@ class Renderer:
 
     def __init__(self, folder: Path, side: int = 64, device: torch.device | str = "cpu"):
         sizes = [share * side for kind in (ALONE, IN_A_PAIR) for share in np.linspace(*kind, SIZES)]
-        stamps = [torch.stack([centred(stamp(e, folder), size, side) for size in sizes]) for e in THINGS]
+        images = (stamp(emoji, folder) for emoji in THINGS)
+        stamps = [torch.stack([centred(image, size, side) for size in sizes]) for image in images]
         nothing = torch.zeros_like(stamps[0])
         self.stamps = torch.stack([*stamps, nothing]).to(device)  # uint8 [E + 1, 2 SIZES, 4, S, S]
         self.side, self.device = side, self.stamps.device

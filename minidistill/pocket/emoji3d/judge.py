@@ -90,11 +90,9 @@ def read_flags(argv: list[str]) -> Namespace:
 def templates(folder: Path) -> Tensor:
     """Every thing at several sizes, [E * TEMPLATE_SIZES, 4, h, w] in [0, 1]: colour times coverage, and coverage."""
     fine = 4 * CROP_SIDE  # half the side of the package's images
-    stamps = [
-        centred(stamp(emoji, folder), share * fine, fine)
-        for emoji in THINGS
-        for share in np.linspace(*SIZE_IN_A_CROP, TEMPLATE_SIZES)
-    ]
+    sizes = [share * fine for share in np.linspace(*SIZE_IN_A_CROP, TEMPLATE_SIZES)]
+    images = (stamp(emoji, folder) for emoji in THINGS)
+    stamps = [centred(image, size, fine) for image in images for size in sizes]
     return F.adaptive_avg_pool2d(torch.stack(stamps).float() / 255, CROP_SIDE)
 
 
@@ -269,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     for number, things in enumerate(("one", "two"), start=1):
         chosen = [i for i, c in enumerate(compositions) if len(c.emoji) == number]
         some = [compositions[i] for i in chosen]
-        for method, images in judged.items():
+        for method, images in judged.items() if some else ():
             images = images.unflatten(0, (-1, args.seeds))[chosen].flatten(0, 1)
             rows.append(row(method, things, judge(images, some, classifier, stamps), images, some))
     print(f"{len(compositions)} held-out compositions, {args.seeds} images each\n\n{table(rows)}")

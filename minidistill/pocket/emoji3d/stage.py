@@ -1,12 +1,12 @@
 """Shared by the training stages: the training loop, which averages the weights and resumes where it was stopped."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from minidistill.distill import learning_rate
@@ -18,10 +18,15 @@ EMA_DECAY = 0.998
 
 
 @torch.no_grad()
-def ema(averages: list[Tensor], weights: list[Tensor], updates: Tensor) -> None:
+def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
     """An exponential moving average with a lower decay at first, to forget the initial weights."""
-    decay = min(EMA_DECAY, (1 + int(updates)) / (10 + int(updates)))
-    torch._foreach_lerp_(averages, weights, 1 - decay)
+    decay = min(EMA_DECAY, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+def half_precision(device: torch.device) -> torch.autocast:
+    """On a GPU, compute in bfloat16 what autocast thinks safe."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def fit(
@@ -43,7 +48,7 @@ def fit(
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last).train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    average = AveragedModel(model, multi_avg_fn=ema).eval()
+    average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     parts = {"model": model, "average": average, "optimizer": optimizer}
     start = 0
@@ -59,17 +64,17 @@ def fit(
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr, warmup=min(200, steps // 10 + 1))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with half_precision(device):
             loss, values = loss_of(model, *new_batch())
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        average.update_parameters(model)
+        update_average(average, model, step)
         if step % 20 == 0:
             progress.set_postfix({name: f"{value.item():.4g}" for name, value in values.items()})
         if (step + 1) % save_every == 0 or step + 1 == steps:
             with atomic_write(state) as temporary:
                 now = {name: part.state_dict() for name, part in parts.items()}
                 torch.save(now | {"step": step + 1, "rng": torch.get_rng_state()}, temporary)
-    return average.module
+    return average
