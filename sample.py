@@ -80,10 +80,12 @@ def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict
             )
     guidance, negative_prompt, interval = (y if x is None else x for x, y in zip(asked, learned))
     few_steps = student and student.few_steps
+    if few_steps and student.scale != 1:
+        raise ValueError(f"{student.path} takes few steps, which needs its full strength: leave out the scale.")
     student_steps, steps = few_steps or (None, args.steps or 25)
     return dict(
         steps=steps, student_steps=few_steps and (args.steps or student_steps), guidance=guidance,
-        spacing=args.spacing or ("trailing" if few_steps else "leading"), negative_prompt=negative_prompt,
+        spacing=args.spacing, negative_prompt=negative_prompt,
         interval=interval, selective=args.selective, seed=args.seed, batch=args.batch, progress=True,
     )  # fmt: skip
 
@@ -120,7 +122,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "on this share of the steps, the last ones (default: %(default)s)")
     add("--interval", type=cli.finite, nargs=2, metavar=("LOW", "HIGH"), help="the teacher is guided only at "
         "time steps t from LOW to HIGH (default: at every step; with --compare the LoRA's own)")
-    add("--steps", **n, help="DDIM steps (default: as many as the LoRA was taught, else 25)")
+    add("--steps", **n, help="DDIM steps; with a LoRA of few steps the student's (default: as many as it was taught, "
+        "else 25)")
     add("--spacing", choices=SPACINGS, help="of the steps: leading, as Stable Diffusion has it, or trailing, which is "
         "better for few steps (default: as the LoRA was taught, else leading)")
     add("--batch", **n, default=8, help="images sampled at once (default: %(default)s)")

@@ -82,8 +82,10 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     if args.compile:  # a graph for each way of calling it; sampling uses sd.unet, which is not compiled
         unet = torch.compile(unet, fullgraph=True, dynamic=False)
     progress = Progress(
-        out, losses, sd.unet, trained, optimizer, recorded, ranks, steps=args.steps, peak=peak, interval=args.interval,
-        save_every=args.save_every, preview=partial(preview, sd, args, out, spread(source.held_out, 8)),
+        out, losses, sd.unet, trained, optimizer, recorded, ranks, steps=args.steps, peak=peak,
+        # With few steps, the way from any state to the next may be guided.
+        interval=None if args.student_steps else args.interval, save_every=args.save_every,
+        preview=partial(preview, sd, args, out, spread(source.held_out, 8)),
     )  # fmt: skip
     with closing(progress.steps()) as steps:  # restores the normal Ctrl-C, even after an error
         for step in steps:  # sets the learning rate
@@ -117,7 +119,7 @@ def sampling_options(args: argparse.Namespace) -> dict:
     """How teacher and student sample the images that are shown."""
     return dict(
         steps=args.sample_steps, guidance=args.guidance, negative_prompt=args.negative_prompt, interval=args.interval,
-        batch=args.batch, spacing=args.spacing, student_steps=args.student_steps,
+        batch=args.batch, student_steps=args.student_steps,
     )  # fmt: skip
 
 

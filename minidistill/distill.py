@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidistill.conditioning import Conditioning
@@ -125,7 +124,7 @@ def ddim_coefficients(schedule: Schedule, steps: int) -> tuple[Tensor, Tensor]:
 def error_and_limit(
     unet: LoRAModel | FullStudent, batches: Sequence[Batch], interval: Interval | None = None
 ) -> tuple[float, float]:
-    """The student's mean squared error on ``batches`` with targets, and the most it can be without having diverged.
+    """The student's loss on ``batches`` with targets, and the most it can be without having diverged.
 
     A student has diverged if it is further from the teacher than a prediction of zeros, or twice as far (four times the
     squared error) as W alone, where it started. The second test needs ``ENOUGH_EXAMPLES``, because the effect of
@@ -137,10 +136,10 @@ def error_and_limit(
     batches = guided if enough else batches
 
     def squared_error(lora_enabled: bool) -> Tensor:
-        errors = [F.mse_loss(unet(b.z_t, b.t, b.cond, lora_enabled=lora_enabled), b.target) for b in batches]
-        return sum(errors) / len(errors)
+        predictions = [unet(b.z_t, b.t, b.cond, lora_enabled=lora_enabled) for b in batches]
+        return sum((b.weight * (p - b.target).square()).mean() for b, p in zip(batches, predictions)) / len(batches)
 
-    limit = sum(batch.target.square().mean() for batch in batches) / len(batches)
+    limit = sum((b.weight * b.target.square()).mean() for b in batches) / len(batches)
     if enough:
         limit = min(limit, 4 * squared_error(lora_enabled=False))
     return squared_error(lora_enabled=True).item(), limit.item()

@@ -68,6 +68,13 @@ def ddim_loop(
         yield z_t, prediction, t
 
 
+def step_pairs(schedule: Schedule, steps: int, spacing: str) -> list[tuple[int, int]]:
+    """(t, t_next) of each step, the noisiest first; the last t_next is usually below 0, the end of sampling."""
+    timesteps = schedule.timesteps(steps, spacing)
+    end = timesteps[-1] - schedule.train_steps // steps if spacing == "leading" else -1
+    return list(pairwise([*timesteps, end]))
+
+
 def ddim_sample(
     model: Predictor,
     schedule: Schedule,
@@ -88,8 +95,7 @@ def ddim_sample(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta runs from 0 (deterministic) to 1 (as much noise as DDPM), not {eta:g}.")
-    timesteps = schedule.timesteps(steps, spacing)
-    for z_t, _, _ in ddim_loop(model, schedule, z_T, list(pairwise([*timesteps, -1])), eta, generator):
+    for z_t, _, _ in ddim_loop(model, schedule, z_T, step_pairs(schedule, steps, spacing), eta, generator):
         yield z_t
 
 
@@ -100,6 +106,6 @@ def ddim_invert(model: Predictor, schedule: Schedule, z_0: Tensor, steps: int) -
     its two times in place of the noisier (DDIM, section 4.3), so going there and back is exact only in the limit of
     many steps. Raises ValueError for more steps than the schedule has.
     """
-    upwards = [-1, *reversed(schedule.timesteps(steps))]
-    for z_t, _, _ in ddim_loop(model, schedule, z_0, list(pairwise(upwards))):
+    upwards = [(t_next, t) for t, t_next in reversed(step_pairs(schedule, steps, "leading"))]
+    for z_t, _, _ in ddim_loop(model, schedule, z_0, upwards):
         yield z_t

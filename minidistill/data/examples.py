@@ -25,7 +25,7 @@ class Examples:
         prompts: embeddings of the distinct prompts; on the CPU, as those of many prompts would fill a small GPU.
         prompt_of: for each trajectory or image, its row in ``prompts``.
         batch_size: examples per update, over all processes.  weighting: "even" or "min-snr".
-        student_steps: how many steps the student is to take, if fewer than the teacher.
+        student_steps: how many steps the student is to take; None: as many as the teacher.
     """
 
     latents: Trajectories | ImageLatents
@@ -60,9 +60,10 @@ class StoredStates(Examples):
     def batch(self, step: int) -> Batch:
         trajectory, position = self.latents.examples[batch_indices(len(self), self.batch_size, self.seed, step)].T
         z_t, target, t = self.latents.states(trajectory, position)
-        weight = self.weight(t)
         if self.student_steps:
             weight = few_step_weight(self.schedule, self.student_steps)[position].view(-1, 1, 1, 1)
+        else:
+            weight = self.weight(t)
         return Batch(z_t, t, self.prompts[self.prompt_of[trajectory]], weight, target)
 
 

@@ -77,8 +77,10 @@ def generate(
     spacing, and only the states that so many steps visit are stored, each with the prediction that leads to the next.
     ``weights`` is the fingerprint of UNet and text encoder, if it is known already.
 
-    Raises ValueError when the folder holds shards made with other settings.
+    Raises ValueError when the folder holds shards made with other settings, and for ``student_steps`` that do not fit.
     """
+    if student_steps and (steps % student_steps or stride > 1 or not keep_states):
+        raise ValueError(f"{student_steps} student steps need whole trajectories of a multiple of as many steps.")
     schedule, every_t = sd.schedule, sd.schedule.timesteps(steps, "trailing" if student_steps else "leading")
     levels = [schedule.alphas_cumprod.tolist(), schedule.final_alpha.item(), every_t]
     tokens = [sd.tokenizer(captions).input_ids, sd.tokenizer.pad_token_id]

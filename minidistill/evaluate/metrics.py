@@ -113,6 +113,8 @@ def noise_error_share(
         cache: ``cache(name, make)`` returns ``make()``, the teacher's tensors for one batch. It may store them for
             the next student.
     """
+    if noised and student_steps:
+        raise ValueError("A student of few steps is measured on the teacher's trajectories, not on noised latents.")
     timesteps = sd.schedule.timesteps(student_steps, "trailing") if student_steps else sd.schedule.timesteps(steps)
     teacher = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, interval=interval, noised=noised)
     teacher |= dict(student_steps=student_steps)

@@ -76,6 +76,10 @@ def run(args: Namespace) -> None:
     repeated = [prompt for prompt in prompts for _ in range(each)]
     options = dict(steps=args.steps, batch=args.batch, **teacher._asdict())
     print(f"{len(prompts)} prompts, {each} images of each, {teacher}, {args.steps} DDIM steps")
+    for label, student in students.items():
+        if student.few_steps:
+            few, many = student.few_steps
+            print(f"{label} takes {few} steps; it learned from a teacher of {many} with trailing spacing.")
 
     sd = load(args.model, **load_options(args))
     clip = ClipScore(args.clip, CLIPTokenizer.from_pretrained(args.clip)) if args.clip else ClipScore.in_model(sd)
@@ -126,7 +130,7 @@ def run(args: Namespace) -> None:
         learned = f"{digest(student.file.read_bytes())} {label}"
         few = {}
         if student.few_steps:  # it predicts what leads to its next state, not the guided prediction
-            few = dict(student_steps=student.few_steps[0], spacing="trailing")
+            few = dict(student_steps=student.few_steps[0])
         else:
             shares[label] = {
                 "noise error share": error_share(sd, label, learned, noised=False),

@@ -25,7 +25,6 @@ def write_report(
     negative_prompt: str,
     batch: int,
     interval: Interval | None = None,
-    spacing: str = "leading",
     student_steps: int | None = None,
 ) -> None:
     """Evaluate the student in ``sd.unet`` on held-out ``prompts``; write images, a plot and a table into ``out``."""
@@ -33,7 +32,6 @@ def write_report(
     options = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, interval=interval, batch=batch)
     options |= dict(student_steps=student_steps, progress=True)
     share = noise_error_share(sd, prompts, **options).pooled
-    options |= dict(spacing=spacing)
     sd.sample(prompts[:1], steps=1)  # warm up: the first calls are slower
     rows = [draw(sd, method, prompts, **options) for method in ("teacher", "no guidance")]
     merge_lora(sd.unet)

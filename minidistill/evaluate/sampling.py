@@ -34,15 +34,17 @@ def draw(
     guidance: float,
     selective: float = 0.0,
     interval: Interval | None = None,
-    spacing: str = "leading",
+    spacing: str | None = None,
     student_steps: int | None = None,
     **options,
 ) -> Drawn:
     """Sample ``prompts`` with the "teacher", with "no guidance", or with the "student", from the same seeds.
 
-    The keyword arguments go to :meth:`StableDiffusion.sample`; a student of few steps takes ``student_steps``
-    instead of ``steps``. The time covers the text encoder and the VAE.
+    The keyword arguments go to :meth:`StableDiffusion.sample`. Where the student was taught few steps, it takes
+    ``student_steps`` instead of ``steps``, and the spacing of all is trailing. The time covers the text encoder and the
+    VAE.
     """
+    spacing = spacing or ("trailing" if student_steps else "leading")
     steps = student_steps if student_steps and method == "student" else steps
     guides = method == "teacher" and guidance != 1
     scale = guidance if guides else 1.0

@@ -69,10 +69,14 @@ class LoRAFile:
 
     @property
     def few_steps(self) -> tuple[int, int] | None:
-        """The DDIM steps of a student of few steps, and those of its teacher; None if it takes as many."""
+        """The DDIM steps of a student that was taught how many to take, and those of its teacher; else None."""
+        if (steps := self.metadata.get("student_steps")) is None:
+            return None
         with reading(self.path):
-            steps = (self.metadata.get("student_steps"), self.metadata.get("teacher_steps"))
-            return None if steps[0] is None else (int(steps[0]), int(steps[1]))
+            few = int(steps), int(self.metadata.get("teacher_steps", steps))
+            if min(few) < 1:
+                raise ValueError(f"student_steps {few[0]} and teacher_steps {few[1]} must be at least 1")
+            return few
 
     def scaled(self, scale: float) -> "LoRAFile":
         """The same LoRA with every alpha multiplied by ``scale``."""

@@ -282,7 +282,8 @@ def sample_all(sd: StableDiffusion, args: Namespace, prompts: list[str]) -> dict
     if args.lora:
         sd.unet = load_lora(sd.unet, args.lora)
         merge_lora(sd.unet)
-        rows["student, one pass"] = draw(sd, "student", prompts, **options)
+        few = dict(student_steps=lora.few_steps[0]) if lora.few_steps else {}
+        rows["student, one pass"] = draw(sd, "student", prompts, **options | few)
     return {method: pixels(drawn.images) for method, drawn in rows.items()}
 
 

@@ -40,7 +40,7 @@ def run_checkpointed(switch: Switch | None, below: float, block: Callable[..., T
     if not torch.is_grad_enabled():
         return block(*args)
     if isinstance(block, Upsample):
-        below = math.inf  # nothing needs what comes out of its frozen convolution, and recomputing stops before it
+        below = math.inf  # a frozen convolution needs what goes into it only, and recomputing stops before it
     if switch is not None:
         # The backward pass runs after the switch has been set back: recompute with its present setting.
         block = partial(call_switched, switch, switch.enabled, block)

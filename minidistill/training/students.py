@@ -59,6 +59,7 @@ class FullCopy:
             write_checkpoint(args.model, change, result, metadata, variant=args.variant, ema=args.ema)
 
 
+MOST_FEW_STEPS = 500  # with more, the last step starts at t = 0, where DDIM has nothing left to do
 STUDENTS = {"lora": LoRAStudent, "full": FullCopy}
 # --method, the short form of --student and --source
 METHODS = {"trajectories": ("lora", "trajectories"), "noised": ("lora", "noised"), "full": ("full", "trajectories")}
@@ -94,9 +95,11 @@ def choose_steps(args: argparse.Namespace) -> None:
     few = args.student_steps
     if few and (args.source != "trajectories" or args.weighting != "even" or args.stride not in (None, 1)):
         raise ValueError(
-            "--student-steps learns from whole trajectories and has its own weights: leave out --method noised, "
-            "--source, --stride and --weighting."
+            "--student-steps learns from whole trajectories and has its own weights: leave out --images, "
+            "--method noised, --source, --stride and --weighting."
         )
+    if few and few > MOST_FEW_STEPS:
+        raise ValueError(f"--student-steps is at most {MOST_FEW_STEPS}, not {few}.")
     args.spacing = "trailing" if few else "leading"
     args.stride = args.stride or (1 if few else 3)
     args.sample_steps = args.sample_steps or (few * max(1, round(24 / few)) if few else 25)

@@ -31,7 +31,7 @@ def test_trailing_timesteps(steps: int) -> None:
     assert schedule().timesteps(steps, "trailing") == theirs.timesteps.tolist()
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 25])  # divisors of 1000: elsewhere diffusers steps past the next time step
+@pytest.mark.parametrize("steps", [1, 2, 4, 25])  # with others, diffusers stops short of the next time step
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_every_trailing_step(prediction: str, steps: int) -> None:
     theirs = ddim_scheduler(prediction, spacing="trailing")

@@ -140,7 +140,18 @@ class Painter:
         self.calls = []
 
     def sample(
-        self, prompts, steps, guidance, seed, lora_enabled, negative_prompt, selective, interval, batch, progress
+        self,
+        prompts,
+        steps,
+        guidance,
+        seed,
+        lora_enabled,
+        negative_prompt,
+        selective,
+        interval,
+        spacing,
+        batch,
+        progress,
     ):
         self.calls.append((len(prompts), steps, guidance, lora_enabled, negative_prompt))
         known = {c.caption: c.rgb for c in all_compositions()}
@@ -151,7 +162,7 @@ class Painter:
 def test_main_samples_judges_and_writes(tmp_path, monkeypatch, capsys):
     write_compositions(tmp_path / "compositions.json")
     painter = Painter()
-    learned = SimpleNamespace(metadata={"guidance": "4", "negative_prompt": "blurry"}, interval=None)
+    learned = SimpleNamespace(metadata={"guidance": "4", "negative_prompt": "blurry"}, interval=None, few_steps=None)
     fakes = dict(
         load=lambda path, device: painter,
         read_lora=lambda path: learned,
@@ -184,6 +195,25 @@ def test_main_samples_judges_and_writes(tmp_path, monkeypatch, capsys):
     assert rows["rendered"]["distance over seeds"] == 0
     assert "--seeds 2" in numbers["command"]
     assert "| student, one pass | " in capsys.readouterr().out
+
+
+def test_a_student_of_few_steps_is_sampled_as_it_was_taught(monkeypatch):
+    taken = []
+    lora = SimpleNamespace(metadata={"guidance": "4"}, interval=None, few_steps=(2, 24))
+    fakes = dict(
+        read_lora=lambda path: lora, load_lora=lambda unet, path: unet, merge_lora=lambda unet: None, pixels=lambda x: x
+    )
+    for name, fake in fakes.items():
+        monkeypatch.setattr(judge, name, fake)
+
+    class Sampler(Painter):
+        def sample(self, prompts, steps, spacing, lora_enabled, **options):
+            taken.append((lora_enabled, steps, spacing))
+            return []
+
+    args = SimpleNamespace(lora="some.safetensors", guidance=None, steps=25, batch=4)
+    judge.sample_all(Sampler(), args, ["a cat"])
+    assert taken == [(False, 25, "leading"), (False, 25, "leading"), (True, 2, "trailing")]
 
 
 @pytest.mark.parametrize("flag", ["--steps", "--seeds", "--limit", "--batch"])

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from minidistill import StableDiffusion, load, load_lora
+from minidistill import CheckpointError, StableDiffusion, inject_lora, load, load_lora, save_lora
 from minidistill.data.prompts import prompt_split
-from minidistill.data.trajectories import teacher_trajectory
+from minidistill.data.trajectories import generate, teacher_trajectory
 from minidistill.distill import few_step_states
+from minidistill.evaluate import noise_error_share
 from minidistill.formats.lora_formats import read_lora
 from minidistill.unet import UNet
 
@@ -89,10 +90,11 @@ def test_learning_leads_closer_to_the_teachers_next_state(command, flags, tmp_pa
         (dict(sample_steps=4, stride=2), "--stride"),
         (dict(sample_steps=4, weighting="min-snr"), "--weighting"),
         (dict(sample_steps=4, method="noised"), "--method noised"),
+        (dict(student_steps=501), "at most 500"),
     ],
 )
 def test_contradicting_flags_are_refused(changes: dict, named: str, command, flags, tmp_path: Path):
-    result = command("train.py", *flags(tmp_path / "run", student_steps=2, **changes))
+    result = command("train.py", *flags(tmp_path / "run", **{"student_steps": 2} | changes))
     assert named in result.complaint and len(result.lines) == 1
     assert not list(tmp_path.iterdir())
 
@@ -101,3 +103,35 @@ def test_contradicting_flags_are_refused(changes: dict, named: str, command, fla
 def test_defaults(student_steps: int | None, steps: int, stride: int, train):
     args = train.parse(["--student-steps", str(student_steps)] if student_steps else [])
     assert (args.sample_steps, args.stride) == (steps, stride)
+
+
+@pytest.mark.parametrize(
+    "header, complaint",
+    [
+        (dict(student_steps="0"), "at least 1"),
+        (dict(student_steps="two"), "two"),
+    ],
+)
+def test_a_damaged_header_is_named(header: dict, complaint: str, sd: StableDiffusion, tmp_path: Path):
+    save_lora(inject_lora(sd.unet, rank=2), tmp_path / "lora.safetensors", dict(guidance="4") | header)
+    with pytest.raises(CheckpointError, match=complaint):
+        _ = read_lora(tmp_path / "lora.safetensors").few_steps
+
+
+def test_without_the_teachers_steps(sd: StableDiffusion, tmp_path: Path):
+    save_lora(inject_lora(sd.unet, rank=2), tmp_path / "lora.safetensors", dict(guidance="4", student_steps="3"))
+    assert read_lora(tmp_path / "lora.safetensors").few_steps == (3, 3)
+
+
+def test_another_strength_is_refused(few_step_run: Path, command, tiny_model: Path, tmp_path: Path):
+    flags = ("--model", tiny_model, "--device", "cpu", "--lora", few_step_run, "--out", tmp_path / "one.png")
+    assert "full strength" in command("sample.py", "a red apple", *flags, "--lora-scale", 0.5).complaint
+
+
+@pytest.mark.parametrize("changes", [dict(steps=5), dict(stride=2), dict(keep_states=False)])
+def test_trajectories_must_be_whole(changes: dict, sd: StableDiffusion, tmp_path: Path):
+    settings = dict(count=2, steps=4, guidance=2.0, student_steps=2) | changes
+    with pytest.raises(ValueError, match="2 student steps"):
+        generate(sd, ["a red apple"], tmp_path / "states", **settings)
+    with pytest.raises(ValueError, match="not on noised"):
+        noise_error_share(sd, ["a red apple"], steps=4, guidance=2.0, student_steps=2, noised=True)

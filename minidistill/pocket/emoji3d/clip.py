@@ -49,6 +49,7 @@ def train_clip(
     others = [p for p in model.parameters() if p.ndim < 2]  # no weight decay for biases, gains and the temperature
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    batch = min(batch, len(compositions))
     target = torch.arange(batch, device=renderer.device)
     progress = tqdm(range(steps), desc="clip", unit="step", mininterval=1)
     for step in progress:
@@ -77,6 +78,7 @@ def tune_image_encoder(
     steps: int,
     batch: int = 128,
     lr: float = 1e-3,
+    warmup: int = 50,
 ) -> None:
     """Train the image encoder further, against the captions of *all* compositions; the text encoder is fixed.
 
@@ -87,7 +89,6 @@ def tune_image_encoder(
     things, rgb = as_tensors(compositions, renderer.device)
     parameters = [*model.vision_model.parameters(), *model.visual_projection.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.2, fused=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     progress = tqdm(range(steps), desc="clip, images", unit="step", mininterval=1)
     model.train()
     for step in progress:
@@ -97,10 +98,11 @@ def tune_image_encoder(
             features = model.get_image_features(pixel_values=pixels).pooler_output  # [B, D]
         features = F.normalize(features.float(), dim=-1)
         loss = F.cross_entropy(model.logit_scale.detach().exp() * features @ captions.T, some)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr, warmup)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        scheduler.step()
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
     model.eval()

@@ -243,9 +243,9 @@ def table(rows: Sequence[dict]) -> str:
     return markdown_table(lines)
 
 
-def held_out(path: Path, limit: int | None = None) -> list[Composition]:
-    """The held-out compositions in a model's compositions.json, or ``limit`` of them, evenly spread."""
-    held_out = [c for c in read_compositions(path) if c.held_out]
+def held_out(compositions: Sequence[Composition], limit: int | None = None) -> list[Composition]:
+    """The held-out compositions, or ``limit`` of them, evenly spread."""
+    held_out = [c for c in compositions if c.held_out]
     chosen = np.linspace(0, len(held_out) - 1, min(limit or len(held_out), len(held_out))).round().astype(int)
     return [held_out[i] for i in chosen]
 
@@ -255,7 +255,8 @@ def main(argv: list[str] | None = None) -> None:
     args = read_flags(argv)
     if args.seeds < 2:
         raise ValueError("--seeds must be at least 2, to measure a distance over seeds.")
-    compositions = held_out(args.model / "compositions.json", args.limit)
+    path = args.model / "compositions.json"
+    compositions = held_out(all_compositions() if args.check else read_compositions(path), args.limit)
     reference = render(Renderer(args.emoji), compositions, args.seeds, JUDGING_SEED)
     if args.check:
         judged = degraded(reference)

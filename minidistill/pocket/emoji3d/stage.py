@@ -53,9 +53,10 @@ def fit(
     parts = {"model": model, "average": average, "optimizer": optimizer}
     start = 0
     if state.exists():
-        saved = torch.load(state, weights_only=True)
+        saved = torch.load(state, weights_only=True, map_location="cpu")
         start = saved["step"]
         torch.set_rng_state(saved["rng"])
+        torch.cuda.set_rng_state_all(saved["cuda_rng"])
         for name, part in parts.items():
             part.load_state_dict(saved[name])
     loss_of = torch.compile(loss_of) if compiled else loss_of
@@ -76,5 +77,6 @@ def fit(
         if (step + 1) % save_every == 0 or step + 1 == steps:
             with atomic_write(state) as temporary:
                 now = {name: part.state_dict() for name, part in parts.items()}
-                torch.save(now | {"step": step + 1, "rng": torch.get_rng_state()}, temporary)
+                rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}  # none on a CPU
+                torch.save(now | rng | {"step": step + 1}, temporary)
     return average
