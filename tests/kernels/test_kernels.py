@@ -420,7 +420,7 @@ def assert_no_spills(report: str, kernels: int) -> None:
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90a"])
-@pytest.mark.parametrize("rank", [16, pytest.param(32, marks=pytest.mark.slow), 64, 128])
+@pytest.mark.parametrize("rank", [16, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (32, 64, 128))])
 def test_no_register_spills(rank: int, capability: tuple[int, int], tmp_path: Path):
     plans = [
         f"Plan<BFloat16, {sizes}, {rank}, {transposed}>"
@@ -431,7 +431,7 @@ def test_no_register_spills(rank: int, capability: tuple[int, int], tmp_path: Pa
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("rank", [16, pytest.param(32, marks=pytest.mark.slow), 64, 128])
+@pytest.mark.parametrize("rank", [16, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (32, 64, 128))])
 def test_no_register_spills_on_hopper(rank: int, tmp_path: Path):
     arguments = ", ".join(f"const GRID_CONSTANT {kind}" for kind in ("Problem", "TensorMap", "TensorMap"))
     instances = [f"lora_gemm_sm90<PlanSm90<BFloat16, {rank}, {way}>>({arguments})" for way in ("false", "true")]

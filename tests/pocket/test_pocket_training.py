@@ -43,6 +43,7 @@ def test_a_stage_resumes_where_it_was_stopped(tmp_path: Path) -> None:
     assert torch.equal(train(tmp_path / "whole.pt", stop_at=0), whole)  # a finished stage takes no batch
 
 
+@pytest.mark.slow
 def test_the_empty_prompt_learns_from_the_weak_model_and_captions_stay(tmp_path: Path) -> None:
     torch.manual_seed(0)
     strong, weak = (UNet(TINY_SIZE.unet).eval().requires_grad_(False) for _ in range(2))

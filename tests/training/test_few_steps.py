@@ -1,12 +1,15 @@
 """train.py --student-steps and what sample.py makes of its LoRA: guidance and few steps in one."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import ROOT
 
 from minidistill import CheckpointError, StableDiffusion, inject_lora, load, load_lora, save_lora
 from minidistill.data.prompts import prompt_split
@@ -19,11 +22,12 @@ from minidistill.unet import UNet
 ALONE = "--no-report"
 
 
-@pytest.fixture
-def few_step_run(command, flags, tmp_path: Path) -> Path:
-    run = flags(tmp_path / "run", student_steps=2, sample_steps=4, save_every=6)
-    assert command("train.py", *run).code == 0
-    return tmp_path / "run"
+@pytest.fixture(scope="module")
+def few_step_run(flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "few"
+    run = flags(out, student_steps=2, sample_steps=4, save_every=6)
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *run], check=True, cwd=ROOT)
+    return out
 
 
 def test_the_states_that_the_student_visits_are_stored(few_step_run: Path, sd: StableDiffusion, prompts_file: Path):
