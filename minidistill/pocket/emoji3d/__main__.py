@@ -17,13 +17,14 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from minidistill.config import POCKET_UNET, POCKET_VAE, ScheduleConfig
-from minidistill.formats.files import atomic_write, write_json
+from minidistill.formats.files import write_json
 from minidistill.formats.model_configs import MODEL_INDEX, published_schedule, published_unet, published_vae
+from minidistill.pocket.__main__ import write_part
 from minidistill.pocket.autoencoder import encode_all, normalise_latents, psnr
 from minidistill.pocket.clip import save_clip
 from minidistill.pocket.emoji3d.autoencoder import train_vae
@@ -41,14 +42,6 @@ OUT, WORK = Path("weights/pocket-emoji-3d"), Path("runs/pocket3d")
 CONTEXT = 20  # tokens per prompt, including start and end
 RENDERS = 8  # images per composition whose latents the UNet learns from
 HELD_OUT_SEED, LATENTS_SEED = 1, 0
-
-
-def write_part(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
-    """Write a network in the official layout, in half precision. config.json comes last: it marks a complete stage."""
-    halves = {name: x.half().contiguous() for name, x in tensors.items()}
-    with atomic_write(folder / "diffusion_pytorch_model.safetensors") as file:
-        save_file(halves, file, {"format": "pt"})
-    write_json(folder / "config.json", config)
 
 
 def read_flags(argv: list[str]) -> Namespace:

@@ -7,22 +7,11 @@ from itertools import cycle
 from pathlib import Path
 
 from minidistill.formats.files import atomic_write
+from minidistill.pocket.compositions import COLOURS, HELD_OUT_SHARE
 
 # emoji -> what a caption calls it: {"🐘": "an elephant", "🍒": "cherries"}
 THINGS = dict(line.split(" ", 1) for line in (Path(__file__).parent / "things.txt").read_text("utf-8").splitlines())
 
-COLOURS = {
-    "white": (245, 245, 245),
-    "black": (20, 20, 20),
-    "red": (215, 45, 45),
-    "yellow": (250, 215, 60),
-    "green": (60, 165, 80),
-    "blue": (55, 110, 220),
-    "purple": (135, 65, 180),
-    "pink": (250, 160, 195),
-}
-
-HELD_OUT_SHARE = 0.1
 PAIRS_PER_THING = 8  # in which it stands on the left; it stands on the right in as many
 SEED = 0
 
