@@ -19,6 +19,8 @@ class UNetConfig:
     upcast_attention: bool = False  # compute attention in at least float32
     groups: int = 32
     sample_size: int = 64  # height and width of the latents it was trained on
+    pooled_width: int = 0  # SDXL is told a vector of the whole prompt, of this width, and six sizes; 0: neither
+    size_width: int = 256  # of the sinusoids of each size
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,17 @@ SD15_UNET = UNetConfig()
 SD15_VAE = VAEConfig()
 SD21_BASE_UNET = replace(SD15_UNET, heads=(5, 10, 20, 20), context_width=1024, linear_projection=True)
 SD21_UNET = replace(SD21_BASE_UNET, upcast_attention=True, sample_size=96)
+SDXL_UNET = UNetConfig(
+    widths=(320, 640, 1280),
+    depth=(0, 2, 10),
+    mid_depth=10,
+    heads=(5, 10, 20),
+    context_width=2048,
+    linear_projection=True,
+    sample_size=128,
+    pooled_width=1280,
+)
+SDXL_VAE = replace(SD15_VAE, scaling_factor=0.13025)
 
 # The embedded model: 64x64 images, 16x16 latents.
 POCKET_UNET = UNetConfig(

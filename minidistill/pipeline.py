@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -41,18 +41,29 @@ class StableDiffusion:
     Attributes:
         unet: ``(z_t, t, cond) -> eps`` or v, as ``schedule.prediction`` says. It may carry LoRA (lora.py).
         vae, text_encoder: images to latents and back; tokens to embeddings. They may stay on the CPU, as after
-            ``sd.vae.to("cpu")``: they move to ``device`` while they are used.
+            ``sd.vae.to("cpu")``: they move to ``device`` while they are used. SDXL has two text encoders in one module.
         schedule: how much noise there is at each time step.
         read_tokenizer: returns the tokenizer.
         path: the folder or single file the model was loaded from.
+        height, width: of its images, in pixels; by default the size that it was trained on.
+        force_zeros: with no negative prompt, guidance leads away from embeddings of zeros, as in the training of SDXL.
+            Otherwise it leads away from the empty prompt.
     """
 
     unet: nn.Module
     vae: VAE
-    text_encoder: CLIPTextModel
+    text_encoder: CLIPTextModel | text.TwoTextEncoders
     schedule: Schedule
     read_tokenizer: Callable[[], CLIPTokenizer]
     path: Path
+    height: int | None = None
+    width: int | None = None
+    force_zeros: bool = False
+
+    def __post_init__(self) -> None:
+        side = self.unet_config.sample_size * self.vae.config.factor
+        self.height, self.width = self.height or side, self.width or side
+        self.latent_size()
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
@@ -74,31 +85,59 @@ class StableDiffusion:
         """The dtype of the networks' weights."""
         return self.vae.post_quant_conv.weight.dtype
 
-    def encode_prompt(self, prompts: list[str]) -> Conditioning:
-        """N prompts -> their embeddings, tokens [N, L, D]; warns about prompts longer than L tokens.
+    def encode_prompt(self, prompts: list[str], height: int | None = None, width: int | None = None) -> Conditioning:
+        """N ``prompts`` -> their embeddings, tokens [N, L, D]; warns about prompts longer than L tokens.
 
+        SDXL also has a pooled vector, and is told the ``height`` and ``width`` of the image, in pixels, as those of the
+        original image too; ``dataclasses.replace(cond, sizes=...)`` tells it otherwise.
         Raises CheckpointError if the model has no tokenizer.
         """
-        return self.encode_tokens(text.tokenize(self.tokenizer, prompts))
+        return self.encode_tokens(text.tokenize(self.tokenizer, prompts), height, width)
 
-    def encode_tokens(self, ids: Tensor) -> Conditioning:
-        """Token ids [N, L] -> embeddings [N, L, D]."""
+    def encode_tokens(self, ids: Tensor, height: int | None = None, width: int | None = None) -> Conditioning:
+        """Token ``ids`` [N, L] -> embeddings [N, L, D]; for SDXL also pooled [N, P] and sizes [N, 6].
+
+        The sizes are those of an uncropped image of ``height`` and ``width`` pixels.
+        """
         with on_device(self.text_encoder, self.device):
-            return text.encode_tokens(self.text_encoder, ids)
+            cond = text.encode_tokens(self.text_encoder, ids)
+        if cond.pooled is None:
+            return cond
+        height, width = height or self.height, width or self.width
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=cond.tokens.device)
+        return replace(cond, sizes=sizes.repeat(len(cond), 1))
+
+    def encode_negative(
+        self, negative_prompt: str | None = None, height: int | None = None, width: int | None = None
+    ) -> Conditioning:
+        """What guidance leads away from: ``negative_prompt``, or if it is None the empty prompt; for SDXL zeros.
+
+        ``height`` and ``width`` as in ``encode_prompt``.
+        """
+        cond = self.encode_prompt([negative_prompt or ""], height, width)
+        if negative_prompt is None and self.force_zeros:
+            return replace(cond, tokens=torch.zeros_like(cond.tokens), pooled=torch.zeros_like(cond.pooled))
+        return cond
+
+    def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Sides of the latents of an image of ``height`` and ``width`` pixels.
+
+        Raises ValueError if they are not whole numbers.
+        """
+        factor = self.vae.config.factor
+        height, width = self.height if height is None else height, self.width if width is None else width
+        if height % factor or width % factor or min(height, width) < factor:
+            raise ValueError(f"Images of this model have sides that are multiples of {factor}, not {width}x{height}.")
+        return height // factor, width // factor
 
     def starting_noise(self, seeds: Sequence[int], height: int | None = None, width: int | None = None) -> Tensor:
         """z_T [N, 4, h, w] for N ``seeds``, each drawn separately on the CPU: the same on every device and batch size.
 
         At least float32, whatever the networks' dtype, because rounding would add up over the steps. ``height`` and
-        ``width`` of the image are in pixels; the default is the size the model was trained on.
+        ``width`` of the image are in pixels; the default is ``self.height`` and ``self.width``.
         Raises ValueError for a size that is not a whole number of latents.
         """
-        factor = self.vae.config.factor
-        side = self.unet_config.sample_size * factor
-        height, width = side if height is None else height, side if width is None else width
-        if height % factor or width % factor or min(height, width) < factor:
-            raise ValueError(f"Images of this model have sides that are multiples of {factor}, not {width}x{height}.")
-        shape = (self.unet_config.in_channels, height // factor, width // factor)
+        shape = (self.unet_config.in_channels, *self.latent_size(height, width))
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(noise).to(self.device, torch.promote_types(self.dtype, torch.float32))
 
@@ -110,7 +149,7 @@ class StableDiffusion:
         guidance: float = 7.5,
         seed: int = 0,
         lora_enabled: bool = False,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         selective: float = 0.0,
         interval: Interval | None = None,
         height: int | None = None,
@@ -127,11 +166,11 @@ class StableDiffusion:
             steps: DDIM steps. Each costs one call of the UNet, two with guidance.
             guidance: the scale s; 1 is no guidance. Ignored by the student, which has learned its own.
             lora_enabled: sample with the student, one call a step.
-            negative_prompt: what guidance leads away from.
+            negative_prompt: what guidance leads away from; None as in ``encode_negative``.
             selective: the share of the steps, counted from the last, that go without guidance: there it changes little
                 ("Selective Guidance", arXiv 2305.09847).
             interval: guide only at time steps within it ("Limited Interval", arXiv 2404.07724).
-            height, width: in pixels; by default the size the model was trained on.
+            height, width: in pixels; by default ``self.height`` and ``self.width``.
             batch: images sampled at once.
             eta: 0 is deterministic DDIM; 1 adds as much fresh noise in each step as DDPM.
             spacing: of the steps, "leading" as Stable Diffusion has it, or "trailing", which is better for few steps.
@@ -146,14 +185,14 @@ class StableDiffusion:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         noise = self.starting_noise(range(seed, seed + len(prompts)), height, width)
-        uncond = self.encode_prompt([negative_prompt])
+        uncond = self.encode_negative(negative_prompt, height, width)
         if selective and interval:
             raise ValueError("selective is an interval of its own: give one of selective and interval.")
         interval = interval or selective_interval(self.schedule, steps, selective, spacing)
         images = []
         bar = tqdm(total=-(-len(prompts) // batch) * steps, desc="sampling", unit="step", disable=not progress)
         for first in range(0, len(prompts), batch):
-            cond = self.encode_prompt(prompts[first : first + batch])
+            cond = self.encode_prompt(prompts[first : first + batch], height, width)
             if lora_enabled:
                 model = student(self.unet, cond)
             elif guidance == 1:

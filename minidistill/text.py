@@ -1,10 +1,10 @@
-"""Prompts to embeddings: the CLIP text encoder that conditions Stable Diffusion, from transformers."""
+"""Prompts to embeddings: the CLIP text encoders that condition Stable Diffusion, from transformers."""
 
 import warnings
 
 import torch
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from minidistill.conditioning import Conditioning
 
@@ -22,10 +22,37 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     return padded.input_ids
 
 
+class TwoTextEncoders(nn.Module):
+    """Those of SDXL: CLIP ViT-L/14, and OpenCLIP bigG/14 with its projection, which gives the pooled vector."""
+
+    def __init__(self, first: CLIPTextModel, second: CLIPTextModelWithProjection):
+        super().__init__()
+        self.first, self.second = first, second
+
+    @property
+    def device(self) -> torch.device:
+        return self.first.device
+
+    def forward(self, ids: Tensor) -> Conditioning:
+        """Token ids [N, L] -> tokens [N, L, D_1 + D_2], from before each encoder's last layer; pooled [N, P]."""
+        one = self.first(ids, output_hidden_states=True)
+        two = self.second(pad_with_zeros(ids, self.first.config.vocab_size - 1), output_hidden_states=True)
+        return Conditioning(torch.cat([x.hidden_states[-2] for x in (one, two)], dim=-1), two.text_embeds)
+
+
+def pad_with_zeros(ids: Tensor, end: int) -> Tensor:
+    """[N, L], padded with the ``end`` token as for the first encoder -> padded with 0, as for the second."""
+    trailing = (ids == end).flip(1).cumprod(1).flip(1).bool()  # the last run of end tokens
+    return torch.cat([ids[:, :1], ids[:, 1:].masked_fill(trailing[:, :-1], 0)], dim=1)  # its first is no padding
+
+
 @torch.no_grad()
-def encode_tokens(encoder: CLIPTextModel, ids: Tensor) -> Conditioning:
-    """Token ids [N, L] -> embeddings [N, L, D]: the last hidden state, after the final norm.
+def encode_tokens(encoder: CLIPTextModel | TwoTextEncoders, ids: Tensor) -> Conditioning:
+    """Token ids [N, L] -> embeddings [N, L, D]: the last hidden state, after the final norm; for SDXL as above.
 
     Padding tokens are attended to like any other, because Stable Diffusion was trained that way.
     """
-    return Conditioning(encoder(ids.to(encoder.device)).last_hidden_state)
+    ids = ids.to(encoder.device)
+    if isinstance(encoder, TwoTextEncoders):
+        return encoder(ids)
+    return Conditioning(encoder(ids).last_hidden_state)

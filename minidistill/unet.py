@@ -1,4 +1,4 @@
-"""The denoiser of Stable Diffusion 1.x and 2.x: a UNet of residual blocks and transformers.
+"""The denoiser of Stable Diffusion 1.x, 2.x and XL: a UNet of residual blocks and transformers.
 
 Modules are named as in the official folder layout, so published checkpoints load strictly.
 """
@@ -172,6 +172,8 @@ class UNet(nn.Module):
         widths, n = config.widths, config.layers
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepMLP(widths[0], 4 * widths[0])
+        if config.pooled_width:
+            self.add_embedding = TimestepMLP(config.pooled_width + 6 * config.size_width, 4 * widths[0])
 
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]  # widths of the feature maps that the way up will concatenate
@@ -207,6 +209,14 @@ class UNet(nn.Module):
         x = self.run_block(level.resnets[i], x, emb)
         return self.run_block(level.attentions[i], x, context) if level.attends else x
 
+    def embed_prompt_and_sizes(self, cond: Conditioning) -> Tensor:
+        """What SDXL adds to the time embedding, [B, 4 * widths[0]]: pooled vector and sizes, through two layers."""
+        if getattr(cond, "sizes", None) is None:
+            raise ValueError("SDXL needs a Conditioning with a pooled vector and sizes, as encode_prompt returns it.")
+        sizes = timestep_embedding(cond.sizes.flatten(), self.config.size_width)  # [B * 6, size_width]
+        sizes = sizes.view(len(cond), -1).to(cond.pooled.dtype)  # [B, 6 * size_width]
+        return self.add_embedding(torch.cat([cond.pooled, sizes], dim=1))
+
     def run_output(self, x: Tensor) -> Tensor:
         """[B, widths[0], H, W] -> [B, 4, H, W]."""
         return self.conv_out(F.silu(self.conv_norm_out(x)))
@@ -217,11 +227,14 @@ class UNet(nn.Module):
         Args:
             z_t: noisy latents [B, 4, H, W], in the weights' dtype or a wider one; the result has the dtype of z_t.
             t: time steps [B], int64.
-            cond: the prompts, or their token embeddings [B, L, D], in the weights' dtype.
+            cond: the prompts, or their token embeddings [B, L, D], in the weights' dtype. SDXL also needs a pooled
+                vector and sizes, as ``StableDiffusion.encode_prompt`` returns them.
         """
         context = cond if isinstance(cond, Tensor) else cond.tokens  # [B, L, D]
         dtype = self.conv_in.weight.dtype
         emb = self.time_embedding(timestep_embedding(t, self.config.widths[0]).to(dtype))  # [B, 4 * widths[0]]
+        if self.config.pooled_width:
+            emb = emb + self.embed_prompt_and_sizes(cond)
         x = self.conv_in(z_t.to(dtype))
         skips = [x]
         for level in self.down_blocks:

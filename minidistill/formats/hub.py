@@ -8,11 +8,11 @@ from huggingface_hub import snapshot_download
 
 from minidistill.formats.files import CheckpointError, read_json, reading
 from minidistill.formats.model_configs import read_unet_config
-from minidistill.formats.model_folder import STEMS, candidates, find_weights, refuse_other_pipelines
+from minidistill.formats.model_folder import XL_STEMS, candidates, find_weights, refuse_other_pipelines, stems
 
 CLIP = "openai/clip-vit-large-patch14"  # OpenCLIP, in SD 2.x, has the same vocabulary
 TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"]
-CONFIGS = ["model_index.json", "scheduler/*.json", *(f"{part}/config.json" for part in STEMS)]
+CONFIGS = ["model_index.json", "scheduler/*.json", *(f"{part}/config.json" for part in XL_STEMS)]
 
 
 def find_model(path: str | Path, variant: str | None = None, ema: bool = False) -> Path:
@@ -38,12 +38,13 @@ def fetch_model(repo: str, variant: str | None = None) -> Path:
     Safetensors first; .bin for a network that has nothing else; fp16 as the last resort. Another kind of model is
     refused with a CheckpointError before any weights are downloaded.
     """
-    folder = fetch(repo, [*CONFIGS, *(f"tokenizer/{name}" for name in TOKENIZER)])
+    tokenizers = [f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2") for name in TOKENIZER]
+    folder = fetch(repo, [*CONFIGS, *tokenizers])
     refuse_other_pipelines(folder)
     read_unet_config(folder / "unet/config.json")
     for wanted in [variant] if variant else [None, "fp16"]:
         for suffix in ("safetensors", "bin"):
-            for part, stem in STEMS.items():
+            for part, stem in stems(folder).items():
                 if has_weights(folder / part, stem, variant) or has_weights(folder / part, stem, wanted):
                     continue
                 names = [name for name in candidates(stem, wanted) if f".{suffix}" in name]

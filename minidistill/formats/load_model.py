@@ -6,16 +6,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from minidistill.formats.files import CheckpointError, reading
 from minidistill.formats.hub import fetch_tokenizer, find_model
-from minidistill.formats.model_configs import Network
+from minidistill.formats.model_configs import Description, Network
 from minidistill.formats.model_folder import read_model_folder
 from minidistill.formats.single_file import read_single_file
 from minidistill.formats.tensor_files import convert
 from minidistill.pipeline import StableDiffusion
 from minidistill.schedule import Schedule
+from minidistill.text import TwoTextEncoders
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 
@@ -29,20 +30,25 @@ def load(
     tokenizer: str | Path | None = None,
     ema: bool = False,
     variant: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
 ) -> StableDiffusion:
-    """Load a Stable Diffusion 1.x or 2.x.
+    """Load a Stable Diffusion 1.x, 2.x or XL.
 
     Args:
         path: a folder in the official layout, a single .safetensors or .ckpt file, or a hub id.
-        dtype: of all weights; other dtypes are cast.  device: where they go.
+        dtype: of all weights; other dtypes are cast. In float16 the VAE of SDXL overflows, and is loaded in float32.
+        device: where they go.
         prediction: "eps" or "v", overriding what the folder's scheduler says or a single file implies.
         tokenizer: a folder with vocab.json and merges.txt, overriding the model's own.
         ema: load the UNet's EMA weights, which some single files hold.
         variant: which weights of a folder or hub id to load, for example "fp16".
+        height, width: of images, in pixels; by default the size that the model was trained on.
 
     Raises:
         CheckpointError: names the file, what is wrong with it and what to do.
-        ValueError: the device is not available here. (A CheckpointError is a ValueError too.)
+        ValueError: the device is not available here, or an image of that size is not a whole number of latents. (A
+            CheckpointError is a ValueError too.)
     """
     try:
         torch.empty(0, device=device)
@@ -51,9 +57,14 @@ def load(
     path = find_model(path, variant, ema)
     is_folder = path.is_dir()
     model = read_model_folder(path, prediction, variant) if is_folder else read_single_file(path, prediction, ema)
+    check_widths(model, path)
     unet = build(lambda: UNet(model.unet_config), model.unet, dtype)
-    vae = build(lambda: VAE(model.vae_config), model.vae, dtype)
+    overflows = model.text_2 and dtype == torch.float16
+    vae = build(lambda: VAE(model.vae_config), model.vae, torch.float32 if overflows else dtype)
     text_encoder = build(lambda: CLIPTextModel(model.text_config), model.text, dtype)
+    if model.text_2:
+        second = build(lambda: CLIPTextModelWithProjection(model.text_config_2), model.text_2, dtype)
+        text_encoder = TwoTextEncoders(text_encoder, second)
     fill_positions(text_encoder)
     folder = Path(tokenizer) if tokenizer else path / "tokenizer" if is_folder else None
     return StableDiffusion(
@@ -63,7 +74,22 @@ def load(
         schedule=Schedule.from_config(model.schedule),
         read_tokenizer=partial(read_tokenizer, folder, model.text_config.max_position_embeddings, model.pad_token),
         path=path,
+        height=height,
+        width=width,
+        force_zeros=model.force_zeros,
     )
+
+
+def check_widths(model: Description, path: Path) -> None:
+    """Raise CheckpointError if the UNet reads wider or narrower embeddings than the text encoders return."""
+    texts = [config for config in (model.text_config, model.text_config_2) if config]
+    returned = sum(config.hidden_size for config in texts), texts[1].projection_dim if model.text_2 else 0
+    reads = model.unet_config.context_width, model.unet_config.pooled_width
+    if reads != returned:
+        raise CheckpointError(
+            f"{path} has a UNet that reads embeddings of widths {reads} and text encoders that return {returned} (of "
+            "tokens; of a prompt): its parts are of different models. Fetch it again."
+        )
 
 
 def build(make: Callable[[], nn.Module], network: Network, dtype: torch.dtype) -> nn.Module:
@@ -101,7 +127,7 @@ def check(module: nn.Module, network: Network) -> None:
         raise CheckpointError(
             f"{network.file} does not fit its configuration ({len(problems)} tensors):\n  "
             + "\n  ".join(problems)
-            + "\nIt is damaged, or another kind of model: fetch it again, or use an SD 1.x or 2.x."
+            + "\nIt is damaged, or another kind of model: fetch it again, or use an SD 1.x, 2.x or XL."
         )
 
 

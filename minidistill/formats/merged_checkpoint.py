@@ -4,14 +4,15 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from minidistill.formats.files import atomic_folder, read_json, write_json
 from minidistill.formats.hub import find_model
 from minidistill.formats.lora_formats import LoRAFile
 from minidistill.formats.lora_io import check_fit
-from minidistill.formats.model_configs import MODEL_INDEX
-from minidistill.formats.model_folder import STEMS, read_model_folder, read_weights
+from minidistill.formats.model_configs import MODEL_INDEX, XL_INDEX
+from minidistill.formats.model_folder import STEMS, XL_STEMS, read_model_folder, read_weights, stems
 from minidistill.formats.single_file import EMA, MODELSPEC, read_single_file, to_single_file
 from minidistill.formats.tensor_files import read_tensors, write_tensors
 
@@ -69,7 +70,8 @@ def folder_to_folder(source: Path, change: Change, out: Path, metadata: Mapping[
     """Everything but the UNet's weights is copied unchanged."""
     unet = read_weights(source / "unet", STEMS["unet"], variant)
     tensors = change(unet.tensors)
-    index = read_json(source / "model_index.json") if (source / "model_index.json").exists() else MODEL_INDEX
+    usual = XL_INDEX if stems(source) is XL_STEMS else MODEL_INDEX
+    index = read_json(source / "model_index.json") if (source / "model_index.json").exists() else usual
     with atomic_folder(out) as temporary:
         # Only the parts of the pipeline: people keep other weights next to them, which would not be merged.
         for part in source.iterdir():
@@ -108,7 +110,10 @@ def folder_to_file(source: Path, change: Change, out: Path, metadata: Mapping[st
     model = read_model_folder(source, variant=variant)
     unet = change(model.unet.tensors)
     tensors = to_single_file(
-        unet, model.unet_config, model.vae.tensors, model.vae_config, model.text.tensors, model.text_config
-    )
+        unet, model.unet_config, model.vae.tensors, model.vae_config, model.text.tensors, model.text_config,
+        model.text_2 and model.text_2.tensors, model.text_config_2,
+    )  # fmt: skip
+    if model.text_2 and model.schedule.prediction == "v":
+        tensors["v_pred"] = torch.zeros(0)  # how other tools know an XL that predicts v
     prediction = {"modelspec.prediction_type": MODELSPEC[model.schedule.prediction]}  # no tensor shows it
     write_tensors(out, tensors, {**metadata, **prediction})

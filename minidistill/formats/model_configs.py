@@ -33,6 +33,9 @@ class Description:
     vae: Network
     text: Network
     pad_token: str | None = None  # None: as the tokenizer's own files say
+    text_config_2: CLIPTextConfig | None = None  # of SDXL's second text encoder
+    text_2: Network | None = None
+    force_zeros: bool = False  # with no negative prompt, its embeddings are zeros
 
 
 MODEL_INDEX = {
@@ -48,10 +51,17 @@ MODEL_INDEX = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
-# What SD 1.x and 2.x leave at these defaults. Any other value means a network that we do not have.
+XL_INDEX = MODEL_INDEX | {
+    "_class_name": "StableDiffusionXLPipeline",
+    "force_zeros_for_empty_prompt": True,
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}
+
+# What SD 1.x, 2.x and XL leave at these defaults. Any other value means a network that we do not have.
 # fmt: off
 UNET_FIXED = dict(
-    act_fn="silu", addition_embed_type=None, attention_type="default", center_input_sample=False, class_embed_type=None,
+    act_fn="silu", attention_type="default", center_input_sample=False, class_embed_type=None,
     conv_in_kernel=3, conv_out_kernel=3, cross_attention_norm=None, downsample_padding=1, dual_cross_attention=False,
     encoder_hid_dim=None, encoder_hid_dim_type=None, flip_sin_to_cos=True, freq_shift=0, in_channels=4,
     mid_block_only_cross_attention=False, mid_block_scale_factor=1, mid_block_type="UNetMidBlock2DCrossAttn",
@@ -129,15 +139,15 @@ def check_fixed(contents: dict, fixed: dict, file: Path) -> None:
     if differing:
         channels = contents.get("in_channels")
         kind = OTHER_INPUTS.get(channels if isinstance(channels, int) else None, "another model")
-        kind = "SDXL" if contents.get("addition_embed_type") == "text_time" else kind
+        kind = "Playground 2.5" if contents.get("latents_mean") else kind
         raise CheckpointError(
-            f"{file} describes {kind}, but minidistill reads SD 1.x and 2.x only: {'; '.join(differing)}."
+            f"{file} describes {kind}, but minidistill reads SD 1.x, 2.x and XL only: {'; '.join(differing)}."
         )
 
 
 Config = TypeVar("Config", UNetConfig, VAEConfig, ScheduleConfig)
 MOST = {"layers": 4, "depth": 10, "mid_depth": 10}  # any more would build modules without end
-LEAST = {"depth": 0}
+LEAST = {"depth": 0, "pooled_width": 0}
 
 
 def plausible(value: object, like: object, least: int = 1, most: int = 2**16) -> bool:
@@ -178,11 +188,15 @@ def read_unet_config(file: Path) -> UNetConfig:
         blocks = contents.get("down_block_types", ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"])
         up = contents.get("up_block_types", up_blocks(blocks))
         if not set(blocks) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or up != up_blocks(blocks):
-            raise CheckpointError(f"{file} asks for blocks that SD 1.x and 2.x do not have: {blocks}, {up}.")
+            raise CheckpointError(f"{file} asks for blocks that SD 1.x, 2.x and XL do not have: {blocks}, {up}.")
         depths = per_level(contents.get("transformer_layers_per_block", 1), levels)
         values["depth"] = tuple(d if name.startswith("CrossAttn") else 0 for d, name in zip(depths, blocks))
         values["mid_depth"] = depths[-1]
         values["heads"] = per_level(contents.get("num_attention_heads") or values["heads"], levels)
+        if contents.get("addition_embed_type"):  # SDXL's
+            check_fixed(contents, {"addition_embed_type": "text_time"}, file)
+            values["size_width"] = contents["addition_time_embed_dim"]
+            values["pooled_width"] = contents["projection_class_embeddings_input_dim"] - 6 * values["size_width"]
         side = values["sample_size"]
         if isinstance(side, tuple) and side == side[:1] * 2:
             side = side[0]
@@ -193,7 +207,13 @@ def read_unet_config(file: Path) -> UNetConfig:
 
 
 def published_unet(config: UNetConfig) -> dict:
-    """The inverse of ``read_unet_config``, for SD 1.x and 2.x, which have one transformer layer per block."""
+    """The inverse of ``read_unet_config``; SD 1.x and 2.x have one transformer layer per block."""
+    xl = dict(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=config.size_width,
+        projection_class_embeddings_input_dim=config.pooled_width + 6 * config.size_width,
+        transformer_layers_per_block=[max(depth, 1) for depth in config.depth],
+    )
     blocks = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.depth]
     return publish(
         config,
@@ -203,6 +223,7 @@ def published_unet(config: UNetConfig) -> dict:
         in_channels=config.in_channels,
         out_channels=config.out_channels,
         up_block_types=up_blocks(blocks),
+        **(xl if config.pooled_width else {}),
     )
 
 
@@ -246,7 +267,7 @@ def read_text_config(file: Path) -> CLIPTextConfig:
     contents = read_json(file)
     with reading(file):
         if contents.get("model_type", "clip_text_model") != "clip_text_model":
-            raise CheckpointError(f"{file} does not describe the CLIP text encoder of SD 1.x or 2.x.")
+            raise CheckpointError(f"{file} does not describe a CLIP text encoder of Stable Diffusion.")
         known = {name: contents[name] for name in (*TEXT_SIZES, *TEXT_OTHERS) if contents.get(name) is not None}
         default = CLIPTextConfig()
         for name, value in known.items():

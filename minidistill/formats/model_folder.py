@@ -1,11 +1,12 @@
 """A Stable Diffusion in the official folder layout: where its weights are, and the names that older files use."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from minidistill.formats.files import CheckpointError, read_json, reading
 from minidistill.formats.model_configs import (
@@ -20,12 +21,21 @@ from minidistill.formats.tensor_files import read_tensors
 
 # The folder of each network, and how the names of its weight files begin.
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+XL_STEMS = STEMS | {"text_encoder_2": "model"}
+
+
+def stems(folder: Path) -> dict[str, str]:
+    """``STEMS`` of the model in ``folder``: SDXL has a second text encoder."""
+    index = folder / "model_index.json"
+    named_xl = index.exists() and "text_encoder_2" in read_json(index)
+    return XL_STEMS if named_xl or (folder / "text_encoder_2").is_dir() else STEMS
 
 
 def read_model_folder(folder: Path, prediction: str | None = None, variant: str | None = None) -> Description:
     """Describe the model in ``unet/``, ``vae/``, ``text_encoder/`` and ``scheduler/``. Raises CheckpointError."""
     refuse_other_pipelines(folder)
-    missing = [part for part in (*STEMS, "scheduler") if not (folder / part).is_dir()]
+    parts = stems(folder)
+    missing = [part for part in (*parts, "scheduler") if not (folder / part).is_dir()]
     if missing:
         raise CheckpointError(
             f"{folder} is not a complete Stable Diffusion folder: it has no {', '.join(missing)}. {advice(folder)}"
@@ -36,10 +46,37 @@ def read_model_folder(folder: Path, prediction: str | None = None, variant: str 
         read_text_config(folder / "text_encoder/config.json"),
         read_schedule_config(folder / "scheduler/scheduler_config.json", prediction),
     )
-    unet, vae, text = (read_weights(folder / part, stem, variant) for part, stem in STEMS.items())
+    unet, vae, *texts = (read_weights(folder / part, stem, variant) for part, stem in parts.items())
     vae = vae._replace(tensors=rename_old_attention(vae.tensors))
-    text = text._replace(tensors=match_text_names(text.tensors))
-    return Description(*configs, unet, vae, text)
+    text = texts[0]._replace(tensors=match_text_names(texts[0].tensors))
+    model = Description(*configs, unet, vae, text)
+    if parts is STEMS:
+        return model
+    return replace(
+        model,
+        pad_token="<|endoftext|>",
+        text_config_2=read_text_config(folder / "text_encoder_2/config.json"),
+        text_2=texts[1]._replace(tensors=match_text_names(texts[1].tensors, CLIPTextModelWithProjection)),
+        force_zeros=read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", True),
+    )
+
+
+def refuse_other_xl(folder: Path) -> None:
+    """Raise CheckpointError that names an SDXL with another schedule, or with a padding that is not SDXL's."""
+    file = folder / "scheduler/scheduler_config.json"
+    schedule = read_json(file) if file.exists() else {}
+    kind = str(schedule.get("_class_name"))
+    if kind.startswith("EDM"):
+        raise CheckpointError(f"{folder} is Playground 2.5, whose noise levels minidistill does not have: use SDXL.")
+    if kind.startswith(("LCM", "TCD")) or schedule.get("timestep_spacing") == "trailing":
+        raise CheckpointError(
+            f"{folder} takes a few steps without guidance, like Turbo and Lightning: there is nothing to distil. Use "
+            "the SDXL that it was made from."
+        )
+    tokenizer = folder / "tokenizer_2/tokenizer_config.json"
+    pad = read_json(tokenizer).get("pad_token") if tokenizer.exists() else None
+    if pad is not None and "!" not in (pad, isinstance(pad, dict) and pad.get("content")):
+        raise CheckpointError(f'{tokenizer} pads with {pad}, but minidistill pads with "!", as SDXL: fetch it again.')
 
 
 def advice(folder: Path) -> str:
@@ -54,11 +91,16 @@ def advice(folder: Path) -> str:
 
 
 def refuse_other_pipelines(folder: Path) -> None:
-    """Raise CheckpointError that names a pipeline without a UNet, such as SD 3 or Flux."""
+    """Raise CheckpointError that names a pipeline without a UNet, such as SD 3 or Flux, or the refiner of SDXL."""
     index = folder / "model_index.json"
-    if index.exists() and "unet" not in (contents := read_json(index)):
+    contents = read_json(index) if index.exists() else {"unet": None}
+    if "unet" not in contents:
         kind = str(contents.get("_class_name"))[:100]
-        raise CheckpointError(f"{folder} is a {kind}, without a UNet: minidistill reads SD 1.x and 2.x.")
+        raise CheckpointError(f"{folder} is a {kind}, without a UNet: minidistill reads SD 1.x, 2.x and XL.")
+    if contents.get("requires_aesthetics_score"):
+        raise CheckpointError(f"{folder} is the SDXL refiner, which only finishes images: name SDXL itself.")
+    if stems(folder) is XL_STEMS:
+        refuse_other_xl(folder)
 
 
 def candidates(stem: str, variant: str | None) -> Iterator[str]:
@@ -101,6 +143,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
         return {tensor: shards[name][tensor] for tensor, name in weight_map.items()}
 
 
+PROJECTION = "text_projection.weight"  # of SDXL's second text encoder
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -121,11 +164,11 @@ def squeeze_kernel(tensor: Tensor) -> Tensor:
     return tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) else tensor
 
 
-def match_text_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def match_text_names(tensors: dict[str, Tensor], kind: type[nn.Module] = CLIPTextModel) -> dict[str, Tensor]:
     """The text encoder's tensors under the names this version of transformers uses, with or without ``text_model.``."""
     with torch.device("meta"):
-        encoder = CLIPTextModel(CLIPTextConfig(num_hidden_layers=1))
+        encoder = kind(CLIPTextConfig(num_hidden_layers=1))
     prefix = "text_model." if next(iter(encoder.state_dict())).startswith("text_model.") else ""
     bare = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     bare.pop("embeddings.position_ids", None)  # 0, 1, 2, ...: in older files only
-    return {prefix + name: tensor for name, tensor in bare.items()}
+    return {name if name == PROJECTION else prefix + name: tensor for name, tensor in bare.items()}

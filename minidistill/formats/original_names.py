@@ -19,6 +19,8 @@ RESNET = {
 OUTER = {
     "time_embedding.linear_1.": "time_embed.0.",
     "time_embedding.linear_2.": "time_embed.2.",
+    "add_embedding.linear_1.": "label_emb.0.0.",
+    "add_embedding.linear_2.": "label_emb.0.2.",
     "conv_in.": "input_blocks.0.0.",
     "conv_norm_out.": "out.0.",
     "conv_out.": "out.2.",
@@ -101,16 +103,17 @@ def vae_names(config: VAEConfig) -> Table:
 
 
 def clip_names(layers: int) -> Table:
-    """The text encoder of SD 1.x, with the names of older transformers."""
+    """The text encoder of SD 1.x, the first of XL, with the names of older transformers."""
     return {"embeddings.": "text_model.embeddings.", "encoder.": "text_model.encoder.", "final_": "text_model.final_"}
 
 
 def openclip_names(layers: int) -> Table:
-    """The text encoder of SD 2.x, with OpenCLIP's names."""
+    """The text encoder of SD 2.x, the second of XL, with OpenCLIP's names."""
     table = {
         "embeddings.token_embedding.": "token_embedding.",
         "embeddings.position_embedding.weight": "positional_embedding",
         "final_layer_norm.": "ln_final.",
+        "text_projection.weight": "text_projection",  # transposed
     }
     for i in range(layers):
         table |= below(f"encoder.layers.{i}.", f"transformer.resblocks.{i}.", CLIP_LAYER)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from minidistill.config import ScheduleConfig, UNetConfig, VAEConfig
 from minidistill.formats.files import CheckpointError, reading
 from minidistill.formats.model_configs import OTHER_INPUTS, PREDICTIONS, Description, Network, checked
-from minidistill.formats.model_folder import match_text_names, squeeze_kernel
+from minidistill.formats.model_folder import PROJECTION, match_text_names, squeeze_kernel
 from minidistill.formats.original_names import (
     FUSED,
     Table,
@@ -39,7 +39,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Version:
-    """The constants of SD 1.x or 2.x that no tensor shape tells."""
+    """The constants of SD 1.x, 2.x or XL that no tensor shape tells."""
 
     name: str
     text: str  # prefix of the text encoder
@@ -49,6 +49,8 @@ class Version:
     head_width: int | None  # in the UNet; None: 8 heads at every width
     prediction: str  # unless the file or the user says otherwise
     pad_token: str
+    sample_size: int = 64
+    scaling_factor: float = 0.18215
 
 
 VERSIONS = (
@@ -72,13 +74,26 @@ VERSIONS = (
         prediction="v",
         pad_token="!",
     ),
+    Version(
+        name="Stable Diffusion XL",
+        text="conditioner.embedders.0.transformer.",
+        text_names=clip_names,
+        activation="quick_gelu",
+        linear_projection=True,
+        head_width=64,
+        prediction="eps",
+        pad_token="<|endoftext|>",
+        sample_size=128,
+        scaling_factor=0.13025,
+    ),
 )
+XL = VERSIONS[-1]
+XL_SECOND = replace(XL, text="conditioner.embedders.1.model.", text_names=openclip_names, activation="gelu")
 TEXT_HEAD_WIDTH = 64
 
 # Other models that come as one file, by a part of some tensor's name.
 OTHERS = {
-    "conditioner.embedders.0.transformer.": "SDXL",
-    "conditioner.embedders.1.": "SDXL",
+    "edm_mean": "Playground 2.5",
     "conditioner.embedders.": "the SDXL refiner, or SD 2.x in a newer layout",
     "joint_blocks.": "Stable Diffusion 3",
     "double_blocks.": "Flux",
@@ -86,6 +101,7 @@ OTHERS = {
     "depth_model.": "a depth-to-image model",
     "label_emb.": "an unCLIP or upscaling model",
 }
+XL_TOO = ("conditioner.embedders.", "label_emb.")
 PIECES = {  # the same, for files without an original UNet
     "lora_": "a LoRA, which goes on top of a model",
     "down_blocks.": "one network of a folder: name the whole folder",
@@ -97,6 +113,8 @@ NOT_NEEDED = re.compile(
     r"|cond_stage_model\.((model|transformer)\.)?(text_projection|logit_scale)(\.weight)?"
     r"|cond_stage_model\.model\.(attn_mask|visual\..*)"
     r"|cond_stage_model\.transformer\.(vision_model|visual_projection)\..*"
+    r"|conditioner\.embedders\.0\..*position_ids"
+    r"|conditioner\.embedders\.1\.model\.(logit_scale|attn_mask|visual\..*)"
     r"|first_stage_model\.(loss|model_ema)\..*"
 )
 
@@ -105,13 +123,15 @@ def read_single_file(path: Path, prediction: str | None = None, ema: bool = Fals
     """Describe the model in ``path``. ``ema`` selects the UNet's EMA weights.
 
     The UNet predicts ``prediction`` ("eps" or "v") if given, else what the metadata says (modelspec.prediction_type),
-    else eps for 1.x and v for 2.x. The files of 2.0-base and 2.1-base say nothing and need ``prediction="eps"``.
+    or the name of an empty tensor, ``v_pred``; else eps for 1.x and XL, and v for 2.x. The files of 2.0-base and
+    2.1-base say nothing and need ``prediction="eps"``.
 
-    Raises CheckpointError, which names the kind of model if it is not SD 1.x or 2.x.
+    Raises CheckpointError, which names the kind of model if it is not SD 1.x, 2.x or XL.
     """
     tensors, metadata = read_tensors(path)
     version = detect_version(tensors, path)
     stated = (PREDICTIONS | {"v": "v"}).get(metadata.get("modelspec.prediction_type"))  # both names of v are in use
+    stated = stated or ("v" if "v_pred" in tensors else None)
     if version.prediction == "v" and not (prediction or stated):
         warnings.warn(
             f"{path} does not say what the UNet predicts: assuming v, as in SD 2.0 and 2.1 at 768 pixels. "
@@ -122,37 +142,46 @@ def read_single_file(path: Path, prediction: str | None = None, ema: bool = Fals
     with reading(path):
         try:
             unet_config = checked(unet_shapes(tensors, version, prediction), path)
-            vae_config = checked(vae_shapes(tensors), path)
-            text = text_network(tensors, version, path)
-            text_config = text_shapes(text.tensors, version)
+            vae_config = checked(vae_shapes(tensors, version), path)
+            encoders = [version, XL_SECOND] if version is XL else [version]
+            texts = [text_network(tensors, encoder, path) for encoder in encoders]
+            text_configs = [text_shapes(text.tensors, encoder) for text, encoder in zip(texts, encoders)]
         except KeyError as error:
             raise CheckpointError(f"{path} lacks {error}: it is incomplete; fetch it again.") from error
     unet = network(ema_weights(tensors, path) if ema else tensors, UNET, unet_names(unet_config), path)
     vae = network(tensors, VAE, vae_names(vae_config), path)
     vae.tensors.update({n: squeeze_kernel(t) for n, t in vae.tensors.items() if ".attentions.0." in n})
-    text = text._replace(tensors=match_text_names(text.tensors))
+    text = texts[0]._replace(tensors=match_text_names(texts[0].tensors))
     schedule = ScheduleConfig(prediction=prediction)
-    return Description(unet_config, vae_config, text_config, schedule, unet, vae, text, version.pad_token)
+    model = Description(unet_config, vae_config, text_configs[0], schedule, unet, vae, text, version.pad_token)
+    if version is not XL:
+        return model
+    text_2 = texts[1]._replace(tensors=match_text_names(texts[1].tensors, CLIPTextModelWithProjection))
+    return replace(model, text_config_2=text_configs[1], text_2=text_2, force_zeros=True)
 
 
 def detect_version(tensors: Tensors, path: Path) -> Version:
-    """SD 1.x or 2.x. Raises CheckpointError for anything else."""
+    """SD 1.x, 2.x or XL. Raises CheckpointError for anything else."""
     conv_in, projection = (tensors.get(UNET + n) for n in ("input_blocks.0.0.weight", "middle_block.1.proj_in.weight"))
     markers = OTHERS if any(name.startswith(UNET) for name in tensors) else OTHERS | PIECES
+    if all(any(name.startswith(encoder.text) for name in tensors) for encoder in (XL, XL_SECOND)):
+        markers = {marker: kind for marker, kind in markers.items() if marker not in XL_TOO}
     other = next((kind for marker, kind in markers.items() if any(marker in name for name in tensors)), None)
     if other is None and conv_in is not None and conv_in.ndim == 4:
         other = OTHER_INPUTS.get(conv_in.shape[1])
     if other:
-        raise CheckpointError(f"{path} is {other}; minidistill reads Stable Diffusion 1.x and 2.x, text to image.")
+        raise CheckpointError(f"{path} is {other}; minidistill reads Stable Diffusion 1.x, 2.x and XL, text to image.")
+    if "ztsnr" in tensors:
+        raise CheckpointError(f"{path} has zero terminal SNR, which minidistill does not support: name another.")
     versions = [version for version in VERSIONS if any(name.startswith(version.text) for name in tensors)]
     if not versions:
         raise CheckpointError(
-            f"{path} is not a whole Stable Diffusion 1.x or 2.x (UNet, VAE and text encoder): name one that is."
+            f"{path} is not a whole Stable Diffusion 1.x, 2.x or XL (UNet, VAE and text encoder): name one that is."
         )
     mixed = projection is not None and (projection.ndim == 2) != versions[0].linear_projection
     if len(versions) > 1 or mixed:
         raise CheckpointError(
-            f"{path} is neither Stable Diffusion 1.x nor 2.x but has parts of both (the text encoder of "
+            f"{path} is neither Stable Diffusion 1.x, 2.x nor XL but has parts of several (the text encoder of "
             f"{' and '.join(version.name for version in versions)}; the UNet's projections): fetch another file."
         )
     return versions[0]
@@ -179,14 +208,16 @@ def ema_weights(tensors: Tensors, path: Path) -> dict[str, Tensor]:
 
 
 def text_network(tensors: Tensors, version: Version, path: Path) -> Network:
-    """The text encoder. OpenCLIP's loses its last block, and its stacked q, k and v come apart."""
+    """A text encoder. OpenCLIP's stacked q, k and v come apart, and that of SD 2.x loses its last block."""
     needed = (name for name in tensors if not NOT_NEEDED.fullmatch(name))
     numbered = (re.match(rf"{version.text}.*?(?:layers|resblocks)\.(\d+)\.", name) for name in needed)
     blocks = len({match[1] for match in numbered if match})
     text = network(tensors, version.text, version.text_names(blocks), path)
     if version.text_names is not openclip_names:
         return text
-    if blocks == 24 or (blocks != 23 and f"{version.text}text_projection" in tensors):
+    if PROJECTION in text.tensors:  # XL
+        text.tensors[PROJECTION] = text.tensors[PROJECTION].T
+    elif blocks == 24 or (blocks != 23 and f"{version.text}text_projection" in tensors):
         # A complete OpenCLIP: SD 2.x uses the input of its last block. With 23 blocks, that one is cut off already.
         last = f"encoder.layers.{blocks - 1}."
         text = text._replace(tensors={name: t for name, t in text.tensors.items() if not name.startswith(last)})
@@ -209,6 +240,7 @@ def unet_shapes(tensors: Tensors, version: Version, prediction: str) -> UNetConf
     def shape(name: str) -> tuple[int, ...]:
         return tensors[UNET + name].shape
 
+    large = prediction == "v" and version is not XL  # SD 2.1 at 768 pixels, which overflows in float16
     layers = number(tensors, UNET + "input_blocks.{}.0.in_layers.0.weight", first=1)
     firsts = [1]  # the first block of each level
     while f"{UNET}input_blocks.{firsts[-1] + layers}.0.op.weight" in tensors:
@@ -226,12 +258,13 @@ def unet_shapes(tensors: Tensors, version: Version, prediction: str) -> UNetConf
         heads=tuple(width // version.head_width if version.head_width else 8 for width in widths),
         context_width=shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
         linear_projection=len(shape("middle_block.1.proj_in.weight")) == 2,
-        upcast_attention=prediction == "v",  # SD 2.1 at 768 pixels overflows in float16 otherwise
-        sample_size=96 if prediction == "v" else 64,
+        upcast_attention=large,
+        sample_size=96 if large else version.sample_size,
+        pooled_width=shape("label_emb.0.0.weight")[1] - 6 * UNetConfig.size_width if version is XL else 0,
     )
 
 
-def vae_shapes(tensors: Tensors) -> VAEConfig:
+def vae_shapes(tensors: Tensors, version: Version) -> VAEConfig:
     """The VAE's configuration, from tensor shapes."""
     levels = number(tensors, VAE + "encoder.down.{}.block.0.conv1.weight")
     return VAEConfig(
@@ -239,6 +272,7 @@ def vae_shapes(tensors: Tensors) -> VAEConfig:
         latent_channels=tensors[f"{VAE}post_quant_conv.weight"].shape[0],
         widths=tuple(tensors[f"{VAE}encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)),
         layers=number(tensors, VAE + "encoder.down.0.block.{}.conv1.weight"),
+        scaling_factor=version.scaling_factor,
     )
 
 
@@ -258,6 +292,18 @@ def text_shapes(tensors: Tensors, version: Version) -> CLIPTextConfig:
     )
 
 
+def original_text(text: Tensors, config: CLIPTextConfig, version: Version) -> dict[str, Tensor]:
+    """The inverse of ``text_network``."""
+    names, tensors = version.text_names(config.num_hidden_layers), {}
+    for name, tensor in text.items():
+        if version.text_names is openclip_names and any(part in name for part in FUSED):
+            if FUSED[0] not in name:
+                continue
+            tensor = torch.cat([text[name.replace(FUSED[0], part)] for part in FUSED])
+        tensors[version.text + translate(name, names)] = tensor.T if name == PROJECTION else tensor
+    return tensors
+
+
 def to_single_file(
     unet: Tensors,
     unet_config: UNetConfig,
@@ -265,15 +311,17 @@ def to_single_file(
     vae_config: VAEConfig,
     text: Tensors,
     text_config: CLIPTextConfig,
+    text_2: Tensors | None = None,
+    text_config_2: CLIPTextConfig | None = None,
 ) -> dict[str, Tensor]:
-    """The inverse of ``read_single_file``: three state dicts -> all tensors of a single file.
+    """The inverse of ``read_single_file``: state dicts -> all tensors of a single file.
 
     The text encoder of SD 2.x is written as SD uses it, without its last block. Raises ValueError for a model that
-    would be read back differently, because it differs from SD 1.x and 2.x in something that no shape tells.
+    would be read back differently, because it differs from Stable Diffusion in something that no shape tells.
     """
     kind = text_config.hidden_act, unet_config.linear_projection
     version = next((v for v in VERSIONS if (v.activation, v.linear_projection) == kind), None)
-    if version is None:
+    if version is None or (version is XL) != (text_2 is not None):
         raise ValueError(
             f"No single file has a text encoder with activation {kind[0]} and a UNet with "
             f"{'linear' if kind[1] else 'convolutional'} projections. Write a folder."
@@ -284,18 +332,16 @@ def to_single_file(
     for name, tensor in vae.items():
         tensor = tensor[:, :, None, None] if ".attentions.0." in name and tensor.ndim == 2 else tensor
         tensors[VAE + translate(name, names)] = tensor
-    names = version.text_names(text_config.num_hidden_layers)
     text = {name.removeprefix("text_model."): tensor for name, tensor in text.items()}
-    for name, tensor in text.items():
-        if version.text_names is openclip_names and any(part in name for part in FUSED):
-            if FUSED[0] not in name:
-                continue
-            tensor = torch.cat([text[name.replace(FUSED[0], part)] for part in FUSED])
-        tensors[version.text + translate(name, names)] = tensor
+    tensors |= original_text(text, text_config, version)
+    if text_2:
+        text_2 = {name.removeprefix("text_model."): tensor for name, tensor in text_2.items()}
+        tensors |= original_text(text_2, text_config_2, XL_SECOND)
 
-    expected = replace(unet_config, upcast_attention=False, sample_size=64), vae_config, text_config.num_attention_heads
+    expected_unet = replace(unet_config, upcast_attention=False, sample_size=version.sample_size)
+    expected = expected_unet, vae_config, text_config.num_attention_heads
     heads = text_shapes(text, version).num_attention_heads
-    if (read_back := (unet_shapes(tensors, version, "eps"), vae_shapes(tensors), heads)) != expected:
+    if (read_back := (unet_shapes(tensors, version, "eps"), vae_shapes(tensors, version), heads)) != expected:
         raise ValueError(
             "A single file holds no configuration, and this model would be read back as another: "
             f"{read_back[0]}, {read_back[1]} and {heads} heads instead of {expected[0]}, {expected[1]} and "

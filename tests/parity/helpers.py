@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 diffusers = pytest.importorskip("diffusers", reason="the parity tests compare with diffusers")
 
@@ -110,3 +110,46 @@ def write_small(folder: Path, *, style: dict = SD1, prediction: str = "eps", vae
     pipe.save_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+XL_UNET = dict(
+    block_out_channels=(32, 64),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=2,
+    transformer_layers_per_block=[1, 2],
+    attention_head_dim=(1, 1),
+    cross_attention_dim=192,
+    use_linear_projection=True,
+    norm_num_groups=32,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=48 + 6 * 256,
+)
+
+
+def small_xl(prediction: str = "eps", **index) -> "diffusers.StableDiffusionXLPipeline":
+    """A small SDXL that a single file can hold: heads of width 64, group norms of 32 groups."""
+    sizes = dict(vocab_size=1236, max_position_embeddings=16, num_hidden_layers=3, eos_token_id=2)
+    torch.manual_seed(4)
+    first = CLIPTextConfig(hidden_size=64, intermediate_size=96, num_attention_heads=1, **sizes)
+    second = CLIPTextConfig(
+        hidden_size=128, intermediate_size=96, num_attention_heads=2, hidden_act="gelu", projection_dim=48, **sizes
+    )
+    tokenizer = POCKET / "tokenizer"
+    pipe = diffusers.StableDiffusionXLPipeline(
+        unet=small_unet(**XL_UNET),
+        vae=small_vae(block_out_channels=(32, 64), norm_num_groups=32, scaling_factor=0.13025, **TWO_LEVELS),
+        text_encoder=shake(CLIPTextModel(first).double()),
+        text_encoder_2=shake(CLIPTextModelWithProjection(second).double(), seed=1),
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizer),
+        tokenizer_2=CLIPTokenizer.from_pretrained(tokenizer, pad_token="!"),
+        scheduler=ddim_scheduler(prediction),
+        add_watermarker=False,
+        **index,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+TWO_LEVELS = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)

@@ -103,14 +103,14 @@ def test_missing_tokenizer(folder: Path) -> None:
         dict(down_block_types=["CrossAttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"]),
         dict(up_block_types=["UpBlock2D", "UpBlock2D", "UpBlock2D"]),
         dict(mid_block_type="UNetMidBlock2D"),
-        dict(addition_embed_type="text_time"),
+        dict(addition_embed_type="text_image"),
         dict(in_channels=9),
     ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_other_kinds_of_unet(changes: dict, folder: Path) -> None:
     edit_config(folder / "unet/config.json", **changes)
-    with pytest.raises(CheckpointError, match="SD 1.x and 2.x"):
+    with pytest.raises(CheckpointError, match="SD 1.x, 2.x and XL"):
         load(folder)
 
 
