@@ -255,7 +255,7 @@ def unet_shapes(tensors: Tensors, version: Version, prediction: str) -> UNetConf
             number(tensors, f"{UNET}input_blocks.{first}.1.transformer_blocks.{{}}.norm1.weight") for first in firsts
         ),
         mid_depth=number(tensors, UNET + "middle_block.1.transformer_blocks.{}.norm1.weight"),
-        heads=tuple(width // version.head_width if version.head_width else 8 for width in widths),
+        heads=tuple(max(width // version.head_width, 1) if version.head_width else 8 for width in widths),
         context_width=shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
         linear_projection=len(shape("middle_block.1.proj_in.weight")) == 2,
         upcast_attention=large,
@@ -287,6 +287,7 @@ def text_shapes(tensors: Tensors, version: Version) -> CLIPTextConfig:
         num_attention_heads=max(width // TEXT_HEAD_WIDTH, 1),
         max_position_embeddings=tensors["embeddings.position_embedding.weight"].shape[0],
         hidden_act=version.activation,
+        projection_dim=len(tensors.get(PROJECTION, [])) or None,
         bos_token_id=vocabulary - 2,
         eos_token_id=vocabulary - 1,
     )
