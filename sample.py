@@ -60,23 +60,23 @@ def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict
 
     Raises ValueError for flags that ask for others.
     """
-    asked = (args.guidance, args.negative_prompt or None, args.interval)
+    asked = (args.guidance, args.negative_prompt, args.interval)
     if student is None:
         if args.lora_scale != 1:
             raise ValueError("--lora-scale is the strength of a student: name its file with --lora.")
-        learned = (2.5, "", None)
+        learned = (2.5, None, None)
     else:
         if not args.compare and (any(x is not None for x in asked) or args.selective):
             raise ValueError(
                 "--guidance, --negative-prompt, --interval and --selective are the teacher's; a LoRA has learned its "
                 "own: leave them out."
             )
-        learned = (student.guidance, student.metadata.get("negative_prompt", ""), student.interval)
+        learned = (student.guidance, student.metadata.get("negative_prompt"), student.interval)
         if any(x not in (None, y) for x, y in zip(asked, learned)) or (args.selective and student.interval):
             interval = f", interval {student.interval.low:g} to {student.interval.high:g}" if student.interval else ""
             raise ValueError(
-                f'{student.path} has learned guidance {learned[0]:g} with negative prompt "{learned[1]}"{interval}: '
-                "the teacher beside it must have the same."
+                f"{student.path} has learned guidance {learned[0]:g} with negative prompt "
+                f'"{learned[1] or ""}"{interval}: the teacher beside it must have the same.'
             )
     guidance, negative_prompt, interval = (y if x is None else x for x, y in zip(asked, learned))
     few_steps = student and student.few_steps
@@ -103,7 +103,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add = parser.add_argument_group("what to sample").add_argument
     add("prompt", nargs="+", metavar="PROMPT", help="what the image shows; one image for each prompt")
-    add("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from (default: "
+    add("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: "
         "none; with --compare the LoRA's own)")
     add("--seed", type=cli.seed_number, default=0, metavar="N", help="seed of the first image's noise; each "
         "further image has the next (default: %(default)s)")

@@ -1,7 +1,7 @@
 """Distil a guided teacher, two UNet calls a step, into a LoRA student that needs one.
 
   python train.py                                                 the model that ships here, in minutes on a laptop
-  python train.py --model FOLDER --guidance 7.5 --dtype bfloat16  your own Stable Diffusion 1.x or 2.x, on a GPU
+  python train.py --model FOLDER --guidance 7.5 --dtype bfloat16  your own Stable Diffusion 1.x, 2.x or XL, on a GPU
 
 Teacher and student are one network: the student is the teacher with its LoRA switched on.
 """
@@ -53,7 +53,9 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     timesteps = torch.tensor(sd.schedule.timesteps(args.sample_steps, args.spacing))
     if args.interval and not args.interval.includes(timesteps).any():
         raise ValueError(f"--interval: none of the DDIM steps, t = {timesteps.tolist()}, lies inside.")
-    uncond = sd.encode_prompt([args.negative_prompt])
+    if not sd.force_zeros:  # SDXL tells no negative prompt from an empty one
+        args.negative_prompt = args.negative_prompt or ""
+    uncond = sd.encode_negative(args.negative_prompt)
     if ranks.first:
         resources.enter_context(lock(out))
     ranks.wait()
@@ -156,7 +158,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--images", **path, help="folder of images with captions, in metadata.jsonl or in a .txt beside each: learn "
         "from these, noised, instead of images that the teacher samples")
     add("--guidance", **x, default=2.5, help="guidance scale; 7.5 is usual for large models (default: %(default)s)")
-    add("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from (default: none)")
+    add("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: none)")
     add("--interval", type=cli.finite, nargs=2, metavar=("LOW", "HIGH"), help="guide only at time steps t "
         "from LOW to HIGH, with one UNet call elsewhere (default: guide at every step)")
     add("--teacher-lora", type=cli.ScaledFile.parse, metavar="FILE[:SCALE]", help="a style for the "

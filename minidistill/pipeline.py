@@ -61,8 +61,7 @@ class StableDiffusion:
     force_zeros: bool = False
 
     def __post_init__(self) -> None:
-        side = self.unet_config.sample_size * self.vae.config.factor
-        self.height, self.width = self.height or side, self.width or side
+        self.height, self.width = self.height or self.trained_side, self.width or self.trained_side
         self.latent_size()
 
     @cached_property
@@ -76,13 +75,18 @@ class StableDiffusion:
         return getattr(self.unet, "base", self.unet).config
 
     @property
+    def trained_side(self) -> int:
+        """Height and width of the images that the model was trained on, in pixels."""
+        return self.unet_config.sample_size * self.vae.config.factor
+
+    @property
     def device(self) -> torch.device:
         """Where the UNet is, and where everything is computed."""
         return next(self.unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the networks' weights."""
+        """The dtype of the VAE's weights, and of the other networks' (but for SDXL in float16, see ``load``)."""
         return self.vae.post_quant_conv.weight.dtype
 
     def encode_prompt(self, prompts: list[str], height: int | None = None, width: int | None = None) -> Conditioning:
@@ -140,6 +144,18 @@ class StableDiffusion:
         shape = (self.unet_config.in_channels, *self.latent_size(height, width))
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(noise).to(self.device, torch.promote_types(self.dtype, torch.float32))
+
+    def run_vae(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``function(x)``, of ``vae.encode`` or ``vae.decode``.
+
+        If the GPU's memory does not suffice, the UNet makes room: it waits on the CPU.
+        """
+        try:
+            return function(x)
+        except torch.OutOfMemoryError:
+            pass  # from here on, nothing refers to what the first attempt left in memory
+        with on_device(self.unet, torch.device("cpu")):
+            return function(x)
 
     @torch.no_grad()
     def sample(
@@ -206,7 +222,7 @@ class StableDiffusion:
                 bar.update()
             with on_device(self.vae, self.device):
                 for one in z_t.to(self.dtype).split(1):  # one by one: the decoder takes far more memory than the UNet
-                    images += to_images(self.vae.decode(one))
+                    images += to_images(self.run_vae(self.vae.decode, one))
         bar.close()
         return images
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import ROOT, UPDATES, write_tiny
+from tiny import ROOT, UPDATES, write_tiny, write_tiny_xl
 
 from minidistill import StableDiffusion, load
 
@@ -29,6 +29,12 @@ def pytest_configure() -> None:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in the official layout."""
     return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for an SDXL."""
+    return write_tiny_xl(tmp_path_factory.mktemp("models") / "tiny-xl")
 
 
 @pytest.fixture

@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from minidistill.bench.workloads import Size
-from minidistill.config import UNetConfig, VAEConfig
+from minidistill.config import ScheduleConfig, UNetConfig, VAEConfig
+from minidistill.formats.model_configs import XL_INDEX, published_schedule, published_unet, published_vae
+from minidistill.formats.model_folder import XL_STEMS
 from minidistill.formats.single_file import to_single_file
 from minidistill.lora import LoRAModel, inject_lora, lora_layers
 from minidistill.pocket.emoji3d.compositions import THINGS
@@ -34,6 +36,11 @@ TINY_SIZE = Size(  # for the benchmark and the memory ledger
     cpu_steps=3,
     cpu_repeats=2,
 )
+TINY_XL_UNET = UNetConfig(
+    widths=(32, 64), layers=1, depth=(0, 2), mid_depth=2, heads=(1, 1), context_width=128, linear_projection=True,
+    sample_size=8, pooled_width=24,
+)  # fmt: skip
+TINY_XL_VAE = VAEConfig(widths=(32, 32), layers=1, scaling_factor=0.13025)
 TINY_VAE = VAEConfig(widths=(8, 16), layers=1, groups=4)
 
 
@@ -162,6 +169,45 @@ def write_tiny(folder: Path, seed: int = 0) -> Path:
     save_file(vae.state_dict(), folder / "vae/diffusion_pytorch_model.safetensors")
     save_file(text_encoder.state_dict(), folder / "text_encoder/model.safetensors")
     shutil.copytree(ROOT / "weights/pocket-emoji/tokenizer", folder / "tokenizer")
+    return folder
+
+
+def write_tiny_xl(folder: Path) -> Path:
+    """Like ``write_tiny``, an SDXL; what the shapes in a single file do not tell is as in the large model."""
+    first, second = (
+        CLIPTextConfig(
+            vocab_size=1236,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            max_position_embeddings=16,
+            hidden_act=activation,
+            bos_token_id=1234,
+            eos_token_id=1235,
+            projection_dim=TINY_XL_UNET.pooled_width,
+        )
+        for activation in ("quick_gelu", "gelu")
+    )
+    torch.manual_seed(0)
+    networks = {
+        "unet": (shake(UNet(TINY_XL_UNET)), published_unet(TINY_XL_UNET)),
+        "vae": (shake(VAE(TINY_XL_VAE)), published_vae(TINY_XL_VAE, side=16)),
+        "text_encoder": (shake(CLIPTextModel(first)), first.to_dict()),
+        "text_encoder_2": (shake(CLIPTextModelWithProjection(second)), second.to_dict()),
+    }
+    for name, (network, config) in networks.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(config))
+        save_file(network.state_dict(), folder / name / f"{XL_STEMS[name]}.safetensors", {"format": "pt"})
+    (folder / "scheduler").mkdir()
+    schedule = published_schedule(ScheduleConfig())
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(schedule))
+    (folder / "model_index.json").write_text(json.dumps(XL_INDEX))
+    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        shutil.copytree(ROOT / "weights/pocket-emoji/tokenizer", folder / name)
+        config = folder / name / "tokenizer_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": pad}))
     return folder
 
 

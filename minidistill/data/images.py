@@ -82,23 +82,24 @@ def version(images: list[CaptionedImage]) -> str:
     return digest("\n".join(f"{image.digest} {image.caption}" for image in images).encode())
 
 
-def read_image(file: Path, side: int) -> Tensor:
-    """[3, side, side] in [-1, 1]: rotated upright, on white where transparent, resized and cropped to a centred square.
+def read_image(file: Path, height: int, width: int) -> Tensor:
+    """[3, height, width] in [-1, 1]: rotated upright, on white where transparent, resized and its centre cropped.
 
     Raises ValueError for an image that would have to be enlarged more than twofold or does not have 8 bits per channel;
     and whatever a decoder raises at a damaged file.
     """
     with Image.open(file, formats=DECODERS) as image:
-        width, height = image.size
-        if 2 * min(width, height) < side:
-            raise ValueError(f"{width}x{height} pixels is too small: less than half of the model's {side}")
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"pixel format {image.mode} does not have 8 bits per channel")
         image = ImageOps.exif_transpose(image)
+        if 2 * image.width < width or 2 * image.height < height:
+            raise ValueError(
+                f"{image.width}x{image.height} pixels is too small: less than half of the model's {width}x{height}"
+            )
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+        image = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
 
@@ -120,8 +121,8 @@ def encode(
 
     Raises ValueError if no image is left.
     """
-    side = sd.unet_config.sample_size * sd.vae.config.factor
-    made_with = f"{fingerprint(sd.vae)} {sd.vae.config} {side}"
+    size = sd.height if sd.height == sd.width else f"{sd.width}x{sd.height}"
+    made_with = f"{fingerprint(sd.vae)} {sd.vae.config} {size}"
     files = [folder / f"image-{digest(f'{made_with} {image.digest}'.encode())}.safetensors" for image in images]
     left_out = {}
     if rank == 0:
@@ -129,12 +130,12 @@ def encode(
         with torch.no_grad(), on_device(sd.vae, sd.device):
             for file, image in tqdm(missing.items(), "encoding images", unit="image"):
                 try:
-                    x = read_image(image.file, side)
+                    x = read_image(image.file, sd.height, sd.width)
                 except Exception as error:  # decoders raise anything at a damaged file
                     left_out[image.file] = str(error) or type(error).__name__
                     file.unlink(missing_ok=True)  # damaged, or it would not be missing
                     continue
-                z_0 = sd.vae.encode(x[None].to(sd.device, sd.dtype))[0]  # [4, h, w]
+                z_0 = sd.run_vae(sd.vae.encode, x[None].to(sd.device, sd.dtype))[0]  # [4, h, w]
                 write_shard(file, {"z_0": z_0.half().cpu().contiguous()}, made_with)  # half, as in trajectories.py
     wait()
     numbers = {caption: number for number, caption in enumerate(captions)}

@@ -53,7 +53,7 @@ def generate(
     count: int,
     steps: int,
     guidance: float,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
     interval: Interval | None = None,
     seed: int = 0,
     batch: int = 16,
@@ -98,13 +98,14 @@ def generate(
         keep_states=keep_states,
         **({"interval": interval} if interval else {}),
         **({"student_steps": student_steps} if student_steps else {}),
+        **({"size": [sd.height, sd.width]} if {sd.height, sd.width} != {sd.trained_side} else {}),
     )
     made_with = json.dumps(settings)
     order = torch.cat([
         torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed + i))
         for i in range(-(-count // len(captions)))
     ])[:count]  # fmt: skip
-    uncond = sd.encode_prompt([negative_prompt])
+    uncond = sd.encode_negative(negative_prompt)
     files = {first: folder / f"trajectories-{first:06d}.safetensors" for first in range(0, count, batch)}
     chosen = dict(zip(files, order.split(batch)))
     missing = [first for first, file in files.items() if not is_shard(file, made_with, len(chosen[first]))]

@@ -60,7 +60,7 @@ def teacher_states(
     *,
     steps: int,
     guidance: float,
-    negative_prompt: str,
+    negative_prompt: str | None,
     interval: Interval | None,
     noised: bool,
     student_steps: int | None,
@@ -72,7 +72,7 @@ def teacher_states(
     """
     timesteps = sd.schedule.timesteps(steps, "trailing" if student_steps else "leading")
     cond = sd.encode_prompt(list(prompts))
-    uncond = sd.encode_prompt([negative_prompt]).expand(len(cond))
+    uncond = sd.encode_negative(negative_prompt).expand(len(cond))
     z_T = sd.starting_noise(seeds)
     z_t, eps_hat, z_0 = teacher_trajectory(sd, cond, uncond, guidance, z_T, timesteps, interval)
     if student_steps:
@@ -93,7 +93,7 @@ def noise_error_share(
     *,
     steps: int,
     guidance: float,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
     interval: Interval | None = None,
     noised: bool = False,
     student_steps: int | None = None,

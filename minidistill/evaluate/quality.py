@@ -84,12 +84,12 @@ def run(args: Namespace) -> None:
     sd = load(args.model, **load_options(args))
     clip = ClipScore(args.clip, CLIPTokenizer.from_pretrained(args.clip)) if args.clip else ClipScore.in_model(sd)
     judge = read_judge(args.judge)
-    truth = judge.rendered(repeated, sd.unet_config.sample_size * sd.vae.config.factor) if judge else None
+    truth = judge.rendered(repeated, sd.height) if judge else None
     stamp = options | {
         "networks": [fingerprint(part) for part in (sd.unet, sd.vae, sd.text_encoder)],
         "prediction": sd.schedule.prediction,
-        "tokens": digest(json.dumps(sd.tokenizer([*repeated, teacher.negative_prompt]).input_ids).encode()),
-        "where": f"{args.device} {args.dtype}",
+        "tokens": digest(json.dumps(sd.tokenizer([*repeated, teacher.negative_prompt or ""]).input_ids).encode()),
+        "where": f"{args.device} {args.dtype} {sd.width}x{sd.height}",
     }
 
     def cache(name: str, make: Make, **made_with: object) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ def write_report(
     *,
     guidance: float,
     steps: int,
-    negative_prompt: str,
+    negative_prompt: str | None,
     batch: int,
     interval: Interval | None = None,
     student_steps: int | None = None,

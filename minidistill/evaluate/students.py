@@ -24,12 +24,12 @@ class Teacher(NamedTuple):
     """How a teacher is guided; the names are those of ``draw`` and ``noise_error_share``."""
 
     guidance: float
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     interval: Interval | None = None
 
     def __str__(self) -> str:
         where = f" for {self.interval.low:g} <= t <= {self.interval.high:g}" if self.interval else ""
-        return f'guidance {self.guidance:g}{where}, negative prompt "{self.negative_prompt}"'
+        return f'guidance {self.guidance:g}{where}, negative prompt "{self.negative_prompt or ""}"'
 
 
 class Student(NamedTuple):
@@ -65,7 +65,7 @@ def read_student(path: Path, scale: float, args: Namespace) -> Student:
             f"{learned.path} was distilled from a teacher with the LoRA {style}. Merge that LoRA into the model first "
             "(python -m minidistill.export --to checkpoint), and pass the result as --model."
         )
-    teacher = Teacher(learned.guidance, learned.metadata.get("negative_prompt", ""), learned.interval)
+    teacher = Teacher(learned.guidance, learned.metadata.get("negative_prompt"), learned.interval)
     return Student(learned.path, teacher, install, learned.few_steps)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from minidistill.formats.lora_formats import LoRAFile, kohya_tensors, peft_tensors, read_run
+from minidistill.formats.lora_formats import LoRAFile, is_xl, kohya_tensors, peft_tensors, read_run
 from minidistill.formats.lora_io import student_and_styles
 from minidistill.formats.merged_checkpoint import with_loras, write_checkpoint
 from minidistill.formats.tensor_files import write_tensors
@@ -84,7 +84,7 @@ SD_VERSIONS = {768: "sd_v1", 1024: "sd_v2"}  # by context width
 def kohya_metadata(file: LoRAFile, tensors: dict[str, Tensor]) -> dict[str, str]:
     """The metadata of kohya's scripts, as far as tools read it.
 
-    Without ss_v2, AUTOMATIC1111 does not offer a LoRA for SD 2; other tools show rank, alpha and base model.
+    Without the version, AUTOMATIC1111 does not offer a LoRA for SD 2 or XL; other tools show rank, alpha and base.
     """
     ranks = {pair.rank for pair in file.layers.values()}
     alphas = {tensor.item() for key, tensor in tensors.items() if key.endswith(".alpha")}
@@ -95,6 +95,8 @@ def kohya_metadata(file: LoRAFile, tensors: dict[str, Tensor]) -> dict[str, str]
     }
     if "base" in file.metadata:
         header["ss_sd_model_name"] = file.metadata["base"]
+    if is_xl(file.layers):
+        return header | {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}
     widths = {pair.down.shape[1] for name, pair in file.layers.items() if name.endswith("attn2.to_k")}
     if version := SD_VERSIONS.get(max(widths, default=0)):
         v = "_v" if file.metadata.get("prediction") == "v" else ""

@@ -6,13 +6,15 @@ A file holds two thin matrices and alpha for each layer: W <- W + (alpha / rank)
     ours    <layer>.lora_down, <layer>.lora_up                                   in the header, the same for all layers
     peft    unet.<layer>.lora_A.weight, .lora_B.weight                           the rank, unless the header has more
     kohya   lora_unet_<layer, underscored>.lora_down.weight, .lora_up.weight     <layer>.alpha, a tensor; else the rank
+
+For SDXL, kohya's scripts use the layer names of single files.
 """
 
 import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minidistill.config import SDXL_UNET
 from minidistill.formats.files import CheckpointError, reading
+from minidistill.formats.original_names import translate, unet_names
 from minidistill.formats.tensor_files import convert, read_tensors
 from minidistill.guidance import Interval
 from minidistill.lora import low_rank
@@ -90,6 +94,16 @@ class LoRAFile:
             return 1 + self.scale * (float(self.metadata["guidance"]) - 1)
 
 
+# Our names of SDXL's layers, with a dot at the end -> those of single files; and back, from underscores.
+XL_NAMES = unet_names(SDXL_UNET)
+UNDERSCORED_XL_NAMES = {theirs.replace(".", "_"): ours for ours, theirs in XL_NAMES.items()}
+
+
+def is_xl(layers: Iterable[str]) -> bool:
+    """True for layers of SDXL, the only UNet here with several transformer blocks in a row."""
+    return any(".transformer_blocks.1." in name for name in layers)
+
+
 # Writing
 
 
@@ -116,9 +130,9 @@ def kohya_tensors(file: LoRAFile) -> dict[str, Tensor]:
     alpha = torch.tensor(next(iter(pairs)).alpha).item()
     if any(pair.alpha != alpha for pair in pairs):
         alpha = float(max(pair.rank for pair in pairs))
-    tensors = {}
+    tensors, names = {}, XL_NAMES if is_xl(file.layers) else {}
     for name, pair in file.layers.items():
-        name = "lora_unet_" + name.replace(".", "_")
+        name = "lora_unet_" + translate(f"{name}.", names)[:-1].replace(".", "_")
         tensors[f"{name}.lora_down.weight"] = pair.down
         tensors[f"{name}.lora_up.weight"] = pair.up if pair.alpha == alpha else pair.alpha / alpha * pair.up
         tensors[f"{name}.alpha"] = torch.tensor(alpha)
@@ -139,7 +153,7 @@ ENDINGS = {
     ".alpha": "alpha",
 }
 UNDERSCORED = re.compile(
-    "(down_blocks|mid_block|up_blocks|transformer_blocks|time_embedding|time_emb_proj|linear_1|linear_2|"
+    "(down_blocks|mid_block|up_blocks|transformer_blocks|time_embedding|add_embedding|time_emb_proj|linear_1|linear_2|"
     "conv_in|conv_out|conv_shortcut|proj_in|proj_out|to_q|to_k|to_v|to_out)|_"
 )  # the names in a UNet that contain underscores; any other underscore stands for a dot
 
@@ -147,7 +161,8 @@ UNDERSCORED = re.compile(
 def layer_name(name: str) -> str:
     """The UNet's name for a layer, from its name in a file of any format."""
     if name.startswith("lora_unet_"):
-        return UNDERSCORED.sub(lambda match: match[1] or ".", name.removeprefix("lora_unet_"))
+        name = translate(name.removeprefix("lora_unet_") + "_", UNDERSCORED_XL_NAMES)
+        return UNDERSCORED.sub(lambda match: match[1] or ".", name)[:-1]
     return name.removeprefix("unet.")
 
 

@@ -48,6 +48,8 @@ def add_model_flags(
         "SD 2.x single file that says nothing)")
     add("--tokenizer", **path, help="folder with vocab.json and merges.txt (default: the model's own; for a single "
         "file, CLIP's from the hub)")
+    add("--height", type=positive_int, metavar="N", help="of images, in pixels (default: as trained; 1024 for SDXL)")
+    add("--width", type=positive_int, metavar="N", help="the same")
     add("--device", default=DEFAULT_DEVICE, metavar="DEVICE", help="where to compute (default: %(default)s)")
     add("--dtype", default="float32", choices=dtypes, help="dtype of the weights (default: %(default)s)")
     # fmt: on
@@ -56,7 +58,7 @@ def add_model_flags(
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
     """The model flags as keyword arguments of ``minidistill.load``."""
-    same = ("device", "prediction", "tokenizer", "ema", "variant")
+    same = ("device", "prediction", "tokenizer", "ema", "variant", "height", "width")
     return {name: getattr(args, name) for name in same} | {"dtype": getattr(torch, args.dtype)}
 
 

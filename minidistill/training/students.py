@@ -109,8 +109,9 @@ def choose_steps(args: argparse.Namespace) -> None:
 
 def header(args: argparse.Namespace, base: str, prediction: str) -> dict[str, str]:
     """What a result's file says of the student: which teacher it learned from, and how to sample with it."""
-    said = dict(base=base, guidance=f"{args.guidance:g}", negative_prompt=args.negative_prompt, method=args.method)
-    said |= dict(prediction=prediction)
+    said = dict(base=base, guidance=f"{args.guidance:g}", method=args.method, prediction=prediction)
+    if args.negative_prompt is not None:
+        said |= dict(negative_prompt=args.negative_prompt)
     if args.interval:
         said |= dict(interval=str(args.interval))
     if args.student_steps:

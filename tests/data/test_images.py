@@ -123,7 +123,7 @@ def resized(file: Path) -> Tensor:
 def test_a_latent_is_the_vaes_of_the_resized_image(height: int, width: int, sd: StableDiffusion, tmp_path: Path):
     file = write(tmp_path / "images/a.png", 3, "one", height=height, width=width)
     expected = resized(file)
-    x = read_image(file, SIDE)
+    x = read_image(file, SIDE, SIDE)
     assert ((x + 1) * 127.5 - expected).abs().max() < 1.5  # Pillow rounds to levels, once per direction
     latents, _ = encoded(sd, tmp_path / "images", tmp_path / "cache")
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_images_are_rotated_upright(tmp_path: Path):
     exif[0x0112] = 6
     Image.fromarray(pixels(0)).save(tmp_path / "a.png", exif=exif)
     expected = torch.from_numpy(np.rot90(pixels(0), -1).copy()).permute(2, 0, 1) / 127.5 - 1
-    assert torch.equal(read_image(tmp_path / "a.png", SIDE), expected)
+    assert torch.equal(read_image(tmp_path / "a.png", SIDE, SIDE), expected)
 
 
 def test_transparent_pixels_become_white(tmp_path: Path):
@@ -149,7 +149,7 @@ def test_transparent_pixels_become_white(tmp_path: Path):
     palette.putpalette([255, 0, 0, 0, 0, 0])  # red, where it shows
     palette.save(tmp_path / "b.png", transparency=0)
     for name in ("a.png", "b.png"):
-        x = read_image(tmp_path / name, SIDE)
+        x = read_image(tmp_path / name, SIDE, SIDE)
         assert x.shape == (3, SIDE, SIDE) and (x[:, :8] == 1).all() and (x[:, 8:] == -1).all()
 
 
@@ -158,7 +158,7 @@ def test_other_pixel_formats(mode: str, tmp_path: Path):
     image = Image.fromarray(pixels(1)).convert(mode)
     image.save(tmp_path / "a.tiff")
     expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
-    assert torch.equal(read_image(tmp_path / "a.tiff", SIDE), expected)
+    assert torch.equal(read_image(tmp_path / "a.tiff", SIDE, SIDE), expected)
 
 
 def test_unusable_images_are_left_out_and_named(folder: Path, sd: StableDiffusion, tmp_path: Path):

@@ -1,0 +1,146 @@
+"""LoRA files of SDXL exchanged with diffusers and peft, and read as kohya's scripts write them."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minidistill import inject_lora, load, load_lora, merge_lora, save_lora
+from minidistill.export import __main__ as export
+from minidistill.formats.lora_formats import read_lora
+from minidistill.formats.lora_io import merge_file
+from minidistill.lora import lora_layers
+
+from .helpers import PROMPTS, diffusers, randn, small_xl
+from .test_lora_formats import ADAPTERS, ATTENTION, CONVOLUTIONS, EVERYTHING, adapted, adapter, levels, no_warning, peft
+
+SIDE = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("xl")
+    small_xl().to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def pipeline(folder: Path, lora: Path | None = None) -> "diffusers.StableDiffusionXLPipeline":
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(
+        folder, torch_dtype=torch.float32, local_files_only=True, add_watermarker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    if lora:
+        with no_warning():
+            pipe.load_lora_weights(str(lora))
+    return pipe
+
+
+def draw_theirs(pipe, folder: Path) -> np.ndarray:
+    z_T = load(folder).starting_noise([3, 4], height=SIDE, width=SIDE)
+    options = dict(height=SIDE, width=SIDE, num_inference_steps=4, guidance_scale=1)
+    return levels(pipe(PROMPTS, latents=z_T, **options).images)
+
+
+def draw_ours(folder: Path, lora: Path | None) -> np.ndarray:
+    """Like sample.py: merged, one call per step."""
+    sd = load(folder)
+    if lora:
+        sd.unet = load_lora(sd.unet, lora)
+        merge_lora(sd.unet)
+    options = dict(steps=4, seed=3, height=SIDE, width=SIDE)
+    return levels(sd.sample(PROMPTS, guidance=1, lora_enabled=lora is not None, **options))
+
+
+without_lora = cache(lambda folder: draw_ours(folder, None))
+
+
+@torch.no_grad()
+def write_student(folder: Path, path: Path, rank: int, alpha: float, targets: list[str]) -> Path:
+    student = inject_lora(load(folder).unet, rank, alpha, targets)
+    for i, layer in enumerate(lora_layers(student).values()):
+        layer.lora_up.copy_(0.5 * rank**0.5 / alpha * randn(*layer.lora_up.shape, seed=i))  # of equal size
+    save_lora(student, path, dict(base="small", guidance="5", method="trajectories"))
+    return path
+
+
+@pytest.mark.parametrize(
+    "rank, alpha, targets", [(4, 4, ATTENTION), (4, 6, CONVOLUTIONS), (64, 64, CONVOLUTIONS), (3, 0.1, EVERYTHING)]
+)
+@pytest.mark.parametrize("to", ["peft", "kohya"])
+def test_diffusers_draws_what_we_draw(
+    to: str, rank: int, alpha: float, targets: list[str], folder: Path, tmp_path: Path
+) -> None:
+    lora = write_student(folder, tmp_path / "lora.safetensors", rank, alpha, targets)
+    written = tmp_path / f"lora-{to}.safetensors"
+    export.main([str(lora), "--to", to])
+    pipe = pipeline(folder, written)
+    layers = lora_layers(load_lora(load(folder).unet, lora))
+    assert layers.keys() == adapted(pipe.unet).keys()
+    found = draw_ours(folder, lora)
+    assert np.abs(found - draw_theirs(pipe, folder)).max() <= 1
+    assert np.abs(found - without_lora(folder)).max() > 8  # the LoRA has a visible effect
+    assert np.abs(found - draw_ours(folder, written)).max() <= 1  # it reads back
+    if alpha == rank:
+        again = lora_layers(load_lora(load(folder).unet, written))
+        for name, layer in layers.items():
+            assert torch.equal(layer.lora_down, again[name].lora_down) and torch.equal(
+                layer.lora_up, again[name].lora_up
+            )
+
+
+def test_diffusers_draws_the_merged_checkpoint(folder: Path, tmp_path: Path) -> None:
+    lora = write_student(folder, tmp_path / "lora.safetensors", 4, 6, CONVOLUTIONS)
+    export.main([str(lora), "--to", "checkpoint", "--model", str(folder), "--out", str(tmp_path / "out")])
+    assert np.abs(draw_ours(folder, lora) - draw_theirs(pipeline(tmp_path / "out"), folder)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_lora_trained_by_peft(kind: str, folder: Path, tmp_path: Path) -> None:
+    pipe = pipeline(folder)
+    adapter(pipe, **ADAPTERS[kind])
+    layers, header = peft.get_peft_model_state_dict(pipe.unet), {"unet": pipe.unet}
+    header = diffusers.training_utils._collate_lora_metadata(header)
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=layers, **header)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    assert len(read_lora(file).layers) == len(adapted(pipe.unet))
+    assert np.abs(draw_ours(folder, file) - draw_theirs(pipe, folder)).max() <= 1
+
+
+def kohya_file(path: Path) -> dict[str, Tensor]:
+    """A style by kohya's scripts: attention and feed-forward of one block, both text encoders, alpha 2 at rank 4."""
+    block = "lora_unet_output_blocks_1_1_transformer_blocks_1_"
+    layers = {
+        f"{block}attn1_to_q": (64, 64),
+        f"{block}attn2_to_k": (192, 64),
+        f"{block}attn2_to_out_0": (64, 64),
+        f"{block}ff_net_0_proj": (64, 512),
+        f"{block}ff_net_2": (256, 64),
+        "lora_unet_middle_block_1_proj_in": (64, 64),
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (64, 64),
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1": (128, 96),
+    }
+    tensors = {}
+    for i, (name, (wide_in, wide_out)) in enumerate(layers.items()):
+        tensors[f"{name}.lora_down.weight"] = randn(4, wide_in, seed=i).float() * wide_in**-0.5
+        tensors[f"{name}.lora_up.weight"] = randn(wide_out, 4, seed=100 + i).float()
+        tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, path, {"ss_base_model_version": "sdxl_base_v1-0"})
+    return tensors
+
+
+def test_a_style_by_kohyas_scripts(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    unet_only = {name: x for name, x in kohya_file(file).items() if name.startswith("lora_unet_")}
+    with pytest.warns(UserWarning, match="text encoder"):
+        style = read_lora(file)
+    assert len(style.layers) == 6 and all(pair.scale == 0.5 for pair in style.layers.values())
+    save_file(unet_only, tmp_path / "unet.safetensors")
+    sd = load(folder)
+    merge_file(sd.unet, style)
+    ours = levels(sd.sample(PROMPTS, steps=4, seed=3, guidance=1, height=SIDE, width=SIDE))
+    assert np.abs(ours - draw_theirs(pipeline(folder, tmp_path / "unet.safetensors"), folder)).max() <= 1
+    assert np.abs(ours - without_lora(folder)).max() > 8

@@ -1,0 +1,190 @@
+"""SDXL end to end on a tiny model with random weights: distil, sample, export, evaluate; and what is its own."""
+
+import json
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import error, fill_up, randn
+
+from minidistill import StableDiffusion, inject_lora, load, load_lora, pipeline
+from minidistill.conditioning import Conditioning, cat
+from minidistill.data.prompts import prompt_split
+from minidistill.evaluate import noise_error_share
+from minidistill.evaluate.__main__ import main as evaluate
+from minidistill.export.__main__ import main as export
+from minidistill.formats.lora_formats import read_lora
+from minidistill.text import pad_with_zeros
+from minidistill.training.distributed import process_group
+
+APPLE = "a red apple"
+
+
+@pytest.fixture
+def xl(tiny_xl: Path) -> StableDiffusion:
+    return load(tiny_xl)
+
+
+def distil(train, flags: list[str]) -> None:
+    args = train.parse([*flags, "--no-report"])
+    with process_group(args.device) as ranks, ExitStack() as resources:
+        train.main(args, ranks, resources)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_xl: Path, flags, train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run."""
+    out = tmp_path_factory.mktemp("runs") / "xl"
+    distil(train, flags(out, model=tiny_xl, guidance=5, rank=4, steps=25, save_every=25))
+    return out
+
+
+def test_distilled(run: Path, xl: StableDiffusion, prompts_file: Path):
+    """The loss falls; on held-out prompts the student is nearer to the teacher than the model without guidance."""
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    xl.unet = load_lora(xl.unet, run / "lora.safetensors")
+    held_out = prompt_split(xl.path, prompts_file)[1]
+    assert noise_error_share(xl, held_out, steps=3, guidance=5).pooled < 0.9
+
+
+def test_no_negative_prompt_is_not_the_empty_one(run: Path, xl: StableDiffusion, command, tmp_path: Path):
+    """Without one the teacher leads away from zeros, and its student's header says no negative prompt."""
+    assert "negative_prompt" not in read_lora(run / "lora.safetensors").metadata
+    none, empty = xl.encode_negative(), xl.encode_negative("")
+    assert not none.tokens.any() and not none.pooled.any() and none.sizes.tolist() == empty.sizes.tolist()
+    assert error(empty.tokens, xl.encode_prompt([""]).tokens) == 0 and empty.pooled.any()
+    flags = [APPLE, "--model", xl.path, "--lora", run, "--compare", "--steps", 2, "--out", tmp_path / "a.png"]
+    assert command("sample.py", *flags).code == 0
+    assert "must have the same" in command("sample.py", *flags, "--negative-prompt", "").complaint
+
+
+def test_sample_in_another_size(xl: StableDiffusion, command, tmp_path: Path):
+    flags = ["--model", xl.path, "--steps", 2, "--guidance", 4, "--height", 20, "--width", 32]
+    assert command("sample.py", APPLE, *flags, "--out", tmp_path / "a.png").code == 0
+    (expected,) = xl.sample([APPLE], 2, 4.0, height=20, width=32)
+    assert np.array_equal(Image.open(tmp_path / "a.png"), expected) and expected.size == (32, 20)
+    assert "multiples of 2, not 32x21" in command("sample.py", APPLE, *flags, "--height", 21).complaint
+
+
+def test_distil_in_another_size(tiny_xl: Path, flags, train, command, tmp_path: Path):
+    options = dict(model=tiny_xl, steps=1, trajectories=4, height=12, width=20)
+    distil(train, flags(tmp_path / "run", **options))
+    shard = load_file(tmp_path / "run/states/trajectories-000000.safetensors")
+    assert shard["z_0"].shape == (4, 4, 6, 10)
+    other = flags(tmp_path / "run", **options | dict(height=16))
+    assert "--height 12" in command("train.py", *other, "--resume").complaint
+    other = flags(tmp_path / "new", **options | dict(height=16, states=tmp_path / "run/states"))
+    assert "other settings" in command("train.py", *other).complaint
+
+
+@pytest.mark.parametrize("to", ["peft", "kohya"])
+def test_exported_pairs_read_back_bit_exact(to: str, run: Path, tmp_path: Path):
+    export([str(run), "--to", to, "--out", str(tmp_path / "lora.safetensors")])
+    ours, back = read_lora(run / "lora.safetensors"), read_lora(tmp_path / "lora.safetensors")
+    assert ours.layers.keys() == back.layers.keys() and back.is_student
+    for name, pair in ours.layers.items():
+        assert torch.equal(pair.down, back.layers[name].down) and torch.equal(pair.up, back.layers[name].up)
+        assert pair.alpha == back.layers[name].alpha
+
+
+def test_kohyas_header_and_names(run: Path, tmp_path: Path):
+    """kohya's scripts train SDXL under the names of the original code, and AUTOMATIC1111 asks for the version."""
+    export([str(run), "--to", "kohya", "--out", str(tmp_path / "lora.safetensors")])
+    names = {name.split(".")[0] for name in load_file(tmp_path / "lora.safetensors")}
+    assert "lora_unet_middle_block_1_transformer_blocks_1_attn2_to_k" in names
+    assert "lora_unet_input_blocks_1_0_in_layers_2" in names and not any("down_blocks" in name for name in names)
+    assert read_lora(tmp_path / "lora.safetensors").metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+
+
+def test_merged_folder_and_single_file(run: Path, xl: StableDiffusion, tmp_path: Path):
+    xl.unet = load_lora(xl.unet, run / "lora.safetensors")
+    (expected,) = xl.sample([APPLE], steps=2, lora_enabled=True)
+    for out in (tmp_path / "folder", tmp_path / "file.safetensors"):
+        export([str(run), "--to", "checkpoint", "--model", str(xl.path), "--out", str(out)])
+        merged = load(out, tokenizer=xl.path / "tokenizer", height=16, width=16)
+        assert np.abs(np.asarray(merged.sample([APPLE], 2, 1.0)[0], int) - np.asarray(expected, int)).max() <= 1
+        assert error(merged.encode_prompt([APPLE]).pooled, xl.encode_prompt([APPLE]).pooled) == 0
+    assert (tmp_path / "folder/tokenizer_2").is_dir()
+
+
+def test_evaluate(run: Path, tiny_xl: Path, tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text("a red apple\na green rocket")
+    flags = [
+        "--model",
+        tiny_xl,
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--pictures",
+        2,
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+    ]
+    flags += ["--width", 24, "--out", tmp_path / "out", "--work", tmp_path]
+    evaluate(["quality", *map(str, [run, *flags])])
+    rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["teacher", "no guidance", run.name]
+    assert rows[2]["noise error share"]["value"] < 1
+
+
+# One set of weights; the pooled vector and the sizes
+
+
+def test_switched_off_the_lora_changes_nothing(xl: StableDiffusion):
+    z_t, t, cond = randn(2, 4, 8, 8), torch.tensor([981, 1]), xl.encode_prompt([APPLE, ""])
+    before, weights = xl.unet(z_t, t, cond), {id(p) for p in xl.unet.parameters()}
+    unet = fill_up(inject_lora(xl.unet, rank=2))
+    assert torch.equal(unet(z_t, t, cond), before)
+    assert error(unet(z_t, t, cond, lora_enabled=True), before) > 1e-3
+    assert weights == {id(p) for p in unet.parameters() if not p.requires_grad}
+
+
+def test_sizes_are_not_rounded(xl: StableDiffusion):
+    cond = xl.encode_prompt([APPLE, ""], 1016, 1144)
+    assert cond.to(torch.bfloat16).sizes.tolist() == [[1016, 1144, 0, 0, 1016, 1144]] * 2
+    assert cond.to(torch.bfloat16).pooled.dtype == torch.bfloat16
+    both = cat([cond[1:], cond[:1].expand(2)])
+    assert len(both) == 3 and torch.equal(both.pooled[1], cond.pooled[0]) and both.sizes.shape == (3, 6)
+
+
+def test_pooled_vector_and_sizes_matter(xl: StableDiffusion):
+    z_t, t, cond = randn(1, 4, 8, 8), torch.tensor([500]), xl.encode_prompt([APPLE])
+    eps = xl.unet(z_t, t, cond)
+    for other in ((cond.tokens, cond.pooled + 1, cond.sizes), (cond.tokens, cond.pooled, cond.sizes + 8)):
+        assert error(xl.unet(z_t, t, Conditioning(*other)), eps) > 1e-4
+    for without in (cond.tokens, Conditioning(cond.tokens, cond.pooled)):
+        with pytest.raises(ValueError, match="SDXL needs a Conditioning"):
+            xl.unet(z_t, t, without)
+
+
+def test_the_second_encoder_is_padded_with_zeros():
+    ids = torch.tensor([[7, 3, 9, 9, 9], [7, 9, 9, 9, 9], [7, 3, 9, 4, 9], [7, 3, 4, 5, 9]])
+    expected = [[7, 3, 9, 0, 0], [7, 9, 0, 0, 0], [7, 3, 9, 4, 9], [7, 3, 4, 5, 9]]
+    assert pad_with_zeros(ids, end=9).tolist() == expected
+
+
+def test_the_unet_makes_room_for_the_vae(xl: StableDiffusion, monkeypatch: pytest.MonkeyPatch):
+    """The first attempt runs out of memory; in the second, the UNet waits on the CPU."""
+    attempts, moved = [], []
+
+    @contextmanager
+    def on_device(network, device):
+        moved.append((network, str(device)))
+        yield
+        moved.clear()
+
+    def decode(z):
+        attempts.append(list(moved))
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError
+        return 2 * z
+
+    monkeypatch.setattr(pipeline, "on_device", on_device)
+    assert torch.equal(xl.run_vae(decode, torch.ones(1)), torch.full((1,), 2.0))
+    assert attempts == [[], [(xl.unet, "cpu")]] and not moved
