@@ -53,7 +53,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     timesteps = torch.tensor(sd.schedule.timesteps(args.sample_steps, args.spacing))
     if args.interval and not args.interval.includes(timesteps).any():
         raise ValueError(f"--interval: none of the DDIM steps, t = {timesteps.tolist()}, lies inside.")
-    if not sd.force_zeros:  # SDXL tells no negative prompt from an empty one
+    if not sd.force_zeros:  # for SDXL, none is not the same as an empty one
         args.negative_prompt = args.negative_prompt or ""
     uncond = sd.encode_negative(args.negative_prompt)
     if ranks.first:

@@ -72,7 +72,7 @@ def test_sample_in_another_size(xl: StableDiffusion, command, tmp_path: Path):
 
 
 def test_distil_in_another_size(tiny_xl: Path, flags, train, command, tmp_path: Path):
-    options = dict(model=tiny_xl, steps=1, trajectories=4, height=12, width=20)
+    options = dict(model=tiny_xl, steps=1, trajectories=4, height=12, width=20, memory="low")
     distil(train, flags(tmp_path / "run", **options))
     shard = load_file(tmp_path / "run/states/trajectories-000000.safetensors")
     assert shard["z_0"].shape == (4, 4, 6, 10)

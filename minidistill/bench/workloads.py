@@ -15,18 +15,27 @@ from transformers import CLIPTextConfig
 
 from minidistill import config, kernels
 from minidistill.bench.peers import peer_call, peer_guided_image, peer_lora, peer_unet
+from minidistill.conditioning import Conditioning
 from minidistill.guidance import batched_guided_noise, guided, guided_noise
 from minidistill.guidance import student as student_predictor
 from minidistill.lora import LoRAModel, inject_lora, lora_layers, merge_lora
 from minidistill.samplers import ddim_sample
 from minidistill.schedule import Schedule
-from minidistill.training.recompute import LOW_MEMORY, recompute
+from minidistill.training.recompute import low_memory, recompute
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 
 GUIDANCE = 7.5
 PEERS = ("diffusers", "peft")
 SD15_TEXT = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+XL_TEXT_2 = CLIPTextConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    projection_dim=1280,
+    hidden_act="gelu",
+)
 SD21_TEXT = CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
 
 
@@ -42,6 +51,7 @@ class Size:
     cpu_steps: int  # how many of an image's steps are timed on a CPU
     cpu_repeats: int
     text: CLIPTextConfig | None = field(default=None, compare=False)
+    text_2: CLIPTextConfig | None = field(default=None, compare=False)  # SDXL's second text encoder
 
 
 _LARGE = partial(Size, vae=config.SD15_VAE, tokens=77, steps=50, batch=1, cpu_steps=1, cpu_repeats=2)
@@ -49,6 +59,7 @@ SIZES = {
     "pocket": Size(config.POCKET_UNET, config.POCKET_VAE, 16, steps=25, batch=16, cpu_steps=25, cpu_repeats=9),
     "sd15": _LARGE(config.SD15_UNET, text=SD15_TEXT),
     "sd21": _LARGE(config.SD21_BASE_UNET, text=SD21_TEXT),
+    "sdxl": _LARGE(config.SDXL_UNET, vae=config.SDXL_VAE, text=SD15_TEXT, text_2=XL_TEXT_2),
 }
 
 
@@ -71,13 +82,19 @@ class Setup:
         side = self.size.unet.sample_size
         return self.randn(batch, self.size.unet.in_channels, side, side, seed=seed)
 
-    def contexts(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Stand-ins for the embeddings of prompts and of the empty prompt, each [B, L, D]."""
+    def contexts(self, batch: int) -> tuple[Tensor, Tensor] | tuple[Conditioning, Conditioning]:
+        """Stand-ins for the embeddings of prompts and of the empty prompt, each [B, L, D]; SDXL is told more."""
         shape = (batch, self.size.tokens, self.size.unet.context_width)
-        return self.randn(*shape, seed=2), self.randn(*shape, seed=3)
+        cond, uncond = self.randn(*shape, seed=2), self.randn(*shape, seed=3)
+        if not (width := self.size.unet.pooled_width):
+            return cond, uncond
+        side = self.size.unet.sample_size * self.size.vae.factor
+        sizes = torch.tensor([[side, side, 0, 0, side, side]] * batch, device=self.device)
+        pooled = self.randn(batch, width, seed=6), self.randn(batch, width, seed=7)
+        return Conditioning(cond, pooled[0], sizes), Conditioning(uncond, pooled[1], sizes)
 
-    def inputs(self) -> tuple[Tensor, ...]:
-        """z_t [B, 4, h, w], t [B], cond and uncond [B, L, D], and the target of the prediction [B, 4, h, w].
+    def inputs(self) -> tuple:
+        """z_t [B, 4, h, w], t [B], cond and uncond (B prompts each), and the target of the prediction [B, 4, h, w].
 
         As in train.py, latents are in float32 or wider, embeddings in the dtype of the weights.
         """
@@ -249,7 +266,7 @@ def lora_student(setup: Setup, teacher_in_loop: bool) -> Networks:
 def distil(setup: Setup, who: str, teacher_in_loop: bool, low: bool = False) -> Update:
     """One update of the LoRA. With ``low`` as in `--memory low`; the peer then recomputes whole blocks."""
     if who == "ours":
-        return Update(*lora_student(setup, teacher_in_loop), below=LOW_MEMORY if low else 0)
+        return Update(*lora_student(setup, teacher_in_loop), below=low_memory(setup.size.unet) if low else 0)
     unet, (z_t, t, cond, uncond, stored) = setup.peer_lora_unet(), setup.inputs()
     model = partial(peer_call, unet)
     if low:

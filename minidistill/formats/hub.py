@@ -38,7 +38,7 @@ def fetch_model(repo: str, variant: str | None = None) -> Path:
     Safetensors first; .bin for a network that has nothing else; fp16 as the last resort. Another kind of model is
     refused with a CheckpointError before any weights are downloaded.
     """
-    tokenizers = [f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2") for name in TOKENIZER]
+    tokenizers = [f"{part}/{name}" for part in ("tokenizer", "tokenizer_2") for name in TOKENIZER]
     folder = fetch(repo, [*CONFIGS, *tokenizers])
     refuse_other_pipelines(folder)
     read_unet_config(folder / "unet/config.json")

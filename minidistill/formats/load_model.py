@@ -59,7 +59,7 @@ def load(
     model = read_model_folder(path, prediction, variant) if is_folder else read_single_file(path, prediction, ema)
     check_widths(model, path)
     unet = build(lambda: UNet(model.unet_config), model.unet, dtype)
-    overflows = model.text_2 and dtype == torch.float16
+    overflows = model.text_2 is not None and dtype == torch.float16
     vae = build(lambda: VAE(model.vae_config), model.vae, torch.float32 if overflows else dtype)
     text_encoder = build(lambda: CLIPTextModel(model.text_config), model.text, dtype)
     if model.text_2:

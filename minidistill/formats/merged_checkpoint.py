@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minidistill.formats.files import atomic_folder, read_json, write_json
+from minidistill.formats.files import atomic_folder, write_json
 from minidistill.formats.hub import find_model
 from minidistill.formats.lora_formats import LoRAFile
 from minidistill.formats.lora_io import check_fit
 from minidistill.formats.model_configs import MODEL_INDEX, XL_INDEX
-from minidistill.formats.model_folder import STEMS, XL_STEMS, read_model_folder, read_weights, stems
+from minidistill.formats.model_folder import STEMS, XL_STEMS, read_index, read_model_folder, read_weights, stems
 from minidistill.formats.single_file import EMA, MODELSPEC, read_single_file, to_single_file
 from minidistill.formats.tensor_files import read_tensors, write_tensors
 
@@ -70,8 +70,7 @@ def folder_to_folder(source: Path, change: Change, out: Path, metadata: Mapping[
     """Everything but the UNet's weights is copied unchanged."""
     unet = read_weights(source / "unet", STEMS["unet"], variant)
     tensors = change(unet.tensors)
-    usual = XL_INDEX if stems(source) is XL_STEMS else MODEL_INDEX
-    index = read_json(source / "model_index.json") if (source / "model_index.json").exists() else usual
+    index = read_index(source) or (XL_INDEX if stems(source) is XL_STEMS else MODEL_INDEX)
     with atomic_folder(out) as temporary:
         # Only the parts of the pipeline: people keep other weights next to them, which would not be merged.
         for part in source.iterdir():

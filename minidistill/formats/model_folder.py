@@ -26,9 +26,14 @@ XL_STEMS = STEMS | {"text_encoder_2": "model"}
 
 def stems(folder: Path) -> dict[str, str]:
     """``STEMS`` of the model in ``folder``: SDXL has a second text encoder."""
+    is_xl = "text_encoder_2" in read_index(folder) or (folder / "text_encoder_2").is_dir()
+    return XL_STEMS if is_xl else STEMS
+
+
+def read_index(folder: Path) -> dict:
+    """The contents of ``model_index.json``, which names the parts; empty if the folder has none."""
     index = folder / "model_index.json"
-    named_xl = index.exists() and "text_encoder_2" in read_json(index)
-    return XL_STEMS if named_xl or (folder / "text_encoder_2").is_dir() else STEMS
+    return read_json(index) if index.exists() else {}
 
 
 def read_model_folder(folder: Path, prediction: str | None = None, variant: str | None = None) -> Description:
@@ -57,7 +62,7 @@ def read_model_folder(folder: Path, prediction: str | None = None, variant: str 
         pad_token="<|endoftext|>",
         text_config_2=read_text_config(folder / "text_encoder_2/config.json"),
         text_2=texts[1]._replace(tensors=match_text_names(texts[1].tensors, CLIPTextModelWithProjection)),
-        force_zeros=read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", True),
+        force_zeros=bool(read_index(folder).get("force_zeros_for_empty_prompt", True)),
     )
 
 
@@ -75,7 +80,8 @@ def refuse_other_xl(folder: Path) -> None:
         )
     tokenizer = folder / "tokenizer_2/tokenizer_config.json"
     pad = read_json(tokenizer).get("pad_token") if tokenizer.exists() else None
-    if pad is not None and "!" not in (pad, isinstance(pad, dict) and pad.get("content")):
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if pad not in (None, "!"):
         raise CheckpointError(f'{tokenizer} pads with {pad}, but minidistill pads with "!", as SDXL: fetch it again.')
 
 
@@ -92,9 +98,8 @@ def advice(folder: Path) -> str:
 
 def refuse_other_pipelines(folder: Path) -> None:
     """Raise CheckpointError that names a pipeline without a UNet, such as SD 3 or Flux, or the refiner of SDXL."""
-    index = folder / "model_index.json"
-    contents = read_json(index) if index.exists() else {"unet": None}
-    if "unet" not in contents:
+    contents = read_index(folder)
+    if contents and "unet" not in contents:
         kind = str(contents.get("_class_name"))[:100]
         raise CheckpointError(f"{folder} is a {kind}, without a UNet: minidistill reads SD 1.x, 2.x and XL.")
     if contents.get("requires_aesthetics_score"):

@@ -287,7 +287,7 @@ def text_shapes(tensors: Tensors, version: Version) -> CLIPTextConfig:
         num_attention_heads=max(width // TEXT_HEAD_WIDTH, 1),
         max_position_embeddings=tensors["embeddings.position_embedding.weight"].shape[0],
         hidden_act=version.activation,
-        projection_dim=len(tensors.get(PROJECTION, [])) or None,
+        projection_dim=len(tensors[PROJECTION]) if PROJECTION in tensors else None,
         bos_token_id=vocabulary - 2,
         eos_token_id=vocabulary - 1,
     )

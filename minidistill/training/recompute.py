@@ -15,12 +15,19 @@ from torch.utils.checkpoint import (
 )
 
 from minidistill.blocks import Upsample
+from minidistill.config import UNetConfig
 from minidistill.lora import LoRAModel, Switch
 from minidistill.unet import UNet
 
 # The threshold of ``train.py --memory low``, in multiply-adds per number. In SD 1.5 it keeps the 3x3 convolutions,
 # attention over many pixels and the widest linear layers; results/README.md has the cost of other thresholds.
 LOW_MEMORY = 1000
+XL_LOW_MEMORY = 2500  # SDXL has 70 transformer blocks; this also drops attention over 32x32 pixels and linear layers
+
+
+def low_memory(config: UNetConfig) -> float:
+    """The threshold of ``train.py --memory low`` for a UNet."""
+    return XL_LOW_MEMORY if config.pooled_width else LOW_MEMORY
 
 
 def recompute(model: UNet | LoRAModel, below: float) -> None:

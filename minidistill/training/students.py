@@ -13,7 +13,7 @@ from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
 from minidistill.lora import DEFAULT_TARGETS, LoRAModel, inject_lora
 from minidistill.pipeline import StableDiffusion
 from minidistill.training.command_line import ScaledFile
-from minidistill.training.recompute import LOW_MEMORY, recompute
+from minidistill.training.recompute import low_memory, recompute
 from minidistill.unet import UNet
 
 
@@ -25,7 +25,7 @@ class LoRAStudent:
     @staticmethod
     def make(unet: UNet, args: argparse.Namespace) -> LoRAModel:
         model = inject_lora(unet, args.rank, args.alpha, args.targets or DEFAULT_TARGETS)
-        recompute(model, LOW_MEMORY if args.memory == "low" else 0)
+        recompute(model, low_memory(unet.config) if args.memory == "low" else 0)
         return model
 
     @staticmethod
@@ -45,7 +45,7 @@ class FullCopy:
     @staticmethod
     def make(unet: UNet, args: argparse.Namespace) -> FullStudent:
         student = deepcopy(unet).float().requires_grad_()
-        recompute(student, LOW_MEMORY if args.memory == "low" else 0)
+        recompute(student, low_memory(unet.config) if args.memory == "low" else 0)
         return FullStudent(unet, student)
 
     @staticmethod

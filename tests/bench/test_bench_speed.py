@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import TINY_SIZE as TINY
-from tiny import error
+from tiny import TINY_XL_UNET, error
 
 from minidistill.bench import __main__ as bench
 from minidistill.bench import speed, timing, workloads
@@ -224,3 +224,11 @@ def test_bad_flags(argv: list[str], message: str, capsys) -> None:
 def test_without_a_gpu_it_says_so(command: str) -> None:
     with pytest.raises(ValueError, match="no CUDA device here: use --device cpu"):
         bench.main([command, "--device", "cuda", *(["--measure"] if command == "memory" else [])])
+
+
+@needs_peers
+@pytest.mark.parametrize("row", ["unet_alike", "guided", "noised"])
+def test_sdxl_beside_its_peers(row: str) -> None:
+    xl = Setup(replace(TINY, unet=TINY_XL_UNET), torch.device("cpu"), torch.float64, rank=4, timed_steps=2)
+    ours, theirs = (ROWS[row].make(xl, who)() for who in ("ours", "peer"))
+    assert workloads.error(ours, theirs) <= 1e-9

@@ -618,3 +618,18 @@ def test_a_variant_in_the_cache_does_not_stand_in(folder: Path, monkeypatch: pyt
     )
     load("someone/tiny")
     assert "unet/diffusion_pytorch_model.safetensors" in asked
+
+
+def test_sdxl_from_the_hub(tiny_xl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(tiny_xl, tmp_path / "published")
+    (folder / "sd_xl_base_1.0.safetensors").write_text("not needed")
+    snapshot = served(folder, tmp_path / "snapshot", monkeypatch)
+    sd = load("someone/xl")
+    assert equal(sd.text_encoder.state_dict(), load(tiny_xl).text_encoder.state_dict())
+    assert len(list(snapshot.rglob("*.safetensors"))) == 4 and (snapshot / "tokenizer_2/vocab.json").exists()
+    snapshot = served(folder, tmp_path / "other", monkeypatch)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"requires_aesthetics_score": True}))
+    with pytest.raises(CheckpointError, match="refiner"):
+        load("someone/refiner")
+    assert not list(snapshot.rglob("*.safetensors"))

@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from minidistill import StableDiffusion, load
+from minidistill.bench.workloads import SIZES, Setup
 from minidistill.conditioning import Conditioning
+from minidistill.config import SDXL_UNET, SDXL_VAE
+from minidistill.formats.files import write_json
+from minidistill.formats.model_configs import published_unet, read_unet_config, read_vae_config
 from minidistill.guidance import guided
 from minidistill.samplers import ddim_sample
+from minidistill.unet import UNet
 
 from .helpers import PROMPTS, diffusers, error, randn, small_xl
 
@@ -80,3 +85,47 @@ def test_other_sizes_than_the_images(pipe, sd: StableDiffusion) -> None:
     cond = replace(sd.encode_prompt(PROMPTS[:1]), sizes=torch.tensor([[300, 400, 7, 30, 128, 256]]))
     *_, ours = ddim_sample(lambda z_t, t: sd.unet(z_t, t, cond), sd.schedule, z_T, 4)
     assert error(ours, theirs) <= 1e-9
+
+
+PUBLISHED = dict(
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    attention_head_dim=[5, 10, 20],
+    block_out_channels=[320, 640, 1280],
+    cross_attention_dim=2048,
+    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    layers_per_block=2,
+    projection_class_embeddings_input_dim=2816,
+    sample_size=128,
+    transformer_layers_per_block=[1, 2, 10],
+    up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    use_linear_projection=True,
+)
+
+
+def test_presets_are_as_published(tmp_path: Path) -> None:
+    write_json(tmp_path / "unet.json", PUBLISHED)
+    write_json(tmp_path / "vae.json", dict(scaling_factor=0.13025, force_upcast=True))
+    assert read_unet_config(tmp_path / "unet.json") == SDXL_UNET
+    assert read_vae_config(tmp_path / "vae.json") == SDXL_VAE
+    write_json(tmp_path / "written.json", published_unet(SDXL_UNET))
+    assert read_unet_config(tmp_path / "written.json") == SDXL_UNET
+    with torch.device("meta"):
+        ours, theirs = UNet(SDXL_UNET), diffusers.UNet2DConditionModel(**PUBLISHED)
+    shapes = [{name: x.shape for name, x in unet.state_dict().items()} for unet in (ours, theirs)]
+    assert shapes[0] == shapes[1] and sum(p.numel() for p in ours.parameters()) == 2_567_463_684
+
+
+@pytest.mark.slow
+def test_full_size_unet() -> None:
+    """In float32, both on one copy of the weights, which takes 10.3 GB."""
+    setup = Setup(SIZES["sdxl"], torch.device("cpu"), torch.float32, rank=1)
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel(**PUBLISHED)
+    ours = setup.unet().eval()
+    theirs.load_state_dict(setup.weights, assign=True)
+    z_t, t, cond = randn(1, 4, 16, 24).float(), torch.tensor([621]), setup.contexts(1)[0]
+    added = dict(text_embeds=cond.pooled, time_ids=cond.sizes)
+    with torch.no_grad():
+        expected = theirs.eval()(z_t, t, cond.tokens, added_cond_kwargs=added).sample
+        assert error(ours(z_t, t, cond), expected) <= 1e-4

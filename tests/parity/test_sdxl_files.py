@@ -7,11 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from minidistill import CheckpointError, StableDiffusion, load
+from minidistill.bench.workloads import SIZES
 from minidistill.formats.files import read_json, write_json
 from minidistill.formats.model_configs import read_unet_config, read_vae_config
 from minidistill.formats.single_file import UNET, to_single_file
+from minidistill.unet import UNet
+from minidistill.vae import VAE
 
 from .helpers import POCKET, PROMPTS, error, randn, small_xl
 
@@ -96,6 +100,27 @@ def test_names_are_those_that_diffusers_converts(pipe, tensors: dict[str, Tensor
     compare(found, pipe.text_encoder_2.state_dict())
     prefixes = (UNET, "first_stage_model.", TEXT + "text_model.", TEXT_2)
     assert all(name.startswith(prefixes) for name in tensors)
+
+
+def test_every_name_and_shape_at_full_size() -> None:
+    """On tensors without memory. The published file also has position_ids and logit_scale: 2,515 tensors."""
+    from diffusers.loaders import single_file_utils as theirs
+
+    def shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+        return {name.removeprefix("text_model."): tensor.shape for name, tensor in tensors.items()}
+
+    xl = SIZES["sdxl"]
+    with torch.device("meta"):
+        networks = UNet(xl.unet), VAE(xl.vae), CLIPTextModel(xl.text), CLIPTextModelWithProjection(xl.text_2)
+    unet, vae, text, text_2 = (network.state_dict() for network in networks)
+    tensors = to_single_file(unet, xl.unet, vae, xl.vae, text, xl.text, text_2, xl.text_2)
+    assert len(tensors) == 2515 - 2
+    config = dict(layers_per_block=2, addition_embed_type="text_time")
+    assert shapes(theirs.convert_ldm_unet_checkpoint(dict(tensors), config)) == shapes(unet)
+    layers = dict(down_block_types=[0] * 4, up_block_types=[0] * 4)
+    assert shapes(theirs.convert_ldm_vae_checkpoint(dict(tensors), layers)) == shapes(vae)
+    assert shapes(theirs.convert_ldm_clip_checkpoint(dict(tensors), remove_prefix=TEXT)) == shapes(text)
+    assert shapes(theirs.convert_open_clip_checkpoint(networks[3], dict(tensors), prefix=TEXT_2)) == shapes(text_2)
 
 
 def test_v_prediction_is_marked_by_an_empty_tensor(tensors: dict[str, Tensor], tmp_path: Path) -> None:
