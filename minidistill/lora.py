@@ -137,6 +137,7 @@ class LoRAModel(nn.Module):
     def __init__(self, base: nn.Module, switch: Switch):
         super().__init__()
         self.switch = switch
+        self.dial = None  # which strength stands for which guidance (distill.Dial), once a student is loaded
         self.__dict__["base"] = base  # not registered as a child, which would put "base." in front of every name
         self._parameters, self._buffers, self._modules = base._parameters, base._buffers, base._modules
 
@@ -199,6 +200,22 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """lora_down and lora_up of every LoRA layer: everything that is trained."""
     return [p for layer in lora_layers(model).values() for p in (layer.lora_down, layer.lora_up)]
+
+
+@contextmanager
+def lora_strength(model: nn.Module, strength: float) -> Iterator[None]:
+    """Multiply the low-rank terms by ``strength`` for the block. Raises ValueError if they are merged into W."""
+    layers = lora_layers(model).values()
+    if any(layer.merged for layer in layers):
+        raise ValueError("This LoRA is merged into W at one strength: unmerge_lora before asking for another.")
+    before = [layer.scale for layer in layers]
+    for layer in layers:
+        layer.scale *= strength
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, before):
+            layer.scale = scale
 
 
 @torch.no_grad()

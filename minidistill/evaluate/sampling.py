@@ -47,7 +47,7 @@ def draw(
     spacing = spacing or ("trailing" if student_steps else "leading")
     steps = student_steps if student_steps and method == "student" else steps
     guides = method == "teacher" and guidance != 1
-    scale = guidance if guides else 1.0
+    scale = guidance if guides else None if method == "student" else 1.0
     options = dict(seed=EVALUATION_SEED) | options | dict(steps=steps, guidance=scale, lora_enabled=method == "student")
     start = time.perf_counter()
     images = sd.sample(prompts, selective=selective, interval=interval, spacing=spacing, **options)

@@ -21,6 +21,7 @@ from minidistill.evaluate import noise_error_share, spectrum, sweeps
 from minidistill.evaluate.__main__ import COMMANDS, main
 from minidistill.evaluate.summary import MEASURES, summary
 from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
+from minidistill.formats.tensor_files import read_tensors
 from minidistill.lora import lora_layers
 
 LEARNED = dict(base="tiny", guidance="3", negative_prompt="a cat", method="trajectories")
@@ -33,22 +34,41 @@ def lora(sd: StableDiffusion, tmp_path: Path) -> Path:
 
 
 def test_the_dial(lora: Path, tiny_model: Path, tmp_path: Path):
-    flags = ["--model", tiny_model, "--strengths", 0.5, 1, "--prompts", 3, "--steps", 2, "--out", tmp_path / "dial"]
-    main(["dial", str(lora), *map(str, flags)])
-    found = json.loads((tmp_path / "dial/dial.json").read_text())
-    assert [(row["strength"], row["guidance"]) for row in found["rows"]] == [(0.5, 2), (1, 3)]
-    prompts = spread(prompt_split(tiny_model)[1], 3)
-    options = dict(steps=2, negative_prompt="a cat")
-    for row in found["rows"]:
+    flags = [
+        "--model",
+        tiny_model,
+        "--guidance",
+        2,
+        "--prompts",
+        3,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "dial",
+        "--write",
+    ]
+    before = read_tensors(lora)
+    main(["dial", str(lora), "--write", *map(str, flags)])
+    (row,) = json.loads((tmp_path / "dial/dial.json").read_text())["rows"]
+    assert (row["guidance"], row["nominal"]["strength"]) == (2, 0.5)
+
+    def share(strength: float, prompts: list[str]) -> float:
         sd = load(tiny_model)
-        sd.unet = load_lora(sd.unet, lora, row["strength"])
-        share = noise_error_share(sd, prompts, guidance=row["guidance"], **options)
-        whole = noise_error_share(sd, prompts, guidance=3, **options)
-        assert row["noise error share"]["value"] == pytest.approx(share.pooled, rel=1e-4)
-        assert row["found guidance"]["value"] == pytest.approx(
-            1 + 2 * (whole.along.sum() / whole.gaps.sum()).item(), rel=1e-4
-        )
+        sd.unet = load_lora(sd.unet, lora, strength)
+        return noise_error_share(sd, spread(prompts, 3), guidance=2, steps=2, negative_prompt="a cat").pooled
+
+    training, held_out = prompt_split(tiny_model)
+    for name in ("nominal", "measured"):
+        expected = share(row[name]["strength"], held_out)
+        assert row[name]["noise error share"]["value"] == pytest.approx(expected, rel=1e-4)
+    # Measured on the training prompts: better there than the nominal strength, and than a little more or less.
+    strength = row["measured"]["strength"]
+    assert share(strength, training) < min(share(x, training) for x in (0.5, 0.97 * strength, 1.03 * strength))
     assert all(Image.open(tmp_path / "dial" / name).size[0] > 0 for name in ("dial.png", "dial-pictures.png"))
+
+    tensors, metadata = read_tensors(lora)
+    assert metadata == before[1] | {"dial": f"2:{strength:.4g}"}
+    assert tensors.keys() == before[0].keys() and all(torch.equal(tensors[name], before[0][name]) for name in tensors)
 
 
 def test_spectrum_of_a_student_that_is_the_lora(lora: Path, tiny_model: Path, tmp_path: Path):
