@@ -41,6 +41,9 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
 
     # With --student lora there is one network: W alone is the teacher; W with its LoRA switched on is the student.
     sd = load(args.model, **cli.load_options(args))
+    if sd.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True  # float32 matmuls with ten bits of mantissa, as convolutions have
+        torch.backends.cudnn.benchmark = True  # every update has the same shapes: time the algorithms once
     style = merge_style(sd.unet, args.teacher_lora)
     source, student = SOURCES[args.source](args), STUDENTS[args.student]
     torch.manual_seed(args.seed)
