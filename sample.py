@@ -32,7 +32,7 @@ def main() -> None:
         if not shipped.is_file():
             raise ValueError(f"--compare needs a student: there is no {shipped}, so name one with --lora.")
         student = read_lora(shipped)
-    student = student and student.scaled(args.lora_scale)
+    student = student and at_strength(student, args)
     options = sampling_options(args, student)
 
     sd = load(args.model, **cli.load_options(args))
@@ -55,30 +55,45 @@ def main() -> None:
         save(image, args.out if args.out.suffix == ".png" else args.out / name)
 
 
+def at_strength(student: LoRAFile, args: argparse.Namespace) -> LoRAFile:
+    """The student at the strength that --lora-scale gives, or that stands for --guidance."""
+    if args.guidance is None:
+        return student.scaled(args.lora_scale)
+    if args.lora_scale != 1:
+        raise ValueError("--guidance and --lora-scale turn the same dial: give one of them.")
+    if student.scale != 1 or student.dial is None:
+        raise ValueError(
+            f"{student.path} at strength {student.scale:g} samples only at the guidance it has learned: leave out "
+            "--guidance. A student of few steps has no other, and any other student needs strength 1."
+        )
+    return student.scaled(student.dial.strength(args.guidance))
+
+
 def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict:
-    """How to sample. Beside a student the teacher has the guidance, negative prompt and interval that it learned.
+    """How to sample. Beside a student the teacher has its guidance, and the negative prompt and interval it learned.
 
     Raises ValueError for flags that ask for others.
     """
-    asked = (args.guidance, args.negative_prompt, args.interval)
+    asked = (args.negative_prompt, args.interval)
     if student is None:
         if args.lora_scale != 1:
             raise ValueError("--lora-scale is the strength of a student: name its file with --lora.")
-        learned = (2.5, None, None)
+        guidance, learned = 2.5, (None, None)
     else:
         if not args.compare and (any(x is not None for x in asked) or args.selective):
             raise ValueError(
-                "--guidance, --negative-prompt, --interval and --selective are the teacher's; a LoRA has learned its "
-                "own: leave them out."
+                "--negative-prompt, --interval and --selective are the teacher's; a LoRA has learned its own: leave "
+                "them out."
             )
-        learned = (student.guidance, student.metadata.get("negative_prompt"), student.interval)
+        guidance, learned = student.guidance, (student.metadata.get("negative_prompt"), student.interval)
         if any(x not in (None, y) for x, y in zip(asked, learned)) or (args.selective and student.interval):
             interval = f", interval {student.interval.low:g} to {student.interval.high:g}" if student.interval else ""
             raise ValueError(
-                f"{student.path} has learned guidance {learned[0]:g} with negative prompt "
-                f'"{learned[1] or ""}"{interval}: the teacher beside it must have the same.'
+                f"{student.path} has learned guidance {guidance:g} with negative prompt "
+                f'"{learned[0] or ""}"{interval}: the teacher beside it must have the same.'
             )
-    guidance, negative_prompt, interval = (y if x is None else x for x, y in zip(asked, learned))
+    guidance = guidance if args.guidance is None else args.guidance
+    negative_prompt, interval = (y if x is None else x for x, y in zip(asked, learned))
     few_steps = student and student.few_steps
     if few_steps and student.scale != 1:
         raise ValueError(f"{student.path} takes few steps, which needs its full strength: leave out the scale.")
@@ -114,10 +129,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora", type=cli.ScaledFile.parse, action="append", metavar="RUN_OR_LORA[:SCALE]", help="a "
         "distilled LoRA (default with --compare: the one beside the model) or a style; give the flag once for each")
     add("--lora-scale", type=cli.positive, default=1.0, metavar="X", help="strength of the student's LoRA, a "
-        "dial: 0.5 samples roughly as guidance 1 + 0.5 (s - 1) would (default: %(default)s)")
+        "dial: 0.5 samples roughly as guidance 1 + 0.5 (s - 1) would; --guidance is more exact (default: %(default)s)")
     add = parser.add_argument_group("how to sample").add_argument
     add("--guidance", type=cli.finite, metavar="X", help="guidance scale; 7.5 is usual for large models (default: "
-        "2.5; with --compare the LoRA's own)")
+        "2.5; with a LoRA the scale it has learned: at others it samples by its strength, as measured)")
     add("--selective", type=cli.fraction, default=0.0, metavar="SHARE", help="the teacher goes without guidance "
         "on this share of the steps, the last ones (default: %(default)s)")
     add("--interval", type=cli.finite, nargs=2, metavar=("LOW", "HIGH"), help="the teacher is guided only at "

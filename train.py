@@ -41,6 +41,9 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
 
     # With --student lora there is one network: W alone is the teacher; W with its LoRA switched on is the student.
     sd = load(args.model, **cli.load_options(args))
+    if sd.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True  # float32 matmuls with ten bits of mantissa, as convolutions have
+        torch.backends.cudnn.benchmark = True  # every update has the same shapes: time the algorithms once
     style = merge_style(sd.unet, args.teacher_lora)
     source, student = SOURCES[args.source](args), STUDENTS[args.student]
     torch.manual_seed(args.seed)
@@ -63,7 +66,8 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
 
     # Adam's steps are about equally large for every weight, so a layer's output changes more the wider its input.
     peak = args.lr or student.learning_rate / sd.unet_config.widths[0]
-    optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
+    one_launch = sd.device.type == "cuda"  # instead of a few for every weight
+    optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.0, fused=one_launch)
     weights = fingerprint(sd.unet, sd.text_encoder)
     recorded = fixed_settings(args, {"model": weights, **source.stamp})
     losses = resume(out, trained, optimizer, recorded)  # empty in a new run

@@ -6,8 +6,10 @@ not told s, so there is one LoRA per guidance scale. "LoRA-Enhanced Distillation
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +120,42 @@ def ddim_coefficients(schedule: Schedule, steps: int) -> tuple[Tensor, Tensor]:
     if schedule.prediction == "eps":
         return alpha_s / alpha_t, sigma_s - alpha_s / alpha_t * sigma_t
     return alpha_s * alpha_t + sigma_s * sigma_t, sigma_s * alpha_t - alpha_s * sigma_t  # v
+
+
+@dataclass(frozen=True)
+class Dial:
+    """Which strength of a student's LoRA stands for which guidance scale.
+
+    ``points`` are pairs (guidance, strength), from (1, 0), no guidance, on; between them we draw straight lines. With
+    no measured point there is one line, to (s, 1), the scale that the student has learned.
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    @classmethod
+    def through(cls, learned: float, measured: Sequence[tuple[float, float]] = ()) -> "Dial":
+        """The dial of a student of guidance ``learned``, through further points that were measured."""
+        return cls(tuple(sorted({1.0: 0.0, **dict(measured), learned: 1.0}.items())))
+
+    def strength(self, guidance: float) -> float:
+        """The strength for ``guidance``; beyond the last point it follows the last line, with a warning.
+
+        Raises ValueError for a guidance below 1.
+        """
+        if guidance < 1:
+            raise ValueError(f"A student has a guidance of 1 or more, not {guidance:g}.")
+        highest = self.points[-1][0]
+        if guidance > highest:
+            warnings.warn(f"This student was measured up to guidance {highest:g}, not at {guidance:g}.", stacklevel=2)
+        elif len(self.points) == 2 and guidance < highest:
+            warnings.warn(
+                f"The strength for guidance {guidance:g} is a guess: this student was measured at {highest:g} alone. "
+                "Measure it by `python -m minidistill.evaluate dial LORA --write`.",
+                stacklevel=2,
+            )
+        lines = list(pairwise(self.points))
+        (w_0, low), (w_1, high) = next((line for line in lines if guidance <= line[1][0]), lines[-1])
+        return low + (guidance - w_0) / (w_1 - w_0) * (high - low)
 
 
 @torch.no_grad()

@@ -49,15 +49,14 @@ class LoRALayer(nn.Module):
         """Create the pair: lora_down Gaussian and lora_up zero, so that training starts from W (LoRA, section 4.1)."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         down = torch.empty(down_shape, dtype=dtype, device=self.weight.device)
-        self.lora_down = nn.Parameter(down.normal_(std=1 / math.sqrt(down[0].numel())))
+        down.normal_(std=1 / math.sqrt(down[0].numel()))
+        if down.ndim == 4 and not self.weight.is_contiguous():
+            down = down.contiguous(memory_format=torch.channels_last)  # as W is on a GPU
+        self.lora_down = nn.Parameter(down)
         self.lora_up = nn.Parameter(torch.zeros(up_shape, dtype=dtype, device=self.weight.device))
         self.alpha, self.scale = alpha, alpha / down_shape[0]
         self.switch = switch
         self.merged = False
-
-    def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """lora_down and scale * lora_up, cast to the dtype of the computation."""
-        return self.lora_down.to(dtype), (self.scale * self.lora_up).to(dtype)
 
     @property
     def active(self) -> bool:
@@ -105,8 +104,8 @@ class LoRALinear(LoRALayer, nn.Linear):
         y = super().forward(x)  # W x + b
         if not self.active:
             return y
-        down, up = self.pair(x.dtype)
-        return y + F.linear(F.linear(x, down), up)
+        low_rank = F.linear(F.linear(x, self.lora_down.to(x.dtype)), self.lora_up.to(x.dtype))
+        return torch.add(y, low_rank, alpha=self.scale)
 
 
 class LoRAConv(LoRALayer, nn.Conv2d):
@@ -123,8 +122,8 @@ class LoRAConv(LoRALayer, nn.Conv2d):
         y = super().forward(x)  # W convolved with x, + b
         if not self.active:
             return y
-        down, up = self.pair(x.dtype)
-        return y + F.conv2d(self._conv_forward(x, down, None), up)  # with the stride and padding of W
+        down = self._conv_forward(x, self.lora_down.to(x.dtype), None)  # with the stride and padding of W
+        return torch.add(y, F.conv2d(down, self.lora_up.to(x.dtype)), alpha=self.scale)
 
 
 class LoRAModel(nn.Module):
@@ -137,6 +136,7 @@ class LoRAModel(nn.Module):
     def __init__(self, base: nn.Module, switch: Switch):
         super().__init__()
         self.switch = switch
+        self.dial = None  # which strength stands for which guidance (distill.Dial), once a student is loaded
         self.__dict__["base"] = base  # not registered as a child, which would put "base." in front of every name
         self._parameters, self._buffers, self._modules = base._parameters, base._buffers, base._modules
 
@@ -199,6 +199,22 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """lora_down and lora_up of every LoRA layer: everything that is trained."""
     return [p for layer in lora_layers(model).values() for p in (layer.lora_down, layer.lora_up)]
+
+
+@contextmanager
+def lora_strength(model: nn.Module, strength: float) -> Iterator[None]:
+    """Multiply the low-rank terms by ``strength`` for the block. Raises ValueError if they are merged into W."""
+    layers = lora_layers(model).values()
+    if any(layer.merged for layer in layers):
+        raise ValueError("This LoRA is merged into W at one strength: unmerge_lora before asking for another.")
+    before = [layer.scale for layer in layers]
+    for layer in layers:
+        layer.scale *= strength
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, before):
+            layer.scale = scale
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Stable Diffusion as one object: prompts in, images out."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from minidistill import text
 from minidistill.conditioning import Conditioning
 from minidistill.config import UNetConfig
 from minidistill.guidance import Interval, guided, plain, selective_interval, student
+from minidistill.lora import lora_strength
 from minidistill.samplers import ddim_sample
 from minidistill.schedule import Schedule
 from minidistill.vae import VAE
@@ -157,12 +158,23 @@ class StableDiffusion:
         with on_device(self.unet, torch.device("cpu")):
             return function(x)
 
+    def strength(self, guidance: float | None) -> float:
+        """The strength of the student's LoRA for ``guidance``; None is the scale it has learned."""
+        if guidance is None:
+            return 1.0
+        if (dial := getattr(self.unet, "dial", None)) is None:
+            raise ValueError(
+                f"This student cannot sample at guidance {guidance:g}, only at the scale it has learned: leave "
+                "guidance out. One that is loaded from a file at strength 1, and takes no fewer steps, can."
+            )
+        return dial.strength(guidance)
+
     @torch.no_grad()
     def sample(
         self,
         prompts: Sequence[str],
         steps: int = 50,
-        guidance: float = 7.5,
+        guidance: float | None = None,
         seed: int = 0,
         lora_enabled: bool = False,
         negative_prompt: str | None = None,
@@ -180,7 +192,8 @@ class StableDiffusion:
         Args:
             prompts: a list of prompts, or one string.
             steps: DDIM steps. Each costs one call of the UNet, two with guidance.
-            guidance: the scale s; 1 is no guidance. Ignored by the student, which has learned its own.
+            guidance: the scale s; 1 is no guidance. The default is 7.5 for the teacher, and for the student the scale
+                it has learned. A student from a file samples at other scales by the strength of its LoRA.
             lora_enabled: sample with the student, one call a step.
             negative_prompt: what guidance leads away from; None as in ``encode_negative``.
             selective: the share of the steps, counted from the last, that go without guidance: there it changes little
@@ -196,8 +209,9 @@ class StableDiffusion:
             PIL images, one for each prompt.
 
         Raises:
-            ValueError: more steps than DDIM can take, a size that is not a whole number of latents, ``selective`` or
-                ``eta`` outside 0 to 1, or both ``selective`` and ``interval``.
+            ValueError: a guidance that the student cannot sample at, more steps than DDIM can take, a size that is not
+                a whole number of latents, ``selective`` or ``eta`` outside 0 to 1, or both ``selective`` and
+                ``interval``.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         noise = self.starting_noise(range(seed, seed + len(prompts)), height, width)
@@ -205,6 +219,8 @@ class StableDiffusion:
         if selective and interval:
             raise ValueError("selective is an interval of its own: give one of selective and interval.")
         interval = interval or selective_interval(self.schedule, steps, selective, spacing)
+        strength = self.strength(guidance) if lora_enabled else 1.0
+        guidance = 7.5 if guidance is None else guidance
         images = []
         bar = tqdm(total=-(-len(prompts) // batch) * steps, desc="sampling", unit="step", disable=not progress)
         for first in range(0, len(prompts), batch):
@@ -218,8 +234,9 @@ class StableDiffusion:
             z_T = noise[first : first + batch]
             seeds = range(seed + first, seed + first + len(z_T))
             generators = [torch.Generator().manual_seed(FRESH_NOISE + own) for own in seeds]
-            for z_t in ddim_sample(model, self.schedule, z_T, steps, eta, generators, spacing):
-                bar.update()
+            with lora_strength(self.unet, strength) if strength != 1 else nullcontext():
+                for z_t in ddim_sample(model, self.schedule, z_T, steps, eta, generators, spacing):
+                    bar.update()
             with on_device(self.vae, self.device):
                 for one in z_t.to(self.dtype).split(1):  # one by one: the decoder takes far more memory than the UNet
                     images += to_images(self.run_vae(self.vae.decode, one))

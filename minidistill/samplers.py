@@ -30,13 +30,13 @@ def ddim_step(
     """
     alpha_bar = schedule.alphas_cumprod[t] if t >= 0 else schedule.final_alpha
     alpha_bar_next = schedule.alphas_cumprod[t_next] if t_next >= 0 else schedule.final_alpha
-    alpha, sigma = alpha_bar.sqrt().to(z_t), (1 - alpha_bar).sqrt().to(z_t)
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # on the CPU: a GPU does not wait for single numbers
     z_0, eps = clean_and_noise(schedule.prediction, prediction, z_t, alpha, sigma)
     variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
     spread = eta * variance.sqrt() if eta else torch.zeros(())  # the variance is negative when going back to noise
     direction = (1 - alpha_bar_next - spread**2).sqrt()
-    z_next = alpha_bar_next.sqrt().to(z_t) * z_0 + direction.to(z_t) * eps
-    return z_next + spread.to(z_t) * noise if eta else z_next
+    z_next = alpha_bar_next.sqrt() * z_0 + direction * eps
+    return z_next + spread * noise if eta else z_next
 
 
 def fresh_noise(z_t: Tensor, generator: Generator | Sequence[Generator] | None) -> Tensor:

@@ -15,6 +15,7 @@ from minidistill.config import ScheduleConfig
 from minidistill.distill import (
     ENOUGH_EXAMPLES,
     Batch,
+    Dial,
     FullStudent,
     error_and_limit,
     few_step_states,
@@ -259,3 +260,19 @@ def test_the_weight_makes_an_error_of_the_prediction_one_of_the_landing(predicti
     weight = few_step_weight(s, 4)
     assert weight.mean().item() == pytest.approx(1)
     torch.testing.assert_close(weight.double(), moved / moved.mean(), rtol=1e-6, atol=0)
+
+
+def test_a_dial_draws_straight_lines_through_what_was_measured():
+    dial = Dial.through(3.0, [(2.0, 0.6)])
+    assert [dial.strength(w) for w in (1, 1.5, 2, 2.5, 3)] == pytest.approx([0, 0.3, 0.6, 0.8, 1])
+    with pytest.warns(UserWarning, match="up to guidance 3"):
+        assert dial.strength(3.5) == pytest.approx(1.2)
+    with pytest.raises(ValueError, match="1 or more"):
+        dial.strength(0.5)
+
+
+def test_a_dial_that_was_not_measured_is_a_line_and_says_so():
+    dial = Dial.through(3.0)
+    assert dial.strength(3) == 1
+    with pytest.warns(UserWarning, match="a guess"):
+        assert dial.strength(2) == 0.5

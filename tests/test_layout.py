@@ -17,7 +17,7 @@ METHOD = dict.fromkeys(("config", "blocks", "conditioning", "lora"), "") | {  # 
     "samplers": "schedule",
     "guidance": "schedule samplers conditioning",
     "distill": "guidance lora conditioning schedule",
-    "pipeline": "config conditioning guidance samplers schedule text vae",
+    "pipeline": "config conditioning guidance lora samplers schedule text vae",
 }
 FOLDERS = dict.fromkeys(("formats", "kernels"), "") | {  # what a folder may import beside itself and the method
     "data": "formats",

@@ -10,7 +10,7 @@ import torch
 from tiny import error, fill_up, randn
 from torch import nn
 
-from minidistill import CheckpointError, StableDiffusion, inject_lora, load, merge_lora, pipeline
+from minidistill import CheckpointError, StableDiffusion, inject_lora, load, load_lora, merge_lora, pipeline, save_lora
 from minidistill.conditioning import Conditioning
 from minidistill.guidance import Interval, guided
 from minidistill.guidance import student as student_model
@@ -76,7 +76,7 @@ def test_a_string_is_one_prompt(sd: StableDiffusion):
 
 
 @pytest.mark.parametrize(
-    "options, calls", [(dict(guidance=5.0), 6), (dict(guidance=1.0), 3), (dict(guidance=5.0, lora_enabled=True), 3)]
+    "options, calls", [(dict(guidance=5.0), 6), (dict(guidance=1.0), 3), (dict(lora_enabled=True), 3)]
 )
 def test_calls_of_the_unet(options: dict, calls: int, student: StableDiffusion):
     seen = []
@@ -121,6 +121,28 @@ def test_a_merged_model_samples_as_the_student(student: StableDiffusion):
     expected = pixels(student.sample([APPLE], steps=3, lora_enabled=True))
     merge_lora(student.unet)
     assert np.abs(pixels(student.sample([APPLE], steps=3, guidance=1.0)) - expected).max() <= 1
+
+
+def test_a_student_samples_at_the_strength_that_stands_for_a_guidance(sd: StableDiffusion, tmp_path: Path):
+    lora = tmp_path / "lora.safetensors"
+    save_lora(fill_up(inject_lora(sd.unet, rank=2)), lora, dict(guidance="4", dial="2:0.7"))
+    at = {}
+    for strength in (0.7, 1.0):
+        again = load(sd.path)
+        again.unet = load_lora(again.unet, lora, strength)
+        at[strength] = pixels(again.sample([APPLE], steps=3, lora_enabled=True))
+    found = [pixels(again.sample([APPLE], steps=3, guidance=w, lora_enabled=True)) for w in (2, None, 4)]
+    assert all(np.array_equal(ours, at[x]) for ours, x in zip(found, (0.7, 1.0, 1.0)))
+    assert not np.array_equal(at[0.7], at[1.0])
+
+    merge_lora(again.unet)
+    with pytest.raises(ValueError, match="merged"):
+        again.sample([APPLE], steps=3, guidance=2, lora_enabled=True)
+
+
+def test_a_student_without_a_dial_has_one_guidance(student: StableDiffusion):
+    with pytest.raises(ValueError, match="only at the scale it has learned"):
+        student.sample([APPLE], steps=3, guidance=2, lora_enabled=True)
 
 
 def test_size(sd: StableDiffusion):

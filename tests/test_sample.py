@@ -142,9 +142,8 @@ def test_compare_uses_the_guidance_that_the_lora_learned(sample, lora: Path, mon
     assert (seen[1]["guidance"], seen[1]["negative_prompt"]) == (4.0, "a cat")
 
 
-@pytest.mark.parametrize("flags", [("--guidance", "9"), ("--negative-prompt", "a dog")])
-def test_compare_refuses_another_teacher_than_the_loras(sample, lora: Path, flags: tuple[str, str], tmp_path: Path):
-    result = sample(APPLE, "--compare", "--lora", lora, *flags)
+def test_compare_refuses_another_teacher_than_the_loras(sample, lora: Path, tmp_path: Path):
+    result = sample(APPLE, "--compare", "--lora", lora, "--negative-prompt", "a dog")
     assert result.code != 0 and "has learned guidance 4" in result.err and not (tmp_path / "out").exists()
 
 
@@ -165,6 +164,22 @@ def test_compare_scales_the_teachers_guidance_with_the_dial(sample, lora: Path, 
     assert sample(APPLE, "--compare", "--lora", lora, "--lora-scale", 0.5).code == 0
     assert sample(APPLE, "--compare", "--lora", f"{lora}:0.5").code == 0
     assert seen[1]["guidance"] == seen[4]["guidance"] == 1 + 0.5 * (4 - 1)
+
+
+def test_a_student_samples_at_another_guidance(sample, calls: list[int], tiny_model: Path, tmp_path: Path, monkeypatch):
+    """At the strength that its header gives for it, 0.7 for guidance 2; the teacher beside it has that guidance."""
+    lora = tmp_path / "dial.safetensors"
+    save_lora(fill_up(inject_lora(load(tiny_model).unet, rank=2)), lora, METADATA | dict(dial="2:0.7"))
+    sample(APPLE, "--lora", lora, "--lora-scale", 0.7, "--out", tmp_path / "strength.png")
+    sample(APPLE, "--lora", lora, "--guidance", 2, "--out", tmp_path / "guidance.png")
+    assert calls == [1] * 6
+    assert (tmp_path / "strength.png").read_bytes() == (tmp_path / "guidance.png").read_bytes()
+    seen, original = [], StableDiffusion.sample
+    monkeypatch.setattr(
+        StableDiffusion, "sample", lambda sd, prompts, **how: seen.append(how) or original(sd, prompts, **how)
+    )
+    assert sample(APPLE, "--compare", "--lora", lora, "--guidance", 2).code == 0
+    assert seen[1]["guidance"] == 2 and not seen[1]["lora_enabled"]
 
 
 def test_selective_guidance_costs_less(sample, calls: list[int], tmp_path: Path):
@@ -217,7 +232,7 @@ def test_compare_uses_the_interval_that_the_lora_learned(flags: tuple, sample, c
     assert len(calls) == 2 + 4 + 3  # one untimed step, the teacher, the student
 
 
-@pytest.mark.parametrize("flags", [("--interval", 300, 601), ("--selective", 0.5), ("--guidance", 9)])
+@pytest.mark.parametrize("flags", [("--interval", 300, 601), ("--selective", 0.5), ("--negative-prompt", "a dog")])
 def test_compare_refuses_another_teacher_than_the_intervals(flags: tuple, sample, interval_lora: Path, tmp_path: Path):
     complaint = sample(APPLE, "--compare", "--lora", interval_lora, *flags).complaint
     assert 'learned guidance 4 with negative prompt "a cat", interval 300 to 600' in complaint
@@ -342,9 +357,18 @@ def test_a_long_prompt_shows_what_is_cut_off(sample):
 # Bad input
 
 
-@pytest.mark.parametrize("flag", [("--guidance", 3), ("--guidance", 0), ("--negative-prompt", "a cat")])
-def test_guidance_and_a_lora_contradict(flag: tuple, sample, lora: Path, tmp_path: Path):
-    assert flag[0] in sample(APPLE, "--lora", lora, *flag).complaint
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--guidance", 0], "guidance of 1 or more"),
+        (["--guidance", 3, "--lora-scale", 0.5], "give one of them"),
+        (["--guidance", 3, "--lora", "{lora}:0.5"], "give one of"),
+        (["--negative-prompt", "a cat"], "--negative-prompt"),
+    ],
+)
+def test_flags_that_contradict_a_lora(flags: list, named: str, sample, lora: Path, tmp_path: Path):
+    result = sample(APPLE, "--lora", lora, *(str(flag).format(lora=lora) for flag in flags))
+    assert named in result.complaint
     assert not list(tmp_path.iterdir())
 
 

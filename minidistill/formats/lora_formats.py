@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from minidistill.config import SDXL_UNET
+from minidistill.distill import Dial
 from minidistill.formats.files import CheckpointError, reading
 from minidistill.formats.original_names import translate, unet_names
 from minidistill.formats.tensor_files import convert, read_tensors
@@ -81,6 +82,16 @@ class LoRAFile:
             if min(few) < 1:
                 raise ValueError(f"student_steps {few[0]} and teacher_steps {few[1]} must be at least 1")
             return few
+
+    @property
+    def dial(self) -> Dial | None:
+        """The strength for each guidance, as measured by ``evaluate dial``; None for a style, and for few steps."""
+        if not self.is_student or (self.few_steps and self.few_steps[0] < self.few_steps[1]):
+            return None
+        with reading(self.path):
+            points = [point.split(":") for point in self.metadata.get("dial", "").split()]
+            measured = [(float(guidance), float(strength)) for guidance, strength in points]
+            return Dial.through(float(self.metadata["guidance"]), measured)
 
     def scaled(self, scale: float) -> "LoRAFile":
         """The same LoRA with every alpha multiplied by ``scale``."""

@@ -36,8 +36,9 @@ def save_lora(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | 
 def load_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> LoRAModel:
     """Inject the LoRA in ``path`` into ``model``, with the ranks, alphas and layers of the file.
 
-    ``scale`` multiplies every alpha; for a student it works as a guidance dial. Raises CheckpointError, with the model
-    unchanged, for a file without a LoRA and for a LoRA of another network: every layer that does not fit is listed.
+    ``scale`` multiplies every alpha. A student that is loaded at scale 1 can be sampled at other guidance scales, see
+    ``StableDiffusion.sample``. Raises CheckpointError, with the model unchanged, for a file without a LoRA and for a
+    LoRA of another network: every layer that does not fit is listed.
     """
     return inject_file(model, read_lora(path, scale))
 
@@ -47,6 +48,7 @@ def inject_file(model: nn.Module, file: LoRAFile) -> LoRAModel:
     """``load_lora`` for a file that has been read."""
     check_fit(file, dict(model.named_parameters()))
     model = inject_pairs(model, {name: (pair.rank, pair.alpha) for name, pair in file.layers.items()})
+    model.dial = file.dial if file.scale == 1 else None
     for name, layer in lora_layers(model).items():
         layer.lora_down.copy_(file.layers[name].down)
         layer.lora_up.copy_(file.layers[name].up)

@@ -75,14 +75,15 @@ def save_checkpoint(
         "losses": losses,
         "settings": settings,
     }
-    contents = io.BytesIO()
-    torch.save(state, contents)
-    contents.write(hashlib.sha256(contents.getbuffer()).digest())
-    file = out / f"checkpoints/step-{len(losses):06d}.pt"
-    with atomic_write(file) as temporary:
-        temporary.write_bytes(contents.getbuffer())  # here a full disk is an OSError, which torch.save would disguise
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    contents = buffer.getvalue()
+    path = out / f"checkpoints/step-{len(losses):06d}.pt"
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(contents)  # here a full disk is an OSError, which torch.save would disguise
+        file.write(hashlib.sha256(contents).digest())
     files = checkpoint_files(out)
-    newest = files.index(file) + 1
+    newest = files.index(path) + 1
     for other in [*files[: max(newest - KEPT, 0)], *files[newest:]]:  # later ones were damaged, and passed over
         other.unlink()
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from minidistill.data import images
-from minidistill.data.examples import Examples, NoisedLatents, StoredStates, encode_prompts
+from minidistill.data.examples import Examples, NoisedLatents, StoredStates, prompts_of
 from minidistill.data.prompts import every_tenth_held_out, prompt_split
 from minidistill.data.trajectories import Trajectories, generate
 from minidistill.formats.files import digest
@@ -55,7 +55,7 @@ class FromTrajectories:
     def prepare(self, sd: StableDiffusion, folder: Path, weights: str, ranks: Ranks) -> Examples:
         """Everything to learn from, with the prompts encoded."""
         latents = self.latents(sd, folder, weights, ranks)
-        prompts, prompt_of = encode_prompts(sd, self.captions, latents)
+        prompts, prompt_of = prompts_of(sd, self.captions, latents)
         args = self.args
         settings = (args.batch, args.seed, args.weighting, args.student_steps)
         return self.examples(latents, prompts, prompt_of, sd.schedule, *settings)

@@ -8,7 +8,7 @@ from tiny import error
 from torch import Tensor
 
 from minidistill import StableDiffusion, load
-from minidistill.data.examples import NoisedLatents, StoredStates, batch_indices, batch_to_device, encode_prompts
+from minidistill.data.examples import NoisedLatents, StoredStates, batch_indices, batch_to_device, prompts_of
 from minidistill.data.trajectories import Trajectories, generate
 from minidistill.distill import Batch
 
@@ -27,7 +27,7 @@ def tensors(batch: Batch) -> list[Tensor]:
 
 
 def examples_of(kind, sd: StableDiffusion, states: Trajectories, weighting: str = "even", seed: int = 5):
-    prompts, prompt_of = encode_prompts(sd, CAPTIONS, states)
+    prompts, prompt_of = prompts_of(sd, CAPTIONS, states)
     return kind(states, prompts, prompt_of, sd.schedule, batch_size=4, seed=seed, weighting=weighting)
 
 
@@ -78,7 +78,7 @@ def test_fewer_examples_than_a_batch():
 
 
 def test_used_prompts_are_encoded_once(sd: StableDiffusion, states: Trajectories):
-    prompts, prompt_of = encode_prompts(sd, CAPTIONS, states)
+    prompts, prompt_of = prompts_of(sd, CAPTIONS, states)
     assert len(prompts) == 4 and prompt_of.shape == (6,)  # "never used" is not encoded
     for trajectory, row in enumerate(prompt_of):
         number = states.prompts(torch.tensor([trajectory])).item()

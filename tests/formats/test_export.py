@@ -61,6 +61,15 @@ def test_exported_metadata(to: str, run: Path):
     assert read_lora(run / f"lora-{to}.safetensors").is_student
 
 
+def test_the_dial_is_exported_and_shown(tmp_path: Path, capsys):
+    """But not with a LoRA at half strength: it was measured at full strength."""
+    lora, out = write_lora(tmp_path / "lora.safetensors", METADATA | dict(dial="2:0.4")), tmp_path / "out.safetensors"
+    export.main([str(lora), "--to", "kohya", "--out", str(out)])
+    assert metadata(out)["dial"] == "2:0.4" and "0 (1), 0.4 (2), 1 (4)" in capsys.readouterr().out
+    export.main([f"{lora}:0.5", "--to", "kohya", "--out", str(out)])
+    assert "dial" not in metadata(out)
+
+
 def test_metadata_for_kohyas_readers(run: Path):
     export.main([str(run), "--to", "kohya"])
     wanted = dict(ss_network_dim="2", ss_network_alpha="3", ss_network_module="networks.lora", ss_sd_model_name="tiny")

@@ -47,7 +47,7 @@ def test_to_out_in_the_first_scripts_of_diffusers(tmp_path: Path):
 
 
 def effect(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    return {name: layer.pair(torch.float32) for name, layer in lora_layers(model).items()}
+    return {name: (layer.lora_down, layer.scale * layer.lora_up) for name, layer in lora_layers(model).items()}
 
 
 SD2_UNET = UNetConfig(heads=(5, 10, 20, 20), context_width=1024, linear_projection=True)

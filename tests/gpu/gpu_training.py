@@ -116,7 +116,7 @@ def retrain(task: Task) -> Figures:
     with tiny_world(task):
         try:
             with alarm(task.ends - time.monotonic() - RESERVE):
-                printed = run(emoji3d.main, *flags, *([] if task.dry else ["--compile"]))
+                printed = run(emoji3d.main, *flags, *([] if task.dry else ["--compile", "--bf16"]))
         except KeyboardInterrupt:
             yield "stopped early", "what was being trained is as it was when last saved"
             # The command continues from what was saved, which has more updates than one: nothing is trained further.

@@ -1,5 +1,6 @@
 """The fused kernel on a GPU: every layer of SD 1.5 and SDXL against float64, and the conditions of training."""
 
+import faulthandler
 import os
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ both_sizes = pytest.mark.parametrize("shape", [USUAL, LARGE], ids=["small blocks
 SHAPES = [USUAL]
 if torch.cuda.is_available():
     SHAPES = list(dict.fromkeys([*layer_shapes(), *map(Shape._make, SDXL), *ODD]))
+SECONDS_A_TEST = 300
 BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -40,6 +42,14 @@ BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 def build_kernel() -> None:
     if reason := obstacle(torch.device("cuda")):
         pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def stop_a_hanging_kernel() -> Iterator[None]:
+    """A kernel that waits for a transfer that never comes would hold the GPU for ever: show where, and exit."""
+    faulthandler.dump_traceback_later(SECONDS_A_TEST, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture

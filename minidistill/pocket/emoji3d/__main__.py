@@ -9,7 +9,9 @@ takes minutes, starts again.
   python -m minidistill.pocket.emoji3d --more unet
 
 trains the UNet further, from the weights in the folder. `--more vae` trains the VAE further; once there is a UNet, only
-the VAE's decoder, because the UNet has learned the latents of the encoder. On a GPU, add --compile and larger batches.
+the VAE's decoder, because the UNet has learned the latents of the encoder.
+
+On a GPU, add --compile, --bf16 and larger batches. On a CPU with AMX, --bf16 alone is a third faster.
 """
 
 import sys
@@ -54,13 +56,17 @@ def read_flags(argv: list[str]) -> Namespace:
     flag("--emoji", type=Path, default=PACKAGE, metavar="FOLDER", help="the npm package (default: %(default)s)")
     flag("--device", default=DEFAULT_DEVICE, help="where to train (default: %(default)s)")
     flag("--compile", action="store_true", help="train the VAE and the UNet compiled by torch.compile: faster")
+    flag("--bf16", action="store_true", help="train in bfloat16: faster on a GPU, and on CPUs with AMX")
     flag("--clip-steps", **number, default=1500, help="updates of the CLIP (default: %(default)s)")
     flag("--clip-batch", **number, default=128, help="images per update of the CLIP (default: %(default)s)")
     flag("--vae-steps", **number, default=30000, help="updates of the VAE (default: %(default)s)")
     flag("--vae-batch", **number, default=4, help="images per update of the VAE (default: %(default)s)")
     flag("--unet-steps", **number, default=30000, help="updates of the UNet (default: %(default)s)")
     flag("--unet-batch", **number, default=32, help="latents per update of the UNet (default: %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.compile and args.bf16 and args.device == "cpu":
+        raise ValueError("PyTorch compiles wrong gradients of bfloat16 on a CPU: give one of --compile and --bf16.")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,8 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
 
     if not (args.out / "text_encoder/model.safetensors").exists():
-        clip = train_clip(trained, renderer, tokenizer, args.clip_steps, args.clip_batch)
-        tune_image_encoder(clip, trained, renderer, tokenizer, args.clip_steps, args.clip_batch)
+        clip = train_clip(trained, renderer, tokenizer, args.clip_steps, args.clip_batch, bfloat16=args.bf16)
+        tune_image_encoder(clip, trained, renderer, tokenizer, args.clip_steps, args.clip_batch, bfloat16=args.bf16)
         save_clip(clip, args.out)
     clip = CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32).to(args.device)
     order = held_out + trained  # the caption of unseen[i] is order[i // 4]
@@ -92,13 +98,14 @@ def main(argv: list[str] | None = None) -> None:
         some = torch.randint(len(trained), (args.vae_batch,), device=args.device)
         return renderer.draw(things[some], rgb[some])
 
+    how = dict(compiled=args.compile, bfloat16=args.bf16)
     vae = VAE(POCKET_VAE).to(args.device, memory_format=torch.channels_last)
     if vae_is_trained := (args.out / "vae/config.json").exists():
         vae.load_state_dict(load_file(args.out / "vae/diffusion_pytorch_model.safetensors"))
     unet_is_trained = (args.out / "unet/config.json").exists()
     if args.more == "vae" or not vae_is_trained:
         state = args.work / ("vae-more.pt" if args.more else "vae.pt")
-        vae = train_vae(vae, new_images, state, args.vae_steps, decoder_only=unet_is_trained, compiled=args.compile)
+        vae = train_vae(vae, new_images, state, args.vae_steps, decoder_only=unet_is_trained, **how)
         if not unet_is_trained:
             normalise_latents(vae, encode_all(vae, render(renderer, trained, 1, LATENTS_SEED)))
         write_part(args.out / "vae", published_vae(POCKET_VAE, renderer.side), vae.state_dict())
@@ -119,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         captions = torch.arange(len(trained), device=args.device).repeat_interleave(RENDERS)
         data = Captioned(latents, captions, contexts[:-1], contexts[-1], Schedule.from_config(ScheduleConfig()))
         state = args.work / ("unet-more.pt" if args.more else "unet.pt")
-        unet = train_unet(unet, data, state, args.unet_steps, args.unet_batch, compiled=args.compile)
+        unet = train_unet(unet, data, state, args.unet_steps, args.unet_batch, **how)
         write_part(args.out / "unet", published_unet(POCKET_UNET), unet.state_dict())
         state.unlink()
     write_json(args.out / "model_index.json", MODEL_INDEX)

@@ -33,13 +33,14 @@ def train_vae(
     state: Path,
     steps: int,
     decoder_only: bool = False,
-    compiled: bool = False,
+    **how: bool,
 ) -> VAE:
     """Train on the uint8 images [B, 3, H, W] of each call; returns the averaged weights. Resumes from ``state``.
+    ``how``: compiled and bfloat16, as in stage.fit.
 
     With ``decoder_only`` the latents, and the UNet that has learned them, stay as they are.
     """
     vae.requires_grad_(not decoder_only)
     for part in (vae.decoder, vae.post_quant_conv):
         part.requires_grad_(True)
-    return fit(vae, lambda: (to_pixels(new_images()),), loss_of, state, steps, LEARNING_RATE, WEIGHT_DECAY, compiled)
+    return fit(vae, lambda: (to_pixels(new_images()),), loss_of, state, steps, LEARNING_RATE, WEIGHT_DECAY, **how)

@@ -12,7 +12,6 @@ from minidistill.distill import learning_rate
 from minidistill.pocket.clip import MAX_LOGIT_SCALE, clip_config, tokenize
 from minidistill.pocket.emoji3d.compositions import Composition
 from minidistill.pocket.emoji3d.images import Renderer, as_tensors
-from minidistill.pocket.emoji3d.stage import half_precision
 from minidistill.pocket.images import to_pixels
 
 PATCH_SIZE = 8  # pixels: a thing of a pair is 27 pixels large
@@ -35,6 +34,7 @@ def train_clip(
     lr: float = 1e-3,
     warmup: int = 50,
     weight_decay: float = 0.2,
+    bfloat16: bool = False,
 ) -> CLIPModel:
     """Train a CLIP from scratch on renders of the compositions, with CLIP's symmetric loss (section 2.3).
 
@@ -55,7 +55,7 @@ def train_clip(
     for step in progress:
         some = torch.randperm(len(compositions))[:batch].to(renderer.device)
         pixels = to_pixels(renderer.draw(things[some], rgb[some]))
-        with half_precision(renderer.device):
+        with torch.autocast(renderer.device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(input_ids=ids[some], pixel_values=pixels).logits_per_image.float()  # [B, B]
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         for group in optimizer.param_groups:
@@ -79,6 +79,7 @@ def tune_image_encoder(
     batch: int = 128,
     lr: float = 1e-3,
     warmup: int = 50,
+    bfloat16: bool = False,
 ) -> None:
     """Train the image encoder further, against the captions of *all* compositions; the text encoder is fixed.
 
@@ -94,7 +95,7 @@ def tune_image_encoder(
     for step in progress:
         some = torch.randint(len(compositions), (batch,), device=renderer.device)
         pixels = to_pixels(renderer.draw(things[some], rgb[some]))
-        with half_precision(renderer.device):
+        with torch.autocast(renderer.device.type, torch.bfloat16, enabled=bfloat16):
             features = model.get_image_features(pixel_values=pixels).pooler_output  # [B, D]
         features = F.normalize(features.float(), dim=-1)
         loss = F.cross_entropy(model.logit_scale.detach().exp() * features @ captions.T, some)

@@ -55,8 +55,11 @@ def train_unet(
     steps: int,
     batch: int,
     dropout: float = CAPTION_DROPOUT,
-    compiled: bool = False,
+    **how: bool,
 ) -> UNet:
-    """Train eps-prediction on cached latents; returns the averaged weights. Resumes from ``state`` if it exists."""
+    """Train eps-prediction on cached latents; returns the averaged weights. Resumes from ``state`` if it exists.
+
+    ``how``: compiled and bfloat16, as in stage.fit.
+    """
     unet.requires_grad_(True)
-    return fit(unet, lambda: data.batch(batch, dropout), loss_of, state, steps, LEARNING_RATE, WEIGHT_DECAY, compiled)
+    return fit(unet, lambda: data.batch(batch, dropout), loss_of, state, steps, LEARNING_RATE, WEIGHT_DECAY, **how)

@@ -24,11 +24,6 @@ def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def half_precision(device: torch.device) -> torch.autocast:
-    """On a GPU, compute in bfloat16 what autocast thinks safe."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
 def fit(
     model: Model,
     new_batch: Callable[[], tuple[Tensor, ...]],
@@ -38,12 +33,13 @@ def fit(
     lr: float,
     weight_decay: float,
     compiled: bool = False,
+    bfloat16: bool = False,
     save_every: int = 500,
 ) -> Model:
     """Train the parameters that require a gradient by AdamW; returns the averaged weights.
 
     Resumes from the file ``state`` if it exists. ``loss_of(model, *new_batch())`` is the loss, and the values to show
-    beside the progress bar; on a GPU it is computed in bfloat16.
+    beside the progress bar; with ``bfloat16``, what autocast thinks safe is computed in it.
     """
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last).train()
@@ -65,7 +61,7 @@ def fit(
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr, warmup=min(200, steps // 10 + 1))
-        with half_precision(device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             loss, values = loss_of(model, *new_batch())
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
