@@ -3,7 +3,7 @@
   python -m minidistill.bench memory                                       a table for SD 1.5, SD 2.1-base and pocket
   python -m minidistill.bench memory --size pocket --device cpu --measure  measured peaks too
   python -m minidistill.bench memory --steps                               what each way to save memory saves
-  python -m minidistill.bench memory --cards                               what fits on GPUs of four sizes
+  python -m minidistill.bench memory --cards                               what fits on GPUs of several sizes
 
 The tables are counted, not measured (see counting.py), and need no GPU. The libraries of a GPU take a few hundred
 megabytes more.
@@ -11,7 +11,7 @@ megabytes more.
 
 import math
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from minidistill.bench.counting import Live, count_bytes, count_work
 from minidistill.bench.output import device_name, find_device, megabytes, new_report, save_report
@@ -33,7 +33,7 @@ from minidistill.config import UNetConfig
 from minidistill.evaluate.tables import markdown_table
 from minidistill.guidance import guided_noise
 from minidistill.training.command_line import positive_int
-from minidistill.training.recompute import LOW_MEMORY
+from minidistill.training.recompute import LOW_MEMORY, low_memory
 from minidistill.vae import VAE
 
 DTYPES = ("float32", "bfloat16")
@@ -49,7 +49,8 @@ def add_flags(parser: ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--measure", action="store_true", help="also measure peaks up to 16 GB, each in a new process")
     what.add_argument("--steps", action="store_true", help="count what each way to save memory saves (sd15, sd21)")
-    what.add_argument("--cards", action="store_true", help="print settings for GPUs of four sizes, and what they take")
+    what.add_argument("--cards", action="store_true", help="print settings for GPUs of several sizes, and what they "
+        "take (sd15, sd21, sdxl)")  # fmt: skip
     add("--size", nargs="+", choices=SIZES, help="which networks (default: all)")
     add("--device", default="cuda", help="whose memory; it need not be present unless measured (default: %(default)s)")
     add("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="dtypes of W and activations (default: both)")
@@ -239,17 +240,16 @@ def steps_markdown(rows: list[dict], batches: list[int]) -> str:
     return markdown_table(lines)
 
 
-def large_sizes(args: Namespace) -> list[str]:
-    """The sizes of --steps and --cards: those with a text encoder to count."""
-    names = args.size or ["sd15", "sd21"]
-    if small := [name for name in names if SIZES[name].text is None]:
-        raise ValueError(f"--steps and --cards are for sd15 and sd21, not for {small[0]}.")
-    return names
+def chosen_sizes(args: Namespace, flag: str, *known: str) -> list[str]:
+    """Those of --size, or all that the flag is for."""
+    if others := [name for name in args.size or () if name not in known]:
+        raise ValueError(f"{flag} is for {', '.join(known)}, not for {others[0]}.")
+    return args.size or list(known)
 
 
 def run_steps(args: Namespace) -> None:
     report = new_report(args, "cuda", rank=args.rank, sizes={})
-    for name in large_sizes(args):
+    for name in chosen_sizes(args, "--steps", "sd15", "sd21"):
         rows = []
         for step in tqdm([*STEPS, *INSTEAD], name, unit="step"):
             peaks = {str(batch): step_peak(step, replace(SIZES[name], batch=batch), args.rank) for batch in args.batch}
@@ -260,7 +260,7 @@ def run_steps(args: Namespace) -> None:
         save_report(report, args.out or Path("results/memory-steps.json"))
 
 
-# --cards: settings of train.py for GPUs of four sizes.
+# --cards: settings of train.py for GPUs of several sizes.
 
 
 class Card(NamedTuple):
@@ -275,32 +275,44 @@ class Card(NamedTuple):
         return flags + (" --memory low" if self.memory == "low" else "")
 
 
-CARDS = (Card(4, 8, 8, "low"), Card(8, 8, 1, "low"), Card(24, 16), Card(80, 64))
+CARDS = (Card(4, 8, 8, "low"), Card(8, 8, 1, "low"), Card(24, 16), Card(80, 64))  # at 512x512
+XL_CARDS = (Card(8, 4, 4, "low"), Card(12, 4, 1, "low"), Card(24, 4, 2))  # SDXL, at 1024x1024
 
 
 def card_peaks(card: Card, size: Size, rank: int = 16) -> dict[str, int]:
     """Peak bytes of each thing train.py does. The LoRA and AdamW's state are in memory all the time."""
     size = replace(size, batch=card.batch)
-    case = Case("noised", below=LOW_MEMORY if card.memory == "low" else 0, parts=card.accumulate)
+    case = Case("noised", below=low_memory(size.unet) if card.memory == "low" else 0, parts=card.accumulate)
     training, sample = (ledger(what, size, rank, foreach=True) for what in (case, Case("sampling")))
     with FakeTensorMode(), Live() as decoding:
         decode(Setup(size, torch.device("cpu"), torch.bfloat16, rank), "ours")()  # one image
+    with torch.device("meta"):
+        encoders = [CLIPTextModel(size.text), *([CLIPTextModelWithProjection(size.text_2)] if size.text_2 else [])]
+    text = 2 * sum(p.numel() for encoder in encoders for p in encoder.parameters())  # in bfloat16
     resident = training["weights"] + training["optimizer"]
     return {
         "training": training["peak"],
         "sampling": resident + sample["peak"] - sample["weights"],
         "decoding": resident + decoding.peak,
+        "prompts": resident + text,  # the text encoders' activations are small beside them
     }
 
 
 def run_cards(args: Namespace) -> None:
-    sizes = large_sizes(args)
-    titles = ["GPU", "flags", *(f"{size}: {what}" for size in sizes for what in ("training", "sampling", "decoding"))]
-    lines = [titles, ["---"] * 2 + ["---:"] * (len(titles) - 2)]
-    for card in tqdm(CARDS, "cards", unit="card"):
-        peaks = [peak for size in sizes for peak in card_peaks(card, SIZES[size], args.rank).values()]
-        lines.append([f"{card.gigabytes} GB", f"`{card}`", *(f"{peak / 1e9:.2f}" for peak in peaks)])
-    print(f"\n{markdown_table(lines)}\n\nGB, at 512x512, LoRA rank {args.rank}.")
+    names = chosen_sizes(args, "--cards", "sd15", "sd21", "sdxl")
+    print_cards(CARDS, [name for name in names if name != "sdxl"], args.rank, side=512)
+    print_cards(XL_CARDS, [name for name in names if name == "sdxl"], args.rank, side=1024)
+
+
+def print_cards(cards: Sequence[Card], names: list[str], rank: int, side: int) -> None:
+    titles, lines = ["GPU", "flags"], []
+    for card in tqdm(cards if names else (), f"{side}x{side}", unit="card"):
+        peaks = {f"{name}: {what}": x for name in names for what, x in card_peaks(card, SIZES[name], rank).items()}
+        lines.append([f"{card.gigabytes} GB", f"`{card}`", *(f"{peak / 1e9:.2f}" for peak in peaks.values())])
+        titles[2:] = peaks
+    if lines:
+        lines = [titles, ["---"] * 2 + ["---:"] * (len(titles) - 2), *lines]
+        print(f"\n{markdown_table(lines)}\n\nGB, at {side}x{side}, LoRA rank {rank}.")
 
 
 def run(args: Namespace) -> None:

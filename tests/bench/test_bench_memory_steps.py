@@ -14,7 +14,19 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from minidistill.bench import __main__ as bench
 from minidistill.bench import memory
 from minidistill.bench.counting import Work
-from minidistill.bench.memory import CARDS, INSTEAD, STEPS, Card, Case, Step, card_peaks, ledger, recomputed, step_peak
+from minidistill.bench.memory import (
+    CARDS,
+    INSTEAD,
+    STEPS,
+    XL_CARDS,
+    Card,
+    Case,
+    Step,
+    card_peaks,
+    ledger,
+    recomputed,
+    step_peak,
+)
 from minidistill.bench.workloads import SIZES, attention
 from minidistill.vae import VAE
 
@@ -73,20 +85,44 @@ def test_lighter_settings_take_less():
 
 def test_the_table_of_cards(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(memory, "card_peaks", lambda *_: {"training": 2e9, "sampling": 1.5e9, "decoding": 1e9})
-    bench.main(["memory", "--cards", "--size", "sd15"])
-    out = capsys.readouterr().out
-    assert out.count("| 2.00 | 1.50 | 1.00 |") == len(CARDS) and all(f"`{card}`" in out for card in CARDS)
+    for size, cards, side in (("sd15", CARDS, 512), ("sdxl", XL_CARDS, 1024)):
+        bench.main(["memory", "--cards", "--size", size])
+        out = capsys.readouterr().out
+        assert out.count("| 2.00 | 1.50 | 1.00 |") == len(cards) and all(f"`{card}`" in out for card in cards)
+        assert f"{size}: training" in out and f"at {side}x{side}" in out
 
 
 @pytest.mark.parametrize("mode", ["--steps", "--cards"])
 def test_only_sizes_with_a_text_encoder(mode: str):
-    with pytest.raises(ValueError, match="--steps and --cards are for sd15 and sd21, not for pocket"):
+    with pytest.raises(ValueError, match=f"{mode} is for sd15, sd21.*, not for pocket"):
         bench.main(["memory", mode, "--size", "sd15", "pocket"])
 
 
-def test_the_cards_settings_are_in_the_docs():
-    text = "\n".join(file.read_text() for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-    assert all(str(card) in text for card in CARDS)
+DOCUMENTED = (ROOT / "docs/gpus-and-memory.md").read_text(encoding="utf-8").splitlines()
+
+
+def documented(card: Card, of: str) -> list[float]:
+    """The gigabytes in the row of ``card`` in the table that follows the line beginning with ``of``."""
+    first = next(i for i, line in enumerate(DOCUMENTED) if line.startswith(of))
+    row = next(line for line in DOCUMENTED[first:] if f"`{card}`" in line and f"| {card.gigabytes} GB |" in line)
+    return [float(cell) for cell in row.split("|")[3:-1]]
+
+
+RECIPES = [*((card, "For SD 1.5", "sd21") for card in CARDS), *((card, "For SDXL", "sdxl") for card in XL_CARDS)]
+
+
+@pytest.mark.parametrize("card, of", [(card, of) for card, of, _ in RECIPES], ids=str)
+def test_a_documented_recipe_fits(card: Card, of: str):
+    """A gigabyte of a GPU is 2^30 bytes; libraries and workspaces need what is left."""
+    assert 0 < max(documented(card, of)) < 0.94 * card.gigabytes * 2**30 / 1e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card, of, size", RECIPES, ids=str)
+def test_a_documented_recipe_takes_what_the_docs_say(card: Card, of: str, size: str):
+    """Within 2%, so that a growing peak does not go unnoticed."""
+    peaks = card_peaks(card, SIZES[size]).values()
+    assert [peak / 1e9 for peak in peaks] == pytest.approx(documented(card, of), rel=0.02)
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from minidistill.bench.timing import timed
 from minidistill.bench.workloads import IMAGES, PEERS, SIZES, Setup, Update, Workload, distil, error, sample
 from minidistill.kernels.build import obstacle
 from minidistill.training.command_line import provenance
+from minidistill.training.recompute import low_memory
 
 RANK = 16
 Figures = Iterator[tuple[str, object]]
@@ -279,6 +280,11 @@ def memory_peaks(task: Task) -> Figures:
         free_memory(task)
         yield f"{name}, measured", attempt(memory.measured, case, size, device(task), RANK)
         yield f"{name}, ledger", report["sizes"]["sd15"]["rows"][name]["peak"]
+    xl = new_setup(task).size if task.dry else SIZES["sdxl"]  # its ledger is in docs/gpus-and-memory.md
+    low = memory.Case("noised", below=low_memory(xl.unet))
+    for name, case in {"sdxl, sampling": memory.Case("sampling"), "sdxl, noised with --memory low": low}.items():
+        free_memory(task)
+        yield f"{name}, measured", attempt(memory.measured, case, xl, device(task), RANK)
 
 
 MOVES = ("copy", "nchwtonhwc", "nhwctonchw", "transpose")  # in the names of kernels that only move numbers
