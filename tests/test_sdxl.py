@@ -1,6 +1,7 @@
 """SDXL end to end on a tiny model with random weights: distil, sample, export, evaluate; and what is its own."""
 
 import json
+import shutil
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -110,6 +111,15 @@ def test_merged_folder_and_single_file(run: Path, xl: StableDiffusion, tmp_path:
         assert np.abs(np.asarray(merged.sample([APPLE], 2, 1.0)[0], int) - np.asarray(expected, int)).max() <= 1
         assert error(merged.encode_prompt([APPLE]).pooled, xl.encode_prompt([APPLE]).pooled) == 0
     assert (tmp_path / "folder/tokenizer_2").is_dir()
+
+
+def test_v_is_marked_in_a_single_file(run: Path, tiny_xl: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_xl, tmp_path / "v")
+    scheduler = folder / "scheduler/scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
+    file = tmp_path / "file.safetensors"
+    export([str(run), "--to", "checkpoint", "--model", str(folder), "--out", str(file)])
+    assert "v_pred" in load_file(file) and load(file).schedule.prediction == "v"
 
 
 def test_evaluate(run: Path, tiny_xl: Path, tmp_path: Path):
