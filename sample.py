@@ -16,7 +16,7 @@ from PIL import Image
 from minidistill import load, merge_lora
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.formats.files import atomic_write
-from minidistill.formats.lora_formats import LoRAFile, read_lora, read_run
+from minidistill.formats.lora_formats import LoRAFile, read_lora
 from minidistill.formats.lora_io import inject_file, merge_file, student_and_styles
 from minidistill.schedule import SPACINGS
 from minidistill.training import command_line as cli
@@ -26,7 +26,7 @@ SHIPPED_LORA = "guidance-lora.safetensors"  # beside the model that ships
 
 def main() -> None:
     args = parse()
-    student, styles = student_and_styles([read_run(*file) for file in args.lora or []])
+    student, styles = student_and_styles([read_lora(*file) for file in args.lora or []])
     if args.compare and student is None:
         shipped = args.model / SHIPPED_LORA
         if not shipped.is_file():

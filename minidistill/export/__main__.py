@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from minidistill.formats.lora_formats import LoRAFile, kohya_tensors, peft_tensors, read_run
+from minidistill.formats.lora_formats import LoRAFile, kohya_tensors, peft_tensors, read_lora
 from minidistill.formats.lora_io import student_and_styles
 from minidistill.formats.merged_checkpoint import with_loras, write_checkpoint
 from minidistill.formats.tensor_files import write_tensors
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     model.add_argument("--ema", action="store_true", help="merge into the UNet's EMA weights, for a single file")
     args = parser.parse_args(argv)
 
-    files = [read_run(path, scale) for path, scale in args.lora]
+    files = [read_lora(path, scale) for path, scale in args.lora]
     first = files[0].path
     suffix = "" if args.to == "checkpoint" and not args.model.is_file() else ".safetensors"
     out = args.out or first.with_name(f"{first.stem}-{args.to}{suffix}")

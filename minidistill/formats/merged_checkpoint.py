@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from minidistill.formats.files import atomic_folder, read_json, write_json
 from minidistill.formats.hub import find_model
 from minidistill.formats.lora_formats import LoRAFile
-from minidistill.formats.lora_io import check_fit
+from minidistill.formats.lora_io import fit
 from minidistill.formats.model_configs import MODEL_INDEX
 from minidistill.formats.model_folder import STEMS, read_model_folder, read_weights
 from minidistill.formats.single_file import EMA, MODELSPEC, read_single_file, to_single_file
@@ -51,8 +51,7 @@ def with_loras(files: Sequence[LoRAFile]) -> Change:
     def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors = dict(tensors)
         for file in files:
-            check_fit(file, tensors)
-            for name, pair in file.layers.items():
+            for name, pair in fit(file, tensors).items():
                 tensors[f"{name}.weight"] = pair.added_to(tensors[f"{name}.weight"])
         return tensors
 
