@@ -1,5 +1,6 @@
 """Stable Diffusion as one object: prompts in, images out."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,6 +103,19 @@ class StableDiffusion:
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(noise).to(self.device, torch.promote_types(self.dtype, torch.float32))
 
+    def decode(self, z: Tensor) -> Tensor:
+        """``vae.decode``, in float32 from now on if the VAE overflows in its own dtype, as some do in float16.
+
+        Raises ValueError for an image that is not finite all the same.
+        """
+        x = self.vae.decode(z)
+        if self.dtype == torch.float16 and not x.isfinite().all():
+            warnings.warn("The VAE overflows in float16: decoding in float32.", stacklevel=3)
+            self.vae.float()
+            x = self.vae.decode(z.float())
+        require_finite(x, self.dtype)
+        return x
+
     @torch.no_grad()
     def sample(
         self,
@@ -141,8 +155,8 @@ class StableDiffusion:
             PIL images, one for each prompt.
 
         Raises:
-            ValueError: more steps than DDIM can take, a size that is not a whole number of latents, ``selective`` or
-                ``eta`` outside 0 to 1, or both ``selective`` and ``interval``.
+            ValueError: an image that is not finite, more steps than DDIM can take, a size that is not a whole number of
+                latents, ``selective`` or ``eta`` outside 0 to 1, or both ``selective`` and ``interval``.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         noise = self.starting_noise(range(seed, seed + len(prompts)), height, width)
@@ -165,11 +179,21 @@ class StableDiffusion:
             generators = [torch.Generator().manual_seed(FRESH_NOISE + own) for own in seeds]
             for z_t in ddim_sample(model, self.schedule, z_T, steps, eta, generators, spacing):
                 bar.update()
+            require_finite(z_t, self.dtype)
             with on_device(self.vae, self.device):
                 for one in z_t.to(self.dtype).split(1):  # one by one: the decoder takes far more memory than the UNet
-                    images += to_images(self.vae.decode(one))
+                    images += to_images(self.decode(one))
         bar.close()
         return images
+
+
+def require_finite(x: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError for latents or images with NaN or infinities, which would be black."""
+    if not x.isfinite().all():
+        raise ValueError(
+            f"The image is not finite (NaN or infinite), computed with weights in {str(dtype).removeprefix('torch.')}: "
+            "try --dtype bfloat16 or float32. If it is the same in float32, the model or a LoRA is damaged."
+        )
 
 
 def to_images(x: Tensor) -> list[Image.Image]:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from minidistill.formats.files import CheckpointError, reading
 from minidistill.formats.hub import fetch_tokenizer, find_model
-from minidistill.formats.model_configs import Network
+from minidistill.formats.model_configs import Description, Network
 from minidistill.formats.model_folder import read_model_folder
 from minidistill.formats.single_file import read_single_file
-from minidistill.formats.tensor_files import convert
+from minidistill.formats.tensor_files import check_finite, convert, is_finite, release_pages
 from minidistill.pipeline import StableDiffusion
 from minidistill.schedule import Schedule
 from minidistill.unet import UNet
@@ -55,15 +55,29 @@ def load(
     vae = build(lambda: VAE(model.vae_config), model.vae, dtype)
     text_encoder = build(lambda: CLIPTextModel(model.text_config), model.text, dtype)
     fill_positions(text_encoder)
+    check_parts(model, path)
     folder = Path(tokenizer) if tokenizer else path / "tokenizer" if is_folder else None
     return StableDiffusion(
         unet=place(unet, device),
         vae=place(vae, device),
         text_encoder=place(text_encoder, device),
         schedule=Schedule.from_config(model.schedule),
-        read_tokenizer=partial(read_tokenizer, folder, model.text_config.max_position_embeddings, model.pad_token),
+        read_tokenizer=partial(read_tokenizer, folder, model.text_config, model.pad_token),
         path=path,
     )
+
+
+def check_parts(model: Description, path: Path) -> None:
+    """Raise CheckpointError if parts that are whole by themselves come from different models."""
+    for part, gives, reads in (
+        ("text encoder gives embeddings", model.text_config.hidden_size, model.unet_config.context_width),
+        ("VAE gives latents", model.vae_config.latent_channels, model.unet_config.in_channels),
+    ):
+        if gives != reads:
+            raise CheckpointError(
+                f"{path} has parts of different models: its {part} of width {gives}, and its UNet reads {reads}. Use a "
+                "UNet, text encoder and VAE that belong together."
+            )
 
 
 def build(make: Callable[[], nn.Module], network: Network, dtype: torch.dtype) -> nn.Module:
@@ -81,7 +95,16 @@ def build(make: Callable[[], nn.Module], network: Network, dtype: torch.dtype) -
         ) from error
     check(module, network)
     with reading(network.file):
-        weights = {name: convert(tensor, dtype) for name, tensor in network.tensors.items()}
+        weights = {}
+        for name, tensor in network.tensors.items():
+            weights[name] = convert(tensor, dtype)
+            if not is_finite(weights[name]):
+                original, kind = network.name_in_file(name), str(dtype).removeprefix("torch.")
+                check_finite({original: tensor.float()}, network.file)
+                raise CheckpointError(
+                    f"{network.file} has values in {original} that {kind} cannot hold: load it in float32 or bfloat16."
+                )
+            release_pages(weights[name])
     module.load_state_dict(weights, assign=True)
     return module.eval().requires_grad_(False)
 
@@ -112,10 +135,11 @@ def fill_positions(encoder: nn.Module) -> None:
             module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
 
 
-def read_tokenizer(folder: Path | None, context: int, pad_token: str | None = None) -> CLIPTokenizer:
-    """The tokenizer in ``folder``, or CLIP's from the hub, for a text encoder of ``context`` tokens.
+def read_tokenizer(folder: Path | None, encoder: CLIPTextConfig, pad_token: str | None = None) -> CLIPTokenizer:
+    """The tokenizer in ``folder``, or CLIP's from the hub, for a text ``encoder``.
 
-    Raises CheckpointError for a folder without a tokenizer. ``pad_token`` replaces the folder's own.
+    Raises CheckpointError for a folder without a tokenizer, and for one with more words than the encoder has embeddings
+    of. ``pad_token`` replaces the folder's own.
     """
     folder = folder or fetch_tokenizer()
     # transformers 5 writes everything into one tokenizer.json.
@@ -125,7 +149,12 @@ def read_tokenizer(folder: Path | None, context: int, pad_token: str | None = No
         )
     with reading(folder):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    tokenizer.model_max_length = context
+    if len(tokenizer) > encoder.vocab_size:
+        raise CheckpointError(
+            f"{folder} and the text encoder are of different models: the tokenizer has {len(tokenizer)} tokens, and "
+            f"the encoder knows {encoder.vocab_size}. Name the tokenizer that belongs to it with --tokenizer FOLDER."
+        )
+    tokenizer.model_max_length = encoder.max_position_embeddings
     if pad_token:
         tokenizer.pad_token = pad_token
     return tokenizer

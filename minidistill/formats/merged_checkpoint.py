@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from minidistill.formats.files import atomic_folder, read_json, write_json
@@ -12,7 +13,7 @@ from minidistill.formats.lora_formats import LoRAFile
 from minidistill.formats.lora_io import fit
 from minidistill.formats.model_configs import MODEL_INDEX
 from minidistill.formats.model_folder import STEMS, read_model_folder, read_weights
-from minidistill.formats.single_file import EMA, MODELSPEC, read_single_file, to_single_file
+from minidistill.formats.single_file import EMA, MODELSPEC, ZERO_SNR, read_single_file, to_single_file
 from minidistill.formats.tensor_files import read_tensors, write_tensors
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # the UNet's tensors, by our names -> the changed ones
@@ -76,7 +77,7 @@ def folder_to_folder(source: Path, change: Change, out: Path, metadata: Mapping[
                 shutil.copytree(part, temporary / part.name)
         (temporary / "unet").mkdir()
         shutil.copy(source / "unet/config.json", temporary / "unet/config.json")
-        infix = ".fp16" if ".fp16." in unet.file.name else f".{variant}" if variant else ""  # as the other files have
+        infix = next((f".{v}" for v in (variant, "fp16") if v and f".{v}." in unet.file.name), "")  # as in the source
         write_tensors(temporary / "unet" / f"{STEMS['unet']}{infix}.safetensors", tensors, metadata)
         write_json(temporary / "model_index.json", drop_absent_parts(index, temporary))
 
@@ -109,5 +110,7 @@ def folder_to_file(source: Path, change: Change, out: Path, metadata: Mapping[st
     tensors = to_single_file(
         unet, model.unet_config, model.vae.tensors, model.vae_config, model.text.tensors, model.text_config
     )
+    if model.schedule.zero_terminal_snr:
+        tensors[ZERO_SNR] = torch.zeros(0)
     prediction = {"modelspec.prediction_type": MODELSPEC[model.schedule.prediction]}  # no tensor shows it
     write_tensors(out, tensors, {**metadata, **prediction})

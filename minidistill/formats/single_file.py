@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig
 
 from minidistill.config import ScheduleConfig, UNetConfig, VAEConfig
 from minidistill.formats.files import CheckpointError, reading
-from minidistill.formats.model_configs import OTHER_INPUTS, PREDICTIONS, Description, Network, checked
+from minidistill.formats.model_configs import OTHER_INPUTS, Description, Network, checked
 from minidistill.formats.model_folder import match_text_names, squeeze_kernel
 from minidistill.formats.original_names import (
     FUSED,
@@ -34,6 +34,16 @@ from minidistill.formats.tensor_files import read_tensors
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 EMA = "model_ema."
 MODELSPEC = {"eps": "epsilon", "v": "v"}  # our prediction -> modelspec.prediction_type in a .safetensors header
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # tensors, empty, by which ComfyUI and others mark v and zero terminal SNR
+# Where headers say what the UNet predicts (in ModelSpec, and as ComfyUI writes it), and how.
+STATED_BY = ("modelspec.prediction_type", "modelspec.predict_key", "modelspec.architecture")
+STATED = {
+    "epsilon": "eps",
+    "v": "v",
+    "v_prediction": "v",
+    "stable-diffusion-v2-512": "eps",
+    "stable-diffusion-v2-768-v": "v",
+}
 Tensors = Mapping[str, Tensor]
 
 
@@ -85,10 +95,14 @@ OTHERS = {
     "control_model.": "a ControlNet",
     "depth_model.": "a depth-to-image model",
     "label_emb.": "an unCLIP or upscaling model",
+    "edm_mean": "a model with EDM's noise levels",
+    "edm_vpred.": "a model with EDM's noise levels",
 }
+PARTS = {"UNet": UNET, "VAE": VAE, "text encoder": tuple(version.text for version in VERSIONS)}
 PIECES = {  # the same, for files without an original UNet
     "lora_": "a LoRA, which goes on top of a model",
     "down_blocks.": "one network of a folder: name the whole folder",
+    "emb_params": "a textual inversion, words for a text encoder",
 }
 
 # Tensors in these files that serve training or other tools, not sampling.
@@ -104,18 +118,21 @@ NOT_NEEDED = re.compile(
 def read_single_file(path: Path, prediction: str | None = None, ema: bool = False) -> Description:
     """Describe the model in ``path``. ``ema`` selects the UNet's EMA weights.
 
-    The UNet predicts ``prediction`` ("eps" or "v") if given, else what the metadata says (modelspec.prediction_type),
-    else eps for 1.x and v for 2.x. The files of 2.0-base and 2.1-base say nothing and need ``prediction="eps"``.
+    The UNet predicts ``prediction`` ("eps" or "v") if given, else what the file says, else eps for 1.x. Most files of
+    2.x say nothing; for them it is guessed, with a warning.
 
     Raises CheckpointError, which names the kind of model if it is not SD 1.x or 2.x.
     """
     tensors, metadata = read_tensors(path)
     version = detect_version(tensors, path)
-    stated = (PREDICTIONS | {"v": "v"}).get(metadata.get("modelspec.prediction_type"))  # both names of v are in use
+    stated = stated_prediction(tensors, metadata)
     if version.prediction == "v" and not (prediction or stated):
+        stated = likely_prediction(tensors)
+        sizes = {"v": "SD 2.0 and 2.1 at 768 pixels", "eps": "the base models of SD 2, at 512 pixels"}
+        other = "eps" if stated == "v" else "v"
         warnings.warn(
-            f"{path} does not say what the UNet predicts: assuming v, as in SD 2.0 and 2.1 at 768 pixels. "
-            'For a base model, at 512 pixels, set prediction="eps" (--prediction eps).',
+            f"{path} does not say what the UNet predicts: assuming {stated}, as in {sizes[stated]}. "
+            f'If it is one of {sizes[other]}, set prediction="{other}" (--prediction {other}).',
             stacklevel=2,
         )
     prediction = prediction or stated or version.prediction
@@ -131,8 +148,21 @@ def read_single_file(path: Path, prediction: str | None = None, ema: bool = Fals
     vae = network(tensors, VAE, vae_names(vae_config), path)
     vae.tensors.update({n: squeeze_kernel(t) for n, t in vae.tensors.items() if ".attentions.0." in n})
     text = text._replace(tensors=match_text_names(text.tensors))
-    schedule = ScheduleConfig(prediction=prediction)
+    schedule = ScheduleConfig(prediction=prediction, zero_terminal_snr=ZERO_SNR in tensors)
     return Description(unet_config, vae_config, text_config, schedule, unet, vae, text, version.pad_token)
+
+
+def stated_prediction(tensors: Tensors, metadata: Mapping[str, str]) -> str | None:
+    """What the file says the UNet predicts, "eps" or "v": by an empty tensor, or in its header."""
+    if V_PREDICTION in tensors:
+        return "v"
+    return next((STATED[metadata[key]] for key in STATED_BY if metadata.get(key) in STATED), None)
+
+
+def likely_prediction(tensors: Tensors) -> str:
+    """What an SD 2.x predicts that says nothing. ComfyUI tells them apart by this bias; v if it is not there."""
+    bias = tensors.get(f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias")
+    return "v" if bias is None or bias.float().std(correction=0) > 0.09 else "eps"
 
 
 def detect_version(tensors: Tensors, path: Path) -> Version:
@@ -144,11 +174,13 @@ def detect_version(tensors: Tensors, path: Path) -> Version:
         other = OTHER_INPUTS.get(conv_in.shape[1])
     if other:
         raise CheckpointError(f"{path} is {other}; minidistill reads Stable Diffusion 1.x and 2.x, text to image.")
-    versions = [version for version in VERSIONS if any(name.startswith(version.text) for name in tensors)]
-    if not versions:
+    missing = [part for part, prefix in PARTS.items() if not any(name.startswith(prefix) for name in tensors)]
+    if missing:
         raise CheckpointError(
-            f"{path} is not a whole Stable Diffusion 1.x or 2.x (UNet, VAE and text encoder): name one that is."
+            f"{path} is not a whole Stable Diffusion 1.x or 2.x: it has no {' and no '.join(missing)}. Use a version "
+            "of the model that has all parts in one file, or a folder."
         )
+    versions = [version for version in VERSIONS if any(name.startswith(version.text) for name in tensors)]
     mixed = projection is not None and (projection.ndim == 2) != versions[0].linear_projection
     if len(versions) > 1 or mixed:
         raise CheckpointError(

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, _weights_only_unpickler, nn
 
 from minidistill.formats.files import CheckpointError, atomic_write, reading
@@ -74,7 +74,19 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
+        if "invalid type: null, expected a string" in str(error):
+            return read_null_metadata(path)
         raise CheckpointError(f"{path} is not a readable safetensors file ({error}): fetch it again.") from error
+
+
+def read_null_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a file with nulls in its metadata, which some programs write and safetensors rejects. Nothing is mapped."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        metadata = {key: value for key, value in header.pop("__metadata__").items() if value is not None}
+        text = json.dumps(header).encode()
+        tensors = load(len(text).to_bytes(8, "little") + text + file.read())
+    return {name: tensor.clone() for name, tensor in tensors.items()}, metadata  # memory that may be written to
 
 
 class StandIn:
