@@ -9,13 +9,15 @@ A student contains its guidance: sample with a guidance scale (CFG) of 1.
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from minidistill.formats.lora_formats import LoRAFile, kohya_tensors, peft_tensors, read_lora
 from minidistill.formats.lora_io import student_and_styles
 from minidistill.formats.merged_checkpoint import with_loras, write_checkpoint
 from minidistill.formats.tensor_files import write_tensors
-from minidistill.training.command_line import DEFAULT_MODEL, ScaledFile, new_parser, one_line_errors
+from minidistill.lora import Squares, surviving_change, warn_of_lost_change
+from minidistill.training.command_line import DEFAULT_MODEL, ScaledFile, new_parser, one_line_errors, seed_number
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,17 +50,33 @@ def main(argv: list[str] | None = None) -> None:
     )
     model.add_argument("--variant", metavar="TEXT", help='which weights of a folder or hub id, for example "fp16"')
     model.add_argument("--ema", action="store_true", help="merge into the UNet's EMA weights, for a single file")
+    model.add_argument(
+        "--stochastic",
+        type=seed_number,
+        nargs="?",
+        const=0,
+        metavar="SEED",
+        help="round the merged weights up or down at random, so that small changes survive in 16 bits (seed: 0)",
+    )
     args = parser.parse_args(argv)
 
     files = [read_lora(path, scale) for path, scale in args.lora]
     first = files[0].path
     suffix = "" if args.to == "checkpoint" and not args.model.is_file() else ".safetensors"
+    if args.stochastic is not None and args.to != "checkpoint":
+        raise ValueError("--stochastic is how a merge is rounded: give it with --to checkpoint.")
     out = args.out or first.with_name(f"{first.stem}-{args.to}{suffix}")
+    if out.resolve() in [path.resolve() for path in (args.model, *(file.path for file in files))]:
+        raise ValueError(f"--out {out} would be written over what it is made from: name another.")
     if args.to == "checkpoint":
         student, styles = student_and_styles(files)
         metadata = plain_metadata(student) if student else {}
-        change = with_loras([*styles, *([student] if student else [])])
+        squares: Squares = {}
+        generator = torch.Generator().manual_seed(args.stochastic) if args.stochastic is not None else None
+        change = with_loras([*styles, *([student] if student else [])], squares, generator)
         write_checkpoint(args.model, change, out, metadata, variant=args.variant, ema=args.ema)
+        warn_of_lost_change(squares)
+        print(surviving_change(squares)[1])
     elif len(files) > 1:
         raise ValueError(f"--to {args.to} takes one LoRA: give them one by one, or merge them with --to checkpoint.")
     elif args.to == "peft":

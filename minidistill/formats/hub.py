@@ -1,5 +1,6 @@
 """Find a model on this machine or on the Hugging Face hub, which also has the tokenizer that a single file lacks."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ def find_model(path: str | Path, variant: str | None = None, ema: bool = False) 
     A model's folder in the hub's cache stands for its snapshot. Only folders have a ``variant``, and only single files
     have ``ema`` weights: the other combination is refused.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.exists():
         # Inside a folder that exists, it is a misspelt path rather than a hub id.
         if path.parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):

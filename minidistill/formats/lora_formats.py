@@ -10,6 +10,7 @@ A file holds two thin matrices and alpha for each layer: W <- W + (alpha / rank)
 
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -53,10 +54,13 @@ class Pair(NamedTuple):
         down = self.down.reshape(self.rank, *weight.shape[1:])
         return self._replace(down=down, up=self.up.reshape(len(weight), self.rank, *[1] * (weight.ndim - 2)))
 
+    def delta(self, device: torch.device) -> Tensor:
+        """(alpha / rank) up down, what is added to W, on W's ``device``."""
+        return low_rank(self.down.to(device), self.up.to(device), self.scale)
+
     def added_to(self, weight: Tensor) -> Tensor:
-        """W + (alpha / rank) up down on W's device, summed in float32 or wider and rounded once."""
-        down, up = self.down.to(weight.device), self.up.to(weight.device)
-        return (weight + low_rank(down, up, self.scale)).to(weight.dtype)
+        """W + (alpha / rank) up down, summed in float32 or wider and rounded once."""
+        return (weight + self.delta(weight.device)).to(weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,7 @@ def read_lora(path: str | Path, scale: float = 1.0) -> LoRAFile:
     A LoRA for the text encoder in the same file is ignored with a warning. Raises CheckpointError that names the file,
     what is wrong with it and what to do.
     """
-    path = find_lora(Path(path).expanduser())
+    path = find_lora(Path(os.path.expanduser(path)))
     with reading(path):
         tensors, metadata = read_tensors(path)
         parts, others = group_by_layer(path, tensors)

@@ -13,7 +13,7 @@ from minidistill.formats.lora_formats import LoRAFile, Pair, read_lora
 from minidistill.formats.original_names import translate, unet_names
 from minidistill.formats.single_file import number
 from minidistill.formats.tensor_files import write_tensors
-from minidistill.lora import LoRAModel, inject_pairs, lora_layers
+from minidistill.lora import LoRAModel, add_to_weight, inject_pairs, lora_layers, warn_of_lost_change
 
 
 def save_lora(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -58,10 +58,14 @@ def inject_file(model: nn.Module, file: LoRAFile) -> LoRAModel:
 
 @torch.no_grad()
 def merge_file(model: nn.Module, file: LoRAFile) -> None:
-    """W <- W + (alpha / rank) lora_up lora_down, for good: no pair stays beside W. Raises like ``load_lora``."""
-    weights = dict(model.named_parameters())
+    """W <- W + (alpha / rank) lora_up lora_down, for good: no pair stays beside W. Raises and warns as ``load_lora``
+    and ``merge_lora`` do.
+    """
+    weights, squares = dict(model.named_parameters()), {}
     for name, pair in fit(file, weights).items():
-        weights[f"{name}.weight"].copy_(pair.added_to(weights[f"{name}.weight"]))
+        weight = weights[f"{name}.weight"]
+        weight.copy_(add_to_weight(name, weight, pair.delta(weight.device), squares))
+    warn_of_lost_change(squares)
 
 
 def fit(file: LoRAFile, weights: Mapping[str, Tensor]) -> dict[str, Pair]:
