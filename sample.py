@@ -132,8 +132,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora-scale", type=cli.positive, default=1.0, metavar="X", help="strength of the student's LoRA, a "
         "dial: 0.5 samples roughly as guidance 1 + 0.5 (s - 1) would (default: %(default)s)")
     add = parser.add_argument_group("how to sample").add_argument
-    add("--guidance", type=cli.finite, metavar="X", help="guidance scale; 7.5 is usual for large models (default: "
-        "2.5; with --compare the LoRA's own)")
+    add("--guidance", type=cli.finite, metavar="X", help="guidance scale; 7.5 is usual for large models, and exactly 1 "
+        "is none, with one UNet call a step (default: 2.5; with --compare the LoRA's own)")
     add("--selective", type=cli.fraction, default=0.0, metavar="SHARE", help="the teacher goes without guidance "
         "on this share of the steps, the last ones (default: %(default)s)")
     add("--interval", type=cli.finite, nargs=2, metavar=("LOW", "HIGH"), help="the teacher is guided only at "

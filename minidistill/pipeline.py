@@ -190,9 +190,10 @@ class StableDiffusion:
 def require_finite(x: Tensor, dtype: torch.dtype) -> None:
     """Raise ValueError for latents or images with NaN or infinities, which would be black."""
     if not x.isfinite().all():
+        cause = "the guidance or a LoRA's strength is too large, or the model is damaged"
         raise ValueError(
-            f"The image is not finite (NaN or infinite), computed with weights in {str(dtype).removeprefix('torch.')}: "
-            "try --dtype bfloat16 or float32. If it is the same in float32, the model or a LoRA is damaged."
+            f"The image is not finite (NaN or infinite), computed in {str(dtype).removeprefix('torch.')}: "
+            f"{'use --dtype bfloat16 or float32' if dtype == torch.float16 else cause}."
         )
 
 

@@ -4,7 +4,8 @@
   python -m minidistill.export runs/NAME --to kohya         for ComfyUI, AUTOMATIC1111 and diffusers
   python -m minidistill.export runs/NAME --to checkpoint --model MODEL      the student as a model of its own
 
-A student contains its guidance: sample with a guidance scale (CFG) of 1.
+A student contains its guidance: sample with a guidance scale (CFG) of exactly 1. Even at 1.0000001 other tools call the
+UNet twice a step.
 """
 
 from pathlib import Path
@@ -87,13 +88,16 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Wrote {out}")
 
 
+HINT = "guidance scale (CFG) exactly 1, no negative prompt"
+
+
 def plain_metadata(file: LoRAFile) -> dict[str, str]:
     """The file's metadata without alpha, which the exported tensors contain.
 
     The guidance is adjusted to the strength of the LoRA: half a student of guidance 4 is a student of 2.5.
     """
     metadata = {key: value for key, value in file.metadata.items() if key not in ("alpha", "lora_adapter_metadata")}
-    return metadata | ({"guidance": f"{file.guidance:g}"} if file.is_student else {})
+    return metadata | ({"guidance": f"{file.guidance:g}", "modelspec.usage_hint": HINT} if file.is_student else {})
 
 
 SD_VERSIONS = {768: "sd_v1", 1024: "sd_v2"}  # by context width

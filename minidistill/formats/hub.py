@@ -42,7 +42,9 @@ def newest_snapshot(folder: Path) -> Path:
     main = folder / "refs/main"
     snapshots = [folder / "snapshots" / main.read_text().strip()] if main.is_file() else []
     snapshots += sorted((folder / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    snapshot = next((path for path in snapshots if path.is_dir()), folder)
+    snapshot = next((path for path in snapshots if path.is_dir()), None)
+    if snapshot is None:
+        raise CheckpointError(f"{folder} is a folder of the hub's cache without any files: fetch the model again.")
     print(f"{folder} is a folder of the hub's cache: using {snapshot}.", file=sys.stderr)
     return snapshot
 

@@ -45,7 +45,7 @@ def load(
         ValueError: the device is not available here. (A CheckpointError is a ValueError too.)
     """
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" exists, but nothing can be read from it
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f'The device "{device}" is not available here: {str(error).splitlines()[0]}') from error
     path = find_model(path, variant, ema)

@@ -49,7 +49,7 @@ def advice(folder: Path) -> str:
     """What to name instead of a folder that is not a Stable Diffusion."""
     if (folder.parent / "unet").is_dir():
         return f"Name the whole folder, {folder.parent}."
-    if inner := sorted([*folder.glob("*/model_index.json"), *folder.glob("snapshots/*/model_index.json")]):
+    if inner := sorted([*folder.glob("*/model_index.json"), *folder.glob("*/unet")]):
         return f"Name the folder in it, {inner[0].parent}."
     if files := sorted([*folder.glob("*.safetensors"), *folder.glob("*.ckpt")]):
         return f"To load a single file in it, name that file: {files[0]}."

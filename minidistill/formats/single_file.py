@@ -35,15 +35,10 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 EMA = "model_ema."
 MODELSPEC = {"eps": "epsilon", "v": "v"}  # our prediction -> modelspec.prediction_type in a .safetensors header
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # tensors, empty, by which ComfyUI and others mark v and zero terminal SNR
-# Where headers say what the UNet predicts (in ModelSpec, and as ComfyUI writes it), and how.
-STATED_BY = ("modelspec.prediction_type", "modelspec.predict_key", "modelspec.architecture")
-STATED = {
-    "epsilon": "eps",
-    "v": "v",
-    "v_prediction": "v",
-    "stable-diffusion-v2-512": "eps",
-    "stable-diffusion-v2-768-v": "v",
-}
+# Where headers say what the UNet predicts, in ModelSpec and as ComfyUI writes it, and how; else the architecture tells.
+STATED_BY = ("modelspec.prediction_type", "modelspec.predict_key")
+STATED = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v"}
+ARCHITECTURES = {"stable-diffusion-v2-512": "eps", "stable-diffusion-v2-768-v": "v"}
 Tensors = Mapping[str, Tensor]
 
 
@@ -125,8 +120,8 @@ def read_single_file(path: Path, prediction: str | None = None, ema: bool = Fals
     """
     tensors, metadata = read_tensors(path)
     version = detect_version(tensors, path)
-    stated = stated_prediction(tensors, metadata)
-    if version.prediction == "v" and not (prediction or stated):
+    stated = prediction or stated_prediction(tensors, metadata, path)
+    if version.prediction == "v" and not stated:
         stated = likely_prediction(tensors)
         sizes = {"v": "SD 2.0 and 2.1 at 768 pixels", "eps": "the base models of SD 2, at 512 pixels"}
         other = "eps" if stated == "v" else "v"
@@ -135,7 +130,7 @@ def read_single_file(path: Path, prediction: str | None = None, ema: bool = Fals
             f'If it is one of {sizes[other]}, set prediction="{other}" (--prediction {other}).',
             stacklevel=2,
         )
-    prediction = prediction or stated or version.prediction
+    prediction = stated or version.prediction
     with reading(path):
         try:
             unet_config = checked(unet_shapes(tensors, version, prediction), path)
@@ -152,11 +147,15 @@ def read_single_file(path: Path, prediction: str | None = None, ema: bool = Fals
     return Description(unet_config, vae_config, text_config, schedule, unet, vae, text, version.pad_token)
 
 
-def stated_prediction(tensors: Tensors, metadata: Mapping[str, str]) -> str | None:
+def stated_prediction(tensors: Tensors, metadata: Mapping[str, str], path: Path) -> str | None:
     """What the file says the UNet predicts, "eps" or "v": by an empty tensor, or in its header."""
     if V_PREDICTION in tensors:
         return "v"
-    return next((STATED[metadata[key]] for key in STATED_BY if metadata.get(key) in STATED), None)
+    said = [metadata[key] for key in STATED_BY if metadata.get(key)]
+    if said and said[0] not in STATED:
+        raise CheckpointError(f'{path} says that it predicts "{said[0]}"; known are epsilon and v (--prediction).')
+    architecture = metadata.get("modelspec.architecture")
+    return STATED[said[0]] if said else ARCHITECTURES.get(architecture)
 
 
 def likely_prediction(tensors: Tensors) -> str:

@@ -58,6 +58,7 @@ def test_exported_metadata(to: str, run: Path):
     export.main([str(run), "--to", to])
     found = metadata(run / f"lora-{to}.safetensors")
     assert found.items() >= (METADATA | {"rank": "2", "format": "pt"}).items()
+    assert "exactly 1" in found["modelspec.usage_hint"]
     assert "alpha" not in found  # peft readers ignore it, kohya readers use a tensor
     assert read_lora(run / f"lora-{to}.safetensors").is_student
 

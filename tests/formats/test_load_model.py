@@ -659,6 +659,13 @@ def test_what_a_file_says_of_its_prediction(kind: str, tmp_path: Path) -> None:
     assert (schedule.alphas_cumprod[-1] < 1e-6) == ("ztsnr" in marks)
 
 
+def test_an_unknown_prediction_is_named(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file(tensors, tmp_path / "model.safetensors", {"modelspec.prediction_type": "edm"})
+    with pytest.raises(CheckpointError, match='predicts "edm"; known are epsilon and v'):
+        load(tmp_path / "model.safetensors")
+    assert load(tmp_path / "model.safetensors", prediction="v").schedule.prediction == "v"
+
+
 @pytest.mark.parametrize("spread, prediction", [(0.05, "eps"), (0.15, "v")])
 def test_an_sd_2_that_says_nothing_is_guessed_aloud(spread: float, prediction: str, tmp_path: Path) -> None:
     bias = {UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias": spread * torch.tensor([1.0, -1.0])}
