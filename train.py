@@ -66,7 +66,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     peak = args.lr or student.learning_rate / sd.unet_config.widths[0]
     optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     weights = fingerprint(sd.unet, sd.text_encoder)
-    vocabulary = {"tokenizer": digest(str(sorted(sd.tokenizer.get_vocab())).encode())} if args.tokenizer else {}
+    vocabulary = {"tokenizer": digest(str(sorted(sd.tokenizer.get_vocab().items())).encode())} if args.tokenizer else {}
     recorded = fixed_settings(args, {"model": weights, **vocabulary, **source.stamp})
     losses = resume(out, trained, optimizer, recorded)  # empty in a new run
     result = student.result(out, args)

@@ -210,9 +210,10 @@ def add_to_weight(
 ) -> Tensor:
     """W + delta, rounded once to the dtype of W: to the nearest value or, with a ``generator``, stochastically.
 
-    To the nearest, a change of less than half a step of W's dtype is lost. Stochastically, a value is rounded up as
-    often as it is nearer to the upper one, so that the change is kept on average, at the price of noise. What was
-    added is counted in ``squares`` if W has 16 bits. Raises ValueError for a sum that is not finite.
+    To the nearest, a change of less than half a step of W's dtype is lost. Stochastically, a sum that lies a quarter of
+    a step above the value below it is rounded up in a quarter of the cases: the change is kept on average, at the
+    price of noise. What was added is counted in ``squares`` if W has 16 bits. Raises ValueError for a sum that is not
+    finite.
     """
     exact = weight + delta
     merged = exact.to(weight.dtype)
