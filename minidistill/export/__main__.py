@@ -76,8 +76,13 @@ def main(argv: list[str] | None = None) -> None:
         generator = torch.Generator().manual_seed(args.stochastic) if args.stochastic is not None else None
         change = with_loras([*styles, *([student] if student else [])], squares, generator)
         write_checkpoint(args.model, change, out, metadata, variant=args.variant, ema=args.ema)
-        warn_of_lost_change(squares)
-        print(surviving_change(squares)[1])
+        share, sentence = surviving_change(squares)
+        if generator:  # what was added is the change and noise, which are at right angles
+            noise = max(share**2 - 1, 0) ** 0.5
+            print(f"The change survives on average, with noise of {noise:.0%} of its norm.")
+        else:
+            warn_of_lost_change(squares)
+            print(sentence)
     elif len(files) > 1:
         raise ValueError(f"--to {args.to} takes one LoRA: give them one by one, or merge them with --to checkpoint.")
     elif args.to == "peft":

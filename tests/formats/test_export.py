@@ -394,7 +394,7 @@ def test_the_report_of_a_merge(run: Path, tmp_path: Path, capsys):
         export.main([f"{run}:1e-4", "--to", "checkpoint", "--model", str(model), "--out", str(tmp_path / "small")])
 
 
-def test_stochastic_rounding_is_seeded(run: Path, tmp_path: Path):
+def test_stochastic_rounding_is_seeded(run: Path, tmp_path: Path, capsys):
     model = half(write_tiny(tmp_path / "model"), torch.float16)
     flags = [f"{run}:1e-3", "--to", "checkpoint", "--model", str(model), "--out"]
     for name, seed in dict(
@@ -403,6 +403,7 @@ def test_stochastic_rounding_is_seeded(run: Path, tmp_path: Path):
         export.main([*flags, str(tmp_path / name), *seed])
     plain, one, same, zero = ((tmp_path / name / UNET).read_bytes() for name in ("plain", "one", "same", "zero"))
     assert one == same and len({plain, one, zero}) == 3
+    assert re.search(r"survives on average, with noise of \d+% of its norm", capsys.readouterr().out)
     with pytest.raises(ValueError, match="--to checkpoint"):
         export.main([str(run), "--to", "kohya", "--stochastic"])
 

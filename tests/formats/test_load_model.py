@@ -611,6 +611,20 @@ def test_only_what_is_needed_is_fetched(
     assert (snapshot / "tokenizer/vocab.json").exists()
 
 
+def test_a_variant_of_one_part_is_fetched(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    shutil.copy(file, file.with_name("diffusion_pytorch_model.non_ema.safetensors"))
+    snapshot = served(folder, tmp_path / "snapshot", monkeypatch)
+    with pytest.raises(CheckpointError, match="no diffusion_pytorch_model.int8.safetensors or other"):
+        load("someone/tiny", variant="int8")
+    assert not list(snapshot.rglob("*.safetensors"))
+    with pytest.warns(UserWarning, match="no weights of variant non_ema"):
+        load("someone/tiny", variant="non_ema")
+    names = {str(file.relative_to(snapshot)) for file in snapshot.rglob("*.safetensors")}
+    plain = {"vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
+    assert names == plain | {"unet/diffusion_pytorch_model.non_ema.safetensors"}
+
+
 def test_a_variant_in_the_cache_does_not_stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for file in [*folder.rglob("*.safetensors")]:
         file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
