@@ -15,8 +15,8 @@ from PIL import Image
 
 from minidistill import load, merge_lora
 from minidistill.evaluate import comparison_grid, draw
-from minidistill.formats.files import atomic_write
-from minidistill.formats.lora_formats import LoRAFile, read_lora, read_run
+from minidistill.formats.files import atomic_write, digest
+from minidistill.formats.lora_formats import LoRAFile, read_lora
 from minidistill.formats.lora_io import inject_file, merge_file, student_and_styles
 from minidistill.schedule import SPACINGS
 from minidistill.training import command_line as cli
@@ -26,7 +26,7 @@ SHIPPED_LORA = "guidance-lora.safetensors"  # beside the model that ships
 
 def main() -> None:
     args = parse()
-    student, styles = student_and_styles([read_run(*file) for file in args.lora or []])
+    student, styles = student_and_styles([read_lora(*file) for file in args.lora or []])
     if args.compare and student is None:
         shipped = args.model / SHIPPED_LORA
         if not shipped.is_file():
@@ -49,10 +49,26 @@ def main() -> None:
         rows.append(draw(sd, "student", args.prompt, **options))
         images = [comparison_grid(rows, args.prompt, columns=len(args.prompt))] if args.compare else rows[0].images
 
-    for i, (image, prompt) in enumerate(zip(images, args.prompt)):
-        words = re.sub("[^a-z0-9]+", "-", prompt.lower())[:60]
-        name = f"{'compare-' if args.compare else ''}{args.seed + i}-{words}.png"
-        save(image, args.out if args.out.suffix == ".png" else args.out / name)
+    prompts = ["\n".join(args.prompt)] if args.compare else args.prompt
+    for i, (image, prompt) in enumerate(zip(images, prompts)):
+        name = f"{'compare-' if args.compare else ''}{args.seed + i}-{words_for_name(prompt)}.png"
+        save(image, args.out if is_png(args.out) else args.out / name)
+
+
+def words_for_name(prompt: str) -> str:
+    """The prompt as part of a file's name. If that leaves something out, a digest keeps two prompts apart."""
+    words = re.sub("[^a-z0-9]+", "-", prompt.lower())[:60].strip("-")
+    return words if words.replace("-", " ") == prompt else f"{words}-{digest(prompt.encode())[:8]}".strip("-")
+
+
+def is_png(out: Path) -> bool:
+    """True for one file, False for a folder. Raises ValueError for a file in another format."""
+    suffix = out.suffix.lower()
+    if out.is_dir() or suffix not in Image.registered_extensions():
+        return False
+    if suffix != ".png":
+        raise ValueError(f"--out {out}: images are written as .png only. Name a .png file, or a folder.")
+    return True
 
 
 def at_strength(student: LoRAFile, args: argparse.Namespace) -> LoRAFile:
@@ -131,8 +147,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora-scale", type=cli.positive, default=1.0, metavar="X", help="strength of the student's LoRA, a "
         "dial: 0.5 samples roughly as guidance 1 + 0.5 (s - 1) would; --guidance is more exact (default: %(default)s)")
     add = parser.add_argument_group("how to sample").add_argument
-    add("--guidance", type=cli.finite, metavar="X", help="guidance scale; 7.5 is usual for large models (default: "
-        "2.5; with a LoRA the scale it has learned: at others it samples by its strength, as measured)")
+    add("--guidance", type=cli.finite, metavar="X", help="guidance scale; 7.5 is usual for large models, and exactly 1 "
+        "is none, with one UNet call a step (default: 2.5; with a LoRA the scale it has learned: at others it samples "
+        "by its strength, as measured)")
     add("--selective", type=cli.fraction, default=0.0, metavar="SHARE", help="the teacher goes without guidance "
         "on this share of the steps, the last ones (default: %(default)s)")
     add("--interval", type=cli.finite, nargs=2, metavar=("LOW", "HIGH"), help="the teacher is guided only at "
@@ -147,7 +164,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.interval = cli.interval(args.interval)
     if args.interval and args.selective:
         raise ValueError("--selective is an interval of its own: give one of --selective and --interval.")
-    if args.out.suffix == ".png" and len(args.prompt) > 1 and not args.compare:
+    if is_png(args.out) and len(args.prompt) > 1 and not args.compare:
         raise ValueError(f"--out {args.out} is one file, for {len(args.prompt)} images: name a folder.")
     return args
 

@@ -7,6 +7,7 @@ Teacher and student are one network: the student is the teacher with its LoRA sw
 """
 
 import argparse
+import os
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from minidistill.data.shards import fingerprint
 from minidistill.distill import guided_target, stored_target
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.evaluate.run_report import write_report
-from minidistill.formats.files import atomic_write
+from minidistill.formats.files import atomic_write, digest
 from minidistill.pipeline import StableDiffusion
 from minidistill.training import command_line as cli
 from minidistill.training.bookkeeping import Progress
@@ -32,7 +33,7 @@ from minidistill.training.students import METHODS, STUDENTS, choose_method, choo
 
 
 def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
-    name = args.model.resolve().name
+    name = Path(os.path.abspath(args.model)).name  # where it is a link, the name of the link
     out = args.out or Path("runs") / name
     results = [out / "lora.safetensors", out / "student", out / "student.safetensors"]
     if any(path.exists() for path in [*checkpoint_files(out), *results]) and not args.resume:
@@ -41,6 +42,8 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
 
     # With --student lora there is one network: W alone is the teacher; W with its LoRA switched on is the student.
     sd = load(args.model, **cli.load_options(args))
+    if args.compile:
+        cli.require_compiler(args.device)
     if sd.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True  # float32 matmuls with ten bits of mantissa, as convolutions have
         torch.backends.cudnn.benchmark = True  # every update has the same shapes: time the algorithms once
@@ -69,7 +72,8 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     one_launch = sd.device.type == "cuda"  # instead of a few for every weight
     optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.0, fused=one_launch)
     weights = fingerprint(sd.unet, sd.text_encoder)
-    recorded = fixed_settings(args, {"model": weights, **source.stamp})
+    vocabulary = {"tokenizer": digest(str(sorted(sd.tokenizer.get_vocab().items())).encode())} if args.tokenizer else {}
+    recorded = fixed_settings(args, {"model": weights, **vocabulary, **source.stamp})
     losses = resume(out, trained, optimizer, recorded)  # empty in a new run
     result = student.result(out, args)
     if args.student == "full" and result.exists() and not losses:  # a whole model is never written over

@@ -6,6 +6,7 @@ Teacher and student share W. With the switch off a layer computes W x, bit for b
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -217,21 +218,77 @@ def lora_strength(model: nn.Module, strength: float) -> Iterator[None]:
             layer.scale = scale
 
 
+Squares = dict[str, Tensor]  # by layer, [2]: the squared norms of what was added to W and of what should have been
+
+
+def add_to_weight(
+    name: str, weight: Tensor, delta: Tensor, squares: Squares, generator: torch.Generator | None = None
+) -> Tensor:
+    """W + delta, rounded once to the dtype of W: to the nearest value or, with a ``generator``, stochastically.
+
+    To the nearest, a change of less than half a step of W's dtype is lost. Stochastically, a sum that lies a quarter of
+    a step above the value below it is rounded up in a quarter of the cases: the change is kept on average, at the
+    price of noise. What was added is counted in ``squares`` if W has 16 bits. Raises ValueError for a sum that is not
+    finite.
+    """
+    exact = weight + delta
+    merged = exact.to(weight.dtype)
+    if generator and merged.dtype != exact.dtype:
+        dtype = torch.finfo(weight.dtype)
+        step = torch.ldexp(torch.full_like(exact, dtype.eps), exact.frexp().exponent - 1)
+        step = step.clamp(min=dtype.smallest_normal * dtype.eps)  # between neighbours in W's dtype
+        below = (exact / step).floor()
+        up = torch.rand(exact.shape, generator=generator).to(exact.device) < exact / step - below
+        merged = ((below + up) * step).to(weight.dtype)
+    if not all(map(math.isfinite, merged.aminmax())):
+        raise ValueError(f"With its LoRA, {name} is not finite in {weight.dtype}: take W in bfloat16 or float32.")
+    if weight.itemsize < 4:
+        norms = torch.stack([(merged.to(exact) - weight).square().sum(), delta.square().sum()])
+        squares[name] = squares.get(name, 0) + norms.cpu()
+    return merged
+
+
+def surviving_change(squares: Squares) -> tuple[float, str]:
+    """How much of a change has survived the rounding: the ratio of norms, and a sentence with the worst layers."""
+    shares = {name: ratio_of_norms(of_layer) for name, of_layer in squares.items()}
+    share = ratio_of_norms(sum(squares.values(), torch.zeros(2)))
+    worst = ", ".join(f"{name} ({shares[name]:.0%})" for name in sorted(shares, key=shares.get)[:3])
+    return share, f"{share:.1%} of the change survives the rounding of W{f', and least in {worst}' * bool(worst)}."
+
+
+def ratio_of_norms(squares: Tensor) -> float:
+    added, wanted = squares.tolist()
+    return math.sqrt(added / wanted) if wanted else 1.0
+
+
+def warn_of_lost_change(squares: Squares) -> None:
+    share, sentence = surviving_change(squares)
+    if share < 0.9:
+        advice = "Keep W in float32, keep the LoRA beside it, or round stochastically (export --stochastic)."
+        warnings.warn(f"{sentence} {advice}", stacklevel=3)
+
+
 @torch.no_grad()
-def _add_to_weights(model: nn.Module, sign: int) -> None:
-    for layer in lora_layers(model).values():
+def _add_to_weights(model: nn.Module, sign: int, generator: torch.Generator | None = None) -> Squares:
+    squares: Squares = {}
+    for name, layer in lora_layers(model).items():
         if layer.merged != (sign > 0):
-            layer.weight.copy_(layer.weight + sign * layer.delta())  # summed in at least float32, then rounded once
+            layer.weight.copy_(add_to_weight(name, layer.weight, sign * layer.delta(), squares, generator))
             layer.merged = sign > 0
+    return squares
 
 
-def merge_lora(model: nn.Module) -> None:
+def merge_lora(model: nn.Module, generator: torch.Generator | None = None) -> float:
     """W <- W + scale lora_up lora_down, in place: the student at the cost of the plain network.
 
     Until ``unmerge_lora`` the switch has no effect and the teacher is gone. A second call does nothing. The state dict
-    of a merged model has a ``merged`` entry for each layer.
+    of a merged model has a ``merged`` entry for each layer. A ``generator`` rounds stochastically (``add_to_weight``).
+
+    Returns how much of the change survives the rounding to W's dtype, 1 being all; warns below 0.9.
     """
-    _add_to_weights(model, +1)
+    squares = _add_to_weights(model, +1, generator)
+    warn_of_lost_change(squares)
+    return surviving_change(squares)[0]
 
 
 def unmerge_lora(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Stable Diffusion as one object: prompts in, images out."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -169,6 +170,19 @@ class StableDiffusion:
             )
         return dial.strength(guidance)
 
+    def decode(self, z: Tensor) -> Tensor:
+        """``vae.decode``, in float32 from now on if the VAE overflows in its own dtype, as some do in float16.
+
+        Raises ValueError for an image that is not finite all the same.
+        """
+        x = self.run_vae(self.vae.decode, z)
+        if self.dtype == torch.float16 and not x.isfinite().all():
+            warnings.warn("The VAE overflows in float16: decoding in float32.", stacklevel=3)
+            self.vae.float()
+            x = self.run_vae(self.vae.decode, z.float())
+        require_finite(x, self.dtype)
+        return x
+
     @torch.no_grad()
     def sample(
         self,
@@ -209,9 +223,9 @@ class StableDiffusion:
             PIL images, one for each prompt.
 
         Raises:
-            ValueError: a guidance that the student cannot sample at, more steps than DDIM can take, a size that is not
-                a whole number of latents, ``selective`` or ``eta`` outside 0 to 1, or both ``selective`` and
-                ``interval``.
+            ValueError: a guidance that the student cannot sample at, an image that is not finite, more steps than DDIM
+                can take, a size that is not a whole number of latents, ``selective`` or ``eta`` outside 0 to 1, or both
+                ``selective`` and ``interval``.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         noise = self.starting_noise(range(seed, seed + len(prompts)), height, width)
@@ -237,11 +251,22 @@ class StableDiffusion:
             with lora_strength(self.unet, strength) if strength != 1 else nullcontext():
                 for z_t in ddim_sample(model, self.schedule, z_T, steps, eta, generators, spacing):
                     bar.update()
+            require_finite(z_t, self.dtype)
             with on_device(self.vae, self.device):
                 for one in z_t.to(self.dtype).split(1):  # one by one: the decoder takes far more memory than the UNet
-                    images += to_images(self.run_vae(self.vae.decode, one))
+                    images += to_images(self.decode(one))
         bar.close()
         return images
+
+
+def require_finite(x: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError for latents or images with NaN or infinities, which would be black."""
+    if not x.isfinite().all():
+        cause = "the guidance or a LoRA's strength is too large, or the model is damaged"
+        raise ValueError(
+            f"The image is not finite (NaN or infinite), computed in {str(dtype).removeprefix('torch.')}: "
+            f"{'use --dtype bfloat16 or float32' if dtype == torch.float16 else cause}."
+        )
 
 
 def to_images(x: Tensor) -> list[Image.Image]:

@@ -13,7 +13,16 @@ from tiny import TINY_UNET, error, fill_up, randn, tiny_student, tiny_unet, unet
 from torch import Tensor, nn
 
 from minidistill import inject_lora, merge_lora, unmerge_lora
-from minidistill.lora import LoRAConv, LoRALayer, LoRALinear, LoRAModel, Switch, lora_layers, lora_parameters
+from minidistill.lora import (
+    LoRAConv,
+    LoRALayer,
+    LoRALinear,
+    LoRAModel,
+    Switch,
+    add_to_weight,
+    lora_layers,
+    lora_parameters,
+)
 
 
 def checksum(model: nn.Module) -> str:
@@ -495,3 +504,75 @@ def test_the_switch_is_set_for_a_block_and_restored(error: type[Exception] | Non
                 raise error
         assert switch.enabled
     assert not switch.enabled
+
+
+# What a merge loses
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_is_to_a_neighbour_and_right_on_average(dtype: torch.dtype):
+    weight = torch.cat([randn(300), torch.tensor([1.0, -2.0, 0.0, 3e-6, 6e-5])]).to(dtype)
+    delta = 1e-3 * randn(len(weight), seed=1) * weight.abs().float()
+    exact, steps = weight.double() + delta.double(), []
+    for seed in range(400):
+        rounded = add_to_weight("w", weight, delta, {}, torch.Generator().manual_seed(seed)).double()
+        steps.append(rounded)
+    draws = torch.stack(steps)
+    assert draws.unique(dim=0).shape[0] > 1
+    lower, upper = draws.min(0).values, draws.max(0).values
+    nearest = exact.to(dtype).double()
+    assert ((lower <= exact) & (exact <= upper) | (lower == upper)).all()
+    assert ((draws == nearest).any(0)).all() and all(len(draws[:, i].unique()) <= 2 for i in range(len(weight)))
+    assert ((draws.mean(0) - exact).abs() <= 0.15 * (upper - lower) + 1e-3 * exact.abs() * (lower == upper)).all()
+    unchanged = add_to_weight("w", weight, torch.zeros_like(delta), {}, torch.Generator().manual_seed(0))
+    assert torch.equal(unchanged, weight)
+
+
+def small_change(dtype: torch.dtype, size: float) -> LoRAModel:
+    model = inject_lora(tiny_unet().to(dtype), rank=2)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_up.copy_(size * randn(*layer.lora_up.shape))
+    return model
+
+
+def test_merging_says_how_much_survives():
+    model = small_change(torch.bfloat16, 1e-4)
+    layers = lora_layers(model)
+    before = {name: layer.weight.clone() for name, layer in layers.items()}
+    with pytest.warns(UserWarning, match=r"\d\d?\.\d% of the change survives .*attn.*float32"):
+        share = merge_lora(model)
+    added = sum((layer.weight.double() - before[name].double()).square().sum() for name, layer in layers.items())
+    wanted = sum(layer.delta().double().square().sum() for layer in layers.values())
+    assert share < 0.9 and share == pytest.approx((added / wanted).sqrt().item(), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_merging_a_large_change_or_into_float32_does_not_warn():
+    assert merge_lora(small_change(torch.bfloat16, 0.1)) == pytest.approx(1, abs=0.02)
+    assert merge_lora(small_change(torch.float32, 1e-4)) == 1
+    assert merge_lora(small_change(torch.bfloat16, 0)) == 1
+
+
+def test_stochastic_merging_is_seeded_and_keeps_a_small_change():
+    def merged(seed: int) -> dict:
+        model = small_change(torch.bfloat16, 1e-4)
+        merge_lora(model, torch.Generator().manual_seed(seed))
+        return {name: layer.weight for name, layer in lora_layers(model).items()}
+
+    one, same, other = merged(1), merged(1), merged(2)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+    start = small_change(torch.bfloat16, 1e-4)
+    kept = sum(
+        ((one[name].double() - layer.weight.double()) * layer.delta().double()).sum()
+        for name, layer in lora_layers(start).items()
+    )
+    wanted = sum(layer.delta().double().square().sum() for layer in lora_layers(start).values())
+    assert 0.8 < kept / wanted < 1.2  # the part along the change; the rest is noise
+
+
+def test_a_merge_that_is_not_finite_names_the_layer():
+    model = small_change(torch.float16, 1e5)
+    with pytest.raises(ValueError, match="With its LoRA, down_blocks.* is not finite in torch.float16"):
+        merge_lora(model)

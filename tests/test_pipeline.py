@@ -285,6 +285,28 @@ def test_text_encoder_and_vae_move_while_they_are_used(sd: StableDiffusion, monk
     assert {device for _, device in moves} == {sd.unet.conv_in.weight.device}
 
 
+def test_a_vae_that_overflows_decodes_in_float32_aloud(sd: StableDiffusion):
+    with torch.no_grad():
+        sd.vae.post_quant_conv.weight.mul_(1e4)
+    expected = sd.sample(["a cat"], steps=1)
+    sd.vae.half()
+    with pytest.warns(UserWarning, match="VAE overflows in float16"):
+        (image,) = sd.sample(["a cat"], steps=1)
+    levels = [np.array(i).astype(float) for i in (image, *expected)]
+    assert levels[0].max() > 0 and abs(levels[0] - levels[1]).mean() < 2
+
+
+def test_images_that_are_not_finite_are_not_handed_out(sd: StableDiffusion):
+    with torch.no_grad():
+        sd.vae.decoder.conv_in.bias.fill_(float("inf"))
+    with pytest.raises(ValueError, match="not finite.*float32"):
+        sd.sample(["a cat"], steps=1)
+    with torch.no_grad():
+        sd.unet.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite.*float32"):
+        sd.sample(["a cat"], steps=1)
+
+
 def test_to_images_rounds_and_clips():
     x = torch.tensor([-5.0, -1.0, 0.0, 0.2, 1.0, 5.0]).expand(1, 3, 1, 6)
     assert np.asarray(to_images(x)[0])[0, :, 0].tolist() == [0, 0, 128, 153, 255, 255]

@@ -432,3 +432,30 @@ def test_a_single_file(sample, tmp_path: Path):
     assert result.code == 0 and "Wrote" in result.out
     assert "--ema" in sample(APPLE, *flags, "--ema").complaint
     assert "--variant" in sample(APPLE, *flags, "--variant", "fp16").complaint
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.WEBP"])
+def test_other_formats_than_png_are_refused(name: str, sample, tmp_path: Path):
+    assert "written as .png only" in sample(APPLE, "--out", tmp_path / name).complaint
+    assert not (tmp_path / name).exists()
+
+
+def test_png_in_capitals_and_a_folder_with_a_dot(sample, tmp_path: Path):
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("x.PNG", "v1.5", "folder.jpg"):
+        assert sample(APPLE, "--out", tmp_path / name).code == 0
+    assert (tmp_path / "x.PNG").is_file() and (tmp_path / "v1.5/0-a-red-apple.png").is_file()
+    assert (tmp_path / "folder.jpg/0-a-red-apple.png").is_file()
+
+
+def test_no_image_is_written_over_that_of_another_prompt(sample, tmp_path: Path):
+    prompts = ["a cat", "a cat!", "A cat", "a-cat", "猫", "犬", f"{'a ' * 40}cat", f"{'a ' * 40}dog", " a cat"]
+    for prompt in prompts:
+        assert sample(prompt, "--steps", 1).code == 0
+    assert len(list((tmp_path / "out").iterdir())) == len(prompts) and (tmp_path / "out/0-a-cat.png").exists()
+
+
+def test_no_comparison_is_written_over_another(sample, lora: Path, tmp_path: Path):
+    for prompts in (["a cat"], ["a cat", "a dog"], ["a cat", "a pig"]):
+        assert sample(*prompts, "--compare", "--lora", lora, "--steps", 1).code == 0
+    assert len(list((tmp_path / "out").iterdir())) == 3

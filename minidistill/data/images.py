@@ -6,7 +6,11 @@ which takes precedence. Subfolders are searched too, and may have a metadata.jso
 """
 
 import json
-from collections.abc import Callable
+import mimetypes
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +23,9 @@ from tqdm import tqdm
 
 from minidistill.data.shards import fingerprint, read_shard, write_shard
 from minidistill.formats.files import digest
-from minidistill.pipeline import StableDiffusion, on_device
+from minidistill.pipeline import StableDiffusion, on_device, require_finite
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 DECODERS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # no other, whatever a file claims to be
 
 
@@ -38,12 +42,19 @@ def read_folder(folder: Path) -> tuple[list[CaptionedImage], dict[Path, str]]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: --images needs a folder of images with captions.")
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = sorted(find_files(folder))
     listed = {file: text for m in files if m.name == "metadata.jsonl" for file, text in read_metadata(m).items()}
-    text_files = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    text_files = {spelling(file.with_suffix("")): file for file in files if file.suffix.lower() == ".txt"}
+    captioned = {spelling(file.with_suffix("")) for file in files if file.suffix.lower() in SUFFIXES}
     images, left_out = [], {}
-    for file in (file for file in files if file.suffix.lower() in SUFFIXES):
-        caption, text_file = listed.pop(file, ""), text_files.get(file.with_suffix(""))
+    for file in files:
+        stem = spelling(file.with_suffix(""))
+        caption, text_file = listed.pop(spelling(file), ""), text_files.get(stem)
+        if file.suffix.lower() not in SUFFIXES:
+            is_image = str(mimetypes.guess_type(file.name)[0]).startswith("image/")
+            if is_image or caption or (text_file not in (None, file) and stem not in captioned):
+                left_out[file] = f"only {', '.join(SUFFIXES)} are read: convert it"
+            continue
         try:
             caption = " ".join(text_file.read_text(encoding="utf-8-sig").split()) if text_file else caption
             if caption:
@@ -52,20 +63,39 @@ def read_folder(folder: Path) -> tuple[list[CaptionedImage], dict[Path, str]]:
                 left_out[file] = f"no caption, neither in {file.stem}.txt nor in metadata.jsonl"
         except (OSError, UnicodeDecodeError) as error:
             left_out[file] = f"cannot be read ({error})"
-    left_out |= {file: "listed in metadata.jsonl, but there is no such image" for file in listed}
+    left_out |= {Path(file): "listed in metadata.jsonl, but there is no such image" for file in listed}
     if not images:
         raise nothing_left(f"{folder} has no image ({', '.join(SUFFIXES)}) with a caption", left_out)
     return images, left_out
 
 
-def read_metadata(file: Path) -> dict[Path, str]:
-    """Captions by image. Raises ValueError that names the malformed line."""
+def find_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Every file below ``folder``, and below linked folders too, but not round in circles."""
+    above = (*above, folder.resolve())
+    for path in folder.iterdir():
+        if path.is_dir() and path.resolve() not in above:
+            yield from find_files(path, above)
+        elif path.is_file() or (path.is_symlink() and not path.is_dir()):  # a broken link, too, so that it is named
+            yield path
+
+
+def spelling(path: Path) -> str:
+    """One spelling for a name: macOS writes an accent as a letter of its own."""
+    return unicodedata.normalize("NFC", os.path.normpath(path))
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Captions by the ``spelling`` of the image. Raises ValueError that names the malformed line."""
     captions = {}
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(re.split(rb"\r\n?|\n", file.read_bytes()), 1):
         try:
             if line.strip():
                 row = json.loads(line)
-                captions[file.parent / row["file_name"]] = " ".join(row["text"].split())
+                image, text = file.parent / row["file_name"], " ".join(row["text"].split())
+                if not image.exists():
+                    image = file.parent / row["file_name"].replace("\\", "/")  # as written on Windows
+                text.encode()  # raises for half a character, which JSON can write
+                captions[spelling(image)] = text
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             example = '{"file_name": "a.jpg", "text": "its caption"}'
             raise ValueError(f"{file}, line {number} should look like {example}.") from error
@@ -136,6 +166,7 @@ def encode(
                     file.unlink(missing_ok=True)  # damaged, or it would not be missing
                     continue
                 z_0 = sd.run_vae(sd.vae.encode, x[None].to(sd.device, sd.dtype))[0]  # [4, h, w]
+                require_finite(z_0, sd.dtype)
                 write_shard(file, {"z_0": z_0.half().cpu().contiguous()}, made_with)  # half, as in trajectories.py
     wait()
     numbers = {caption: number for number, caption in enumerate(captions)}

@@ -63,7 +63,7 @@ def read_prompts(path: str | Path) -> list[str]:
         raise FileNotFoundError(f"{path} is not a file: {advice}")
     data = path.read_bytes()
     try:
-        lines = [line.strip() for line in data.decode("utf-8-sig").split("\n")]
+        lines = [line.strip() for line in data.decode("utf-8-sig").replace("\r", "\n").split("\n")]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {advice}") from error
     if b"\0" in data:  # valid UTF-8, but not text

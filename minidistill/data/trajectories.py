@@ -21,7 +21,7 @@ from minidistill.data.shards import fingerprint, read_shard, write_shard
 from minidistill.distill import few_step_states
 from minidistill.formats.files import digest
 from minidistill.guidance import Interval, guided
-from minidistill.pipeline import StableDiffusion, on_device
+from minidistill.pipeline import StableDiffusion, on_device, require_finite
 from minidistill.samplers import ddim_loop
 
 
@@ -124,6 +124,7 @@ def generate(
             z_t, target, z_0 = teacher_trajectory(
                 sd, cond, uncond.expand(len(cond)), guidance, z_T, timesteps, interval
             )
+            require_finite(z_0, sd.dtype)
             if student_steps:
                 z_t, target = few_step_states(schedule, z_t, z_0, student_steps)
                 timesteps = schedule.timesteps(student_steps, "trailing")

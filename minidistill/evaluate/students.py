@@ -11,7 +11,7 @@ from torch import nn
 
 from minidistill.distill import FullStudent
 from minidistill.formats.load_model import load
-from minidistill.formats.lora_formats import LoRAFile, read_run
+from minidistill.formats.lora_formats import LoRAFile, read_lora
 from minidistill.formats.lora_io import inject_file
 from minidistill.formats.model_folder import STEMS, read_weights
 from minidistill.formats.tensor_files import read_tensors
@@ -56,7 +56,7 @@ def read_student(path: Path, scale: float, args: Namespace) -> Student:
         file = read_weights(full / "unet", STEMS["unet"], args.variant).file if full.is_dir() else full
         learned, install = LoRAFile(file, {}, read_tensors(file)[1]), partial(install_full, full, args)  # no layers
     else:
-        learned = read_run(path, scale)
+        learned = read_lora(path, scale)
         install = partial(inject_file, file=learned)
     if not learned.is_student:
         raise ValueError(f"{learned.path} does not say which guidance it has learned: it is not a student.")

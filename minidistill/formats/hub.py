@@ -1,5 +1,6 @@
 """Find a model on this machine or on the Hugging Face hub, which also has the tokenizer that a single file lacks."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -8,7 +9,14 @@ from huggingface_hub import snapshot_download
 
 from minidistill.formats.files import CheckpointError, read_json, reading
 from minidistill.formats.model_configs import read_unet_config
-from minidistill.formats.model_folder import XL_STEMS, candidates, find_weights, refuse_other_pipelines, stems
+from minidistill.formats.model_folder import (
+    XL_STEMS,
+    candidates,
+    find_weights,
+    refuse_other_pipelines,
+    require_variant,
+    stems,
+)
 
 CLIP = "openai/clip-vit-large-patch14"  # OpenCLIP, in SD 2.x, has the same vocabulary
 TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"]
@@ -18,18 +26,34 @@ CONFIGS = ["model_index.json", "scheduler/*.json", *(f"{part}/config.json" for p
 def find_model(path: str | Path, variant: str | None = None, ema: bool = False) -> Path:
     """The folder or single file that ``path`` names, downloaded first if it is a hub id. Raises CheckpointError.
 
-    Only folders have a ``variant``, and only single files have ``ema`` weights: the other combination is refused.
+    A model's folder in the hub's cache stands for its snapshot. Only folders have a ``variant``, and only single files
+    have ``ema`` weights: the other combination is refused.
     """
-    if not Path(path).exists():
+    path = Path(os.path.expanduser(path))
+    if not path.exists():
         # Inside a folder that exists, it is a misspelt path rather than a hub id.
-        if Path(path).parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        if path.parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             raise CheckpointError(f"There is no {path}: name a Stable Diffusion folder, a single file or a hub id.")
         path = fetch_model(str(path), variant)
-    path = Path(path)
+    path = newest_snapshot(Path(path))
     flag = "--ema" if ema and path.is_dir() else "--variant" if variant and path.is_file() else None
     if flag:
         raise CheckpointError(f"{path} is a {'folder' if path.is_dir() else 'single file'}: leave {flag} out.")
     return path
+
+
+def newest_snapshot(folder: Path) -> Path:
+    """The snapshot in a model's folder in the hub's cache, models--owner--name; any other path itself."""
+    if not (folder / "snapshots").is_dir():
+        return folder
+    main = folder / "refs/main"
+    snapshots = [folder / "snapshots" / main.read_text().strip()] if main.is_file() else []
+    snapshots += sorted((folder / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    snapshot = next((path for path in snapshots if path.is_dir()), None)
+    if snapshot is None:
+        raise CheckpointError(f"{folder} is a folder of the hub's cache without any files: fetch the model again.")
+    print(f"{folder} is a folder of the hub's cache: using {snapshot}.", file=sys.stderr)
+    return snapshot
 
 
 def fetch_model(repo: str, variant: str | None = None) -> Path:
@@ -42,7 +66,9 @@ def fetch_model(repo: str, variant: str | None = None) -> Path:
     folder = fetch(repo, [*CONFIGS, *tokenizers])
     refuse_other_pipelines(folder)
     read_unet_config(folder / "unet/config.json")
-    for wanted in [variant] if variant else [None, "fp16"]:
+    for wanted in [variant, None] if variant else [None, "fp16"]:
+        if variant and not wanted:  # the networks that have it are there now
+            require_variant(folder, variant)
         for suffix in ("safetensors", "bin"):
             for part, stem in stems(folder).items():
                 if has_weights(folder / part, stem, variant) or has_weights(folder / part, stem, wanted):

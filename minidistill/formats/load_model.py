@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from minidistill.formats.files import CheckpointError, reading
 from minidistill.formats.hub import fetch_tokenizer, find_model
 from minidistill.formats.model_configs import Description, Network
 from minidistill.formats.model_folder import read_model_folder
 from minidistill.formats.single_file import read_single_file
-from minidistill.formats.tensor_files import convert
+from minidistill.formats.tensor_files import check_finite, convert, is_finite, release_pages
 from minidistill.pipeline import StableDiffusion
 from minidistill.schedule import Schedule
 from minidistill.text import TwoTextEncoders
@@ -51,13 +51,13 @@ def load(
             CheckpointError is a ValueError too.)
     """
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" exists, but nothing can be read from it
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f'The device "{device}" is not available here: {str(error).splitlines()[0]}') from error
     path = find_model(path, variant, ema)
     is_folder = path.is_dir()
     model = read_model_folder(path, prediction, variant) if is_folder else read_single_file(path, prediction, ema)
-    check_widths(model, path)
+    check_parts(model, path)
     unet = build(lambda: UNet(model.unet_config), model.unet, dtype)
     overflows = model.text_2 is not None and dtype == torch.float16
     vae = build(lambda: VAE(model.vae_config), model.vae, torch.float32 if overflows else dtype)
@@ -72,7 +72,7 @@ def load(
         vae=place(vae, device),
         text_encoder=place(text_encoder, device),
         schedule=Schedule.from_config(model.schedule),
-        read_tokenizer=partial(read_tokenizer, folder, model.text_config.max_position_embeddings, model.pad_token),
+        read_tokenizer=partial(read_tokenizer, folder, model.text_config, model.pad_token),
         path=path,
         height=height,
         width=width,
@@ -80,16 +80,19 @@ def load(
     )
 
 
-def check_widths(model: Description, path: Path) -> None:
-    """Raise CheckpointError if the UNet reads wider or narrower embeddings than the text encoders return."""
-    texts = [config for config in (model.text_config, model.text_config_2) if config]
-    returned = sum(config.hidden_size for config in texts), texts[1].projection_dim if model.text_2 else 0
-    reads = model.unet_config.context_width, model.unet_config.pooled_width
-    if reads != returned:
-        raise CheckpointError(
-            f"{path} has a UNet that reads embeddings of widths {reads} and text encoders that return {returned} (of "
-            "tokens; of a prompt): its parts are of different models. Fetch it again."
-        )
+def check_parts(model: Description, path: Path) -> None:
+    """Raise CheckpointError if parts that are whole by themselves come from different models."""
+    unet, texts = model.unet_config, [config for config in (model.text_config, model.text_config_2) if config]
+    for part, gives, reads in (
+        ("text encoder gives embeddings", sum(text.hidden_size for text in texts), unet.context_width),
+        ("text encoder gives pooled vectors", texts[1].projection_dim if model.text_2 else 0, unet.pooled_width),
+        ("VAE gives latents", model.vae_config.latent_channels, unet.in_channels),
+    ):
+        if gives != reads:
+            raise CheckpointError(
+                f"{path} has parts of different models: its {part} of width {gives}, and its UNet reads {reads}. Use a "
+                "UNet, text encoder and VAE that belong together."
+            )
 
 
 def build(make: Callable[[], nn.Module], network: Network, dtype: torch.dtype) -> nn.Module:
@@ -107,7 +110,16 @@ def build(make: Callable[[], nn.Module], network: Network, dtype: torch.dtype) -
         ) from error
     check(module, network)
     with reading(network.file):
-        weights = {name: convert(tensor, dtype) for name, tensor in network.tensors.items()}
+        weights = {}
+        for name, tensor in network.tensors.items():
+            weights[name] = convert(tensor, dtype)
+            if not is_finite(weights[name]):
+                original, kind = network.name_in_file(name), str(dtype).removeprefix("torch.")
+                check_finite({original: tensor.float()}, network.file)
+                raise CheckpointError(
+                    f"{network.file} has values in {original} that {kind} cannot hold: load it in float32 or bfloat16."
+                )
+            release_pages(weights[name])
     module.load_state_dict(weights, assign=True)
     return module.eval().requires_grad_(False)
 
@@ -138,10 +150,11 @@ def fill_positions(encoder: nn.Module) -> None:
             module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
 
 
-def read_tokenizer(folder: Path | None, context: int, pad_token: str | None = None) -> CLIPTokenizer:
-    """The tokenizer in ``folder``, or CLIP's from the hub, for a text encoder of ``context`` tokens.
+def read_tokenizer(folder: Path | None, encoder: CLIPTextConfig, pad_token: str | None = None) -> CLIPTokenizer:
+    """The tokenizer in ``folder``, or CLIP's from the hub, for a text ``encoder``.
 
-    Raises CheckpointError for a folder without a tokenizer. ``pad_token`` replaces the folder's own.
+    Raises CheckpointError for a folder without a tokenizer, and for one with more words than the encoder has embeddings
+    of. ``pad_token`` replaces the folder's own.
     """
     folder = folder or fetch_tokenizer()
     # transformers 5 writes everything into one tokenizer.json.
@@ -151,7 +164,12 @@ def read_tokenizer(folder: Path | None, context: int, pad_token: str | None = No
         )
     with reading(folder):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    tokenizer.model_max_length = context
+    if len(tokenizer) > encoder.vocab_size:
+        raise CheckpointError(
+            f"{folder} and the text encoder are of different models: the tokenizer has {len(tokenizer)} tokens, and "
+            f"the encoder knows {encoder.vocab_size}. Name the tokenizer that belongs to it with --tokenizer FOLDER."
+        )
+    tokenizer.model_max_length = encoder.max_position_embeddings
     if pad_token:
         tokenizer.pad_token = pad_token
     return tokenizer

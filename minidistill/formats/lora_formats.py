@@ -12,6 +12,7 @@ For SDXL, kohya's scripts use the layer names of single files.
 
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -24,9 +25,10 @@ from torch import Tensor
 
 from minidistill.config import SDXL_UNET
 from minidistill.distill import Dial
-from minidistill.formats.files import CheckpointError, reading
+from minidistill.formats.files import CheckpointError, read_json, reading
+from minidistill.formats.model_folder import squeeze_kernel
 from minidistill.formats.original_names import translate, unet_names
-from minidistill.formats.tensor_files import convert, read_tensors
+from minidistill.formats.tensor_files import check_finite, convert, read_tensors
 from minidistill.guidance import Interval
 from minidistill.lora import low_rank
 
@@ -46,10 +48,24 @@ class Pair(NamedTuple):
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    def shaped_like(self, weight: Tensor) -> "Pair | None":
+        """The same pair in the shapes that go with ``weight`` [out, in, ...]; None if it is for another weight.
+
+        Some programs write 1x1 convolutions for matrices, others matrices for convolutions, with the kernel flattened.
+        """
+        of_weight, of_down = squeeze_kernel(weight).shape[1:], squeeze_kernel(self.down).shape[1:]
+        if len(self.up) != len(weight) or of_down not in (of_weight, weight.flatten(1).shape[1:]):
+            return None
+        down = self.down.reshape(self.rank, *weight.shape[1:])
+        return self._replace(down=down, up=self.up.reshape(len(weight), self.rank, *[1] * (weight.ndim - 2)))
+
+    def delta(self, device: torch.device) -> Tensor:
+        """(alpha / rank) up down, what is added to W, on W's ``device``."""
+        return low_rank(self.down.to(device), self.up.to(device), self.scale)
+
     def added_to(self, weight: Tensor) -> Tensor:
-        """W + (alpha / rank) up down on W's device, summed in float32 or wider and rounded once."""
-        down, up = self.down.to(weight.device), self.up.to(weight.device)
-        return (weight + low_rank(down, up, self.scale)).to(weight.dtype)
+        """W + (alpha / rank) up down, summed in float32 or wider and rounded once."""
+        return (weight + self.delta(weight.device)).to(weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -122,8 +138,10 @@ def peft_tensors(file: LoRAFile) -> dict[str, Tensor]:
     """The tensors under the names of diffusers and peft.
 
     alpha / rank is multiplied into lora_B, because only diffusers reads an alpha from the header. Where it is 1, the
-    default, the tensors are the same as in the file.
+    default, the tensors are the same as in the file. Raises ValueError for layers named as in the original code.
     """
+    if any(name.startswith(ORIGINAL) for name in file.layers):
+        raise ValueError(f"{file.path} has the layer names of the original code, which peft lacks: export --to kohya.")
     tensors = {}
     for name, pair in file.layers.items():
         tensors[f"unet.{name}.lora_A.weight"] = pair.down
@@ -152,51 +170,79 @@ def kohya_tensors(file: LoRAFile) -> dict[str, Tensor]:
 
 # Reading
 
-ENDINGS = {
-    ".lora_down": "down",
-    ".lora_up": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora.down.weight": "down",  # older training scripts of diffusers use this for attention, and peft's for the rest
-    ".lora.up.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".alpha": "alpha",
-}
+# The end of a key says which part of a layer it is. peft may put the name of its adapter in between.
+PART = re.compile(r"[._]lora(?:_linear_layer)?[._](down|mid|up|A|B)(?:(?:\.\w+)?\.weight)?$|\.(alpha)$")
+PART_NAMES = {"A": "down", "B": "up"}  # as peft calls them
+PREFIXES = re.compile(r"^(?:(?:base_model\.)?model\.|diffusion_model[._]|unet[._]|lora_|lycoris_)+")
+OTHERS = re.compile(  # what programs change beside the UNet: text encoders, and embeddings of new words
+    r"^(?:base_model\.model\.|lora_|lycoris_)*(?:text_encoder|text_model|te\d?[._]|clip_[lg][._]|bundle_emb|.*string_to_param)"
+)
 UNDERSCORED = re.compile(
     "(down_blocks|mid_block|up_blocks|transformer_blocks|time_embedding|add_embedding|time_emb_proj|linear_1|linear_2|"
-    "conv_in|conv_out|conv_shortcut|proj_in|proj_out|to_q|to_k|to_v|to_out)|_"
+    "conv_in|conv_out|conv_shortcut|proj_in|proj_out|to_q|to_k|to_v|to_out|"
+    "input_blocks|middle_block|output_blocks|in_layers|out_layers|emb_layers|skip_connection|time_embed|label_emb)|_"
 )  # the names in a UNet that contain underscores; any other underscore stands for a dot
+ORIGINAL = ("input_blocks.", "middle_block.", "output_blocks.")  # names of the original code, see original_names.py
+
+# Changes of weights that are not low-rank pairs, by a part of their keys.
+OTHER_KINDS = {
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "dora_scale": "DoRA",
+    "lora_magnitude": "DoRA",
+    "ia3_": "IA3",
+    "on_input": "IA3",
+    "oft_": "OFT",
+    ".diff": "full differences of weights",
+    "emb_params": "a textual inversion, words for the text encoder",
+    "lora_B.bias": "trained biases",
+}
+ADAPTER = "adapter_config.json"  # peft's, beside adapter_model.safetensors: alpha is in it
+FILES_IN_FOLDERS = [
+    "lora.safetensors",  # of train.py; then of diffusers, and of peft
+    *(f"{name}.{suffix}" for name in ("pytorch_lora_weights", "adapter_model") for suffix in ("safetensors", "bin")),
+]
 
 
 def layer_name(name: str) -> str:
-    """The UNet's name for a layer, from its name in a file of any format."""
-    if name.startswith("lora_unet_"):
-        name = translate(name.removeprefix("lora_unet_") + "_", UNDERSCORED_XL_NAMES)
-        return UNDERSCORED.sub(lambda match: match[1] or ".", name)[:-1]
-    return name.removeprefix("unet.")
+    """The UNet's name for a layer, from its name in a file of any format. Names of the original code stay."""
+    bare = PREFIXES.sub("", name)
+    if "." not in bare:
+        return UNDERSCORED.sub(lambda match: match[1] or ".", bare)
+    bare = bare.replace(".processor.", ".")  # the first training scripts of diffusers attached the LoRA to it
+    return f"{bare}.0" if bare.endswith(".to_out") else bare
+
+
+def find_lora(path: Path) -> Path:
+    """The LoRA file in the folder of a run, of diffusers' scripts or of peft; a file itself. Raises CheckpointError."""
+    if not path.is_dir():
+        return path
+    if file := next((path / name for name in FILES_IN_FOLDERS if (path / name).is_file()), None):
+        return file
+    files = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))) or "no .safetensors at all"
+    raise CheckpointError(f"{path} is a folder without {FILES_IN_FOLDERS[0]}: name a LoRA file. It holds {files}.")
 
 
 def read_lora(path: str | Path, scale: float = 1.0) -> LoRAFile:
-    """Read a LoRA file of any of the three formats, with its alphas multiplied by ``scale``.
+    """Read a LoRA file of any of the three formats, or the one in a folder, with its alphas multiplied by ``scale``.
 
     A LoRA for the text encoder in the same file is ignored with a warning. Raises CheckpointError that names the file,
     what is wrong with it and what to do.
     """
-    path = Path(path)
+    path = find_lora(Path(os.path.expanduser(path)))
     with reading(path):
         tensors, metadata = read_tensors(path)
-        parts, text_encoder = group_by_layer(path, tensors)
-        if text_encoder:
+        parts, others = group_by_layer(path, tensors)
+        if others:
             warnings.warn(
-                f"{path} also changes the text encoder ({text_encoder} tensors), which minidistill leaves as it is: "
-                "only the LoRA of the UNet is used.",
+                f"{path} also changes the text encoder or teaches it words ({others} tensors), which minidistill "
+                "leaves as it is: only the LoRA of the UNet is used.",
                 stacklevel=2,
             )
         if any(key.endswith((".lora_down", ".lora_up")) for key in tensors):
             alphas = our_alphas(path, parts, metadata)
-        elif "lora_adapter_metadata" in metadata:
-            alphas = peft_alphas(path, parts, json.loads(metadata["lora_adapter_metadata"]))
+        elif config := peft_config(path, tensors, metadata):
+            alphas = peft_alphas(path, parts, config)
         else:
             alphas = {n: part["alpha"].item() if "alpha" in part else len(part["down"]) for n, part in parts.items()}
         if wrong := [name for name, alpha in alphas.items() if not math.isfinite(alpha)]:
@@ -205,45 +251,59 @@ def read_lora(path: str | Path, scale: float = 1.0) -> LoRAFile:
         return LoRAFile(path, layers, metadata).scaled(scale)
 
 
-def read_run(path: Path, scale: float = 1.0) -> LoRAFile:
-    """``read_lora`` for a run's folder, or for a file."""
-    return read_lora(path / "lora.safetensors" if path.is_dir() else path, scale)
+def peft_config(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict | None:
+    """What peft says of its adapter, in the header (as diffusers writes it) or in the JSON beside it."""
+    if "lora_adapter_metadata" in metadata:
+        return json.loads(metadata["lora_adapter_metadata"])
+    if not any(key.startswith("base_model.model.") for key in tensors):
+        return None
+    if (path.parent / ADAPTER).exists():
+        return read_json(path.parent / ADAPTER)
+    warnings.warn(f"{path} has no {ADAPTER} beside it, which holds its alpha: taking the rank instead.", stacklevel=3)
+    return None
 
 
 Parts = Mapping[str, Mapping[str, Tensor]]  # down, up and perhaps alpha of each layer
 
 
 def group_by_layer(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Parts, int]:
-    """The tensors of the UNet by layer and part, and the number of tensors for the text encoder."""
+    """The tensors of the UNet by layer and part, and the number of tensors for text encoders."""
     parts: dict[str, dict[str, Tensor]] = {}
-    text_encoder, others = 0, []
+    others, unknown = 0, []
     for key, tensor in tensors.items():
-        # The first training scripts of diffusers attached the LoRA to attention's processor.
-        key = re.sub(r"\.processor\.(to_[qkv])_lora\.", r".\1.lora.", key)
-        key = key.replace(".processor.to_out_lora.", ".to_out.0.lora.")
-        ending = next((ending for ending in ENDINGS if key.endswith(ending)), None)
-        if key.startswith(("text_encoder", "lora_te")):
-            text_encoder += 1
-        elif ending is None:
-            others.append(key)
+        if OTHERS.match(key):
+            others += 1
+        elif match := PART.search(key):
+            layer, part = layer_name(key[: match.start()]), match[1] or match[2]
+            part = PART_NAMES.get(part, part)
+            if part in parts.setdefault(layer, {}):
+                raise CheckpointError(f"{path} has two LoRAs for {layer}: save them as two files.")
+            parts[layer][part] = tensor
         else:
-            parts.setdefault(layer_name(key.removesuffix(ending)), {})[ENDINGS[ending]] = tensor
+            unknown.append(key)
+    if other := next(((key, kind) for key in unknown for mark, kind in OTHER_KINDS.items() if mark in key), None):
+        raise CheckpointError(f"{path} holds {other[1]} ({other[0]}), which minidistill does not read: use a LoRA.")
     if not parts:
         raise CheckpointError(
             f"{path} is not a LoRA for a UNet in our own, peft's or kohya's format (it holds "
             f"{', '.join(list(tensors)[:2]) or 'nothing'} ...): name a LoRA file, such as one that train.py wrote."
         )
-    if others:
+    if unknown:
         raise CheckpointError(
-            f"{path} holds more than a plain LoRA: {', '.join(others[:5])}{' ...' * (len(others) > 5)}. "
-            "minidistill does not read LoHa, LoKr, DoRA or trained biases: use a LoRA without them."
+            f"{path} holds more than a plain LoRA: {', '.join(unknown[:5])}{' ...' * (len(unknown) > 5)}. "
+            "minidistill reads low-rank pairs and their alphas only: use a LoRA without the rest."
         )
     if wrong := [name for name, part in parts.items() if not is_pair(part)]:
         raise CheckpointError(
             f"{path} has layers whose lora_down and lora_up are missing, do not fit each other, or are not floats of "
             f"16 bits or more: {', '.join(wrong)}. The file is damaged: make or fetch it again."
         )
-    return {name: {key: widen(tensor) for key, tensor in part.items()} for name, part in parts.items()}, text_encoder
+    parts = {name: {key: widen(tensor) for key, tensor in part.items()} for name, part in parts.items()}
+    check_finite({f"{n}.lora_{key}": x for n, part in parts.items() for key, x in part.items() if key != "alpha"}, path)
+    for part in parts.values():
+        if "mid" in part:  # LyCORIS: a 1x1 convolution, one with the kernel [rank, rank, k, k], and another 1x1
+            part["down"] = torch.einsum("srkl,ri->sikl", part.pop("mid"), part["down"].flatten(1))
+    return parts, others
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -252,12 +312,12 @@ def widen(tensor: Tensor) -> Tensor:
 
 
 def is_pair(part: Mapping[str, Tensor]) -> bool:
-    """True for floats [rank, in] and [out, rank], or [rank, in, k, k] and [out, rank, 1, 1], and at most one alpha."""
+    """True for floats [rank, in] or [rank, in, k, k], and [out, rank] or [out, rank, 1, 1], and at most one alpha."""
     if not {"down", "up"} <= set(part):
         return False
     down, up = part["down"].shape, part["up"].shape
-    fits = len(down) in (2, 4) and min(down) > 0 and up[1:] == (down[0], *[1] * (len(down) - 2))
-    floats = all(part[key].is_floating_point() and part[key].itemsize > 1 for key in ("down", "up"))
+    fits = len(down) in (2, 4) and min(down) > 0 and len(up) in (2, 4) and up[1:] == (down[0], 1, 1)[: len(up) - 1]
+    floats = all(part[key].is_floating_point() and part[key].itemsize > 1 for key in part if key != "alpha")
     return fits and floats and ("alpha" not in part or part["alpha"].numel() == 1)
 
 
@@ -271,7 +331,7 @@ def our_alphas(path: Path, parts: Parts, metadata: Mapping[str, str]) -> dict[st
 
 def peft_alphas(path: Path, parts: Parts, config: dict) -> dict[str, float]:
     """Alphas from the configuration of a peft adapter, which diffusers writes into the header."""
-    config = {key.removeprefix("unet."): value for key, value in config.items()}
+    config = {key.removeprefix("unet."): value for key, value in config.items() if value is not None}
     ranks = {name: len(part["down"]) for name, part in parts.items()}
     alphas = {name: float(config.get("lora_alpha", rank)) for name, rank in ranks.items()}
     for pattern, alpha in reversed((config.get("alpha_pattern") or {}).items()):  # peft applies the first that matches

@@ -1,16 +1,19 @@
 """LoRA in models: save it, load it, merge it for good, and tell the student from styles."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from minidistill.config import UNetConfig
 from minidistill.formats.files import CheckpointError
-from minidistill.formats.lora_formats import LoRAFile, read_lora
+from minidistill.formats.lora_formats import LoRAFile, Pair, read_lora
+from minidistill.formats.original_names import translate, unet_names
+from minidistill.formats.single_file import number
 from minidistill.formats.tensor_files import write_tensors
-from minidistill.lora import LoRAModel, inject_pairs, lora_layers
+from minidistill.lora import LoRAModel, add_to_weight, inject_pairs, lora_layers, warn_of_lost_change
 
 
 def save_lora(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -46,39 +49,63 @@ def load_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> LoRAMod
 @torch.no_grad()
 def inject_file(model: nn.Module, file: LoRAFile) -> LoRAModel:
     """``load_lora`` for a file that has been read."""
-    check_fit(file, dict(model.named_parameters()))
-    model = inject_pairs(model, {name: (pair.rank, pair.alpha) for name, pair in file.layers.items()})
+    pairs = fit(file, dict(model.named_parameters()))
+    model = inject_pairs(model, {name: (pair.rank, pair.alpha) for name, pair in pairs.items()})
     model.dial = file.dial if file.scale == 1 else None
     for name, layer in lora_layers(model).items():
-        layer.lora_down.copy_(file.layers[name].down)
-        layer.lora_up.copy_(file.layers[name].up)
+        layer.lora_down.copy_(pairs[name].down)
+        layer.lora_up.copy_(pairs[name].up)
     return model
 
 
 @torch.no_grad()
 def merge_file(model: nn.Module, file: LoRAFile) -> None:
-    """W <- W + (alpha / rank) lora_up lora_down, for good: no pair stays beside W. Raises like ``load_lora``."""
-    weights = dict(model.named_parameters())
-    check_fit(file, weights)
-    for name, pair in file.layers.items():
-        weights[f"{name}.weight"].copy_(pair.added_to(weights[f"{name}.weight"]))
+    """W <- W + (alpha / rank) lora_up lora_down, for good: no pair stays beside W. Raises and warns as ``load_lora``
+    and ``merge_lora`` do.
+    """
+    weights, squares = dict(model.named_parameters()), {}
+    for name, pair in fit(file, weights).items():
+        weight = weights[f"{name}.weight"]
+        weight.copy_(add_to_weight(name, weight, pair.delta(weight.device), squares))
+    warn_of_lost_change(squares)
 
 
-def check_fit(file: LoRAFile, weights: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError that lists every layer of ``file`` that is missing in ``weights`` or has another shape."""
-    problems = []
-    for name, pair in file.layers.items():
-        weight, shape = weights.get(f"{name}.weight"), (len(pair.up), *pair.down.shape[1:])
-        if weight is None:
-            problems.append(f"no such layer: {name}")
-        elif shape != tuple(weight.shape):
-            problems.append(f"{name} is {list(weight.shape)}, the LoRA is for {list(shape)}")
+def fit(file: LoRAFile, weights: Mapping[str, Tensor]) -> dict[str, Pair]:
+    """The pairs of ``file`` by the names and in the shapes of the network that has these ``weights``.
+
+    Raises CheckpointError that lists every layer of ``file`` that the network lacks or has in another shape.
+    """
+    names, pairs, problems = underscored_names(weights), {}, []
+    for theirs, pair in file.layers.items():
+        name = names.get(theirs.replace(".", "_"))
+        weight = weights.get(f"{name}.weight")
+        if weight is None or weight.ndim < 2:
+            problems.append(f"no such layer: {theirs}")
+        elif name in pairs:
+            problems.append(f"{name} is there under two names")
+        elif fitting := pair.shaped_like(weight):
+            pairs[name] = fitting
+        else:
+            problems.append(f"{name} is {list(weight.shape)}, the LoRA is for {[len(pair.up), *pair.down.shape[1:]]}")
     if problems:
         base = file.metadata.get("base") or file.metadata.get("ss_base_model_version", "an unnamed base")
         raise CheckpointError(
             f"{file.path} is a LoRA for another model than this one ({len(problems)} layers differ; "
             f"it was made for {base}):\n  " + "\n  ".join(problems)
         )
+    return pairs
+
+
+def underscored_names(weights: Iterable[str]) -> dict[str, str]:
+    """Our name of each layer, by our name and by that of the original code, both with underscores for dots."""
+    layers = {name.removesuffix(".weight"): None for name in weights}
+    depth = tuple(
+        number(layers, f"down_blocks.{i}.attentions.0.transformer_blocks.{{}}.norm1")
+        for i in range(number(layers, "down_blocks.{}.resnets.0.conv1"))
+    )
+    table = unet_names(UNetConfig(layers=number(layers, "down_blocks.0.resnets.{}.conv1"), depth=depth))
+    original = {translate(f"{name}.", table).removesuffix("."): name for name in layers}
+    return {theirs.replace(".", "_"): ours for theirs, ours in (original | dict(zip(layers, layers))).items()}
 
 
 def student_and_styles(files: list[LoRAFile]) -> tuple[LoRAFile | None, list[LoRAFile]]:

@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minidistill.formats.files import atomic_folder, write_json
+from minidistill.formats.files import CheckpointError, atomic_folder, write_json
 from minidistill.formats.hub import find_model
 from minidistill.formats.lora_formats import LoRAFile
-from minidistill.formats.lora_io import check_fit
-from minidistill.formats.model_configs import MODEL_INDEX, XL_INDEX
+from minidistill.formats.lora_io import fit
+from minidistill.formats.model_configs import MODEL_INDEX, XL_INDEX, Network
 from minidistill.formats.model_folder import STEMS, XL_STEMS, read_index, read_model_folder, read_weights, stems
-from minidistill.formats.single_file import EMA, MODELSPEC, read_single_file, to_single_file
+from minidistill.formats.single_file import EMA, MODELSPEC, V_PREDICTION, ZERO_SNR, read_single_file, to_single_file
 from minidistill.formats.tensor_files import read_tensors, write_tensors
+from minidistill.lora import Squares, add_to_weight
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # the UNet's tensors, by our names -> the changed ones
 
@@ -46,18 +47,28 @@ def write_checkpoint(
         folder_to_folder(source, change, out, metadata, variant)
 
 
-def with_loras(files: Sequence[LoRAFile]) -> Change:
-    """Add the LoRAs to W, one after another, in the dtype of each stored weight."""
+def with_loras(files: Sequence[LoRAFile], squares: Squares, generator: torch.Generator | None = None) -> Change:
+    """Add the LoRAs to W, one after another, in the dtype of each stored weight, as ``lora.add_to_weight`` does."""
 
     def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors = dict(tensors)
         for file in files:
-            check_fit(file, tensors)
-            for name, pair in file.layers.items():
-                tensors[f"{name}.weight"] = pair.added_to(tensors[f"{name}.weight"])
+            for name, pair in fit(file, tensors).items():
+                weight = tensors[f"{name}.weight"]
+                tensors[f"{name}.weight"] = add_to_weight(name, weight, pair.delta(weight.device), squares, generator)
         return tensors
 
     return change
+
+
+def changed(unet: Network, change: Change) -> dict[str, Tensor]:
+    """The changed tensors. Raises CheckpointError for weights of 8 bits, in which little of a change would be left."""
+    if narrow := next((name for name, tensor in unet.tensors.items() if tensor.itemsize < 2), None):
+        raise CheckpointError(
+            f"{unet.file} has weights of 8 bits ({unet.name_in_file(narrow)}), in which a LoRA cannot be merged: take "
+            "a version of the model in 16 or 32 bits, or give the LoRA to your program beside this one."
+        )
+    return change(unet.tensors)
 
 
 def replaced_by(unet: nn.Module) -> Change:
@@ -69,7 +80,7 @@ def replaced_by(unet: nn.Module) -> Change:
 def folder_to_folder(source: Path, change: Change, out: Path, metadata: Mapping[str, str], variant: str | None) -> None:
     """Everything but the UNet's weights is copied unchanged."""
     unet = read_weights(source / "unet", STEMS["unet"], variant)
-    tensors = change(unet.tensors)
+    tensors = changed(unet, change)
     index = read_index(source) or (XL_INDEX if stems(source) is XL_STEMS else MODEL_INDEX)
     with atomic_folder(out) as temporary:
         # Only the parts of the pipeline: people keep other weights next to them, which would not be merged.
@@ -78,7 +89,7 @@ def folder_to_folder(source: Path, change: Change, out: Path, metadata: Mapping[
                 shutil.copytree(part, temporary / part.name)
         (temporary / "unet").mkdir()
         shutil.copy(source / "unet/config.json", temporary / "unet/config.json")
-        infix = ".fp16" if ".fp16." in unet.file.name else f".{variant}" if variant else ""  # as the other files have
+        infix = next((f".{v}" for v in (variant, "fp16") if v and f".{v}." in unet.file.name), "")  # as in the source
         write_tensors(temporary / "unet" / f"{STEMS['unet']}{infix}.safetensors", tensors, metadata)
         write_json(temporary / "model_index.json", drop_absent_parts(index, temporary))
 
@@ -98,7 +109,7 @@ def file_to_file(source: Path, change: Change, out: Path, metadata: Mapping[str,
     unet = read_single_file(source, prediction="eps", ema=ema).unet  # the tensors do not depend on the prediction
     tensors, header = read_tensors(source)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMA)}
-    tensors |= {unet.name_in_file(name): tensor for name, tensor in change(unet.tensors).items()}
+    tensors |= {unet.name_in_file(name): tensor for name, tensor in changed(unet, change).items()}
     prediction = MODELSPEC.get(metadata.get("prediction"))  # no tensor shows it
     header = header | ({"modelspec.prediction_type": prediction} if prediction else {})
     write_tensors(out, tensors, {**header, **metadata})
@@ -107,12 +118,14 @@ def file_to_file(source: Path, change: Change, out: Path, metadata: Mapping[str,
 def folder_to_file(source: Path, change: Change, out: Path, metadata: Mapping[str, str], variant: str | None) -> None:
     """UNet, VAE and text encoder go into one file, under the names that such files use."""
     model = read_model_folder(source, variant=variant)
-    unet = change(model.unet.tensors)
+    unet = changed(model.unet, change)
     tensors = to_single_file(
         unet, model.unet_config, model.vae.tensors, model.vae_config, model.text.tensors, model.text_config,
         model.text_2 and model.text_2.tensors, model.text_config_2,
     )  # fmt: skip
     if model.text_2 and model.schedule.prediction == "v":
-        tensors["v_pred"] = torch.zeros(0)  # how other tools know an XL that predicts v
+        tensors[V_PREDICTION] = torch.zeros(0)  # how other tools know an XL that predicts v
+    if model.schedule.zero_terminal_snr:
+        tensors[ZERO_SNR] = torch.zeros(0)
     prediction = {"modelspec.prediction_type": MODELSPEC[model.schedule.prediction]}  # no tensor shows it
     write_tensors(out, tensors, {**metadata, **prediction})

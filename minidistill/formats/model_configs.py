@@ -74,7 +74,7 @@ VAE_FIXED = dict(
     use_post_quant_conv=True, use_quant_conv=True,
 )
 # fmt: on
-SCHEDULE_FIXED = dict(rescale_betas_zero_snr=False, trained_betas=None)
+SCHEDULE_FIXED = dict(trained_betas=None)
 
 # Field of our configuration: its key in the file, and the value of a key that is absent.
 Keys = dict[str, tuple[str, object]]
@@ -100,6 +100,7 @@ SCHEDULE_KEYS: Keys = {
     "beta_start": ("beta_start", 0.0001),
     "beta_end": ("beta_end", 0.02),
     "beta_schedule": ("beta_schedule", "linear"),
+    "zero_terminal_snr": ("rescale_betas_zero_snr", False),
 }
 
 

@@ -1,5 +1,7 @@
 """A Stable Diffusion in the official folder layout: where its weights are, and the names that older files use."""
 
+import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -51,9 +53,10 @@ def read_model_folder(folder: Path, prediction: str | None = None, variant: str 
         read_text_config(folder / "text_encoder/config.json"),
         read_schedule_config(folder / "scheduler/scheduler_config.json", prediction),
     )
+    require_variant(folder, variant)
     unet, vae, *texts = (read_weights(folder / part, stem, variant) for part, stem in parts.items())
     vae = vae._replace(tensors=rename_old_attention(vae.tensors))
-    text = texts[0]._replace(tensors=match_text_names(texts[0].tensors))
+    text = texts[0]._replace(tensors=skip_last_layers(match_text_names(texts[0].tensors), configs[2], texts[0].file))
     model = Description(*configs, unet, vae, text)
     if parts is STEMS:
         return model
@@ -89,7 +92,7 @@ def advice(folder: Path) -> str:
     """What to name instead of a folder that is not a Stable Diffusion."""
     if (folder.parent / "unet").is_dir():
         return f"Name the whole folder, {folder.parent}."
-    if inner := sorted(folder.glob("*/model_index.json")):
+    if inner := sorted([*folder.glob("*/model_index.json"), *folder.glob("*/unet")]):
         return f"Name the folder in it, {inner[0].parent}."
     if files := sorted([*folder.glob("*.safetensors"), *folder.glob("*.ckpt")]):
         return f"To load a single file in it, name that file: {files[0]}."
@@ -122,18 +125,35 @@ def find_weights(folder: Path, stem: str, variant: str | None) -> Path | None:
     return next((folder / name for name in candidates(stem, variant) if (folder / name).exists()), None)
 
 
+def require_variant(folder: Path, variant: str | None) -> None:
+    """Raise CheckpointError unless some network has weights of this variant; often the UNet alone has them."""
+    if variant and not any(find_weights(folder / part, stem, variant) for part, stem in STEMS.items()):
+        first = next(candidates(STEMS["unet"], variant))
+        raise CheckpointError(f"{folder} has no {first} or other weights of this variant: leave --variant out.")
+
+
 def read_weights(folder: Path, stem: str, variant: str | None = None) -> Network:
     """One network's tensors, by the names in its folder. Raises CheckpointError.
 
-    With a ``variant`` ("fp16"), only that one; without, fp16 is the last resort.
+    Weights of the ``variant`` come first, then those without one, and fp16 is the last resort.
     """
-    file = find_weights(folder, stem, variant) or (None if variant else find_weights(folder, stem, "fp16"))
+    wanted = find_weights(folder, stem, variant)
+    file = wanted or find_weights(folder, stem, None) or find_weights(folder, stem, "fp16")
     if file is None:
+        there = sorted(path.name for path in folder.glob("*.safetensors"))
         raise CheckpointError(
             f"{folder} holds no {next(candidates(stem, variant))} (nor .bin, nor shards with an index): "
-            + ("fetch it, or leave --variant out." if variant else "fetch the model's weights.")
+            + (f"--variant can select others, such as {there[0]}." if there else "fetch the model's weights.")
         )
-    return Network(read_shards(file) if file.suffix == ".json" else read_tensors(file)[0], file)
+    if wanted is None and variant:
+        warnings.warn(f"{folder} has no weights of variant {variant}: reading {file.name} instead.", stacklevel=2)
+    network = Network(read_shards(file) if file.suffix == ".json" else read_tensors(file)[0], file)
+    if inside := next((name for name in network.tensors if LORA_INSIDE.search(name)), None):
+        raise CheckpointError(
+            f"{file} was saved with a LoRA inside that is not merged ({inside}): merge or unload it where it was made "
+            "(fuse_lora, then unload_lora_weights, in diffusers), and save the model again."
+        )
+    return network
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
@@ -149,6 +169,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 
 
 PROJECTION = "text_projection.weight"  # of SDXL's second text encoder
+LORA_INSIDE = re.compile(r"\.base_layer\.|[._]lora_(A|B|down|up)\.|[._]lora(_layer)?\.(down|up)\.")
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -177,3 +198,16 @@ def match_text_names(tensors: dict[str, Tensor], kind: type[nn.Module] = CLIPTex
     bare = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     bare.pop("embeddings.position_ids", None)  # 0, 1, 2, ...: in older files only
     return {name if name == PROJECTION else prefix + name: tensor for name, tensor in bare.items()}
+
+
+def skip_last_layers(tensors: dict[str, Tensor], config: CLIPTextConfig, file: Path) -> dict[str, Tensor]:
+    """Without the layers that the configuration leaves out. "Clip skip" is often written that way."""
+    numbers = {name: re.match(r"(?:text_model\.)?encoder\.layers\.(\d+)\.", name) for name in tensors}
+    skipped = {name for name, match in numbers.items() if match and int(match[1]) >= config.num_hidden_layers}
+    if skipped:
+        warnings.warn(
+            f"{file} has more layers than its configuration asks for (num_hidden_layers {config.num_hidden_layers}): "
+            "leaving out the last.",
+            stacklevel=3,
+        )
+    return {name: tensor for name, tensor in tensors.items() if name not in skipped}

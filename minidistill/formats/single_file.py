@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from minidistill.config import ScheduleConfig, UNetConfig, VAEConfig
 from minidistill.formats.files import CheckpointError, reading
-from minidistill.formats.model_configs import OTHER_INPUTS, PREDICTIONS, Description, Network, checked
+from minidistill.formats.model_configs import OTHER_INPUTS, Description, Network, checked
 from minidistill.formats.model_folder import PROJECTION, match_text_names, squeeze_kernel
 from minidistill.formats.original_names import (
     FUSED,
@@ -34,6 +34,11 @@ from minidistill.formats.tensor_files import read_tensors
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 EMA = "model_ema."
 MODELSPEC = {"eps": "epsilon", "v": "v"}  # our prediction -> modelspec.prediction_type in a .safetensors header
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # tensors, empty, by which ComfyUI and others mark v and zero terminal SNR
+# Where headers say what the UNet predicts, in ModelSpec and as ComfyUI writes it, and how; else the architecture tells.
+STATED_BY = ("modelspec.prediction_type", "modelspec.predict_key")
+STATED = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v"}
+ARCHITECTURES = {"stable-diffusion-v2-512": "eps", "stable-diffusion-v2-768-v": "v"}
 Tensors = Mapping[str, Tensor]
 
 
@@ -100,11 +105,14 @@ OTHERS = {
     "control_model.": "a ControlNet",
     "depth_model.": "a depth-to-image model",
     "label_emb.": "an unCLIP or upscaling model",
+    "edm_vpred.": "a model with EDM's noise levels",
 }
 XL_TOO = ("conditioner.embedders.", "label_emb.")
+PARTS = {"UNet": UNET, "VAE": VAE, "text encoder": tuple(version.text for version in VERSIONS)}
 PIECES = {  # the same, for files without an original UNet
     "lora_": "a LoRA, which goes on top of a model",
     "down_blocks.": "one network of a folder: name the whole folder",
+    "emb_params": "a textual inversion, words for a text encoder",
 }
 
 # Tensors in these files that serve training or other tools, not sampling.
@@ -122,23 +130,24 @@ NOT_NEEDED = re.compile(
 def read_single_file(path: Path, prediction: str | None = None, ema: bool = False) -> Description:
     """Describe the model in ``path``. ``ema`` selects the UNet's EMA weights.
 
-    The UNet predicts ``prediction`` ("eps" or "v") if given, else what the metadata says (modelspec.prediction_type),
-    or the name of an empty tensor, ``v_pred``; else eps for 1.x and XL, and v for 2.x. The files of 2.0-base and
-    2.1-base say nothing and need ``prediction="eps"``.
+    The UNet predicts ``prediction`` ("eps" or "v") if given, else what the file says, else eps for 1.x and XL. Most
+    files of 2.x say nothing; for them it is guessed, with a warning.
 
     Raises CheckpointError, which names the kind of model if it is not SD 1.x, 2.x or XL.
     """
     tensors, metadata = read_tensors(path)
     version = detect_version(tensors, path)
-    stated = (PREDICTIONS | {"v": "v"}).get(metadata.get("modelspec.prediction_type"))  # both names of v are in use
-    stated = stated or ("v" if "v_pred" in tensors else None)
-    if version.prediction == "v" and not (prediction or stated):
+    stated = prediction or stated_prediction(tensors, metadata, path)
+    if version.prediction == "v" and not stated:
+        stated = likely_prediction(tensors)
+        sizes = {"v": "SD 2.0 and 2.1 at 768 pixels", "eps": "the base models of SD 2, at 512 pixels"}
+        other = "eps" if stated == "v" else "v"
         warnings.warn(
-            f"{path} does not say what the UNet predicts: assuming v, as in SD 2.0 and 2.1 at 768 pixels. "
-            'For a base model, at 512 pixels, set prediction="eps" (--prediction eps).',
+            f"{path} does not say what the UNet predicts: assuming {stated}, as in {sizes[stated]}. "
+            f'If it is one of {sizes[other]}, set prediction="{other}" (--prediction {other}).',
             stacklevel=2,
         )
-    prediction = prediction or stated or version.prediction
+    prediction = stated or version.prediction
     with reading(path):
         try:
             unet_config = checked(unet_shapes(tensors, version, prediction), path)
@@ -152,12 +161,29 @@ def read_single_file(path: Path, prediction: str | None = None, ema: bool = Fals
     vae = network(tensors, VAE, vae_names(vae_config), path)
     vae.tensors.update({n: squeeze_kernel(t) for n, t in vae.tensors.items() if ".attentions.0." in n})
     text = texts[0]._replace(tensors=match_text_names(texts[0].tensors))
-    schedule = ScheduleConfig(prediction=prediction)
+    schedule = ScheduleConfig(prediction=prediction, zero_terminal_snr=ZERO_SNR in tensors)
     model = Description(unet_config, vae_config, text_configs[0], schedule, unet, vae, text, version.pad_token)
     if version is not XL:
         return model
     text_2 = texts[1]._replace(tensors=match_text_names(texts[1].tensors, CLIPTextModelWithProjection))
     return replace(model, text_config_2=text_configs[1], text_2=text_2, force_zeros=True)
+
+
+def stated_prediction(tensors: Tensors, metadata: Mapping[str, str], path: Path) -> str | None:
+    """What the file says the UNet predicts, "eps" or "v": by an empty tensor, or in its header."""
+    if V_PREDICTION in tensors:
+        return "v"
+    said = [metadata[key] for key in STATED_BY if metadata.get(key)]
+    if said and said[0] not in STATED:
+        raise CheckpointError(f'{path} says that it predicts "{said[0]}"; known are epsilon and v (--prediction).')
+    architecture = metadata.get("modelspec.architecture")
+    return STATED[said[0]] if said else ARCHITECTURES.get(architecture)
+
+
+def likely_prediction(tensors: Tensors) -> str:
+    """What an SD 2.x predicts that says nothing. ComfyUI tells them apart by this bias; v if it is not there."""
+    bias = tensors.get(f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias")
+    return "v" if bias is None or bias.float().std(correction=0) > 0.09 else "eps"
 
 
 def detect_version(tensors: Tensors, path: Path) -> Version:
@@ -171,13 +197,13 @@ def detect_version(tensors: Tensors, path: Path) -> Version:
         other = OTHER_INPUTS.get(conv_in.shape[1])
     if other:
         raise CheckpointError(f"{path} is {other}; minidistill reads Stable Diffusion 1.x, 2.x and XL, text to image.")
-    if "ztsnr" in tensors:
-        raise CheckpointError(f"{path} has zero terminal SNR, which minidistill does not support: name another.")
-    versions = [version for version in VERSIONS if any(name.startswith(version.text) for name in tensors)]
-    if not versions:
+    missing = [part for part, prefix in PARTS.items() if not any(name.startswith(prefix) for name in tensors)]
+    if missing:
         raise CheckpointError(
-            f"{path} is not a whole Stable Diffusion 1.x, 2.x or XL (UNet, VAE and text encoder): name one that is."
+            f"{path} is not a whole Stable Diffusion 1.x, 2.x or XL: it has no {' and no '.join(missing)}. Use a "
+            "version of the model that has all parts in one file, or a folder."
         )
+    versions = [version for version in VERSIONS if any(name.startswith(version.text) for name in tensors)]
     mixed = projection is not None and (projection.ndim == 2) != versions[0].linear_projection
     if len(versions) > 1 or mixed:
         raise CheckpointError(

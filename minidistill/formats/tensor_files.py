@@ -3,10 +3,12 @@
 import ctypes
 import io
 import json
+import math
 import mmap
 import os
 import pickle
 import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -15,7 +17,7 @@ from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, _weights_only_unpickler, nn
 
 from minidistill.formats.files import CheckpointError, atomic_write, reading
@@ -27,6 +29,8 @@ MISTAKEN = {
     b"{": "a JSON text: name a checkpoint",
     b"GGUF": "a GGUF file, which minidistill does not read: fetch the .safetensors",
 }
+# What compiling and distributed training put into the names of a network that is saved without taking them off.
+WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|^module\.")
 # A .ckpt that names one of these was made to run code. Any other class or function gets a harmless stand-in.
 CONTAINERS = ("LIST", "DICT", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")  # pickle's instructions that make one
 ATTACKS = ("os.", "posix.", "nt.", "sys.", "subprocess.", "builtins.eval", "builtins.exec")
@@ -36,8 +40,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a .safetensors, .ckpt or .bin file by name, and the metadata of a .safetensors.
 
     The tensors are mapped: the file is read when their values are used, and writing to them leaves it unchanged.
-    Nothing in the file is run. Raises CheckpointError.
+    Nothing in the file is run. Names lose what ``torch.compile`` and the like put into them. Raises CheckpointError.
     """
+    tensors, metadata = read_raw(path)
+    unwrapped = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    if len(unwrapped) < len(tensors):
+        raise CheckpointError(f"{path} has the same tensors under two names: save it again without a wrapper.")
+    return unwrapped, metadata
+
+
+def read_raw(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """``read_tensors``, by the names in the file."""
     if not path.is_file():
         problem = "a folder, where a file should be" if path.is_dir() else "missing"
         raise CheckpointError(f"{path} is {problem}: fetch the file again, or name another.")
@@ -61,7 +74,19 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
+        if "invalid type: null, expected a string" in str(error):
+            return read_null_metadata(path)
         raise CheckpointError(f"{path} is not a readable safetensors file ({error}): fetch it again.") from error
+
+
+def read_null_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a file with nulls in its metadata, which some programs write and safetensors rejects. Nothing is mapped."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        metadata = {key: value for key, value in header.pop("__metadata__").items() if value is not None}
+        text = json.dumps(header).encode()
+        tensors = load(len(text).to_bytes(8, "little") + text + file.read())
+    return {name: tensor.clone() for name, tensor in tensors.items()}, metadata  # memory that may be written to
 
 
 class StandIn:
@@ -182,6 +207,24 @@ def convert(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     copy = tensor.to(dtype, copy=True).contiguous(memory_format=layout)
     release_pages(tensor)
     return copy
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """True without NaN and infinities. One pass and no copy: NaN spreads to the least and the largest."""
+    if not tensor.numel():
+        return True
+    low, high = tensor.detach().aminmax()
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError that names the tensors with NaN or infinities, which would make every image black."""
+    if wrong := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
+        raise CheckpointError(
+            f"{path} has values that are not finite (NaN or infinite) in {', '.join(wrong[:3])}"
+            f"{f' and {len(wrong) - 3} more tensors' * (len(wrong) > 3)}: the file is damaged, or its training failed. "
+            "Fetch it again, or use another."
+        )
 
 
 def release_pages(tensor: Tensor) -> None:

@@ -1,7 +1,9 @@
 """Command-line flags that the scripts share, and how a script ends: one clear line instead of a traceback."""
 
 import argparse
+import io
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -22,9 +24,18 @@ DEFAULT_MODEL = Path("weights/pocket-emoji")
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+class Parser(argparse.ArgumentParser):
+    """Reads flags with ``type=Path`` by ``user_path``, and those without a type by ``text``."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.register("type", Path, user_path)
+        self.register("type", None, text)
+
+
 def new_parser(description: str | None, positional: str = "", prog: str | None = None) -> argparse.ArgumentParser:
     """A parser with a one-line usage: ``positional`` followed by "[flags]"."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=prog,
         usage=f"%(prog)s {positional}[flags]",
         description=description,
@@ -60,6 +71,20 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
     """The model flags as keyword arguments of ``minidistill.load``."""
     same = ("device", "prediction", "tokenizer", "ema", "variant", "height", "width")
     return {name: getattr(args, name) for name in same} | {"dtype": getattr(torch, args.dtype)}
+
+
+def user_path(text: str) -> Path:
+    """An argparse type: a path. The shell leaves ~ alone after "=" and in quotes; here it is the home folder."""
+    return Path(os.path.expanduser(text))
+
+
+def text(argument: str) -> str:
+    """An argparse type: text, not bytes in an encoding other than the terminal's."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"not text in this terminal's encoding: {argument!r}") from None
+    return argument
 
 
 def positive_int(text: str) -> int:
@@ -117,12 +142,13 @@ class ScaledFile(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "ScaledFile":
-        """An argparse type. A number after the last colon is the scale; anything else belongs to the file's name."""
+        """An argparse type. A number after the last colon is the scale, unless there is a file of that name."""
         path, colon, scale = text.rpartition(":")
+        whole = user_path(text)
         try:
-            file = cls(Path(path), float(scale)) if colon else cls(Path(text))
+            file = cls(user_path(path), float(scale)) if colon and not whole.exists() else cls(whole)
         except ValueError:
-            file = cls(Path(text))
+            file = cls(whole)
         if not math.isfinite(file.scale):
             raise argparse.ArgumentTypeError(f"a scale must be finite, not {file.scale}")
         return file
@@ -145,6 +171,18 @@ def provenance(command: str, argv: Sequence[str]) -> dict[str, str]:
     return dict(command=line, commit=head.stdout.strip() + "+" * bool(changed) if head.stdout else "unknown")
 
 
+def require_compiler(device: str) -> None:
+    """Raise ValueError unless torch.compile works here: better now than after the teacher has sampled for hours."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # of PyTorch's compiler, whose kinds change with the version
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"--compile finds no compiler that works ({reason}): install one (g++; on a GPU, Triton needs it too), or "
+            "leave --compile out."
+        ) from error
+
+
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "MPS backend out of memory")  # how a plain RuntimeError says so
 
 
@@ -156,6 +194,8 @@ def one_line_errors(script: str, stopped: str, less_memory: str = "") -> Iterato
     runs out, the first to try first. Other errors keep their traceback: they are bugs.
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names in letters that the output's encoding lacks must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except (ValueError, OSError) as error:  # a CheckpointError is a ValueError

@@ -96,7 +96,7 @@ def process_group(device: str) -> Iterator[Ranks]:
     Each process takes the GPU of its LOCAL_RANK; raises ValueError if there are fewer GPUs. What ranks other than the
     first print or warn about is dropped, because the first says it too; their errors are shown.
     """
-    world = int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
+    world = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1  # torchrun sets both
     if world == 1:
         yield Ranks(device=device)
         return
@@ -118,7 +118,7 @@ def process_group(device: str) -> Iterator[Ranks]:
     if ranks.first:
         yield ranks
     else:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield ranks
     dist.destroy_process_group()  # not after an error: NCCL would wait for the others, and they for this process

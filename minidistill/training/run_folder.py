@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import io
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ except ImportError:  # on Windows, where two runs in one folder go unnoticed
 # --student-steps.
 FREE = {"out", "states", "resume", "no_report", "save_every", "device", "kernel", "memory", "accumulate", "compile"}
 FREE |= {"batched_teacher", "student", "source", "spacing"}
+FREE |= {"teacher_lora"}  # it is in W, whose fingerprint is compared
+CONTENTS = re.compile(r".*( \([0-9a-f]{16}\))", re.DOTALL)  # a flag with the fingerprint of what it names
 KEPT = 2  # checkpoints: the older one is for when the newer turns out to be damaged
 DIGEST = 32  # bytes of SHA-256 at the end of a checkpoint: torch.load itself does not notice a flipped bit
 
@@ -77,30 +80,36 @@ def save_checkpoint(
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    contents = buffer.getvalue()
+    data = buffer.getvalue()
     path = out / f"checkpoints/step-{len(losses):06d}.pt"
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        file.write(contents)  # here a full disk is an OSError, which torch.save would disguise
-        file.write(hashlib.sha256(contents).digest())
+        file.write(data)  # here a full disk is an OSError, which torch.save would disguise
+        file.write(hashlib.sha256(data).digest())
     files = checkpoint_files(out)
     newest = files.index(path) + 1
     for other in [*files[: max(newest - KEPT, 0)], *files[newest:]]:  # later ones were damaged, and passed over
         other.unlink()
 
 
-def fixed_settings(args: argparse.Namespace, contents: Mapping[str, str]) -> dict[str, str]:
+def fixed_settings(args: argparse.Namespace, fingerprints: Mapping[str, str]) -> dict[str, str]:
     """The flags that must be the same when a run is resumed, as text.
 
-    ``contents`` are fingerprints by flag, because other weights, prompts or images may lie under the same name.
+    ``fingerprints``, by flag, are of what the flags name: other weights, prompts or images may lie under the same name,
+    and the same ones under another.
     """
     settings = {flag: str(value) for flag, value in vars(args).items() if flag not in FREE}
-    return settings | {flag: f"{settings[flag]} ({fingerprint})" for flag, fingerprint in contents.items()}
+    return settings | {flag: f"{settings[flag]} ({fingerprint})" for flag, fingerprint in fingerprints.items()}
+
+
+def contents(setting: str) -> str:
+    """The fingerprint in a setting, if it has one: the same model may lie under another path by now."""
+    return CONTENTS.sub(r"\1", setting)
 
 
 def is_intact(file: Path) -> bool:
     """True if the checkpoint is as it was written."""
-    contents = memoryview(file.read_bytes())
-    return hashlib.sha256(contents[:-DIGEST]).digest() == contents[-DIGEST:]
+    data = memoryview(file.read_bytes())
+    return hashlib.sha256(data[:-DIGEST]).digest() == data[-DIGEST:]
 
 
 def resume(
@@ -120,7 +129,7 @@ def resume(
         differing = [
             f"--{name.replace('_', '-')} {saved.get(name)}"
             for name in settings
-            if settings[name] != saved.get(name, "None")  # a flag that is newer than the checkpoint
+            if contents(settings[name]) != contents(saved.get(name, "None"))  # None: newer than the checkpoint
         ]
         if differing:
             raise ValueError(f"{file} was made with {', '.join(differing)}: give the same, or another --out.")

@@ -287,3 +287,57 @@ def test_a_folder_without_captions_leaves_nothing(command, tiny_model: Path, tmp
     write(tmp_path / "images/a.png", 0)
     complaint = command("train.py", *flags(tiny_model, tmp_path / "images", tmp_path / "run")).complaint
     assert "has no image" in complaint and not (tmp_path / "run").exists()
+
+
+# What people have on disk
+
+
+def test_jpegs_of_other_names_and_images_that_are_not_read(folder: Path):
+    for name in ("a.jfif", "b.JPE", "c.avif", "d.HEIC", "e.odd", "f.odd"):
+        Image.fromarray(pixels(0)).save(folder / name, "JPEG")
+    for name in ("a", "b", "c", "e"):
+        (folder / f"{name}.txt").write_text(f"image {name}")
+    (folder / "0.npz").write_bytes(b"cached by another program")
+    images, left_out = read_folder(folder)
+    assert [image.file.name for image in images if image.caption[-1] in "ab"] == ["a.jfif", "b.JPE"]
+    assert {file.name for file in left_out} == {"c.avif", "d.HEIC", "e.odd"}
+    assert all("convert it" in reason for reason in left_out.values())
+    assert read_image(folder / "a.jfif", SIDE).shape == (3, SIDE, SIDE)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_paths_and_line_ends_in_metadata(end: str, tmp_path: Path):
+    names = {"more\\dog.png": "more/dog.png", "./cat.png": "cat.png", "cafe\u0301.png": "caf\u00e9.png"}
+    for name in names.values():
+        write(tmp_path / name, 0)
+    lines = [json.dumps({"file_name": name, "text": f"by {name}"}) for name in names]
+    (tmp_path / "metadata.jsonl").write_bytes(end.join(lines).encode())
+    images, left_out = read_folder(tmp_path)
+    assert {str(image.file.relative_to(tmp_path)): image.caption for image in images} == {
+        file: f"by {name}" for name, file in names.items()
+    }
+    assert not left_out
+
+
+def test_an_accent_in_the_name_of_a_text_file(tmp_path: Path):
+    write(tmp_path / "caf\u00e9.png", 0)
+    (tmp_path / "cafe\u0301.txt").write_text("a coffee")
+    assert [image.caption for image in read_folder(tmp_path)[0]] == ["a coffee"]
+
+
+def test_linked_files_and_folders(folder: Path, tmp_path: Path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/all").symlink_to(folder)
+    (tmp_path / "linked/one.png").symlink_to(folder / "1.png")
+    (tmp_path / "linked/one.txt").write_text("one")
+    (tmp_path / "linked/gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "linked/gone.txt").write_text("gone")
+    (folder / "circle").symlink_to(tmp_path / "linked")
+    images, left_out = read_folder(tmp_path / "linked")
+    assert len(images) == 13 and [file.name for file in left_out] == ["gone.png"]
+
+
+def test_half_a_character_in_metadata_is_named(folder: Path):
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "\\ud800"}')
+    with pytest.raises(ValueError, match="metadata.jsonl, line 1 should look like"):
+        read_folder(folder)

@@ -86,7 +86,7 @@ def test_asking_for_more_prompts_than_the_grammar_has(monkeypatch):
 
 def test_read_prompts(tmp_path):
     path = tmp_path / "mine.txt"
-    path.write_bytes("\ufeffa red apple\r\n\r\n  un café  \n\na boat".encode())
+    path.write_bytes("\ufeffa red apple\r\n\r\n  un café  \n\ra boat".encode())
     assert read_prompts(path) == read_prompts(str(path)) == ["a red apple", "un café", "a boat"]
 
 

@@ -1,5 +1,6 @@
 """minidistill.export: the files it writes are the student, in other formats, and are never half-written."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,7 @@ def test_exported_metadata(to: str, run: Path):
     export.main([str(run), "--to", to])
     found = metadata(run / f"lora-{to}.safetensors")
     assert found.items() >= (METADATA | {"rank": "2", "format": "pt"}).items()
+    assert "exactly 1" in found["modelspec.usage_hint"]
     assert "alpha" not in found  # peft readers ignore it, kohya readers use a tensor
     assert read_lora(run / f"lora-{to}.safetensors").is_student
 
@@ -383,3 +385,47 @@ def test_bad_input_is_named(flags: list[str], named: str, run: Path):
     with pytest.raises((CheckpointError, ValueError), match=named):
         export.main([flag.format(run=run) for flag in flags])
     assert {path.name for path in run.iterdir()} == {"lora.safetensors", "unfinished"}
+
+
+# What a merge loses
+
+
+def half(model: Path, dtype: torch.dtype) -> Path:
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(model / UNET).items()}, model / UNET)
+    return model
+
+
+def test_the_report_of_a_merge(run: Path, tmp_path: Path, capsys):
+    model = half(write_tiny(tmp_path / "model"), torch.bfloat16)
+    export.main([str(run), "--to", "checkpoint", "--model", str(model), "--out", str(tmp_path / "large")])
+    assert re.search(r"(99|100)\.\d% of the change survives .* least in", capsys.readouterr().out)
+    with pytest.warns(UserWarning, match="export --stochastic"):
+        export.main([f"{run}:1e-4", "--to", "checkpoint", "--model", str(model), "--out", str(tmp_path / "small")])
+
+
+def test_stochastic_rounding_is_seeded(run: Path, tmp_path: Path, capsys):
+    model = half(write_tiny(tmp_path / "model"), torch.float16)
+    flags = [f"{run}:1e-3", "--to", "checkpoint", "--model", str(model), "--out"]
+    for name, seed in dict(
+        plain=[], one=["--stochastic", "1"], same=["--stochastic", "1"], zero=["--stochastic"]
+    ).items():
+        export.main([*flags, str(tmp_path / name), *seed])
+    plain, one, same, zero = ((tmp_path / name / UNET).read_bytes() for name in ("plain", "one", "same", "zero"))
+    assert one == same and len({plain, one, zero}) == 3
+    assert re.search(r"survives on average, with noise of \d+% of its norm", capsys.readouterr().out)
+    with pytest.raises(ValueError, match="--to checkpoint"):
+        export.main([str(run), "--to", "kohya", "--stochastic"])
+
+
+def test_8_bits_are_refused(run: Path, tmp_path: Path):
+    model = half(write_tiny(tmp_path / "model"), torch.float8_e4m3fn)
+    with pytest.raises(CheckpointError, match=r"weights of 8 bits \(.*16 or 32 bits"):
+        export.main([str(run), "--to", "checkpoint", "--model", str(model), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_over_what_it_is_made_from(run: Path):
+    before = (run / "lora.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="written over what it is made from"):
+        export.main([str(run), "--to", "kohya", "--out", str(run / "../run/lora.safetensors")])
+    assert (run / "lora.safetensors").read_bytes() == before

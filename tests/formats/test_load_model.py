@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from tiny import ROOT, tiny_tensors
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from minidistill import CheckpointError, StableDiffusion, load
-from minidistill.formats.model_configs import read_schedule_config
-from minidistill.formats.single_file import UNET, to_single_file
+from minidistill.formats.model_configs import read_schedule_config, read_vae_config
+from minidistill.formats.single_file import UNET, read_single_file, to_single_file
 from minidistill.formats.tensor_files import read_tensors
+from minidistill.vae import VAE
 
 TOKENIZER = ROOT / "weights/pocket-emoji/tokenizer"
 CONV, LINEAR = UNET + "input_blocks.1.0.in_layers.2.weight", UNET + "time_embed.0.weight"
@@ -609,6 +611,20 @@ def test_only_what_is_needed_is_fetched(
     assert (snapshot / "tokenizer/vocab.json").exists()
 
 
+def test_a_variant_of_one_part_is_fetched(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    shutil.copy(file, file.with_name("diffusion_pytorch_model.non_ema.safetensors"))
+    snapshot = served(folder, tmp_path / "snapshot", monkeypatch)
+    with pytest.raises(CheckpointError, match="no diffusion_pytorch_model.int8.safetensors or other"):
+        load("someone/tiny", variant="int8")
+    assert not list(snapshot.rglob("*.safetensors"))
+    with pytest.warns(UserWarning, match="no weights of variant non_ema"):
+        load("someone/tiny", variant="non_ema")
+    names = {str(file.relative_to(snapshot)) for file in snapshot.rglob("*.safetensors")}
+    plain = {"vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
+    assert names == plain | {"unet/diffusion_pytorch_model.non_ema.safetensors"}
+
+
 def test_a_variant_in_the_cache_does_not_stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for file in [*folder.rglob("*.safetensors")]:
         file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
@@ -633,3 +649,162 @@ def test_sdxl_from_the_hub(tiny_xl: Path, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(CheckpointError, match="refiner"):
         load("someone/refiner")
     assert not list(snapshot.rglob("*.safetensors"))
+
+
+# What people have on disk
+
+
+def test_nulls_in_the_metadata(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    write(tmp_path / "plain.safetensors", tensors)
+    data = (tmp_path / "plain.safetensors").read_bytes()
+    length = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:length]) | {"__metadata__": {"modelspec.prediction_type": "v", "hash": None}}
+    (tmp_path / "null.safetensors").write_bytes(header(**entries) + data[length:])
+    sd = load(tmp_path / "null.safetensors")
+    assert sd.schedule.prediction == "v"
+    assert equal(sd.unet.state_dict(), load(tmp_path / "plain.safetensors").unet.state_dict())
+
+
+MARKS = {
+    "kohya": (2, {"modelspec.prediction_type": "epsilon"}, [], "eps"),
+    "kohya, v": (1, {"modelspec.prediction_type": "v"}, [], "v"),
+    "ComfyUI": (2, {"modelspec.predict_key": "epsilon"}, [], "eps"),
+    "ComfyUI, v": (1, {"modelspec.predict_key": "v"}, [], "v"),
+    "architecture": (2, {"modelspec.architecture": "stable-diffusion-v2-512"}, [], "eps"),
+    "architecture, v": (2, {"modelspec.architecture": "stable-diffusion-v2-768-v"}, [], "v"),
+    "a tensor": (1, {}, ["v_pred"], "v"),
+    "a tensor counts more": (1, {"modelspec.prediction_type": "epsilon"}, ["v_pred", "ztsnr"], "v"),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", MARKS)
+def test_what_a_file_says_of_its_prediction(kind: str, tmp_path: Path) -> None:
+    version, metadata, marks, prediction = MARKS[kind]
+    tensors = tiny_tensors(version) | {name: torch.zeros(0) for name in marks}
+    save_file(tensors, tmp_path / "model.safetensors", metadata)
+    schedule = load(tmp_path / "model.safetensors").schedule
+    assert schedule.prediction == prediction
+    assert (schedule.alphas_cumprod[-1] < 1e-6) == ("ztsnr" in marks)
+
+
+def test_an_unknown_prediction_is_named(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file(tensors, tmp_path / "model.safetensors", {"modelspec.prediction_type": "edm"})
+    with pytest.raises(CheckpointError, match='predicts "edm"; known are epsilon and v'):
+        load(tmp_path / "model.safetensors")
+    assert load(tmp_path / "model.safetensors", prediction="v").schedule.prediction == "v"
+
+
+@pytest.mark.parametrize("spread, prediction", [(0.05, "eps"), (0.15, "v")])
+def test_an_sd_2_that_says_nothing_is_guessed_aloud(spread: float, prediction: str, tmp_path: Path) -> None:
+    bias = {UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias": spread * torch.tensor([1.0, -1.0])}
+    other = {"v": "eps", "eps": "v"}[prediction]
+    with pytest.warns(UserWarning, match=f"assuming {prediction}, .*--prediction {other}"):
+        model = read_single_file(write(tmp_path / "model.safetensors", tiny_tensors(2) | bias))
+    assert model.schedule.prediction == prediction
+
+
+def test_zero_terminal_snr_needs_v(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="zero terminal SNR.*--prediction v"):
+        load(write(tmp_path / "model.safetensors", tensors | {"ztsnr": torch.zeros(0)}))
+
+
+@pytest.mark.parametrize("part", ["VAE", "UNet", "text encoder"])
+def test_a_file_without_a_part(part: str, tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    prefix = {"VAE": "first_stage_model.", "UNet": UNET, "text encoder": "cond_stage_model."}[part]
+    left = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+    with pytest.raises(CheckpointError, match=f"model.safetensors .* has no {part}. Use a version"):
+        load(write(tmp_path / "model.safetensors", left))
+
+
+def test_a_compiled_network_is_read(folder: Path, sd: StableDiffusion) -> None:
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({f"module._orig_mod.{name}": tensor for name, tensor in tensors.items()}, file)
+    assert equal(load(folder).unet.state_dict(), sd.unet.state_dict())
+    save_file({"_orig_mod.a": torch.zeros(1), "a": torch.zeros(1)}, file)
+    with pytest.raises(CheckpointError, match="under two names"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "key", ["to_q.base_layer.weight", "to_q.lora_A.default.weight", "processor.to_q_lora.up.weight"]
+)
+def test_a_lora_inside_a_network_is_named(key: str, folder: Path) -> None:
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {f"mid_block.attentions.0.transformer_blocks.0.attn1.{key}": torch.zeros(2, 2)}, file)
+    with pytest.raises(CheckpointError, match="saved with a LoRA inside"):
+        load(folder)
+
+
+def test_clip_skip_by_configuration(folder: Path, sd: StableDiffusion) -> None:
+    file = folder / "text_encoder/model.safetensors"
+    tensors = load_file(file)
+    more = {name.replace("layers.0.", "layers.1."): x.clone() for name, x in tensors.items() if "layers.0." in name}
+    save_file(tensors | more, file)
+    with pytest.warns(UserWarning, match="num_hidden_layers 1.*leaving out the last"):
+        assert equal(load(folder).text_encoder.state_dict(), sd.text_encoder.state_dict())
+
+
+def test_a_variant_of_one_part(folder: Path, sd: StableDiffusion) -> None:
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file.with_stem(f"{file.stem}.non_ema"))
+    with pytest.warns(UserWarning, match="(vae|text_encoder) has no weights of variant non_ema"):
+        other = load(folder, variant="non_ema")
+    assert equal(other.vae.state_dict(), sd.vae.state_dict())
+    assert torch.equal(other.unet.conv_in.weight, sd.unet.conv_in.weight + 1)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="--variant can select.*non_ema.safetensors"):
+        load(folder)
+
+
+def test_a_folder_of_the_hubs_cache(folder: Path, tmp_path: Path, capsys) -> None:
+    root = tmp_path / "models--owner--tiny"
+    shutil.copytree(folder, root / "snapshots/new")
+    (root / "snapshots/old").mkdir()
+    (root / "refs").mkdir()
+    (root / "refs/main").write_text("new")
+    assert load(root).path == root / "snapshots/new" and "using" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_values_that_are_not_finite_are_named(part: str, value: float, folder: Path) -> None:
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = sorted(tensors)[3]
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=rf"{file}.*not finite.* {name}:"):
+        load(folder)
+
+
+def test_values_too_large_for_the_dtype(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    large = tensors[LINEAR].clone()
+    large[0, 0] = 1e6
+    file = write(tmp_path / "model.safetensors", tensors | {LINEAR: large})
+    assert load(file, dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=f"{LINEAR} that float16 cannot hold"):
+        load(file, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("part, changes", [("vae", dict(latent_channels=8)), ("text_encoder", dict(hidden_size=64))])
+def test_parts_of_different_models(part: str, changes: dict, folder: Path) -> None:
+    file = folder / part / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps(config))
+    make = {
+        "vae": lambda: VAE(read_vae_config(file)),
+        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**config)),
+    }
+    save_file(make[part]().state_dict(), next((folder / part).glob("*.safetensors")))
+    with pytest.raises(CheckpointError, match="parts of different models"):
+        load(folder)
+
+
+def test_a_tokenizer_of_another_model(folder: Path) -> None:
+    sd = load(folder)
+    sd.tokenizer.add_tokens(["<sks>"])
+    sd.tokenizer.save_pretrained(folder / "tokenizer")
+    with pytest.raises(CheckpointError, match="tokenizer has 1237 tokens, and the encoder knows 1236"):
+        load(folder).encode_prompt(["a <sks> apple"])

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny import TINY_UNET, randn, tiny_student, tiny_unet
+from tiny import TINY_UNET, error, randn, tiny_student, tiny_unet
 from torch import Tensor, nn
 
 from minidistill import CheckpointError, load_lora, save_lora
 from minidistill.config import UNetConfig
 from minidistill.formats.lora_formats import kohya_tensors, layer_name, peft_tensors, read_lora
-from minidistill.formats.lora_io import check_fit, inject_file, merge_file
+from minidistill.formats.lora_io import fit, inject_file, merge_file
+from minidistill.formats.original_names import translate, unet_names
 from minidistill.formats.tensor_files import write_tensors
 from minidistill.lora import lora_layers
 from minidistill.unet import UNet
@@ -174,6 +176,153 @@ def test_another_model_is_named_by_kohyas_header(tmp_path: Path):
         load_lora(tiny_unet(), tmp_path / "x")
 
 
+# Every layer of the student in other people's spellings: our name and the original code's -> key of lora_down
+
+
+def original(name: str) -> str:
+    return translate(f"{name}.", unet_names(TINY_UNET)).removesuffix(".")
+
+
+SPELLINGS = {
+    "LyCORIS, OneTrainer": lambda name: f"lora_unet_{original(name).replace('.', '_')}.lora_down.weight",
+    "original, with dots": lambda name: f"diffusion_model.{original(name)}.lora_A.weight",
+    "original, in a checkpoint": lambda name: f"model.diffusion_model.{original(name)}.lora_down.weight",
+    "peft": lambda name: f"base_model.model.{name}.lora_A.weight",
+    "peft, adapter named": lambda name: f"base_model.model.unet.{name}.lora_A.default.weight",
+    "lycoris_": lambda name: f"lycoris_{name.replace('.', '_')}.lora_down.weight",
+    "no prefix": lambda name: f"{name}.lora_down.weight",
+    "compiled": lambda name: f"unet._orig_mod.{name}.lora.down.weight",
+    "lora_linear_layer": lambda name: f"unet.{name}.lora_linear_layer.down.weight",
+}
+
+
+def up_key(key: str) -> str:
+    return key.replace("lora_A", "lora_B").replace("lora_down", "lora_up").replace(".down.", ".up.")
+
+
+@pytest.mark.filterwarnings("ignore:.*adapter_config")
+@pytest.mark.parametrize("kind", SPELLINGS)
+def test_other_spellings(kind: str, tmp_path: Path):
+    student, tensors = tiny_student(), {}
+    for name, layer in lora_layers(student).items():
+        key = SPELLINGS[kind](name)
+        tensors |= {key: layer.lora_down.detach(), up_key(key): layer.lora_up.detach()}
+    assert len(tensors) == 2 * len(lora_layers(student))
+    save_file(tensors, tmp_path / "x.safetensors")
+    unet = tiny_unet()
+    merge_file(unet, read_lora(tmp_path / "x.safetensors"))
+    for name, layer in lora_layers(student).items():
+        assert torch.equal(unet.get_submodule(name).weight, layer.weight + layer.delta()), name
+
+
+def test_the_original_names_cannot_become_pefts(tmp_path: Path):
+    key = SPELLINGS["LyCORIS, OneTrainer"](LAYER)
+    save_file({key: pair()[0], up_key(key): pair()[1]}, tmp_path / "x.safetensors")
+    file = read_lora(tmp_path / "x.safetensors")
+    assert set(kohya_tensors(file)) == {key, up_key(key), key.replace("lora_down.weight", "alpha")}
+    with pytest.raises(ValueError, match="export --to kohya"):
+        peft_tensors(file)
+
+
+@pytest.mark.parametrize("down, up", [((2, 576), (64, 2)), ((2, 64, 3, 3), (64, 2)), ((2, 576), (64, 2, 1, 1))])
+def test_a_flattened_convolution(down: tuple, up: tuple, tmp_path: Path):
+    lora_down, lora_up, unet, before = randn(*down), randn(*up, seed=1), tiny_unet(), tiny_unet()
+    save_file({f"{CONV}.lora_A.weight": lora_down, f"{CONV}.lora_B.weight": lora_up}, tmp_path / "x.safetensors")
+    merge_file(unet, read_lora(tmp_path / "x.safetensors"))
+    expected = before.get_submodule(CONV).weight + (lora_up.view(64, 2) @ lora_down.view(2, 576)).view(64, 64, 3, 3)
+    assert error(unet.get_submodule(CONV).weight.detach(), expected.detach()) < 1e-6
+
+
+def test_three_convolutions_of_lycoris(tmp_path: Path):
+    down, mid, up = randn(2, 64, 1, 1), randn(2, 2, 3, 3, seed=1), randn(64, 2, 1, 1, seed=2)
+    tensors = {f"{CONV}.lora_down.weight": down, f"{CONV}.lora_mid.weight": mid, f"{CONV}.lora_up.weight": up}
+    save_file(tensors, tmp_path / "x.safetensors")
+    student, x = load_lora(tiny_unet(), tmp_path / "x.safetensors").get_submodule(CONV), randn(1, 64, 4, 4, seed=3)
+    student.switch.enabled = True
+    expected = F.conv2d(x, student.weight, student.bias, padding=1)
+    expected += F.conv2d(F.conv2d(F.conv2d(x, down), mid, padding=1), up)
+    assert error(student(x).detach(), expected.detach()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "kind", ["bundle_emb.sks.clip_l", "bundle_emb.sks.string_to_param.*", "clip_l.a", "lora_te1_a"]
+)
+def test_what_belongs_to_the_text_encoder_is_left_out_aloud(kind: str, tmp_path: Path):
+    extra = {key: randn(1, 32) for key in (f"{kind}.lora_down.weight", f"{kind}.lora_up.weight", kind)}
+    with pytest.warns(UserWarning, match=r"text encoder or teaches it words \(3 tensors\)"):
+        assert list(read_lora(one_layer(tmp_path / "x.safetensors", "kohya", extra)).layers) == [LAYER]
+
+
+OTHER_KINDS = {
+    "lora_unet_conv_in.hada_w1_a": "LoHa",
+    "lora_unet_conv_in.lokr_w1": "LoKr",
+    "lora_unet_conv_in.diff": "full differences",
+    "lora_unet_conv_in.diff_b": "full differences",
+    "lora_unet_conv_in.on_input": "IA3",
+    "base_model.model.conv_in.ia3_l": "IA3",
+    "base_model.model.conv_in.lora_magnitude_vector.default.weight": "DoRA",
+    "base_model.model.conv_in.lora_B.bias": "trained biases",
+    "emb_params": "textual inversion",
+}
+
+
+@pytest.mark.parametrize("key", OTHER_KINDS)
+def test_other_changes_are_named_by_kind(key: str, tmp_path: Path):
+    save_file({key: randn(2, 2), "lora_unet_conv_in.alpha": torch.tensor(1.0)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=f"x.safetensors holds .*{OTHER_KINDS[key]}.*{key}"):
+        read_lora(tmp_path / "x.safetensors")
+
+
+def test_two_adapters_in_a_file(tmp_path: Path):
+    key = "base_model.model.conv_in.lora_A.{}.weight"
+    save_file({key.format("default"): randn(2, 4), key.format("second"): randn(2, 4)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="two LoRAs for conv_in"):
+        read_lora(tmp_path / "x.safetensors")
+
+
+def test_one_layer_under_two_names(tmp_path: Path):
+    ours, theirs = SPELLINGS["no prefix"](LAYER), SPELLINGS["LyCORIS, OneTrainer"](LAYER)
+    down, up = pair()
+    save_file({ours: down, up_key(ours): up, theirs: down.clone(), up_key(theirs): up.clone()}, tmp_path / "x")
+    with pytest.raises(CheckpointError, match=f"{LAYER} is there under two names"):
+        load_lora(tiny_unet(), tmp_path / "x")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_named(value: float, tmp_path: Path):
+    down, up = pair()
+    up[3, 1] = value
+    save_file(dict(zip(ENDINGS["kohya"], (down, up))), tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=f"x.safetensors .*not finite.* {LAYER}.lora_up"):
+        read_lora(tmp_path / "x.safetensors")
+
+
+# Folders
+
+
+@pytest.mark.parametrize("name", ["lora", "pytorch_lora_weights", "adapter_model"])
+def test_the_lora_in_a_folder(name: str, tmp_path: Path):
+    one_layer(tmp_path / "other.safetensors", "kohya")
+    one_layer(tmp_path / f"{name}.safetensors", "peft", rank=4)
+    assert read_lora(tmp_path).layers[LAYER].rank == 4
+    (tmp_path / f"{name}.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="It holds other.safetensors"):
+        read_lora(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config, alpha",
+    [(dict(lora_alpha=6, r=4), 6), (dict(lora_alpha=8, use_rslora=True), 16), (dict(lora_alpha=None), 4)],
+)
+def test_alpha_in_the_json_of_peft(config: dict, alpha: float, tmp_path: Path):
+    key = SPELLINGS["peft"](LAYER)
+    save_file(dict(zip((key, up_key(key)), pair(4))), tmp_path / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="no adapter_config.json"):
+        assert read_lora(tmp_path).layers[LAYER].alpha == 4
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert read_lora(tmp_path).layers[LAYER].alpha == alpha
+
+
 KEY = ENDINGS["kohya"][0].removesuffix(".lora_down.weight")
 DAMAGED = {
     "DoRA": ({f"{KEY}.dora_scale": randn(64, 1)}, {}, "dora_scale"),
@@ -214,7 +363,7 @@ def test_a_damaged_file_is_read_or_named(kind: str, tmp_path: Path):
                 damaged[dice.randrange(min(len(damaged), 600))] = dice.randrange(256)
         file.write_bytes(damaged)
         try:
-            check_fit(read_lora(file), weights)
+            fit(read_lora(file), weights)
         except CheckpointError as error:
             refused += 1
             assert "x.safetensors" in str(error)

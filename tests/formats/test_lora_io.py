@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY_UNET, tiny_student, tiny_unet, unet_inputs
+from tiny import TINY_UNET, error, tiny_student, tiny_unet, unet_inputs
 from torch import Tensor
 
 from minidistill import CheckpointError, load_lora, save_lora
 from minidistill.formats import tensor_files
 from minidistill.formats.lora_formats import read_lora
+from minidistill.formats.lora_io import merge_file
 from minidistill.lora import LoRALayer, lora_layers
 
 METADATA = dict(base="tiny", guidance="5", method="trajectories", negative_prompt="")
@@ -113,10 +114,15 @@ def test_another_base_lists_layers_that_it_lacks(file: Path):
     assert is_untouched(unet)
 
 
-def test_linear_and_convolution_are_not_mixed_up(file: Path):
-    """SD 1 and SD 2 differ in this: attention's proj_in and proj_out."""
-    with pytest.raises(CheckpointError, match="proj_in"):
-        load_lora(tiny_unet(config=replace(TINY_UNET, linear_projection=True)), file)
+def test_a_matrix_and_a_1x1_convolution_are_the_same(file: Path):
+    """kohya's scripts write SD 2's linear proj_in and proj_out as convolutions."""
+    config = replace(TINY_UNET, linear_projection=True)
+    unet, before = tiny_unet(config=config), tiny_unet(config=config)
+    merge_file(unet, read_lora(file))
+    for name, pair in read_lora(file).layers.items():
+        added = torch.einsum("or,ri...->oi...", pair.up.flatten(1).double(), pair.down.double()) * pair.scale
+        weight = before.get_submodule(name).weight.detach().double()
+        assert error(unet.get_submodule(name).weight.detach().double(), weight + added.view_as(weight)) < 1e-6, name
 
 
 def test_a_network_with_a_lora_is_refused(file: Path):
@@ -171,7 +177,7 @@ def test_a_header_that_does_not_fit(header: dict, file: Path):
 
 def test_a_misshapen_lora_up(file: Path):
     tensors = load_file(file)
-    tensors["mid_block.resnets.0.conv1.lora_up"] = torch.zeros(64, 2)
+    tensors["mid_block.resnets.0.conv1.lora_up"] = torch.zeros(64, 2, 3, 3)
     rewrite(file, {}, tensors)
     unet = tiny_unet()
     with pytest.raises(CheckpointError, match="mid_block.resnets.0.conv1"):

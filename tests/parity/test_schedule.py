@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from minidistill.config import ScheduleConfig
@@ -111,3 +112,11 @@ def test_inversion_leads_back(prediction: str, set_alpha_to_one: bool) -> None:
 
     assert there_and_back(500) < there_and_back(50) <= 0.1
     assert there_and_back(500) <= 0.02
+
+
+def test_zero_terminal_snr() -> None:
+    """Theirs ends at 0, ours at 2**-24, which can be divided by."""
+    theirs = DDIMScheduler.from_config(ddim_scheduler("v").config, rescale_betas_zero_snr=True)
+    ours = Schedule.from_config(ScheduleConfig(prediction="v", zero_terminal_snr=True)).alphas_cumprod
+    assert error(ours[:-1], theirs.alphas_cumprod[:-1]) < 1e-5 and theirs.alphas_cumprod[-1] == 0
+    assert ours[-1] == 2**-24

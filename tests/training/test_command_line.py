@@ -1,7 +1,9 @@
 """training/command_line.py: a readable --help, and likely mistakes that end in one line with advice."""
 
+import io
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from minidistill import CheckpointError, load
-from minidistill.training.command_line import one_line_errors
+from minidistill.training.command_line import DEFAULT_DEVICE, ScaledFile, new_parser, one_line_errors, require_compiler
 
 SCRIPTS = ["train.py", "sample.py"]
 
@@ -108,3 +110,55 @@ def test_a_missing_model_names_the_current_folder(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("minidistill.formats.hub.snapshot_download", lambda *args, **options: 1 / 0)
     with pytest.raises(CheckpointError, match=f"weights/pocket-emoji is neither a folder or file in {tmp_path}"):
         load("weights/pocket-emoji")
+
+
+# Paths and terminals
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = new_parser(None)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--lora", type=ScaledFile.parse)
+    commands = parser.add_subparsers()
+    commands.add_parser("bench").add_argument("--model", type=Path)
+    args = parser.parse_args(["--out=~/x", "--lora", "~/y:0.5", "bench", "--model=~no-such-user/z"])
+    assert (args.out, args.lora, args.model) == (tmp_path / "x", (tmp_path / "y", 0.5), Path("~no-such-user/z"))
+
+
+def test_a_model_and_a_lora_in_the_home_folder(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tiny_model.parent))
+    assert load(f"~/{tiny_model.name}").path == tiny_model
+
+
+def test_a_colon_in_a_path(tmp_path: Path):
+    (tmp_path / "run 12:30").mkdir()
+    assert ScaledFile.parse(str(tmp_path / "run 12:30")) == (tmp_path / "run 12:30", 1.0)
+    assert ScaledFile.parse(str(tmp_path / "run 12:30:0.5")) == (tmp_path / "run 12:30", 0.5)
+
+
+@pytest.mark.parametrize("flag", [["\udcff"], ["x", "--negative-prompt", "\udcff"]])
+def test_prompts_in_another_encoding(flag: list[str], command):
+    result = command("sample.py", *flag)
+    assert result.code == 2 and "not text in this terminal's encoding" in result.lines[-1]
+
+
+def test_letters_that_the_output_lacks(monkeypatch: pytest.MonkeyPatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", output)
+    with one_line_errors("script", "stopped."):
+        print("猫.png")
+    output.flush()
+    assert output.buffer.getvalue().strip() == rb"\u732b.png"
+
+
+def test_no_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    def compiler(function):
+        def fail(x):
+            raise RuntimeError("InvalidCxxCompiler: none found\nand many more lines")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    with pytest.raises(ValueError, match=r"^--compile finds .* \(InvalidCxxCompiler: none found\): install one"):
+        require_compiler(DEFAULT_DEVICE)

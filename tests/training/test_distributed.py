@@ -15,7 +15,7 @@ from tiny import ROOT, randn
 
 from minidistill.conditioning import Conditioning
 from minidistill.distill import Batch
-from minidistill.training.distributed import Ranks
+from minidistill.training.distributed import Ranks, process_group
 
 UPDATES = 20
 
@@ -168,3 +168,10 @@ def test_one_process_joins_no_group(command, run_flags, tmp_path: Path, monkeypa
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun --nproc-per-node 1
     assert command("train.py", *run_flags(tmp_path / "run", steps=1)).code == 0
+
+
+def test_local_rank_alone_is_one_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with process_group("cpu") as ranks:
+        assert ranks == Ranks()

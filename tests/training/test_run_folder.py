@@ -20,6 +20,7 @@ from tiny import ROOT, UPDATES, listing, same_result
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from minidistill.data import shards
+from minidistill.formats.lora_formats import read_lora
 from minidistill.training.run_folder import lock, resume, save_checkpoint
 
 # Interrupted and resumed
@@ -258,3 +259,24 @@ def test_a_run_from_before_intervals_can_be_resumed(whole_run, command, flags, t
     assert "--interval None" in command("train.py", *run, "--interval", 300, 700, "--resume").complaint
     result = command("train.py", *run, "--resume")
     assert f"3/{UPDATES}" in result.err and same_result(tmp_path / "run", whole_run[0])
+
+
+def test_the_same_model_and_prompts_under_another_path(
+    whole_run, command, flags, tiny_model, prompts_file, tmp_path: Path
+):
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    (tmp_path / "model").symlink_to(tiny_model)
+    shutil.copy(prompts_file, tmp_path / "other.txt")
+    moved = flags(tmp_path / "run", model=tmp_path / "model", prompts=tmp_path / "other.txt", steps=UPDATES + 1)
+    assert "--steps 6" in command("train.py", *moved, "--resume", "--no-report").complaint
+    moved = flags(tmp_path / "run", model=tmp_path / "model", prompts=tmp_path / "other.txt")
+    assert command("train.py", *moved, "--resume", "--no-report").code == 0
+
+
+def test_a_run_has_the_name_of_the_link_to_its_model(command, flags, tiny_model: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").symlink_to(tiny_model)
+    words = flags(tmp_path, model="my-model", steps=1)
+    del words[words.index("--out") : words.index("--out") + 2]
+    assert command("train.py", *words, "--no-report").code == 0
+    assert read_lora(tmp_path / "runs/my-model").metadata["base"] == "my-model"
