@@ -91,8 +91,8 @@ def draw_ours(model: Path, lora: Path | None, side: int = 32) -> np.ndarray:
     if lora:
         sd.unet = load_lora(sd.unet, lora)
         merge_lora(sd.unet)
-    options = dict(steps=5, seed=3, height=side, width=side)
-    return levels(sd.sample(PROMPTS, guidance=1, lora_enabled=lora is not None, **options))
+    options = dict(steps=5, seed=3, height=side, width=side, guidance=None if lora else 1)
+    return levels(sd.sample(PROMPTS, lora_enabled=lora is not None, **options))
 
 
 @cache

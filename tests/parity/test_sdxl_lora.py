@@ -51,8 +51,8 @@ def draw_ours(folder: Path, lora: Path | None) -> np.ndarray:
     if lora:
         sd.unet = load_lora(sd.unet, lora)
         merge_lora(sd.unet)
-    options = dict(steps=4, seed=3, height=SIDE, width=SIDE)
-    return levels(sd.sample(PROMPTS, guidance=1, lora_enabled=lora is not None, **options))
+    options = dict(steps=4, seed=3, height=SIDE, width=SIDE, guidance=None if lora else 1)
+    return levels(sd.sample(PROMPTS, lora_enabled=lora is not None, **options))
 
 
 without_lora = cache(lambda folder: draw_ours(folder, None))
