@@ -72,8 +72,9 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     one_launch = sd.device.type == "cuda"  # instead of a few for every weight
     optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.0, fused=one_launch)
     weights = fingerprint(sd.unet, sd.text_encoder)
+    styles = {flag: digest(file_and_scale.encode()) for flag, file_and_scale in style.items()}
     vocabulary = {"tokenizer": digest(str(sorted(sd.tokenizer.get_vocab().items())).encode())} if args.tokenizer else {}
-    recorded = fixed_settings(args, {"model": weights, **vocabulary, **source.stamp})
+    recorded = fixed_settings(args, {"model": weights, **styles, **vocabulary, **source.stamp})
     losses = resume(out, trained, optimizer, recorded)  # empty in a new run
     result = student.result(out, args)
     if args.student == "full" and result.exists() and not losses:  # a whole model is never written over

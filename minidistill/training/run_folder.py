@@ -24,7 +24,6 @@ except ImportError:  # on Windows, where two runs in one folder go unnoticed
 # --student-steps.
 FREE = {"out", "states", "resume", "no_report", "save_every", "device", "kernel", "memory", "accumulate", "compile"}
 FREE |= {"batched_teacher", "student", "source", "spacing"}
-FREE |= {"teacher_lora"}  # it is in W, whose fingerprint is compared
 CONTENTS = re.compile(r".*( \([0-9a-f]{16}\))", re.DOTALL)  # a flag with the fingerprint of what it names
 KEPT = 2  # checkpoints: the older one is for when the newer turns out to be damaged
 DIGEST = 32  # bytes of SHA-256 at the end of a checkpoint: torch.load itself does not notice a flipped bit
