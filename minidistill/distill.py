@@ -140,10 +140,13 @@ class Dial:
     def strength(self, guidance: float) -> float:
         """The strength for ``guidance``; beyond the last point it follows the last line, with a warning.
 
-        Raises ValueError for a guidance below 1.
+        Raises ValueError for 1 or less: whoever asks for 1, as of other tools, wants the student as it is.
         """
-        if guidance < 1:
-            raise ValueError(f"A student has a guidance of 1 or more, not {guidance:g}.")
+        if guidance <= 1:
+            raise ValueError(
+                f"A student samples at guidance scales above 1, not at {guidance:g}: leave guidance out for the scale "
+                "that it has learned, or leave out the LoRA to sample without guidance."
+            )
         highest = self.points[-1][0]
         if guidance > highest:
             warnings.warn(f"This student was measured up to guidance {highest:g}, not at {guidance:g}.", stacklevel=2)

@@ -264,11 +264,11 @@ def test_the_weight_makes_an_error_of_the_prediction_one_of_the_landing(predicti
 
 def test_a_dial_draws_straight_lines_through_what_was_measured():
     dial = Dial.through(3.0, [(2.0, 0.6)])
-    assert [dial.strength(w) for w in (1, 1.5, 2, 2.5, 3)] == pytest.approx([0, 0.3, 0.6, 0.8, 1])
+    assert [dial.strength(w) for w in (1.5, 2, 2.5, 3)] == pytest.approx([0.3, 0.6, 0.8, 1])
     with pytest.warns(UserWarning, match="up to guidance 3"):
         assert dial.strength(3.5) == pytest.approx(1.2)
-    with pytest.raises(ValueError, match="1 or more"):
-        dial.strength(0.5)
+    with pytest.raises(ValueError, match="above 1, not at 1: leave guidance out"):
+        dial.strength(1)
 
 
 def test_a_dial_that_was_not_measured_is_a_line_and_says_so():

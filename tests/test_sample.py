@@ -360,7 +360,7 @@ def test_a_long_prompt_shows_what_is_cut_off(sample):
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["--guidance", 0], "guidance of 1 or more"),
+        (["--guidance", 1], "above 1, not at 1: leave guidance out"),
         (["--guidance", 3, "--lora-scale", 0.5], "give one of them"),
         (["--guidance", 3, "--lora", "{lora}:0.5"], "give one of"),
         (["--negative-prompt", "a cat"], "--negative-prompt"),

@@ -22,7 +22,7 @@ from minidistill.evaluate.sampling import draw
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write, write_json
 from minidistill.formats.load_model import load
-from minidistill.formats.lora_formats import LoRAFile, read_run
+from minidistill.formats.lora_formats import LoRAFile, read_lora
 from minidistill.formats.lora_io import inject_file
 from minidistill.formats.tensor_files import read_tensors, write_tensors
 from minidistill.lora import lora_strength
@@ -49,7 +49,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    file = read_run(args.run)
+    file = read_lora(args.run)
     if file.dial is None:
         raise ValueError(f"{file.path} has no dial: name a LoRA that has learned guidance, and not few steps.")
     learned, nominal = file.guidance, Dial.through(file.guidance)

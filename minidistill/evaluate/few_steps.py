@@ -36,7 +36,7 @@ from minidistill.evaluate.sampling import Drawn
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write, write_json
 from minidistill.formats.load_model import load
-from minidistill.formats.lora_formats import LoRAFile, read_lora, read_run
+from minidistill.formats.lora_formats import LoRAFile, read_lora
 from minidistill.formats.lora_io import inject_file, save_lora
 from minidistill.guidance import guided, student
 from minidistill.lora import LoRAModel, inject_lora, lora_parameters
@@ -282,7 +282,7 @@ def run(args: Namespace) -> None:
     N, load_again = args.student_steps, partial(load, args.model, **load_options(args))
     sd, (captions, held_out) = load_again(), prompt_split(args.model)
     prompts = [prompt for prompt in spread(held_out, args.prompts) for _ in range(args.each)]
-    one_pass = args.one_pass and read_run(args.one_pass)
+    one_pass = args.one_pass and read_lora(args.one_pass)
     lesson = read_lesson(sd, captions, args)
     clip, judge = ClipScore.in_model(sd), read_judge(args.judge)
     options = dict(spacing="trailing", seed=EVALUATION_SEED, batch=32, progress=True)

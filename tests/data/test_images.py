@@ -302,7 +302,7 @@ def test_jpegs_of_other_names_and_images_that_are_not_read(folder: Path):
     assert [image.file.name for image in images if image.caption[-1] in "ab"] == ["a.jfif", "b.JPE"]
     assert {file.name for file in left_out} == {"c.avif", "d.HEIC", "e.odd"}
     assert all("convert it" in reason for reason in left_out.values())
-    assert read_image(folder / "a.jfif", SIDE).shape == (3, SIDE, SIDE)
+    assert read_image(folder / "a.jfif", SIDE, SIDE).shape == (3, SIDE, SIDE)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
