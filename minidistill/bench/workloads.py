@@ -160,8 +160,8 @@ def fill_pairs(pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Fill (down, up) pairs at random; models whose layers have the same names get the same LoRA."""
     generator = torch.Generator(next(iter(pairs.values()))[0].device).manual_seed(4)
     for _, (down, up) in sorted(pairs.items()):
-        down.normal_(std=down[0].numel() ** -0.5, generator=generator)
-        up.normal_(std=0.1, generator=generator)
+        for x, std in ((down, down[0].numel() ** -0.5), (up, 0.1)):  # the same numbers whatever the memory layout
+            x.copy_(torch.randn(x.shape, generator=generator, device=x.device).mul_(std))
 
 
 def attention(fused: bool) -> AbstractContextManager:

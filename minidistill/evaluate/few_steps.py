@@ -41,7 +41,7 @@ from minidistill.formats.lora_io import inject_file, save_lora
 from minidistill.guidance import guided, student
 from minidistill.lora import LoRAModel, inject_lora, lora_parameters
 from minidistill.pipeline import StableDiffusion, to_images
-from minidistill.samplers import Predictor, ddim_step
+from minidistill.samplers import Predictor, ddim_loop
 from minidistill.schedule import Schedule, add_noise, clean_and_noise
 from minidistill.training.command_line import add_model_flags, load_options, positive, positive_int
 
@@ -185,9 +185,9 @@ def learn_consistency(sd: StableDiffusion, lesson: Lesson, skip: int = 20, decay
         n = torch.randint(1, schedule.train_steps // skip + 1, (), generator=generator).item()
         t, t_next = n * skip - 1, (n - 1) * skip - 1
         z_t = noised(schedule, z[:, -1], t, generator)
+        teacher = guided(unet, cond, lesson.uncond.expand(len(z)), lesson.guidance)
+        ((target, _, _),) = ddim_loop(teacher, schedule, z_t, [(t, t_next)])
         with torch.no_grad():
-            teacher = guided(unet, cond, lesson.uncond.expand(len(z)), lesson.guidance)
-            target = ddim_step(schedule, at(teacher, z_t, t), z_t, t, t_next)
             target = clean(student(average, cond), schedule, target, t_next) if t_next >= 0 else target
         return pseudo_huber(clean(student(unet, cond), schedule, z_t, t), target, c=0.001)
 
@@ -214,15 +214,14 @@ def learn_progressively(sd: StableDiffusion, lesson: Lesson) -> None:
 
 def two_steps_in_one(steps: int, before: LoRAModel | None, unet, lesson, z, cond, generator) -> Tensor:
     """One of ``steps`` by the student, from the noised z_0, to where two steps of its teacher lead."""
-    schedule, i = lesson.schedule, 2 * torch.randint(steps, (), generator=generator).item()
-    t, middle, t_next = [*schedule.timesteps(2 * steps, "trailing"), -1][i : i + 3]
+    schedule, i = lesson.schedule, torch.randint(steps, (), generator=generator).item()
+    t, middle, t_next = [*schedule.timesteps(2 * steps, "trailing"), -1][2 * i : 2 * i + 3]
     z_t = noised(schedule, z[:, -1], t, generator)
-    with torch.no_grad():
-        teacher = guided(unet, cond, lesson.uncond.expand(len(z)), lesson.guidance)
-        teacher = student(before, cond) if before else teacher
-        z_middle = ddim_step(schedule, at(teacher, z_t, t), z_t, t, middle)
-        target = ddim_step(schedule, at(teacher, z_middle, middle), z_middle, middle, t_next)
-    return F.mse_loss(ddim_step(schedule, at(student(unet, cond), z_t, t), z_t, t, t_next), target)
+    teacher = guided(unet, cond, lesson.uncond.expand(len(z)), lesson.guidance)
+    teacher = student(before, cond) if before else teacher
+    *_, (target, _, _) = ddim_loop(teacher, schedule, z_t, [(t, middle), (middle, t_next)])
+    k, q = (x[i].to(z_t) for x in ddim_coefficients(schedule, steps))
+    return F.mse_loss(k * z_t + q * at(student(unet, cond), z_t, t), target)
 
 
 def at(model: Predictor, z_t: Tensor, t: int) -> Tensor:

@@ -66,7 +66,7 @@ def test_the_dial(lora: Path, tiny_model: Path, tmp_path: Path):
         assert row[name]["noise error share"]["value"] == pytest.approx(expected, rel=1e-4)
     # Measured on the training prompts: better there than the nominal strength, and than a little more or less.
     strength = row["measured"]["strength"]
-    assert share(strength, training) < min(share(x, training) for x in (0.5, 0.97 * strength, 1.03 * strength))
+    assert share(strength, training) < min(share(x, training) for x in (0.5, strength - 0.05, strength + 0.05))
     assert all(Image.open(tmp_path / "dial" / name).size[0] > 0 for name in ("dial.png", "dial-pictures.png"))
 
     tensors, metadata = read_tensors(lora)

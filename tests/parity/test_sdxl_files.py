@@ -134,7 +134,6 @@ def test_v_prediction_is_marked_by_an_empty_tensor(tensors: dict[str, Tensor], t
 @pytest.mark.parametrize(
     "extra, kind",
     [
-        ({"ztsnr": torch.zeros(0), "v_pred": torch.zeros(0)}, "zero terminal SNR"),
         ({"edm_mean": torch.zeros(4), "edm_std": torch.zeros(4)}, "Playground 2.5"),
         ({UNET + "input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, "inpainting"),
     ],
@@ -175,7 +174,6 @@ CHANGES = {
     "Turbo": ("scheduler/scheduler_config.json", dict(timestep_spacing="trailing")),
     "Lightning": ("scheduler/scheduler_config.json", {"_class_name": "LCMScheduler"}),
     "Playground": ("scheduler/scheduler_config.json", {"_class_name": "EDMDPMSolverMultistepScheduler"}),
-    "rescale_betas_zero_snr": ("scheduler/scheduler_config.json", dict(rescale_betas_zero_snr=True)),
     "pads with": ("tokenizer_2/tokenizer_config.json", dict(pad_token="<|endoftext|>")),
     "different models": ("unet/config.json", dict(cross_attention_dim=128)),
 }

@@ -134,7 +134,8 @@ def test_blur_keeps_flat_images_and_smooths_others():
 class Painter:
     """In place of StableDiffusion: paints the caption's background, red with no guidance."""
 
-    unet, schedule = object(), Schedule.from_config(ScheduleConfig())
+    unet, schedule, device = object(), Schedule.from_config(ScheduleConfig()), torch.device("cpu")
+    text_encoder = vae = torch.nn.Linear(1, 1)
 
     def __init__(self):
         self.calls = []
@@ -181,7 +182,7 @@ def test_main_samples_judges_and_writes(tmp_path, monkeypatch, capsys):
 
     held_out = [c for c in all_compositions() if c.held_out]
     n = 2 * len(held_out)
-    assert painter.calls == [(n, 3, 4, False, "blurry"), (n, 3, 1, False, "blurry"), (n, 3, 1, True, "blurry")]
+    assert painter.calls == [(n, 3, 4, False, "blurry"), (n, 3, 1, False, "blurry"), (n, 3, None, True, "blurry")]
     numbers = json.loads(out.read_text())
     rows = {r["method"]: r for r in numbers["rows"]}
     assert list(rows) == ["teacher, guidance 4", "no guidance", "student, one pass", "rendered"]
