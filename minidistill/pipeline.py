@@ -175,7 +175,7 @@ class StableDiffusion:
 
         Raises ValueError for an image that is not finite all the same.
         """
-        x = self.run_vae(self.vae.decode, z)
+        x = self.run_vae(self.vae.decode, z.to(self.dtype))
         if self.dtype == torch.float16 and not x.isfinite().all():
             warnings.warn("The VAE overflows in float16: decoding in float32.", stacklevel=3)
             self.vae.float()
@@ -253,7 +253,7 @@ class StableDiffusion:
                     bar.update()
             require_finite(z_t, self.dtype)
             with on_device(self.vae, self.device):
-                for one in z_t.to(self.dtype).split(1):  # one by one: the decoder takes far more memory than the UNet
+                for one in z_t.split(1):  # one by one: the decoder takes far more memory than the UNet
                     images += to_images(self.decode(one))
         bar.close()
         return images

@@ -51,7 +51,7 @@ def add_flags(parser: ArgumentParser) -> None:
     what.add_argument("--steps", action="store_true", help="count what each way to save memory saves (sd15, sd21)")
     what.add_argument("--cards", action="store_true", help="print settings for GPUs of several sizes, and what they "
         "take (sd15, sd21, sdxl)")  # fmt: skip
-    add("--size", nargs="+", choices=SIZES, help="which networks (default: all)")
+    add("--size", nargs="+", choices=SIZES, help="which networks (default: sd15 sd21 pocket)")
     add("--device", default="cuda", help="whose memory; it need not be present unless measured (default: %(default)s)")
     add("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="dtypes of W and activations (default: both)")
     add("--batch", type=positive_int, nargs="+", default=[1, 8], metavar="N", help="sizes for --steps (default: 1 8)")

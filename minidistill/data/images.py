@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from minidistill.data.shards import fingerprint, read_shard, write_shard
 from minidistill.formats.files import digest
-from minidistill.pipeline import StableDiffusion, on_device, require_finite
+from minidistill.pipeline import StableDiffusion, on_device
 
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 DECODERS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # no other, whatever a file claims to be
@@ -166,7 +166,9 @@ def encode(
                     file.unlink(missing_ok=True)  # damaged, or it would not be missing
                     continue
                 z_0 = sd.run_vae(sd.vae.encode, x[None].to(sd.device, sd.dtype))[0]  # [4, h, w]
-                require_finite(z_0, sd.dtype)
+                if not z_0.isfinite().all():
+                    left_out[image.file] = f"the VAE overflows in {sd.dtype}: use --dtype bfloat16 or float32"
+                    continue
                 write_shard(file, {"z_0": z_0.half().cpu().contiguous()}, made_with)  # half, as in trajectories.py
     wait()
     numbers = {caption: number for number, caption in enumerate(captions)}

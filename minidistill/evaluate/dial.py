@@ -19,6 +19,7 @@ from minidistill.evaluate.figures import figure_file
 from minidistill.evaluate.image_grid import comparison_grid
 from minidistill.evaluate.metrics import EVALUATION_SEED, Estimate, Make, interval, noise_error_share, psnr
 from minidistill.evaluate.sampling import draw
+from minidistill.evaluate.students import check_student
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write, write_json
 from minidistill.formats.load_model import load
@@ -50,6 +51,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     file = read_lora(args.run)
+    check_student(file)
     if file.dial is None:
         raise ValueError(f"{file.path} has no dial: name a LoRA that has learned guidance, and not few steps.")
     learned, nominal = file.guidance, Dial.through(file.guidance)
@@ -123,9 +125,10 @@ def nearest_strength(sd: StableDiffusion, prompts: Sequence[str], strength: floa
 
 
 def write_dial(file: LoRAFile, points: Sequence[tuple[float, float]]) -> None:
-    """Write the measured (guidance, strength) into the header of the LoRA; the tensors stay as they are."""
+    """Write the measured (guidance, strength) into the header of the LoRA, beside those that were measured before."""
     tensors, metadata = read_tensors(file.path)
-    dial = " ".join(f"{guidance:g}:{strength:.4g}" for guidance, strength in points)
+    before = {w: strength for w, strength in file.dial.points if w not in (1, file.guidance)}
+    dial = " ".join(f"{w:g}:{strength:.4g}" for w, strength in sorted((before | dict(points)).items()))
     write_tensors(file.path, tensors, metadata | {"dial": dial})
     print(f"Wrote the dial into {file.path}")
 

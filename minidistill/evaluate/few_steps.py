@@ -59,11 +59,11 @@ def add_flags(parser: ArgumentParser) -> None:
     flag("--trajectories", **number, default=480, help="to learn from (default: %(default)s)")
     flag("--updates", **number, default=400, help="of 16 examples (default: %(default)s)")
     flag("--rank", **number, default=16, help="of the LoRA (default: %(default)s)")
-    flag("--prompts", **number, default=1000, help="held-out prompts (default: all)")
+    flag("--prompts", **number, default=1000, help="held-out prompts (default: at most %(default)s)")
     flag("--each", **number, default=1, help="images of each prompt (default: %(default)s)")
     flag("--judge", metavar="MODULE", help="a module with measures for this model's images")
     flag("--out", type=Path, default=Path("runs/few-steps"), metavar="FOLDER", help="results (default: %(default)s)")
-    add_model_flags(parser)
+    add_model_flags(parser, dtypes=("float32",))
 
 
 @dataclass
@@ -283,6 +283,7 @@ def run(args: Namespace) -> None:
     prompts = [prompt for prompt in spread(held_out, args.prompts) for _ in range(args.each)]
     one_pass = args.one_pass and read_lora(args.one_pass)
     lesson = read_lesson(sd, captions, args)
+    settings = f"{args.updates} updates, rank {args.rank}, {args.trajectories} trajectories"
     clip, judge = ClipScore.in_model(sd), read_judge(args.judge)
     options = dict(spacing="trailing", seed=EVALUATION_SEED, batch=32, progress=True)
     teacher = sd.sample(prompts, steps=args.teacher_steps, guidance=args.guidance, **options)
@@ -305,13 +306,19 @@ def run(args: Namespace) -> None:
         sd.unet = inject_file(sd.unet, one_pass)
         add("one-pass student", sd.sample(prompts, steps=N, lora_enabled=True, **options), N)
     for name in args.ways:
+        made_with = f"{settings}, {WAYS[name].begun and one_pass.path}"
         sd, file = load_again(), args.out / f"{N}-{re.sub('[^a-z0-9]+', '-', name.lower())}.safetensors"
         if not file.exists():
             start = time.perf_counter()
             WAYS[name](sd, lesson, one_pass)
-            save_lora(sd.unet, file, {"seconds": f"{time.perf_counter() - start:.0f}"})
+            seconds = f"{time.perf_counter() - start:.0f}"
+            save_lora(sd.unet, file, {"seconds": seconds, "made_with": made_with})
             sd = load_again()
         lora = read_lora(file)
+        if lora.metadata["made_with"] != made_with:
+            raise ValueError(
+                f"{file} was trained with other settings ({lora.metadata['made_with']}): name another --out."
+            )
         sd.unet = inject_file(sd.unet, lora)
         if WAYS[name].renoise:
             images = sample_renoised(sd, prompts, lesson)
@@ -351,7 +358,7 @@ def sample_renoised(sd: StableDiffusion, prompts: Sequence[str], lesson: Lesson,
         for t, t_next in pairwise([*lesson.times, -1]):
             z_t = clean(student(sd.unet, cond), sd.schedule, z_t, t)
             z_t = noised(sd.schedule, z_t, t_next, generator) if t_next >= 0 else z_t
-        images += to_images(sd.vae.decode(z_t))
+        images += [image for one in z_t.split(1) for image in to_images(sd.decode(one))]
     return images
 
 

@@ -58,6 +58,13 @@ def read_student(path: Path, scale: float, args: Namespace) -> Student:
     else:
         learned = read_lora(path, scale)
         install = partial(inject_file, file=learned)
+    check_student(learned)
+    teacher = Teacher(learned.guidance, learned.metadata.get("negative_prompt"), learned.interval)
+    return Student(learned.path, teacher, install, learned.few_steps)
+
+
+def check_student(learned: LoRAFile) -> None:
+    """Raise ValueError for a LoRA that has not learned guidance, or learned it from a teacher with a style."""
     if not learned.is_student:
         raise ValueError(f"{learned.path} does not say which guidance it has learned: it is not a student.")
     if style := learned.metadata.get("teacher_lora"):
@@ -65,8 +72,6 @@ def read_student(path: Path, scale: float, args: Namespace) -> Student:
             f"{learned.path} was distilled from a teacher with the LoRA {style}. Merge that LoRA into the model first "
             "(python -m minidistill.export --to checkpoint), and pass the result as --model."
         )
-    teacher = Teacher(learned.guidance, learned.metadata.get("negative_prompt"), learned.interval)
-    return Student(learned.path, teacher, install, learned.few_steps)
 
 
 def full_student(run: Path) -> Path | None:

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         change = with_loras([*styles, *([student] if student else [])], squares, generator)
         write_checkpoint(args.model, change, out, metadata, variant=args.variant, ema=args.ema)
         share, sentence = surviving_change(squares)
-        if generator:  # what was added is the change and noise, which are at right angles
+        if generator:  # what was added is the change and independent noise, whose squares add up
             noise = max(share**2 - 1, 0) ** 0.5
             print(f"The change survives on average, with noise of {noise:.0%} of its norm.")
         else:

@@ -63,10 +63,6 @@ class Pair(NamedTuple):
         """(alpha / rank) up down, what is added to W, on W's ``device``."""
         return low_rank(self.down.to(device), self.up.to(device), self.scale)
 
-    def added_to(self, weight: Tensor) -> Tensor:
-        """W + (alpha / rank) up down, summed in float32 or wider and rounded once."""
-        return (weight + self.delta(weight.device)).to(weight.dtype)
-
 
 @dataclass(frozen=True)
 class LoRAFile:
@@ -102,7 +98,7 @@ class LoRAFile:
     @property
     def dial(self) -> Dial | None:
         """The strength for each guidance, as measured by ``evaluate dial``; None for a style, and for few steps."""
-        if not self.is_student or (self.few_steps and self.few_steps[0] < self.few_steps[1]):
+        if not self.is_student or self.guidance <= 1 or (self.few_steps and self.few_steps[0] < self.few_steps[1]):
             return None
         with reading(self.path):
             points = [point.split(":") for point in self.metadata.get("dial", "").split()]
@@ -121,9 +117,8 @@ class LoRAFile:
             return 1 + self.scale * (float(self.metadata["guidance"]) - 1)
 
 
-# Our names of SDXL's layers, with a dot at the end -> those of single files; and back, from underscores.
+# Our names of SDXL's layers, with a dot at the end -> those of single files.
 XL_NAMES = unet_names(SDXL_UNET)
-UNDERSCORED_XL_NAMES = {theirs.replace(".", "_"): ours for ours, theirs in XL_NAMES.items()}
 
 
 def is_xl(layers: Iterable[str]) -> bool:
@@ -193,7 +188,8 @@ OTHER_KINDS = {
     "ia3_": "IA3",
     "on_input": "IA3",
     "oft_": "OFT",
-    ".diff": "full differences of weights",
+    ".diff$": "full differences of weights",  # $: at the end
+    ".diff_b$": "full differences of weights",
     "emb_params": "a textual inversion, words for the text encoder",
     "lora_B.bias": "trained biases",
 }
@@ -281,7 +277,7 @@ def group_by_layer(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Parts, in
             parts[layer][part] = tensor
         else:
             unknown.append(key)
-    if other := next(((key, kind) for key in unknown for mark, kind in OTHER_KINDS.items() if mark in key), None):
+    if other := next(((key, kind) for key in unknown for mark, kind in OTHER_KINDS.items() if mark in f"{key}$"), None):
         raise CheckpointError(f"{path} holds {other[1]} ({other[0]}), which minidistill does not read: use a LoRA.")
     if not parts:
         raise CheckpointError(

@@ -49,9 +49,9 @@ def load_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> LoRAMod
 @torch.no_grad()
 def inject_file(model: nn.Module, file: LoRAFile) -> LoRAModel:
     """``load_lora`` for a file that has been read."""
-    pairs = fit(file, dict(model.named_parameters()))
+    pairs, dial = fit(file, dict(model.named_parameters())), file.dial if file.scale == 1 else None
     model = inject_pairs(model, {name: (pair.rank, pair.alpha) for name, pair in pairs.items()})
-    model.dial = file.dial if file.scale == 1 else None
+    model.dial = dial
     for name, layer in lora_layers(model).items():
         layer.lora_down.copy_(pairs[name].down)
         layer.lora_up.copy_(pairs[name].up)

@@ -76,7 +76,9 @@ def refuse_other_xl(folder: Path) -> None:
     kind = str(schedule.get("_class_name"))
     if kind.startswith("EDM"):
         raise CheckpointError(f"{folder} is Playground 2.5, whose noise levels minidistill does not have: use SDXL.")
-    if kind.startswith(("LCM", "TCD")) or schedule.get("timestep_spacing") == "trailing":
+    if kind.startswith(("LCM", "TCD")) or (
+        schedule.get("timestep_spacing") == "trailing" and not schedule.get("rescale_betas_zero_snr")
+    ):
         raise CheckpointError(
             f"{folder} takes a few steps without guidance, like Turbo and Lightning: there is nothing to distil. Use "
             "the SDXL that it was made from."

@@ -55,8 +55,8 @@ def add_model_flags(
         "(default: %(default)s)")
     add("--ema", action="store_true", help="load the UNet's EMA weights, which some single files hold")
     add("--variant", metavar="TEXT", help='which weights of a folder or hub id to load, for example "fp16"')
-    add("--prediction", choices=("eps", "v"), help="what the UNet predicts (default: what the model says; v for an "
-        "SD 2.x single file that says nothing)")
+    add("--prediction", choices=("eps", "v"), help="what the UNet predicts (default: what the model says; for an "
+        "SD 2.x single file that says nothing, a guess from its weights)")
     add("--tokenizer", **path, help="folder with vocab.json and merges.txt (default: the model's own; for a single "
         "file, CLIP's from the hub)")
     add("--height", type=positive_int, metavar="N", help="of images, in pixels (default: as trained; 1024 for SDXL)")

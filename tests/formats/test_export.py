@@ -177,7 +177,7 @@ def test_the_dtype_is_kept(dtype: torch.dtype, run: Path):
     for name, weight in weights.items():
         pair = layers.get(name.removesuffix(".weight"))
         assert found[name].dtype == dtype
-        assert torch.equal(found[name], pair.added_to(weight) if pair else weight), name
+        assert torch.equal(found[name], (weight + pair.delta(weight.device)).to(weight.dtype) if pair else weight), name
 
 
 def test_a_style_is_merged_with_the_student(run: Path, tiny_model: Path):
@@ -292,7 +292,7 @@ def test_the_averaged_copy_of_a_single_file(student_of_it: Path, ordinary: Path,
     layers = read_lora(student_of_it).layers
     for name, weight in averaged.items():
         pair = layers.get(name.removesuffix(".weight"))
-        assert torch.equal(found[name], pair.added_to(weight) if pair else weight), name
+        assert torch.equal(found[name], (weight + pair.delta(weight.device)).to(weight.dtype) if pair else weight), name
     with pytest.raises(ValueError, match="leave --ema out"):
         export.main([str(student_of_it), *flags, str(ordinary), "--ema"])
 
