@@ -7,7 +7,6 @@ Teacher and student are one network: the student is the teacher with its LoRA sw
 """
 
 import argparse
-import os
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,18 +21,18 @@ from minidistill.data.shards import fingerprint
 from minidistill.distill import guided_target, stored_target
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.evaluate.run_report import write_report
-from minidistill.formats.files import atomic_write, digest
+from minidistill.formats.files import atomic_write
 from minidistill.pipeline import StableDiffusion
 from minidistill.training import command_line as cli
 from minidistill.training.bookkeeping import Progress
 from minidistill.training.distributed import Ranks, process_group
-from minidistill.training.run_folder import checkpoint_files, fixed_settings, lock, resume
+from minidistill.training.run_folder import checkpoint_files, fixed_settings, flag_fingerprints, lock, resume
 from minidistill.training.sources import SOURCES
 from minidistill.training.students import METHODS, STUDENTS, choose_method, choose_steps, header, merge_style
 
 
 def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
-    name = Path(os.path.abspath(args.model)).name  # where it is a link, the name of the link
+    name = cli.model_name(args.model)
     out = args.out or Path("runs") / name
     results = [out / "lora.safetensors", out / "student", out / "student.safetensors"]
     if any(path.exists() for path in [*checkpoint_files(out), *results]) and not args.resume:
@@ -42,11 +41,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
 
     # With --student lora there is one network: W alone is the teacher; W with its LoRA switched on is the student.
     sd = load(args.model, **cli.load_options(args))
-    if args.compile:
-        cli.require_compiler(args.device)
-    if sd.device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True  # float32 matmuls with ten bits of mantissa, as convolutions have
-        torch.backends.cudnn.benchmark = True  # every update has the same shapes: time the algorithms once
+    cli.prepare(sd.device, args.compile)
     style = merge_style(sd.unet, args.teacher_lora)
     source, student = SOURCES[args.source](args), STUDENTS[args.student]
     torch.manual_seed(args.seed)
@@ -55,12 +50,8 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     trained = [p for p in unet.parameters() if p.requires_grad]
     for network in (sd.text_encoder, sd.vae):
         network.to("cpu")  # they move to the device when they are used
-    # Raises if DDIM cannot take so many.
-    timesteps = torch.tensor(sd.schedule.timesteps(args.sample_steps, args.spacing))
-    if args.interval and not args.interval.includes(timesteps).any():
-        raise ValueError(f"--interval: none of the DDIM steps, t = {timesteps.tolist()}, lies inside.")
-    if not sd.force_zeros:  # for SDXL, none is not the same as an empty one
-        args.negative_prompt = args.negative_prompt or ""
+    cli.check_interval(args.interval, sd.schedule.timesteps(args.sample_steps, args.spacing))
+    args.negative_prompt = sd.stated_negative(args.negative_prompt)
     uncond = sd.encode_negative(args.negative_prompt)
     if ranks.first:
         resources.enter_context(lock(out))
@@ -69,12 +60,10 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
 
     # Adam's steps are about equally large for every weight, so a layer's output changes more the wider its input.
     peak = args.lr or student.learning_rate / sd.unet_config.widths[0]
-    one_launch = sd.device.type == "cuda"  # instead of a few for every weight
-    optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.0, fused=one_launch)
+    fused = sd.device.type == "cuda"  # one launch instead of a few for every weight
+    optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
     weights = fingerprint(sd.unet, sd.text_encoder)
-    styles = {flag: digest(file_and_scale.encode()) for flag, file_and_scale in style.items()}
-    vocabulary = {"tokenizer": digest(str(sorted(sd.tokenizer.get_vocab().items())).encode())} if args.tokenizer else {}
-    recorded = fixed_settings(args, {"model": weights, **styles, **vocabulary, **source.stamp})
+    recorded = fixed_settings(args, {"model": weights, **flag_fingerprints(args, sd, style), **source.stamp})
     losses = resume(out, trained, optimizer, recorded)  # empty in a new run
     result = student.result(out, args)
     if args.student == "full" and result.exists() and not losses:  # a whole model is never written over

@@ -261,11 +261,13 @@ def ratio_of_norms(squares: Tensor) -> float:
     return math.sqrt(added / wanted) if wanted else 1.0
 
 
-def warn_of_lost_change(squares: Squares) -> None:
+def warn_of_lost_change(squares: Squares) -> float:
+    """Warn if less than 0.9 of a change has survived; returns the share that has."""
     share, sentence = surviving_change(squares)
     if share < 0.9:
         advice = "Keep W in float32, keep the LoRA beside it, or round stochastically (export --stochastic)."
         warnings.warn(f"{sentence} {advice}", stacklevel=3)
+    return share
 
 
 @torch.no_grad()
@@ -286,9 +288,7 @@ def merge_lora(model: nn.Module, generator: torch.Generator | None = None) -> fl
 
     Returns how much of the change survives the rounding to W's dtype, 1 being all; warns below 0.9.
     """
-    squares = _add_to_weights(model, +1, generator)
-    warn_of_lost_change(squares)
-    return surviving_change(squares)[0]
+    return warn_of_lost_change(_add_to_weights(model, +1, generator))
 
 
 def unmerge_lora(model: nn.Module) -> None:

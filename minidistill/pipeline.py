@@ -121,9 +121,13 @@ class StableDiffusion:
         ``height`` and ``width`` as in ``encode_prompt``.
         """
         cond = self.encode_prompt([negative_prompt or ""], height, width)
-        if negative_prompt is None and self.force_zeros:
+        if self.stated_negative(negative_prompt) is None:
             return replace(cond, tokens=torch.zeros_like(cond.tokens), pooled=torch.zeros_like(cond.pooled))
         return cond
+
+    def stated_negative(self, negative_prompt: str | None) -> str | None:
+        """What a file says of ``negative_prompt``: no prompt and the empty one differ for SDXL alone."""
+        return negative_prompt if self.force_zeros else negative_prompt or ""
 
     def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Sides of the latents of an image of ``height`` and ``width`` pixels.
@@ -180,7 +184,7 @@ class StableDiffusion:
             warnings.warn("The VAE overflows in float16: decoding in float32.", stacklevel=3)
             self.vae.float()
             x = self.run_vae(self.vae.decode, z.float())
-        require_finite(x, self.dtype)
+        require_finite(x, self.vae)
         return x
 
     @torch.no_grad()
@@ -251,7 +255,7 @@ class StableDiffusion:
             with lora_strength(self.unet, strength) if strength != 1 else nullcontext():
                 for z_t in ddim_sample(model, self.schedule, z_T, steps, eta, generators, spacing):
                     bar.update()
-            require_finite(z_t, self.dtype)
+            require_finite(z_t, self.unet)
             with on_device(self.vae, self.device):
                 for one in z_t.split(1):  # one by one: the decoder takes far more memory than the UNet
                     images += to_images(self.decode(one))
@@ -259,9 +263,10 @@ class StableDiffusion:
         return images
 
 
-def require_finite(x: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError for latents or images with NaN or infinities, which would be black."""
+def require_finite(x: Tensor, network: nn.Module) -> None:
+    """Raise ValueError for latents or images of ``network`` with NaN or infinities, which would be black."""
     if not x.isfinite().all():
+        dtype = next(network.parameters()).dtype
         cause = "the guidance or a LoRA's strength is too large, or the model is damaged"
         raise ValueError(
             f"The image is not finite (NaN or infinite), computed in {str(dtype).removeprefix('torch.')}: "

@@ -23,7 +23,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
 
 
 class TwoTextEncoders(nn.Module):
-    """Those of SDXL: CLIP ViT-L/14, and OpenCLIP bigG/14 with its projection, which gives the pooled vector."""
+    """The text encoders of SDXL: CLIP ViT-L/14, and OpenCLIP bigG/14, whose projection gives the pooled vector."""
 
     def __init__(self, first: CLIPTextModel, second: CLIPTextModelWithProjection):
         super().__init__()

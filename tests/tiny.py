@@ -97,6 +97,11 @@ def tiny_student(rank: int = 2, alpha: float | None = None, dtype: torch.dtype =
     return fill_up(inject_lora(tiny_unet().to(dtype), rank, alpha))
 
 
+def text_config(**sizes) -> CLIPTextConfig:
+    """Of a text encoder for the tokenizer of the embedded model."""
+    return CLIPTextConfig(vocab_size=1236, max_position_embeddings=16, bos_token_id=1234, eos_token_id=1235, **sizes)
+
+
 def tiny_tensors(version: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """A tiny SD 1.x or 2.x as a single file; whatever shapes do not tell is as in the large models."""
     wide = version == 2  # heads of width 64, where 1.x has 8 heads
@@ -109,40 +114,26 @@ def tiny_tensors(version: int = 1, dtype: torch.dtype = torch.float32) -> dict[s
         groups=32,
     )
     vae_config = replace(TINY_VAE, widths=(32, 32), groups=32)
-    text_config = CLIPTextConfig(
-        vocab_size=1236,
+    encoder = text_config(
         hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=1,
-        max_position_embeddings=16,
         hidden_act="gelu" if wide else "quick_gelu",
-        bos_token_id=1234,
-        eos_token_id=1235,
     )
     torch.manual_seed(0)
-    unet, vae, text = shake(UNet(unet_config)), shake(VAE(vae_config)), shake(CLIPTextModel(text_config))
-    tensors = to_single_file(
-        unet.state_dict(), unet_config, vae.state_dict(), vae_config, text.state_dict(), text_config
-    )
+    unet, vae, text = shake(UNet(unet_config)), shake(VAE(vae_config)), shake(CLIPTextModel(encoder))
+    tensors = to_single_file(unet.state_dict(), unet_config, vae.state_dict(), vae_config, text.state_dict(), encoder)
     return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
 
 
 def write_tiny(folder: Path, seed: int = 0) -> Path:
     """Write unet, vae, text_encoder, tokenizer and scheduler; the tokenizer is that of the embedded model."""
     unet, vae = tiny_unet(seed), shake(VAE(TINY_VAE), seed)
-    text_config = CLIPTextConfig(
-        vocab_size=1236,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=1234,
-        eos_token_id=1235,
-        pad_token_id=1235,
+    encoder = text_config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=1235
     )
-    text_encoder = shake(CLIPTextModel(text_config), seed)
+    text_encoder = shake(CLIPTextModel(encoder), seed)
     configs = {
         "unet/config.json": dict(
             sample_size=TINY_UNET.sample_size,
@@ -157,7 +148,7 @@ def write_tiny(folder: Path, seed: int = 0) -> Path:
         "vae/config.json": dict(
             block_out_channels=TINY_VAE.widths, layers_per_block=TINY_VAE.layers, norm_num_groups=TINY_VAE.groups
         ),
-        "text_encoder/config.json": text_config.to_dict(),
+        "text_encoder/config.json": encoder.to_dict(),
         "scheduler/scheduler_config.json": dict(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False
         ),
@@ -175,16 +166,12 @@ def write_tiny(folder: Path, seed: int = 0) -> Path:
 def write_tiny_xl(folder: Path) -> Path:
     """Like ``write_tiny``, an SDXL; what the shapes in a single file do not tell is as in the large model."""
     first, second = (
-        CLIPTextConfig(
-            vocab_size=1236,
+        text_config(
             hidden_size=64,
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=1,
-            max_position_embeddings=16,
             hidden_act=activation,
-            bos_token_id=1234,
-            eos_token_id=1235,
             projection_dim=TINY_XL_UNET.pooled_width,
         )
         for activation in ("quick_gelu", "gelu")

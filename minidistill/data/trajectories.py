@@ -91,7 +91,7 @@ def generate(
         captions=digest(json.dumps(tokens).encode()),
         steps=steps,
         guidance=guidance,
-        negative_prompt=negative_prompt,
+        negative_prompt=sd.stated_negative(negative_prompt),
         seed=seed,
         batch=batch,
         stride=stride,
@@ -124,7 +124,7 @@ def generate(
             z_t, target, z_0 = teacher_trajectory(
                 sd, cond, uncond.expand(len(cond)), guidance, z_T, timesteps, interval
             )
-            require_finite(z_0, sd.dtype)
+            require_finite(z_0, sd.unet)
             if student_steps:
                 z_t, target = few_step_states(schedule, z_t, z_0, student_steps)
                 timesteps = schedule.timesteps(student_steps, "trailing")

@@ -44,6 +44,7 @@ from minidistill.pipeline import StableDiffusion, to_images
 from minidistill.samplers import Predictor, ddim_loop
 from minidistill.schedule import Schedule, add_noise, clean_and_noise
 from minidistill.training.command_line import add_model_flags, load_options, positive, positive_int
+from minidistill.training.students import LoRAStudent
 
 POSITIONAL = ""
 
@@ -90,9 +91,9 @@ class Lesson:
     def times(self) -> list[int]:
         return self.schedule.timesteps(len(self.k), "trailing")
 
-    def step(self, unet: LoRAModel, z_t: Tensor, cond: Conditioning, i: Tensor) -> Tensor:
-        """The student's step number ``i`` [B], from z_t to z_s."""
-        t = torch.tensor(self.times, device=z_t.device)[i]
+    def step(self, unet: LoRAModel, z_t: Tensor, cond: Conditioning, i: int | Tensor) -> Tensor:
+        """The student's step number ``i``, one for all or [B], from z_t to z_s."""
+        t = torch.tensor(self.times, device=z_t.device)[i].expand(len(z_t))
         return self.k[i] * z_t + self.q[i] * unet(z_t, t, cond, lora_enabled=True)
 
 
@@ -106,13 +107,9 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float = 0.03) -> Tensor:
     return ((x - y).square() + c**2).sqrt().sub(c).mean()
 
 
-def random_steps(lesson: Lesson, batch: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(len(lesson.k), (batch,), generator=generator).to(lesson.z.device)
-
-
 def one_step(distance: Distance, unet, lesson, z, cond, generator) -> Tensor:
     """From a stored state to the next stored one: with the squared distance, what train.py does."""
-    i = random_steps(lesson, len(z), generator)
+    i = torch.randint(len(lesson.k), (len(z),), generator=generator).to(z.device)
     rows = torch.arange(len(z), device=z.device)
     return distance(lesson.step(unet, z[rows, i], cond, i), z[rows, i + 1])
 
@@ -123,15 +120,15 @@ def own_states(unet, lesson, z, cond, generator) -> Tensor:
     z_t = z[:, 0]
     with torch.no_grad():
         for j in range(i):
-            z_t = lesson.step(unet, z_t, cond, torch.full((len(z),), j, device=z.device))
-    return F.mse_loss(lesson.step(unet, z_t, cond, torch.full((len(z),), i, device=z.device)), z[:, i + 1])
+            z_t = lesson.step(unet, z_t, cond, j)
+    return F.mse_loss(lesson.step(unet, z_t, cond, i), z[:, i + 1])
 
 
 def through_all_steps(unet, lesson, z, cond, generator) -> Tensor:
     """From z_T to z_0 by the student alone, with the gradient through all of its calls."""
     z_t, loss = z[:, 0], 0.0
     for i in range(len(lesson.k)):
-        z_t = lesson.step(unet, z_t, cond, torch.full((len(z),), i, device=z.device))
+        z_t = lesson.step(unet, z_t, cond, i)
         loss = loss + F.mse_loss(z_t, z[:, i + 1])
     return loss
 
@@ -139,7 +136,7 @@ def through_all_steps(unet, lesson, z, cond, generator) -> Tensor:
 def fit(unet: LoRAModel, lesson: Lesson, loss: Loss, after: Callable[[], None] = lambda: None) -> None:
     """The loop of train.py: AdamW, warm-up and cosine, gradients clipped at norm 1."""
     trained = lora_parameters(unet)
-    peak = 0.128 / unet.base.config.widths[0]
+    peak = LoRAStudent.learning_rate / unet.base.config.widths[0]
     optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     for update in tqdm(range(lesson.updates), unit="step", leave=False):
         rows = batch_indices(len(lesson.z), lesson.batch, 0, update)

@@ -80,8 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         if generator:  # what was added is the change and independent noise, whose squares add up
             noise = max(share**2 - 1, 0) ** 0.5
             print(f"The change survives on average, with noise of {noise:.0%} of its norm.")
-        else:
-            warn_of_lost_change(squares)
+        elif warn_of_lost_change(squares) >= 0.9:  # the warning says it otherwise
             print(sentence)
     elif len(files) > 1:
         raise ValueError(f"--to {args.to} takes one LoRA: give them one by one, or merge them with --to checkpoint.")

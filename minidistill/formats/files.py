@@ -30,6 +30,11 @@ def reading(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file} is damaged ({reason}): fetch it again.") from error
 
 
+def user_path(path: str | Path) -> Path:
+    """The path, with ~ for the home folder. The shell leaves ~ alone after "=" and in quotes."""
+    return Path(os.path.expanduser(path))
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to ``path``; rename it to ``path`` on success, delete it on failure.

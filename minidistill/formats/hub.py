@@ -1,13 +1,12 @@
 """Find a model on this machine or on the Hugging Face hub, which also has the tokenizer that a single file lacks."""
 
-import os
 import re
 import sys
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from minidistill.formats.files import CheckpointError, read_json, reading
+from minidistill.formats.files import CheckpointError, read_json, reading, user_path
 from minidistill.formats.model_configs import read_unet_config
 from minidistill.formats.model_folder import (
     XL_STEMS,
@@ -29,7 +28,7 @@ def find_model(path: str | Path, variant: str | None = None, ema: bool = False) 
     A model's folder in the hub's cache stands for its snapshot. Only folders have a ``variant``, and only single files
     have ``ema`` weights: the other combination is refused.
     """
-    path = Path(os.path.expanduser(path))
+    path = user_path(path)
     if not path.exists():
         # Inside a folder that exists, it is a misspelt path rather than a hub id.
         if path.parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):

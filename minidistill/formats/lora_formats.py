@@ -12,7 +12,6 @@ For SDXL, kohya's scripts use the layer names of single files.
 
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from minidistill.config import SDXL_UNET
 from minidistill.distill import Dial
-from minidistill.formats.files import CheckpointError, read_json, reading
+from minidistill.formats.files import CheckpointError, read_json, reading, user_path
 from minidistill.formats.model_folder import squeeze_kernel
 from minidistill.formats.original_names import translate, unet_names
 from minidistill.formats.tensor_files import check_finite, convert, read_tensors
@@ -225,7 +224,7 @@ def read_lora(path: str | Path, scale: float = 1.0) -> LoRAFile:
     A LoRA for the text encoder in the same file is ignored with a warning. Raises CheckpointError that names the file,
     what is wrong with it and what to do.
     """
-    path = find_lora(Path(os.path.expanduser(path)))
+    path = find_lora(user_path(path))
     with reading(path):
         tensors, metadata = read_tensors(path)
         parts, others = group_by_layer(path, tensors)

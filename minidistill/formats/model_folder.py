@@ -129,7 +129,7 @@ def find_weights(folder: Path, stem: str, variant: str | None) -> Path | None:
 
 def require_variant(folder: Path, variant: str | None) -> None:
     """Raise CheckpointError unless some network has weights of this variant; often the UNet alone has them."""
-    if variant and not any(find_weights(folder / part, stem, variant) for part, stem in STEMS.items()):
+    if variant and not any(find_weights(folder / part, stem, variant) for part, stem in stems(folder).items()):
         first = next(candidates(STEMS["unet"], variant))
         raise CheckpointError(f"{folder} has no {first} or other weights of this variant: leave --variant out.")
 

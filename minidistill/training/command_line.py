@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from minidistill.formats.files import user_path
 from minidistill.guidance import Interval
 
 DEFAULT_MODEL = Path("weights/pocket-emoji")
@@ -71,11 +72,6 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
     """The model flags as keyword arguments of ``minidistill.load``."""
     same = ("device", "prediction", "tokenizer", "ema", "variant", "height", "width")
     return {name: getattr(args, name) for name in same} | {"dtype": getattr(torch, args.dtype)}
-
-
-def user_path(text: str) -> Path:
-    """An argparse type: a path. The shell leaves ~ alone after "=" and in quotes; here it is the home folder."""
-    return Path(os.path.expanduser(text))
 
 
 def text(argument: str) -> str:
@@ -171,7 +167,27 @@ def provenance(command: str, argv: Sequence[str]) -> dict[str, str]:
     return dict(command=line, commit=head.stdout.strip() + "+" * bool(changed) if head.stdout else "unknown")
 
 
-def require_compiler(device: str) -> None:
+def check_interval(interval: Interval | None, timesteps: list[int]) -> None:
+    """Raise ValueError for an interval without any of the time steps."""
+    if interval and not interval.includes(torch.tensor(timesteps)).any():
+        raise ValueError(f"--interval: none of the DDIM steps, t = {timesteps}, lies inside.")
+
+
+def model_name(path: Path) -> str:
+    """The last part of a model's path; where it is a link, the name of the link."""
+    return Path(os.path.abspath(path)).name
+
+
+def prepare(device: torch.device, compiled: bool) -> None:
+    """Set a GPU to fast arithmetic. Raises ValueError if ``compiled`` and torch.compile does not work here."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True  # float32 matmuls with ten bits of mantissa, as convolutions have
+        torch.backends.cudnn.benchmark = True  # every update has the same shapes: time the algorithms once
+    if compiled:
+        require_compiler(device)
+
+
+def require_compiler(device: torch.device) -> None:
     """Raise ValueError unless torch.compile works here: better now than after the teacher has sampled for hours."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))

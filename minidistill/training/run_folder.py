@@ -13,7 +13,8 @@ from typing import IO
 import torch
 from torch import nn
 
-from minidistill.formats.files import atomic_write
+from minidistill.formats.files import atomic_write, digest
+from minidistill.pipeline import StableDiffusion
 
 try:
     import fcntl
@@ -98,6 +99,14 @@ def fixed_settings(args: argparse.Namespace, fingerprints: Mapping[str, str]) ->
     """
     settings = {flag: str(value) for flag, value in vars(args).items() if flag not in FREE}
     return settings | {flag: f"{settings[flag]} ({fingerprint})" for flag, fingerprint in fingerprints.items()}
+
+
+def flag_fingerprints(args: argparse.Namespace, sd: StableDiffusion, style: Mapping[str, str]) -> dict[str, str]:
+    """Fingerprints for ``fixed_settings``: of the teacher's style, and of the words that --tokenizer knows."""
+    found = {flag: digest(file_and_scale.encode()) for flag, file_and_scale in style.items()}
+    if args.tokenizer:
+        found["tokenizer"] = digest(str(sorted(sd.tokenizer.get_vocab().items())).encode())
+    return found
 
 
 def contents(setting: str) -> str:

@@ -4,8 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import text_config
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from minidistill.formats.model_configs import read_unet_config, read_vae_config
+from minidistill.formats.single_file import to_single_file
 
 diffusers = pytest.importorskip("diffusers", reason="the parity tests compare with diffusers")
 
@@ -65,16 +69,12 @@ def small_vae(**changes) -> nn.Module:
 
 def small_text_encoder(width: int, activation: str = "quick_gelu") -> CLIPTextModel:
     torch.manual_seed(3)
-    config = CLIPTextConfig(
-        vocab_size=1236,
+    config = text_config(
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=16,
         hidden_act=activation,
-        bos_token_id=1234,
-        eos_token_id=1235,
         pad_token_id=1235,
     )
     return shake(CLIPTextModel(config).double())
@@ -126,6 +126,21 @@ XL_UNET = dict(
     addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=48 + 6 * 256,
 )
+
+
+def single(pipe: "diffusers.DiffusionPipeline", folder: Path) -> dict[str, Tensor]:
+    """The pipeline's tensors under the names of a single file; ``folder`` takes its configurations."""
+    for part in ("unet", "vae"):
+        getattr(pipe, part).save_config(folder / part)
+    encoders = [pipe.text_encoder, *([pipe.text_encoder_2] if hasattr(pipe, "text_encoder_2") else [])]
+    tensors = to_single_file(
+        pipe.unet.state_dict(),
+        read_unet_config(folder / "unet/config.json"),
+        pipe.vae.state_dict(),
+        read_vae_config(folder / "vae/config.json"),
+        *(x for encoder in encoders for x in (encoder.state_dict(), encoder.config)),
+    )
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def small_xl(prediction: str = "eps", **index) -> "diffusers.StableDiffusionXLPipeline":

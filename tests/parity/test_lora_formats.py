@@ -68,6 +68,10 @@ def pipeline(model: Path, lora: Path | None = None):
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(
         model, torch_dtype=torch.float32, safety_checker=None, local_files_only=True
     )
+    return with_lora(pipe, lora)
+
+
+def with_lora(pipe, lora: Path | None):
     pipe.set_progress_bar_config(disable=True)
     if lora:
         with no_warning():

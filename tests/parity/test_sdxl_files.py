@@ -12,12 +12,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from minidistill import CheckpointError, StableDiffusion, load
 from minidistill.bench.workloads import SIZES
 from minidistill.formats.files import read_json, write_json
-from minidistill.formats.model_configs import read_unet_config, read_vae_config
 from minidistill.formats.single_file import UNET, to_single_file
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 
-from .helpers import POCKET, PROMPTS, error, randn, small_xl
+from .helpers import POCKET, PROMPTS, error, randn, single, small_xl
 
 TEXT, TEXT_2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
@@ -30,20 +29,7 @@ def pipe():
 @pytest.fixture(scope="module")
 def tensors(pipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """The pipeline's tensors under the names of a single file."""
-    folder = tmp_path_factory.mktemp("configs")
-    for part in ("unet", "vae"):
-        getattr(pipe, part).save_config(folder / part)
-    tensors = to_single_file(
-        pipe.unet.state_dict(),
-        read_unet_config(folder / "unet/config.json"),
-        pipe.vae.state_dict(),
-        read_vae_config(folder / "vae/config.json"),
-        pipe.text_encoder.state_dict(),
-        pipe.text_encoder.config,
-        pipe.text_encoder_2.state_dict(),
-        pipe.text_encoder_2.config,
-    )
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return single(pipe, tmp_path_factory.mktemp("configs"))
 
 
 def check(sd: StableDiffusion, pipe, tolerance: float = 1e-9) -> None:

@@ -1,6 +1,6 @@
 """LoRA files of SDXL exchanged with diffusers and peft, and read as kohya's scripts write them."""
 
-from functools import cache
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +9,26 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minidistill import inject_lora, load, load_lora, merge_lora, save_lora
+from minidistill import load, load_lora
 from minidistill.export import __main__ as export
 from minidistill.formats.lora_formats import read_lora
 from minidistill.formats.lora_io import merge_file
 from minidistill.lora import lora_layers
 
+from . import test_lora_formats as lora_formats
 from .helpers import PROMPTS, diffusers, randn, small_xl
-from .test_lora_formats import ADAPTERS, ATTENTION, CONVOLUTIONS, EVERYTHING, adapted, adapter, levels, no_warning, peft
+from .test_lora_formats import (
+    ADAPTERS,
+    ATTENTION,
+    CONVOLUTIONS,
+    EVERYTHING,
+    adapted,
+    adapter,
+    levels,
+    peft,
+    with_lora,
+    write_student,
+)
 
 SIDE = 16
 
@@ -32,39 +44,12 @@ def pipeline(folder: Path, lora: Path | None = None) -> "diffusers.StableDiffusi
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(
         folder, torch_dtype=torch.float32, local_files_only=True, add_watermarker=False
     )
-    pipe.set_progress_bar_config(disable=True)
-    if lora:
-        with no_warning():
-            pipe.load_lora_weights(str(lora))
-    return pipe
+    return with_lora(pipe, lora)
 
 
-def draw_theirs(pipe, folder: Path) -> np.ndarray:
-    z_T = load(folder).starting_noise([3, 4], height=SIDE, width=SIDE)
-    options = dict(height=SIDE, width=SIDE, num_inference_steps=4, guidance_scale=1)
-    return levels(pipe(PROMPTS, latents=z_T, **options).images)
-
-
-def draw_ours(folder: Path, lora: Path | None) -> np.ndarray:
-    """Like sample.py: merged, one call per step."""
-    sd = load(folder)
-    if lora:
-        sd.unet = load_lora(sd.unet, lora)
-        merge_lora(sd.unet)
-    options = dict(steps=4, seed=3, height=SIDE, width=SIDE, guidance=None if lora else 1)
-    return levels(sd.sample(PROMPTS, lora_enabled=lora is not None, **options))
-
-
-without_lora = cache(lambda folder: draw_ours(folder, None))
-
-
-@torch.no_grad()
-def write_student(folder: Path, path: Path, rank: int, alpha: float, targets: list[str]) -> Path:
-    student = inject_lora(load(folder).unet, rank, alpha, targets)
-    for i, layer in enumerate(lora_layers(student).values()):
-        layer.lora_up.copy_(0.5 * rank**0.5 / alpha * randn(*layer.lora_up.shape, seed=i))  # of equal size
-    save_lora(student, path, dict(base="small", guidance="5", method="trajectories"))
-    return path
+draw_ours = partial(lora_formats.draw_ours, side=SIDE)
+draw_theirs = partial(lora_formats.draw_theirs, side=SIDE)
+without_lora = partial(lora_formats.without_lora, side=SIDE)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +126,6 @@ def test_a_style_by_kohyas_scripts(folder: Path, tmp_path: Path) -> None:
     save_file(unet_only, tmp_path / "unet.safetensors")
     sd = load(folder)
     merge_file(sd.unet, style)
-    ours = levels(sd.sample(PROMPTS, steps=4, seed=3, guidance=1, height=SIDE, width=SIDE))
+    ours = levels(sd.sample(PROMPTS, steps=5, seed=3, guidance=1, height=SIDE, width=SIDE))
     assert np.abs(ours - draw_theirs(pipeline(folder, tmp_path / "unet.safetensors"), folder)).max() <= 1
     assert np.abs(ours - without_lora(folder)).max() > 8

@@ -6,17 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import text_config
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from minidistill import load
 from minidistill.conditioning import Conditioning
-from minidistill.formats.model_configs import read_unet_config, read_vae_config
-from minidistill.formats.single_file import to_single_file
 from minidistill.guidance import guided
 from minidistill.samplers import ddim_sample
 
-from .helpers import POCKET, PROMPTS, ddim_scheduler, diffusers, error, randn, shake, small_unet, small_vae
+from .helpers import POCKET, PROMPTS, ddim_scheduler, diffusers, error, randn, shake, single, small_unet, small_vae
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT = {1: "cond_stage_model.transformer.", 2: "cond_stage_model.model."}
@@ -24,15 +23,12 @@ TEXT = {1: "cond_stage_model.transformer.", 2: "cond_stage_model.model."}
 
 def small_text(version: int) -> CLIPTextModel:
     torch.manual_seed(3)
-    config = CLIPTextConfig(
-        vocab_size=1236,
+    config = text_config(
         hidden_size=128,
         intermediate_size=192,
         num_hidden_layers=2,
         num_attention_heads=2,  # of width 64
-        max_position_embeddings=16,
         hidden_act={1: "quick_gelu", 2: "gelu"}[version],
-        eos_token_id=1235,
     )
     return shake(CLIPTextModel(config).double())
 
@@ -55,21 +51,6 @@ def small_pipe(version: int, prediction: str) -> "diffusers.StableDiffusionPipel
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def single(pipe: "diffusers.StableDiffusionPipeline", folder: Path) -> dict[str, Tensor]:
-    """The pipeline's tensors under the names of a single file."""
-    for part in ("unet", "vae"):
-        getattr(pipe, part).save_config(folder / part)
-    tensors = to_single_file(
-        pipe.unet.state_dict(),
-        read_unet_config(folder / "unet/config.json"),
-        pipe.vae.state_dict(),
-        read_vae_config(folder / "vae/config.json"),
-        pipe.text_encoder.state_dict(),
-        pipe.text_encoder.config,
-    )
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def uncut(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

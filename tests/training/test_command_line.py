@@ -161,4 +161,4 @@ def test_no_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(torch, "compile", compiler)
     with pytest.raises(ValueError, match=r"^--compile finds .* \(InvalidCxxCompiler: none found\): install one"):
-        require_compiler(DEFAULT_DEVICE)
+        require_compiler(torch.device(DEFAULT_DEVICE))
