@@ -80,7 +80,7 @@ def at_strength(student: LoRAFile, args: argparse.Namespace) -> LoRAFile:
     if student.scale != 1 or student.dial is None:
         raise ValueError(
             f"{student.path} at strength {student.scale:g} samples only at the guidance it has learned: leave out "
-            "--guidance. A student of few steps has no other, and any other student needs strength 1."
+            "--guidance. It needs a student at strength 1 that takes as many steps as its teacher."
         )
     return student.scaled(student.dial.strength(args.guidance))
 

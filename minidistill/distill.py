@@ -140,7 +140,7 @@ class Dial:
     def strength(self, guidance: float) -> float:
         """The strength for ``guidance``; beyond the last point it follows the last line, with a warning.
 
-        Raises ValueError for 1 or less: whoever asks for 1, as of other tools, wants the student as it is.
+        Raises ValueError for 1 or less. In other tools 1 means the student as it is; here it would switch it off.
         """
         if guidance <= 1:
             raise ValueError(

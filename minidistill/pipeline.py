@@ -154,7 +154,7 @@ class StableDiffusion:
     def run_vae(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``function(x)``, of ``vae.encode`` or ``vae.decode``.
 
-        If the GPU's memory does not suffice, the UNet makes room: it waits on the CPU.
+        If the GPU's memory runs out, it runs again while the UNet waits on the CPU.
         """
         try:
             return function(x)
@@ -170,7 +170,7 @@ class StableDiffusion:
         if (dial := getattr(self.unet, "dial", None)) is None:
             raise ValueError(
                 f"This student cannot sample at guidance {guidance:g}, only at the scale it has learned: leave "
-                "guidance out. One that is loaded from a file at strength 1, and takes no fewer steps, can."
+                "guidance out. Other scales need a student that was loaded from a file at strength 1, not of few steps."
             )
         return dial.strength(guidance)
 

@@ -30,7 +30,7 @@ def ddim_step(
     """
     alpha_bar = schedule.alphas_cumprod[t] if t >= 0 else schedule.final_alpha
     alpha_bar_next = schedule.alphas_cumprod[t_next] if t_next >= 0 else schedule.final_alpha
-    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # on the CPU: a GPU does not wait for single numbers
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # they stay on the CPU, so that a GPU never waits for them
     z_0, eps = clean_and_noise(schedule.prediction, prediction, z_t, alpha, sigma)
     variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
     spread = eta * variance.sqrt() if eta else torch.zeros(())  # the variance is negative when going back to noise

@@ -26,7 +26,7 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: ScheduleConfig) -> "Schedule":
-        """Raises ValueError for an unknown ``beta_schedule`` or ``prediction``, and for eps without any z_0."""
+        """Raises ValueError for an unknown ``beta_schedule`` or ``prediction``, and for eps with zero terminal SNR."""
         if config.prediction not in ("eps", "v"):
             raise ValueError(f'prediction must be "eps" or "v", not "{config.prediction}".')
         if config.beta_schedule == "scaled_linear":
@@ -36,7 +36,7 @@ class Schedule:
         else:
             raise ValueError(f'beta_schedule must be "scaled_linear" or "linear", not "{config.beta_schedule}".')
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-        if config.zero_terminal_snr:  # arXiv 2305.08891, algorithm 1, short of the 0 that nothing can be divided by
+        if config.zero_terminal_snr:  # arXiv 2305.08891, algorithm 1, but just above 0, as we divide by it
             if config.prediction == "eps":
                 raise ValueError("With zero terminal SNR a UNet cannot predict eps, only v: --prediction v.")
             alpha = alphas_cumprod.sqrt()

@@ -198,7 +198,7 @@ def learn_consistency(sd: StableDiffusion, lesson: Lesson, skip: int = 20, decay
 def learn_progressively(sd: StableDiffusion, lesson: Lesson) -> None:
     """Halve the steps again and again ("Progressive Distillation", arXiv 2202.00512).
 
-    The first student learns from the guided teacher, every other from the student before it.
+    The first student learns from the guided teacher, each later one from the student before it.
     """
     add_lora(sd, lesson)
     before = None

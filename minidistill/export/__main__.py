@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Wrote {out}")
     if args.to != "checkpoint" and "dial" in plain_metadata(files[0]):
         strengths = ", ".join(f"{strength:g} ({guidance:g})" for guidance, strength in files[0].dial.points)
-        print(f"Its strength, and the guidance that each stands for: {strengths}")
+        print(f"Strengths of the LoRA, each with the guidance that it stands for: {strengths}")
 
 
 HINT = "guidance scale (CFG) exactly 1, no negative prompt"
