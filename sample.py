@@ -88,35 +88,36 @@ def at_strength(student: LoRAFile, args: argparse.Namespace) -> LoRAFile:
 def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict:
     """How to sample. Beside a student the teacher has its guidance, and the negative prompt and interval it learned.
 
-    Raises ValueError for flags that ask for others.
+    A student is led away from a negative prompt that it has not learned. Raises ValueError for flags that do not fit.
     """
-    asked = (args.negative_prompt, args.interval)
+    guidance, negative_prompt, interval, student_negative = 2.5, args.negative_prompt, args.interval, None
     if student is None:
         if args.lora_scale != 1:
             raise ValueError("--lora-scale is the strength of a student: name its file with --lora.")
-        guidance, learned = 2.5, (None, None)
     else:
-        if not args.compare and (any(x is not None for x in asked) or args.selective):
+        guidance, learned = student.guidance, student.metadata.get("negative_prompt")
+        negative_prompt = learned if negative_prompt is None else negative_prompt
+        student_negative = None if negative_prompt == learned else negative_prompt
+        if not args.compare and (interval or args.selective):
             raise ValueError(
-                "--negative-prompt, --interval and --selective are the teacher's; a LoRA has learned its own: leave "
-                "them out."
+                "--interval and --selective are the teacher's; a LoRA has learned its own: leave them out."
             )
-        guidance, learned = student.guidance, (student.metadata.get("negative_prompt"), student.interval)
-        if any(x not in (None, y) for x, y in zip(asked, learned)) or (args.selective and student.interval):
-            interval = f", interval {student.interval.low:g} to {student.interval.high:g}" if student.interval else ""
+        guided_elsewhere = interval not in (None, student.interval) or (args.selective and student.interval)
+        if args.compare and ((student_negative is not None and learned) or guided_elsewhere):
+            where = f", interval {student.interval.low:g} to {student.interval.high:g}" if student.interval else ""
             raise ValueError(
                 f"{student.path} has learned guidance {guidance:g} with negative prompt "
-                f'"{learned[0] or ""}"{interval}: the teacher beside it must have the same.'
+                f'"{learned or ""}"{where}: the teacher beside it must have the same.'
             )
+        interval = student.interval
     guidance = guidance if args.guidance is None else args.guidance
-    negative_prompt, interval = (y if x is None else x for x, y in zip(asked, learned))
     few_steps = student and student.few_steps
     if few_steps and student.scale != 1:
         raise ValueError(f"{student.path} takes few steps, which needs its full strength: leave out the scale.")
     student_steps, steps = few_steps or (None, args.steps or 25)
     return dict(
         steps=steps, student_steps=few_steps and (args.steps or student_steps), guidance=guidance,
-        spacing=args.spacing, negative_prompt=negative_prompt,
+        spacing=args.spacing, negative_prompt=negative_prompt, student_negative=student_negative,
         interval=interval, selective=args.selective, seed=args.seed, batch=args.batch, progress=True,
     )  # fmt: skip
 
@@ -134,8 +135,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add = parser.add_argument_group("what to sample").add_argument
     add("prompt", nargs="+", metavar="PROMPT", help="what the image shows; one image for each prompt")
-    add("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: "
-        "none; with --compare the LoRA's own)")
+    add("--negative-prompt", metavar="TEXT", help="what the image must not show: guidance leads away "
+        "from it, with a LoRA in cross-attention (default: none beyond what the LoRA has learned)")
     add("--seed", type=cli.seed_number, default=0, metavar="N", help="seed of the first image's noise; each "
         "further image has the next (default: %(default)s)")
     add("--out", type=Path, default=Path("samples"), metavar="PATH", help="folder for the images, or one .png file "

@@ -2,14 +2,17 @@
 
 ``guide`` is the formula. ``guided_noise`` and ``batched_guided_noise`` call the UNet and apply it; ``interval_noise``
 applies it only at some time steps. ``plain``, ``guided`` and ``student`` make predictors, which samplers call:
-``model(z_t, t) -> eps`` or v, with the prompt already inside.
+``model(z_t, t) -> eps`` or v, with the prompt already inside. ``away_from`` gives a student, which has no second
+prediction to lead away from, a negative prompt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidistill.conditioning import Conditioning, cat
 from minidistill.samplers import Predictor
@@ -118,3 +121,37 @@ def guided(
 def student(unet: Callable[..., Tensor], cond: Conditioning) -> Predictor:
     """The student: one call of the UNet with its LoRA switched on."""
     return lambda z_t, t: unet(z_t, t, cond, lora_enabled=True)
+
+
+def normalized_guidance(
+    positive: Tensor, negative: Tensor, scale: float = 5.0, limit: float = 2.5, share: float = 0.25
+) -> Tensor:
+    """What attention has read from the prompt, led away from what it has read from another. [B, L, C] each.
+
+    "Normalized Attention Guidance", arXiv 2505.21179, section 3. Of each token, with phi ``scale``, tau ``limit`` and
+    alpha ``share``:
+
+        Z~ = Z- + phi (Z+ - Z-)
+        Z^ = Z~ min(|Z~|_1, tau |Z+|_1) / |Z~|_1
+        alpha Z^ + (1 - alpha) Z+
+    """
+    led = guide(positive, negative, scale)
+    size, allowed = led.norm(p=1, dim=-1, keepdim=True), limit * positive.norm(p=1, dim=-1, keepdim=True)
+    return torch.lerp(positive, led * (allowed / size).clamp(max=1), share)
+
+
+@contextmanager
+def away_from(unet: nn.Module, negative: Conditioning) -> Iterator[None]:
+    """Lead cross-attention in ``unet`` away from ``negative``, one prompt, for the block: still one call a step."""
+
+    def led(read: Callable[[Tensor, Tensor], Tensor], q: Tensor, context: Tensor) -> Tensor:
+        return normalized_guidance(read(q, context), read(q, negative.tokens.expand(len(q), -1, -1)))
+
+    layers = [layer for name, layer in unet.named_modules() if name.endswith(".attn2")]
+    for layer in layers:
+        layer.read = partial(led, layer.read)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.read  # back to the method of the class

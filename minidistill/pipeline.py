@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from minidistill import text
 from minidistill.conditioning import Conditioning
 from minidistill.config import UNetConfig
-from minidistill.guidance import Interval, guided, plain, selective_interval, student
+from minidistill.guidance import Interval, away_from, guided, plain, selective_interval, student
 from minidistill.lora import lora_strength
 from minidistill.samplers import ddim_sample
 from minidistill.schedule import Schedule
@@ -213,7 +213,8 @@ class StableDiffusion:
             guidance: the scale s; 1 is no guidance. The default is 7.5 for the teacher, and for the student the scale
                 it has learned. A student from a file samples at other scales by the strength of its LoRA.
             lora_enabled: sample with the student, one call a step.
-            negative_prompt: what guidance leads away from; None as in ``encode_negative``.
+            negative_prompt: what guidance leads away from; None as in ``encode_negative``. A student, which has learned
+                its guidance, is led away from it in cross-attention ("Normalized Attention Guidance").
             selective: the share of the steps, counted from the last, that go without guidance: there it changes little
                 ("Selective Guidance", arXiv 2305.09847).
             interval: guide only at time steps within it ("Limited Interval", arXiv 2404.07724).
@@ -252,7 +253,11 @@ class StableDiffusion:
             z_T = noise[first : first + batch]
             seeds = range(seed + first, seed + first + len(z_T))
             generators = [torch.Generator().manual_seed(FRESH_NOISE + own) for own in seeds]
-            with lora_strength(self.unet, strength) if strength != 1 else nullcontext():
+            leads_away = lora_enabled and negative_prompt
+            with (
+                lora_strength(self.unet, strength) if strength != 1 else nullcontext(),
+                away_from(self.unet, uncond) if leads_away else nullcontext(),
+            ):
                 for z_t in ddim_sample(model, self.schedule, z_T, steps, eta, generators, spacing):
                     bar.update()
             require_finite(z_t, self.unet)

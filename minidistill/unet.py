@@ -53,12 +53,15 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out(self.read(self.to_q(x), x if context is None else context))
+
+    def read(self, q: Tensor, context: Tensor) -> Tensor:
+        """What the queries [B, L, C] find in ``context`` [B, L', D]: [B, L, C]."""
+        k, v = self.to_k(context), self.to_v(context)
         if self.upcast:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            return self.to_out(attention(q.to(wide), k.to(wide), v.to(wide), self.heads).to(x.dtype))
-        return self.to_out(attention(q, k, v, self.heads))
+            wide = torch.promote_types(q.dtype, torch.float32)
+            return attention(q.to(wide), k.to(wide), v.to(wide), self.heads).to(q.dtype)
+        return attention(q, k, v, self.heads)
 
 
 class GEGLU(nn.Module):

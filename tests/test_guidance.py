@@ -10,9 +10,11 @@ from minidistill import guided_noise
 from minidistill.conditioning import Conditioning
 from minidistill.guidance import (
     Interval,
+    away_from,
     batched_guided_noise,
     guided,
     interval_noise,
+    normalized_guidance,
     plain,
     selective_interval,
     student,
@@ -199,3 +201,30 @@ def test_student_is_one_call_switched_on(inputs):
     prediction = student(model, cond)(z_t, t)
     assert settings == [True] and torch.equal(prediction, model(z_t, t, cond, lora_enabled=True))
     assert not torch.equal(prediction, plain(model, cond)(z_t, t)) and settings == [True, True, False]
+
+
+# A negative prompt in one call
+
+
+def test_normalized_guidance_keeps_what_agrees():
+    positive = randn(2, 5, 8, dtype=torch.float64)
+    assert error(normalized_guidance(positive, positive), positive) < 1e-12
+
+
+def test_normalized_guidance_is_limited():
+    """However far away the negative prompt is: at most share * limit + (1 - share) of the size, token by token."""
+    positive, negative = randn(2, 5, 8, dtype=torch.float64), 1e6 * randn(2, 5, 8, seed=1, dtype=torch.float64)
+    size = normalized_guidance(positive, negative).norm(p=1, dim=-1) / positive.norm(p=1, dim=-1)
+    assert (size <= 0.25 * 2.5 + 0.75 + 1e-9).all()
+
+
+def test_away_from_is_one_call_and_ends_with_its_block(inputs):
+    z_t, t, cond, negative = inputs
+    model, calls = tiny_student(dtype=torch.float64), []
+    model.get_submodule("conv_in").register_forward_hook(lambda *_: calls.append(1))
+    predict = student(model, cond)
+    before = predict(z_t, t)
+    with pytest.raises(KeyError), away_from(model, Conditioning(negative[:1])):
+        led = predict(z_t, t)
+        raise KeyError
+    assert len(calls) == 2 and not torch.allclose(led, before) and torch.equal(predict(z_t, t), before)

@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from minidistill import CheckpointError, StableDiffusion, inject_lora, load, load_lora, merge_lora, pipeline, save_lora
 from minidistill.conditioning import Conditioning
-from minidistill.guidance import Interval, guided
+from minidistill.guidance import Interval, away_from, guided
 from minidistill.guidance import student as student_model
 from minidistill.pipeline import on_device, to_images
 from minidistill.samplers import ddim_sample, ddim_step
@@ -115,6 +116,20 @@ def test_where_the_teacher_is_guided(options: dict, is_guided: list[bool], sd: S
 def test_an_interval_beside_selective_guidance_is_refused(sd: StableDiffusion):
     with pytest.raises(ValueError, match="selective.*interval"):
         sd.sample([APPLE], steps=2, selective=0.5, interval=Interval(0, 500))
+
+
+def test_a_student_is_led_away_from_a_negative_prompt(student: StableDiffusion):
+    """The image is that of a loop written out, and without the prompt it is the student's again."""
+
+    def drawn(negative: str | None) -> np.ndarray:
+        return pixels(student.sample([APPLE], steps=3, seed=5, lora_enabled=True, negative_prompt=negative))
+
+    before, led = drawn(None), drawn(ROCKET)
+    with torch.no_grad(), away_from(student.unet, student.encode_prompt([ROCKET])):
+        predict = partial(student.unet, cond=student.encode_prompt([APPLE]), lora_enabled=True)
+        *_, z_0 = ddim_sample(predict, student.schedule, student.starting_noise([5]), 3)
+        assert np.abs(led - pixels(to_images(student.vae.decode(z_0)))).max() <= 1
+    assert np.abs(led - before).max() > 1 and np.array_equal(before, drawn("")) and np.array_equal(before, drawn(None))
 
 
 def test_a_merged_model_samples_as_the_student(student: StableDiffusion):

@@ -147,6 +147,36 @@ def test_compare_refuses_another_teacher_than_the_loras(sample, lora: Path, tmp_
     assert result.code != 0 and "has learned guidance 4" in result.err and not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def no_negative_lora(tiny_model: Path, lora: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "no-negative.safetensors"
+    save_lora(load_lora(load(tiny_model).unet, lora), file, METADATA | dict(negative_prompt=""))
+    return file
+
+
+def test_a_student_is_led_away_from_a_prompt_that_it_has_not_learned(sample, tiny_model, no_negative_lora, tmp_path):
+    """The one that it has learned changes nothing."""
+    for name, flags in {"none": [], "new": ["--negative-prompt", "a dog"], "known": ["--negative-prompt", ""]}.items():
+        assert sample(APPLE, "--lora", no_negative_lora, "--out", tmp_path / name, *flags).code == 0
+    none, new, known = (images_in(tmp_path / name)[0] for name in ("none", "new", "known"))
+    sd = load(tiny_model)
+    sd.unet = load_lora(sd.unet, no_negative_lora)
+    expected = sd.sample([APPLE], steps=3, lora_enabled=True, negative_prompt="a dog")[0]
+    assert np.abs(new - np.asarray(expected, dtype=int)).max() <= 1
+    assert np.abs(new - none).max() > 1 and np.array_equal(known, none)
+
+
+def test_compare_leads_teacher_and_student_away_from_the_same_prompt(sample, no_negative_lora, lora, monkeypatch):
+    seen, original = [], StableDiffusion.sample
+    monkeypatch.setattr(
+        StableDiffusion, "sample", lambda sd, prompts, **how: seen.append(how) or original(sd, prompts, **how)
+    )
+    assert sample(APPLE, "--compare", "--lora", no_negative_lora, "--negative-prompt", "a dog").code == 0
+    assert sample(APPLE, "--compare", "--lora", lora, "--negative-prompt", "a cat").code == 0  # as it has learned
+    prompts = [(how["lora_enabled"], how["negative_prompt"]) for how in seen if "negative_prompt" in how]
+    assert prompts == [(False, "a dog"), (True, "a dog"), (False, "a cat"), (True, None)]
+
+
 def test_the_loras_strength_is_a_dial(sample, calls: list[int], lora: Path, tmp_path: Path):
     sample(APPLE, "--lora", lora, "--lora-scale", 0.5, "--out", tmp_path / "flag.png")
     sample(APPLE, "--lora", f"{lora}:0.5", "--out", tmp_path / "colon.png")
@@ -363,7 +393,6 @@ def test_a_long_prompt_shows_what_is_cut_off(sample):
         (["--guidance", 1], "above 1, not at 1: leave guidance out"),
         (["--guidance", 3, "--lora-scale", 0.5], "give one of them"),
         (["--guidance", 3, "--lora", "{lora}:0.5"], "give one of"),
-        (["--negative-prompt", "a cat"], "--negative-prompt"),
     ],
 )
 def test_flags_that_contradict_a_lora(flags: list, named: str, sample, lora: Path, tmp_path: Path):

@@ -36,12 +36,15 @@ def draw(
     interval: Interval | None = None,
     spacing: str | None = None,
     student_steps: int | None = None,
+    negative_prompt: str | None = None,
+    student_negative: str | None = None,
     **options,
 ) -> Drawn:
     """Sample ``prompts`` with the "teacher", with "no guidance", or with the "student", from the same seeds.
 
     The keyword arguments go to :meth:`StableDiffusion.sample`. Where the student was taught few steps, it takes
-    ``student_steps`` instead of ``steps``, and the spacing of all is trailing. The time covers the text encoder and the
+    ``student_steps`` instead of ``steps``, and the spacing of all is trailing. ``negative_prompt`` is the teacher's,
+    which the student has learned; ``student_negative`` is one that it has not. The time covers the text encoder and the
     VAE.
     """
     spacing = spacing or ("trailing" if student_steps else "leading")
@@ -49,6 +52,7 @@ def draw(
     guides = method == "teacher" and guidance != 1
     scale = guidance if guides else None if method == "student" else 1.0
     options = dict(seed=EVALUATION_SEED) | options | dict(steps=steps, guidance=scale, lora_enabled=method == "student")
+    options |= dict(negative_prompt=student_negative if method == "student" else negative_prompt)
     start = time.perf_counter()
     images = sd.sample(prompts, selective=selective, interval=interval, spacing=spacing, **options)
     seconds = (time.perf_counter() - start) / len(prompts)

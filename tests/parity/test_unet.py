@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from minidistill.conditioning import Conditioning
 from minidistill.config import SD15_UNET, SD21_BASE_UNET, SD21_UNET
 from minidistill.formats.load_model import build, load
 from minidistill.formats.model_configs import read_unet_config
 from minidistill.formats.model_folder import read_weights
+from minidistill.guidance import away_from
 from minidistill.training.recompute import recompute
 from minidistill.unet import UNet
 
@@ -65,6 +67,41 @@ def test_gradients_with_activation_checkpointing(style: dict, tmp_path: Path) ->
         for actual, ours_plain, expected in zip(gradients(ours), plain, reference):
             assert error(actual, expected) <= 1e-9
             assert torch.equal(actual, ours_plain)
+
+
+@pytest.mark.parametrize("style", [SD1, SD2], ids=["sd1", "sd2"])
+def test_normalized_attention_guidance(style: dict, tmp_path: Path) -> None:
+    """An attention processor for diffusers, written after arXiv 2505.21179, against ``away_from``."""
+    theirs = write_small(tmp_path, style=style).unet
+    ours = load(tmp_path, dtype=torch.float64).unet
+    phi, tau, alpha = 5.0, 2.5, 0.25
+    context = randn(2, 7, style["cross_attention_dim"], seed=1)
+    negative = context[:1] + 0.1  # near the first prompt and far from the second: below and above tau
+    plain = theirs.attn_processors
+
+    class Normalized:
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+            query = attn.head_to_batch_dim(attn.to_q(hidden_states))
+
+            def read(states):
+                key, value = (attn.head_to_batch_dim(layer(states)) for layer in (attn.to_k, attn.to_v))
+                scores = (attn.scale * query @ key.mT).softmax(-1)  # get_attention_scores may narrow to float32
+                return attn.batch_to_head_dim(scores @ value)
+
+            z = read(encoder_hidden_states)
+            led = phi * z - (phi - 1) * read(negative.expand(len(z), -1, -1))
+            ratio = led.abs().sum(-1, keepdim=True) / z.abs().sum(-1, keepdim=True)
+            assert (ratio > tau).any() and (ratio < tau).any()
+            led = torch.where(ratio > tau, led * tau / ratio, led)
+            return attn.to_out[0](alpha * led + (1 - alpha) * z)
+
+    theirs.set_attn_processor({n: Normalized() if ".attn2." in n else own for n, own in plain.items()})
+    inputs = randn(2, 4, 8, 12), torch.tensor([1, 981]), context
+    with torch.no_grad():
+        before = ours(*inputs)
+        with away_from(ours, Conditioning(negative)):
+            assert error(ours(*inputs), theirs(*inputs).sample) <= 1e-9
+        assert torch.equal(ours(*inputs), before)
 
 
 FULL = {
