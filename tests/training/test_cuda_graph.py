@@ -24,6 +24,7 @@ from minidistill.distill import Batch
 from minidistill.training import cuda_graph
 from minidistill.training.cuda_graph import WARM_UP, UpdateGraph, adamw, can_record, set_learning_rate
 from minidistill.training.distributed import Ranks
+from minidistill.training.run_folder import resume, save_checkpoint
 
 WAITS = ("_local_scalar_dense", "nonzero", "equal")  # operations whose result goes to Python
 
@@ -142,6 +143,24 @@ def test_the_learning_rate_is_read_at_each_replay(recordings):
             set_learning_rate(optimizer, 0.1 / (i + 1))
         assert torch.equal(eager(batch(i))[0], recorded(batch(i))[0])
     assert len(recordings) == 1
+
+
+def test_a_checkpoint_of_a_cpu_continues_on_a_gpu(monkeypatch, tmp_path: Path):
+    """With its moments. The kernels and the tensor of the learning rate are the GPU's."""
+    p = nn.Parameter(torch.ones(3))
+    cpu = adamw([p], 0.1)
+    p.grad = torch.tensor([1.0, 2.0, 3.0])
+    cpu.step()
+    save_checkpoint(tmp_path, [p], cpu, [0.5], {})
+    monkeypatch.setattr(cuda_graph, "on_gpu", lambda device: True)
+    gpu = adamw([nn.Parameter(torch.zeros(3))], 0.2)
+    (group,) = gpu.param_groups
+    assert resume(tmp_path, group["params"], gpu, {}) == [0.5]
+    (group,) = gpu.param_groups
+    assert group["fused"] and group["capturable"] and torch.equal(group["lr"], torch.tensor(0.2))
+    assert torch.equal(group["params"][0], p)
+    for key, value in gpu.state[group["params"][0]].items():
+        assert torch.equal(value, cpu.state[p][key])
 
 
 RUNS = {
