@@ -12,19 +12,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minidistill import kernels, load
 from minidistill.data.examples import batch_to_device
 from minidistill.data.prompts import spread
 from minidistill.data.shards import fingerprint
-from minidistill.distill import guided_target, stored_target
-from minidistill.evaluate import comparison_grid, draw
-from minidistill.evaluate.run_report import write_report
-from minidistill.formats.files import atomic_write
-from minidistill.pipeline import StableDiffusion
+from minidistill.distill import Batch, guided_target, stored_target
+from minidistill.evaluate.run_report import report_prompts, write_preview, write_report
 from minidistill.training import command_line as cli
 from minidistill.training.bookkeeping import Progress
+from minidistill.training.cuda_graph import UpdateGraph, adamw, can_record
 from minidistill.training.distributed import Ranks, process_group
 from minidistill.training.run_folder import checkpoint_files, fixed_settings, flag_fingerprints, lock, resume
 from minidistill.training.sources import SOURCES
@@ -60,8 +58,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
 
     # Adam's steps are about equally large for every weight, so a layer's output changes more the wider its input.
     peak = args.lr or student.learning_rate / sd.unet_config.widths[0]
-    fused = sd.device.type == "cuda"  # one launch instead of a few for every weight
-    optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+    optimizer = adamw(trained, peak)
     weights = fingerprint(sd.unet, sd.text_encoder)
     recorded = fixed_settings(args, {"model": weights, **flag_fingerprints(args, sd, style), **source.stamp})
     losses = resume(out, trained, optimizer, recorded)  # empty in a new run
@@ -81,28 +78,37 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
 
     if args.compile:  # a graph for each way of calling it; sampling uses sd.unet, which is not compiled
         unet = torch.compile(unet, fullgraph=True, dynamic=False)
+
+    def update(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Teach the student one batch; returns the loss, the gradient's norm, and the target for a later check."""
+        batch_loss, targets = 0.0, []
+        for part in batch.split(args.accumulate):
+            target = target_of(partial(unet, lora_enabled=False), part)  # stored, or two calls of W now
+            eps = unet(part.z_t, part.t, part.cond, lora_enabled=True)  # W and the LoRA, called once
+            loss = (part.weight * (eps - target).square()).mean() * (len(part) / len(batch))
+            loss.backward()
+            batch_loss += loss.detach()
+            targets.append(target)
+        (batch_loss,) = ranks.average_gradients(trained, batch_loss)
+        norm = nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return batch_loss, norm, torch.cat(targets)
+
+    update = UpdateGraph(update, can_record(args, ranks, source, sd.device))  # as it is, or replayed by a GPU
+    sampling = sampling_options(args)
     progress = Progress(
         out, losses, sd.unet, trained, optimizer, recorded, ranks, steps=args.steps, peak=peak,
         # With few steps, the way from any state to the next may be guided.
-        interval=None if args.student_steps else args.interval, save_every=args.save_every,
-        preview=partial(preview, sd, args, out, spread(source.held_out, 8)),
+        interval=None if args.student_steps else args.interval, save_every=args.save_every, before_saving=update.forget,
+        preview=None if args.no_report else partial(write_preview, sd, out, spread(source.held_out, 8), **sampling),
     )  # fmt: skip
     with closing(progress.steps()) as steps:  # restores the normal Ctrl-C, even after an error
         for step in steps:  # sets the learning rate
             batch = batch_to_device(ranks.part(examples.batch(step)), sd.device)
-            batch_loss = 0.0
-            for part in batch.split(args.accumulate):
-                target = target_of(partial(unet, lora_enabled=False), part)  # stored, or two calls of W now
-                eps = unet(part.z_t, part.t, part.cond, lora_enabled=True)  # W and the LoRA, called once
-                loss = (part.weight * (eps - target).square()).mean() * (len(part) / len(batch))
-                loss.backward()
-                batch_loss += loss.detach()
-                progress.remember(part, target)  # for the check before a checkpoint
-            (batch_loss,) = ranks.average_gradients(trained, batch_loss)
-            norm = nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            progress.after_update(step, batch_loss, norm)
+            loss, norm, target = update(batch)
+            progress.remember(batch, target)
+            progress.after_update(step, loss, norm)
 
     if not ranks.first:
         return
@@ -112,7 +118,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     student.save(sd, result, args, metadata)
     print(f"Wrote {result}")
     if not args.no_report:
-        write_report(sd, out, spread(source.held_out, 24), losses, **sampling_options(args))
+        write_report(sd, out, spread(source.held_out, report_prompts(sd)), losses, **sampling)
 
 
 def sampling_options(args: argparse.Namespace) -> dict:
@@ -121,14 +127,6 @@ def sampling_options(args: argparse.Namespace) -> dict:
         steps=args.sample_steps, guidance=args.guidance, negative_prompt=args.negative_prompt, interval=args.interval,
         batch=args.batch, student_steps=args.student_steps,
     )  # fmt: skip
-
-
-def preview(sd: StableDiffusion, args: argparse.Namespace, out: Path, prompts: list[str], step: int) -> None:
-    """Images of the student as it is after ``step`` updates."""
-    if not args.no_report:
-        row = draw(sd, "student", prompts, **sampling_options(args))
-        with atomic_write(out / f"pictures/step-{step:06d}.png") as temporary:
-            comparison_grid([row], prompts).save(temporary, "png")
 
 
 def describe(name: str, args: argparse.Namespace, unet: nn.Module) -> str:
@@ -189,6 +187,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "backward pass instead of keeping them (default: %(default)s)")
     add("--batched-teacher", action="store_true", help="in the loop, guide by one call on a batch of twice the size")
     add("--compile", action="store_true", help="compile the UNet for the loop: minutes at first, then faster")
+    add("--no-graph", action="store_true", help="launch every operation of an update from Python, where one GPU would "
+        "replay a CUDA graph of them")
     add("--kernel", default="auto", choices=("auto", "fused", "torch"), help="compute LoRA layers with one CUDA kernel "
         "(on a GPU, in bfloat16), or with PyTorch (default: %(default)s)")
     add = parser.add_argument_group("the run itself").add_argument

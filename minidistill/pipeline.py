@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -204,6 +204,7 @@ class StableDiffusion:
         eta: float = 0.0,
         spacing: str = "leading",
         progress: bool = False,
+        clock: AbstractContextManager | None = None,
     ) -> list[Image.Image]:
         """Sample an image for each prompt; image i starts from the noise of ``seed + i``.
 
@@ -223,6 +224,7 @@ class StableDiffusion:
             eta: 0 is deterministic DDIM; 1 adds as much fresh noise in each step as DDPM.
             spacing: of the steps, "leading" as Stable Diffusion has it, or "trailing", which is better for few steps.
             progress: show a progress bar.
+            clock: entered for the DDIM steps and for the decoding, not while networks move to the device.
 
         Returns:
             PIL images, one for each prompt.
@@ -239,6 +241,7 @@ class StableDiffusion:
             raise ValueError("selective is an interval of its own: give one of selective and interval.")
         interval = interval or selective_interval(self.schedule, steps, selective, spacing)
         strength = self.strength(guidance) if lora_enabled else 1.0
+        clock = clock or nullcontext()
         guidance = 7.5 if guidance is None else guidance
         images = []
         bar = tqdm(total=-(-len(prompts) // batch) * steps, desc="sampling", unit="step", disable=not progress)
@@ -255,13 +258,14 @@ class StableDiffusion:
             generators = [torch.Generator().manual_seed(FRESH_NOISE + own) for own in seeds]
             leads_away = lora_enabled and negative_prompt
             with (
+                clock,
                 lora_strength(self.unet, strength) if strength != 1 else nullcontext(),
                 away_from(self.unet, uncond) if leads_away else nullcontext(),
             ):
                 for z_t in ddim_sample(model, self.schedule, z_T, steps, eta, generators, spacing):
                     bar.update()
             require_finite(z_t, self.unet)
-            with on_device(self.vae, self.device):
+            with on_device(self.vae, self.device), clock:
                 for one in z_t.split(1):  # one by one: the decoder takes far more memory than the UNet
                     images += to_images(self.decode(one))
         bar.close()

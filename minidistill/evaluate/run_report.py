@@ -1,4 +1,4 @@
-"""The report that ends a training run: images of teacher and student, the loss, and a table (also in report.md)."""
+"""What shows a training run: previews, and the report: images of teacher and student, loss, table (in report.md)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +12,18 @@ from minidistill.formats.files import atomic_write
 from minidistill.guidance import Interval
 from minidistill.lora import merge_lora, unmerge_lora
 from minidistill.pipeline import StableDiffusion
+
+
+def report_prompts(sd: StableDiffusion) -> int:
+    """The number of prompts in a report: 8 for large images, which would otherwise take longer than the training."""
+    return 24 if sd.height * sd.width <= 256**2 else 8
+
+
+def write_preview(sd: StableDiffusion, out: Path, prompts: list[str], step: int, **options) -> None:
+    """Images of the student as it is after ``step`` updates. ``options`` are those of ``write_report``."""
+    row = draw(sd, "student", prompts, **options)
+    with atomic_write(out / f"pictures/step-{step:06d}.png") as file:
+        comparison_grid([row], prompts).save(file, "png")
 
 
 def write_report(

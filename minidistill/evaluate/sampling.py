@@ -15,6 +15,24 @@ from minidistill.pipeline import StableDiffusion
 ALWAYS = Interval(0, math.inf)
 
 
+class Stopwatch:
+    """Sums the ``seconds`` in its ``with`` blocks, until the device has finished."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, 0.0
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def __enter__(self) -> None:
+        self.start = self.now()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += self.now() - self.start
+
+
 @dataclass
 class Drawn:
     """The images of one method, and the cost of one image."""
@@ -44,8 +62,8 @@ def draw(
 
     The keyword arguments go to :meth:`StableDiffusion.sample`. Where the student was taught few steps, it takes
     ``student_steps`` instead of ``steps``, and the spacing of all is trailing. ``negative_prompt`` is the teacher's,
-    which the student has learned; ``student_negative`` is one that it has not. The time covers the text encoder and the
-    VAE.
+    which the student has learned; ``student_negative`` is one that it has not. The time covers the DDIM steps and the
+    VAE, not the prompts, nor what it takes to move networks to the device.
     """
     spacing = spacing or ("trailing" if student_steps else "leading")
     steps = student_steps if student_steps and method == "student" else steps
@@ -53,10 +71,9 @@ def draw(
     scale = guidance if guides else None if method == "student" else 1.0
     options = dict(seed=EVALUATION_SEED) | options | dict(steps=steps, guidance=scale, lora_enabled=method == "student")
     options |= dict(negative_prompt=student_negative if method == "student" else negative_prompt)
-    start = time.perf_counter()
-    images = sd.sample(prompts, selective=selective, interval=interval, spacing=spacing, **options)
-    seconds = (time.perf_counter() - start) / len(prompts)
+    clock = Stopwatch(sd.device)
+    images = sd.sample(prompts, selective=selective, interval=interval, spacing=spacing, clock=clock, **options)
     if selective:
         interval = selective_interval(sd.schedule, steps, selective, spacing)
     inside = (interval or ALWAYS).includes(torch.tensor(sd.schedule.timesteps(steps, spacing)))
-    return Drawn(method, images, steps + (int(inside.sum()) if guides else 0), seconds)
+    return Drawn(method, images, steps + (int(inside.sum()) if guides else 0), clock.seconds / len(prompts))

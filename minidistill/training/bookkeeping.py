@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from minidistill.distill import ENOUGH_EXAMPLES, Batch, error_and_limit, learning_rate
 from minidistill.guidance import Interval
+from minidistill.training.cuda_graph import set_learning_rate
 from minidistill.training.distributed import Ranks
 from minidistill.training.run_folder import save_checkpoint
 
@@ -40,7 +41,8 @@ class Progress:
         out: the run's folder.  losses: those of earlier updates; the run continues after them.
         unet: teacher and student.  trained: its parameters that learn.  settings: go into checkpoints.
         steps: updates of the whole run.  peak: learning rate.  save_every: updates between checkpoints.
-        interval: of the teacher's guidance.  preview: called with the number of updates after each checkpoint.
+        interval: of the teacher's guidance.  before_saving: called before the student is checked and saved.
+        preview: called with the number of updates after each checkpoint; None for no preview.
     """
 
     def __init__(
@@ -57,11 +59,13 @@ class Progress:
         peak: float,
         save_every: int,
         interval: Interval | None,
-        preview: Callable[[int], None],
+        preview: Callable[[int], None] | None,
+        before_saving: Callable[[], None],
     ):
         self.out, self.losses, self.settings, self.ranks = out, losses, settings, ranks
         self.unet, self.trained, self.optimizer = unet, trained, optimizer
-        self.interval, self.total, self.peak, self.save_every, self.preview = interval, steps, peak, save_every, preview
+        self.interval, self.total, self.peak, self.save_every = interval, steps, peak, save_every
+        self.preview, self.before_saving = preview, before_saving
         self.recent: deque[Batch] = deque()  # the last ENOUGH_EXAMPLES or more, with their targets
         self.unread: list[Tensor] = []  # loss and gradient norm of the last updates, still on the device
 
@@ -76,8 +80,8 @@ class Progress:
                 disable=not self.ranks.first,
             )
             for step in range(len(self.losses), self.total):
-                for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(step, self.total, self.peak, warmup=max(self.total // 10, 1))
+                rate = learning_rate(step, self.total, self.peak, warmup=max(self.total // 10, 1))
+                set_learning_rate(self.optimizer, rate)
                 yield step
             self.bar.close()
 
@@ -98,10 +102,12 @@ class Progress:
         saving = stopping or (step + 1) % self.save_every == 0 or step + 1 == self.total
         if len(self.unread) == WINDOW or saving:
             self.read_losses()
+        if saving:
+            self.before_saving()
         if self.ranks.first and saving:
             self.check_divergence(step + 1)
             save_checkpoint(self.out, self.trained, self.optimizer, self.losses, self.settings)
-            if not stopping:
+            if self.preview and not stopping:
                 self.preview(step + 1)
         if stopping:
             self.bar.close()

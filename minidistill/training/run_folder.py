@@ -24,7 +24,7 @@ except ImportError:  # on Windows, where two runs in one folder go unnoticed
 # Flags that do not change what is learned. --student and --source are recorded as --method; the spacing follows from
 # --student-steps.
 FREE = {"out", "states", "resume", "no_report", "save_every", "device", "kernel", "memory", "accumulate", "compile"}
-FREE |= {"batched_teacher", "student", "source", "spacing"}
+FREE |= {"no_graph", "batched_teacher", "student", "source", "spacing"}
 CONTENTS = re.compile(r".*( \([0-9a-f]{16}\))", re.DOTALL)  # a flag with the fingerprint of what it names
 KEPT = 2  # checkpoints: the older one is for when the newer turns out to be damaged
 DIGEST = 32  # bytes of SHA-256 at the end of a checkpoint: torch.load itself does not notice a flipped bit
@@ -144,6 +144,7 @@ def resume(
         with torch.no_grad():
             for p, value in zip(trained, state["trained"], strict=True):
                 p.copy_(value)
-        optimizer.load_state_dict(state["optimizer"])
+        # Moments alone: which AdamW computes, and where its learning rate is, follows from this run's device.
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
         return state["losses"]
     return []

@@ -2,8 +2,11 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,6 +148,27 @@ def test_draw_counts_unet_calls(method: str, calls: int, sd: StableDiffusion):
     drawn = draw(sd, method, PROMPTS[:2], steps=3, guidance=GUIDANCE)
     assert drawn.unet_calls == len(counted) == calls
     assert drawn.method == method and len(drawn.images) == 2 and drawn.seconds > 0
+
+
+def test_the_time_of_an_image_is_without_moves_and_prompts(sd: StableDiffusion, monkeypatch):
+    """By a clock on which a call of the UNet takes a second, one of the decoder 10, and everything else 1000."""
+    time = 0.0
+
+    def pass_time(seconds: float, *_: object) -> None:
+        nonlocal time
+        time += seconds
+
+    @contextmanager
+    def slow_move(*_: object) -> Iterator[None]:
+        pass_time(1000)
+        yield
+        pass_time(1000)
+
+    monkeypatch.setattr("minidistill.evaluate.sampling.time", SimpleNamespace(perf_counter=lambda: time))
+    monkeypatch.setattr("minidistill.pipeline.on_device", slow_move)
+    for network, seconds in ((sd.unet, 1), (sd.vae.decoder, 10), (sd.text_encoder, 1000)):
+        network.register_forward_pre_hook(partial(pass_time, seconds))
+    assert draw(sd, "teacher", PROMPTS[:3], steps=3, guidance=GUIDANCE, batch=2).seconds == (2 * 6 + 3 * 10) / 3
 
 
 @pytest.mark.parametrize("selective, calls", [(0.0, 10), (0.2, 9), (0.5, 8), (1.0, 5)])

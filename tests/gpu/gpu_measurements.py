@@ -24,9 +24,10 @@ from minidistill.bench import kernel, memory
 from minidistill.bench.output import device_name
 from minidistill.bench.peers import peer_call
 from minidistill.bench.timing import timed
-from minidistill.bench.workloads import IMAGES, PEERS, SIZES, Setup, Update, Workload, distil, error, sample
+from minidistill.bench.workloads import IMAGES, PEERS, SIZES, Setup, Workload, distil, error, sample
 from minidistill.kernels.build import obstacle
 from minidistill.training.command_line import provenance
+from minidistill.training.cuda_graph import WARM_UP, adamw, record, side_stream
 from minidistill.training.recompute import low_memory
 
 RANK = 16
@@ -68,17 +69,11 @@ def milliseconds(
 
 
 def graphed(run: Callable[[], object]) -> Callable[[], object]:
-    """The same in a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
+    """The same in a CUDA graph, recorded as train.py records its updates."""
+    with side_stream():
+        for _ in range(WARM_UP):
             run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    return record(run)[0]
 
 
 def free_memory(task: Task) -> None:
@@ -192,18 +187,12 @@ def no_kernel(task: Task) -> str | None:
     return None if task.dry else obstacle(device(task))
 
 
-def fused_adamw(task: Task, update: Update) -> torch.optim.Optimizer:
-    """AdamW as ``update`` has it, in one kernel that a CUDA graph can hold."""
-    options = dict(betas=(0.9, 0.99), weight_decay=0.0, fused=True, capturable=not task.dry)
-    return torch.optim.AdamW(update.trained, lr=torch.tensor(1e-4, device=device(task)), **options)
-
-
 def update_figures(task: Task, who: str, kernel: str, batch: int) -> Figures:
     update = distil(new_setup(task, batch, kernel), who, teacher_in_loop=False)
     free_memory(task)
     yield "AdamW", attempt(milliseconds, task, update, 5)
     yield "peak GB", peak_gigabytes(task)
-    update.optimizer = fused_adamw(task, update)
+    update.optimizer = adamw(update.trained, 1e-4)  # as train.py has it on a GPU
     yield "fused AdamW", attempt(milliseconds, task, update, 5)
     yield "fused AdamW, graph", attempt(milliseconds, task, update, 5, graph=True)
 

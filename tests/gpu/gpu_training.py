@@ -1,6 +1,7 @@
 """The stages of quarter_hour.py that train: the next embedded model, its student, and a student of a large model."""
 
 import io
+import json
 import runpy
 import signal
 import sys
@@ -186,15 +187,22 @@ def end_to_end(task: Task) -> Figures:
     common = [*model, "--no-report", "--guidance", 2, "--lr", 1e-5, "--dtype", "bfloat16", *where(task)]
     usual = ["--trajectories", 32, "--steps", 20]
     low = ["--trajectories", 8, "--steps", 2, "--batch", 8, "--memory", "low"]
+    states = ["--states", task.scratch / "batch 4/states"]
     runs: dict[str, tuple[list, float | None]] = {
         "batch 4": ([*usual, "--batch", 4], None),
-        "batch 16": ([*usual, "--batch", 16], None),
+        "batch 4, no graph": ([*usual, "--batch", 4, "--no-graph", *states], None),
         "4 GB": ([*low, "--accumulate", 8], 3.5),
         "8 GB": (low, 7.5),
+        "batch 16": ([*usual, "--batch", 16], None),
     }
-    for name, (flags, gigabytes) in list(runs.items())[:: 2 if task.dry else 1]:
+    for name, (flags, gigabytes) in list(runs.items())[: 3 if task.dry else None]:
         flags = [*common, *flags, *(BRIEF_RUN if task.dry else []), "--out", task.scratch / name]
         yield name, attempt(timed_training, task, flags, gigabytes)
+    yield "losses", {name: attempt(losses, task.scratch / name) for name in ("batch 4", "batch 4, no graph")}
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 STAGES = {"retrain": retrain, "distil": distil, "end_to_end": end_to_end}

@@ -400,6 +400,7 @@ def test_only_hopper_gets_hoppers_instructions():
 # Compiling the sources
 
 NVCC = shutil.which("nvcc")
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def ptxas_report(tmp_path: Path, instances: list[str], capability: tuple[int, int], header: str) -> str:
@@ -419,9 +420,15 @@ def assert_no_spills(report: str, kernels: int) -> None:
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90a"])
-@pytest.mark.parametrize("rank", [16, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (32, 64, 128))])
+@pytest.mark.parametrize(
+    "capability",
+    [(8, 0), (9, 0), *map(slow, [(8, 6), (8, 9), (12, 0)])],
+    ids=["sm_80", "sm_90a", "sm_86", "sm_89", "sm_120"],
+)
+@pytest.mark.parametrize("rank", [16, *map(slow, [32, 64, 128])])
 def test_no_register_spills(rank: int, capability: tuple[int, int], tmp_path: Path):
+    if capability == (12, 0) and rank == 128:
+        pytest.xfail("ptxas of CUDA 13.0 spills 24 and 44 bytes here")
     plans = [
         f"Plan<BFloat16, {sizes}, {rank}, {transposed}>"
         for sizes, transposed in product(("128, 160", "64, 64"), ("false", "true"))
@@ -431,7 +438,7 @@ def test_no_register_spills(rank: int, capability: tuple[int, int], tmp_path: Pa
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("rank", [16, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (32, 64, 128))])
+@pytest.mark.parametrize("rank", [16, *map(slow, [32, 64, 128])])
 def test_no_register_spills_on_hopper(rank: int, tmp_path: Path):
     arguments = ", ".join(f"const GRID_CONSTANT {kind}" for kind in ("Problem", "TensorMap", "TensorMap"))
     instances = [f"lora_gemm_sm90<PlanSm90<BFloat16, {rank}, {way}>>({arguments})" for way in ("false", "true")]
@@ -440,7 +447,7 @@ def test_no_register_spills_on_hopper(rank: int, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
 def test_the_launcher_compiles(capability: tuple[int, int], tmp_path: Path):
     command = [NVCC, "-std=c++20", *build.nvcc_flags(capability), "-c", str(CSRC / "lora_gemm.cu")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -78,7 +78,8 @@ def test_a_run_restores_the_signal_handlers(changes: dict, succeeds: bool, comma
 def remembered(sizes: list[int], out: Path) -> Iterator[list[Batch]]:
     """What is kept after each of some batches of one pixel, whose z_t is the batch's number and t counts from 0."""
     progress = Progress(
-        out, [], None, [], None, {}, Ranks(), steps=9, peak=1, save_every=9, interval=None, preview=print
+        out, [], None, [], None, {}, Ranks(), steps=9, peak=1, save_every=9, interval=None, preview=None,
+        before_saving=print,
     )  # fmt: skip
     for i, size in enumerate(sizes):
         z_t, weight = torch.full((size, 1), float(i)), torch.ones(size, 1)
