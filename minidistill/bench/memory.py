@@ -32,6 +32,7 @@ from minidistill.bench.workloads import GUIDANCE, SIZES, Networks, Setup, Size, 
 from minidistill.config import UNetConfig
 from minidistill.evaluate.tables import markdown_table
 from minidistill.guidance import guided_noise
+from minidistill.lora import DEFAULT_TARGETS
 from minidistill.training.command_line import positive_int
 from minidistill.training.recompute import LOW_MEMORY, low_memory
 from minidistill.vae import VAE
@@ -108,10 +109,12 @@ class Case(NamedTuple):
     dtype: str = "bfloat16"  # of W and activations
     below: float = 0  # recompute what took fewer multiply-adds; math.inf: whole blocks
     parts: int = 1  # into which the batch is split, one after the other (`--accumulate`)
+    float8: bool = False  # W in 8 bits (`--weights float8`)
+    targets: Sequence[str] = DEFAULT_TARGETS  # the layers with a LoRA
 
     def update(self, size: Size, device: torch.device, rank: int, foreach: bool) -> Update:
         part = replace(size, batch=size.batch // self.parts)
-        setup = Setup(part, device, getattr(torch, self.dtype), rank)
+        setup = Setup(part, device, getattr(torch, self.dtype), rank, float8=self.float8, targets=self.targets)
         return Update(*ROWS[self.row].make(setup), self.below, foreach)
 
 
