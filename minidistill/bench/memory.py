@@ -271,22 +271,39 @@ class Card(NamedTuple):
     batch: int
     accumulate: int = 1
     memory: str = "normal"
+    float8: bool = False
+    targets: tuple[str, ...] = DEFAULT_TARGETS
 
     def __str__(self) -> str:
         flags = f"--dtype bfloat16 --batch {self.batch}"
         flags += f" --accumulate {self.accumulate}" if self.accumulate > 1 else ""
-        return flags + (" --memory low" if self.memory == "low" else "")
+        flags += " --memory low" if self.memory == "low" else ""
+        flags += " --weights float8" if self.float8 else ""
+        return flags + (f" --targets '{' '.join(self.targets)}'" if self.targets != DEFAULT_TARGETS else "")
 
 
 CARDS = (Card(4, 8, 8, "low"), Card(8, 8, 1, "low"), Card(24, 16), Card(80, 64))  # at 512x512
-XL_CARDS = (Card(8, 4, 4, "low"), Card(12, 4, 1, "low"), Card(24, 4, 2))  # SDXL, at 1024x1024
+ATTENTION = ("*.attn?.to_*",)  # half the pairs of an SDXL
+XL_CARDS = (  # SDXL, at 1024x1024
+    Card(6, 4, 4, "low", float8=True, targets=ATTENTION),
+    Card(6, 4, 4, "low", float8=True),
+    Card(8, 4, 4, "low"),
+    Card(12, 4, 1, "low"),
+    Card(24, 4, 2),
+)
 
 
 def card_peaks(card: Card, size: Size, rank: int = 16) -> dict[str, int]:
     """Peak bytes of each thing train.py does. The LoRA and AdamW's state are in memory all the time."""
     size = replace(size, batch=card.batch)
-    case = Case("noised", below=low_memory(size.unet) if card.memory == "low" else 0, parts=card.accumulate)
-    training, sample = (ledger(what, size, rank, foreach=True) for what in (case, Case("sampling")))
+    case = Case(
+        "noised",
+        below=low_memory(size.unet) if card.memory == "low" else 0,
+        parts=card.accumulate,
+        float8=card.float8,
+        targets=card.targets,
+    )
+    training, sample = (ledger(what, size, rank, True) for what in (case, Case("sampling", float8=card.float8)))
     with FakeTensorMode(), Live() as decoding:
         decode(Setup(size, torch.device("cpu"), torch.bfloat16, rank), "ours")()  # one image
     with torch.device("meta"):

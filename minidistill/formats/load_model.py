@@ -61,6 +61,10 @@ def load(
     is_folder = path.is_dir()
     model = read_model_folder(path, prediction, variant) if is_folder else read_single_file(path, prediction, ema)
     check_parts(model, path)
+    try:
+        schedule = Schedule.from_config(model.schedule)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     stored = to_float8 if weights == "float8" else as_it_is
     unet = build(lambda: UNet(model.unet_config), model.unet, dtype, stored)
     overflows = model.text_2 is not None and dtype == torch.float16
@@ -75,7 +79,7 @@ def load(
         unet=place(unet, device),
         vae=place(vae, device),
         text_encoder=place(text_encoder, device),
-        schedule=Schedule.from_config(model.schedule),
+        schedule=schedule,
         read_tokenizer=partial(read_tokenizer, folder, model.text_config, model.pad_token),
         path=path,
         height=height,
