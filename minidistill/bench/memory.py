@@ -32,7 +32,6 @@ from minidistill.bench.workloads import GUIDANCE, SIZES, Networks, Setup, Size, 
 from minidistill.config import UNetConfig
 from minidistill.evaluate.tables import markdown_table
 from minidistill.guidance import guided_noise
-from minidistill.lora import DEFAULT_TARGETS
 from minidistill.training.command_line import positive_int
 from minidistill.training.recompute import LOW_MEMORY, low_memory
 from minidistill.vae import VAE
@@ -110,11 +109,10 @@ class Case(NamedTuple):
     below: float = 0  # recompute what took fewer multiply-adds; math.inf: whole blocks
     parts: int = 1  # into which the batch is split, one after the other (`--accumulate`)
     float8: bool = False  # W in 8 bits (`--weights float8`)
-    targets: Sequence[str] = DEFAULT_TARGETS  # the layers with a LoRA
 
     def update(self, size: Size, device: torch.device, rank: int, foreach: bool) -> Update:
         part = replace(size, batch=size.batch // self.parts)
-        setup = Setup(part, device, getattr(torch, self.dtype), rank, float8=self.float8, targets=self.targets)
+        setup = Setup(part, device, getattr(torch, self.dtype), rank, float8=self.float8)
         return Update(*ROWS[self.row].make(setup), self.below, foreach)
 
 
@@ -272,20 +270,19 @@ class Card(NamedTuple):
     accumulate: int = 1
     memory: str = "normal"
     float8: bool = False
-    targets: tuple[str, ...] = DEFAULT_TARGETS
+    rank: int | None = None
 
     def __str__(self) -> str:
         flags = f"--dtype bfloat16 --batch {self.batch}"
         flags += f" --accumulate {self.accumulate}" if self.accumulate > 1 else ""
         flags += " --memory low" if self.memory == "low" else ""
         flags += " --weights float8" if self.float8 else ""
-        return flags + (f" --targets '{' '.join(self.targets)}'" if self.targets != DEFAULT_TARGETS else "")
+        return flags + (f" --rank {self.rank}" if self.rank else "")
 
 
 CARDS = (Card(4, 8, 8, "low"), Card(8, 8, 1, "low"), Card(24, 16), Card(80, 64))  # at 512x512
-ATTENTION = ("*.attn?.to_*",)  # half the pairs of an SDXL
 XL_CARDS = (  # SDXL, at 1024x1024
-    Card(6, 4, 4, "low", float8=True, targets=ATTENTION),
+    Card(6, 4, 4, "low", float8=True, rank=8),
     Card(6, 4, 4, "low", float8=True),
     Card(8, 4, 4, "low"),
     Card(12, 4, 1, "low"),
@@ -295,13 +292,12 @@ XL_CARDS = (  # SDXL, at 1024x1024
 
 def card_peaks(card: Card, size: Size, rank: int = 16) -> dict[str, int]:
     """Peak bytes of each thing train.py does. The LoRA and AdamW's state are in memory all the time."""
-    size = replace(size, batch=card.batch)
+    size, rank = replace(size, batch=card.batch), card.rank or rank
     case = Case(
         "noised",
         below=low_memory(size.unet) if card.memory == "low" else 0,
         parts=card.accumulate,
         float8=card.float8,
-        targets=card.targets,
     )
     training, sample = (ledger(what, size, rank, True) for what in (case, Case("sampling", float8=card.float8)))
     with FakeTensorMode(), Live() as decoding:
@@ -332,7 +328,7 @@ def print_cards(cards: Sequence[Card], names: list[str], rank: int, side: int) -
         titles[2:] = peaks
     if lines:
         lines = [titles, ["---"] * 2 + ["---:"] * (len(titles) - 2), *lines]
-        print(f"\n{markdown_table(lines)}\n\nGB, at {side}x{side}, LoRA rank {rank}.")
+        print(f"\n{markdown_table(lines)}\n\nGB, at {side}x{side}, LoRA rank {rank} unless the flags say another.")
 
 
 def run(args: Namespace) -> None:

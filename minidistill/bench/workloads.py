@@ -19,7 +19,7 @@ from minidistill.conditioning import Conditioning
 from minidistill.formats.float8 import to_float8
 from minidistill.guidance import batched_guided_noise, guided, guided_noise
 from minidistill.guidance import student as student_predictor
-from minidistill.lora import DEFAULT_TARGETS, LoRAModel, inject_lora, lora_layers, merge_lora
+from minidistill.lora import LoRAModel, inject_lora, lora_layers, merge_lora
 from minidistill.samplers import ddim_sample
 from minidistill.schedule import Schedule
 from minidistill.training.recompute import low_memory, recompute
@@ -75,7 +75,6 @@ class Setup:
     timed_steps: int = 1
     kernel: str = "auto"  # which kernel computes the LoRA layers
     float8: bool = False  # the UNet's W in 8 bits (`--weights float8`)
-    targets: Sequence[str] = DEFAULT_TARGETS  # the layers with a LoRA
 
     def randn(self, *shape: int, seed: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -136,7 +135,7 @@ class Setup:
 
     def lora_unet(self, zero: bool = False) -> LoRAModel:
         """The UNet with a random LoRA, or with one whose lora_up is zero."""
-        unet = inject_lora(self.unet(), self.rank, targets=self.targets)
+        unet = inject_lora(self.unet(), self.rank)
         if not zero:
             fill_pairs({name: (layer.lora_down, layer.lora_up) for name, layer in lora_layers(unet).items()})
         kernels.install(unet, self.kernel)

@@ -63,9 +63,9 @@ class Float8Weight(Tensor):
         if operator in LIKEWISE:
             return cls(operator(first.code), first.scale, first.dtype)
         if operator in (aten._to_copy.default, aten.clone.default):
-            dtype = kwargs.pop("dtype", None) or first.dtype
-            code, scale = (operator(x, **kwargs if x.ndim else {}) for x in (first.code, first.scale))
-            return cls(code, scale, dtype)
+            dtype, layout = kwargs.pop("dtype", None), kwargs.pop("memory_format", None)
+            code = operator(first.code, **kwargs, memory_format=layout)
+            return cls(code, operator(first.scale, **kwargs), dtype or first.dtype)
         if operator in CHANGES and isinstance(first, cls):
             raise ValueError(
                 "W in 8 bits takes up no LoRA: it would be lost in the rounding. Keep the LoRA beside W; or merge it "

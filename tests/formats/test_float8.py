@@ -1,5 +1,6 @@
 """W in 8 bits: the nearest codes, exact products, the gradients of a plain layer with that W, and only 8 bits kept."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -83,6 +84,8 @@ def test_w_is_the_same_in_every_dtype(dtype: torch.dtype):
     assert other.dtype == dtype and torch.equal(other.code.view(torch.uint8), kept.code.view(torch.uint8))
     assert torch.equal(other.product().double(), kept.product().double())
     assert kept.nbytes == 30 * 40 + 4
+    moved = kept.to("meta", dtype)
+    assert [x.device.type for x in (moved, moved.code, moved.scale)] == ["meta"] * 3 and moved.dtype == dtype
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -170,9 +173,6 @@ def test_trained_exported_and_sampled(model: str, command, flags, tmp_path: Path
     report = [] if model.name == "tiny" else ["--no-report"]
     done = command("train.py", *flags(run, model=model, weights="float8", memory="low"), *report)
     assert done.code == 0 and "W in float8" in done.out, done.err
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    losses = [float(line.partition('"loss": ')[2].rstrip("}")) for line in lines]
-    assert min(losses[-2:]) < losses[0]
 
     unet = load_lora(load(model, weights="float8").unet, run / "lora.safetensors")
     assert has_float8(unet)
@@ -188,7 +188,7 @@ def test_trained_exported_and_sampled(model: str, command, flags, tmp_path: Path
 def test_the_loss_falls(command, flags, tmp_path: Path):
     run = tmp_path / "run"
     assert command("train.py", *flags(run, weights="float8", steps=40, lr=0.01), "--no-report").code == 0
-    losses = [float(line.partition('"loss": ')[2].rstrip("}")) for line in (run / "metrics.jsonl").open()]
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()]
     assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
 
 
