@@ -270,19 +270,16 @@ class Card(NamedTuple):
     accumulate: int = 1
     memory: str = "normal"
     float8: bool = False
-    rank: int | None = None
 
     def __str__(self) -> str:
         flags = f"--dtype bfloat16 --batch {self.batch}"
         flags += f" --accumulate {self.accumulate}" if self.accumulate > 1 else ""
         flags += " --memory low" if self.memory == "low" else ""
-        flags += " --weights float8" if self.float8 else ""
-        return flags + (f" --rank {self.rank}" if self.rank else "")
+        return flags + (" --weights float8" if self.float8 else "")
 
 
 CARDS = (Card(4, 8, 8, "low"), Card(8, 8, 1, "low"), Card(24, 16), Card(80, 64))  # at 512x512
 XL_CARDS = (  # SDXL, at 1024x1024
-    Card(6, 4, 4, "low", float8=True, rank=8),
     Card(6, 4, 4, "low", float8=True),
     Card(8, 4, 4, "low"),
     Card(12, 4, 1, "low"),
@@ -292,7 +289,7 @@ XL_CARDS = (  # SDXL, at 1024x1024
 
 def card_peaks(card: Card, size: Size, rank: int = 16) -> dict[str, int]:
     """Peak bytes of each thing train.py does. The LoRA and AdamW's state are in memory all the time."""
-    size, rank = replace(size, batch=card.batch), card.rank or rank
+    size = replace(size, batch=card.batch)
     case = Case(
         "noised",
         below=low_memory(size.unet) if card.memory == "low" else 0,
@@ -328,7 +325,7 @@ def print_cards(cards: Sequence[Card], names: list[str], rank: int, side: int) -
         titles[2:] = peaks
     if lines:
         lines = [titles, ["---"] * 2 + ["---:"] * (len(titles) - 2), *lines]
-        print(f"\n{markdown_table(lines)}\n\nGB, at {side}x{side}, LoRA rank {rank} unless the flags say another.")
+        print(f"\n{markdown_table(lines)}\n\nGB, at {side}x{side}, LoRA rank {rank}.")
 
 
 def run(args: Namespace) -> None:
