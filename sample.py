@@ -45,7 +45,8 @@ def main() -> None:
         if args.compare:
             sd.sample(args.prompt[:1], steps=1)  # not timed: the first calls of everything are slower
         rows = [draw(sd, "teacher", args.prompt, **options)] if args.compare else []
-        merge_lora(sd.unet)
+        if not args.weights:  # W in 8 bits would lose it
+            merge_lora(sd.unet)
         rows.append(draw(sd, "student", args.prompt, **options))
         images = [comparison_grid(rows, args.prompt, columns=len(args.prompt))] if args.compare else rows[0].images
 

@@ -133,11 +133,11 @@ def describe(name: str, args: argparse.Namespace, unet: nn.Module) -> str:
     """What is frozen, what learns, and where the memory goes."""
     learning = [p for p in unet.parameters() if p.requires_grad]
     frozen, trained = (sum(p.numel() for p in ps) for ps in (set(unet.parameters()) - set(learning), learning))
-    dtype = str(learning[0].dtype).removeprefix("torch.")
+    dtype, stored = str(learning[0].dtype).removeprefix("torch."), args.weights or args.dtype
     kept = {"normal": "all activations", "low": "only activations that are expensive to compute again"}[args.memory]
     return (
-        f"{name}: {frozen:,} frozen parameters, {trained:,} to train.\nMemory {args.memory}: W in {args.dtype}, what "
-        f"learns in {dtype}; {kept} kept for the backward pass; text encoder and VAE on the CPU until used."
+        f"{name}: {frozen:,} frozen parameters, {trained:,} to train.\nMemory {args.memory}: W in {stored}, "
+        f"what learns in {dtype}; {kept} kept for the backward pass; text encoder and VAE on the CPU until used."
     )
 
 

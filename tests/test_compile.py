@@ -9,6 +9,7 @@ from tiny import error, tiny_student, unet_inputs
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from minidistill.formats.float8 import to_float8
 from minidistill.lora import lora_parameters
 from minidistill.training.recompute import LOW_MEMORY, recompute
 
@@ -30,9 +31,13 @@ def results(called: nn.Module, trained: list[nn.Parameter]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("below", [0.0, LOW_MEMORY])
+@pytest.mark.parametrize("float8", [False, True])
 @pytest.mark.slow
-def test_one_graph_for_the_teacher_and_one_for_the_student(below: float):
+def test_one_graph_for_the_teacher_and_one_for_the_student(float8: bool, below: float):
     unet, counter = tiny_student(), CompileCounterWithBackend("aot_eager")
+    if float8:
+        weights = {name: x for name, x in unet.state_dict().items() if name.endswith("weight")}
+        unet.load_state_dict({name: to_float8(name, x) for name, x in weights.items()}, strict=False, assign=True)
     recompute(unet, below)
     compiled = torch.compile(unet, fullgraph=True, dynamic=False, backend=counter)
     for actual, expected in zip(results(compiled, lora_parameters(unet)), results(unet, lora_parameters(unet))):

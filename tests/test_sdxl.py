@@ -15,12 +15,14 @@ from tiny import TINY_XL_UNET, error, fill_up, randn
 
 from minidistill import StableDiffusion, inject_lora, load, load_lora, pipeline, save_lora
 from minidistill.conditioning import Conditioning, cat
+from minidistill.config import SD15_UNET, SDXL_UNET, UNetConfig
 from minidistill.data.prompts import prompt_split
 from minidistill.evaluate import noise_error_share
 from minidistill.evaluate.__main__ import main as evaluate
 from minidistill.export.__main__ import main as export
-from minidistill.formats.lora_formats import read_lora
+from minidistill.formats.lora_formats import LoRAFile, Pair, kohya_tensors, read_lora
 from minidistill.formats.lora_io import fit
+from minidistill.lora import lora_layers
 from minidistill.text import pad_with_zeros
 from minidistill.training.distributed import process_group
 from minidistill.unet import UNet
@@ -107,6 +109,15 @@ def test_kohyas_header_and_names(run: Path, tmp_path: Path):
     assert "lora_unet_middle_block_1_transformer_blocks_1_attn2_to_k" in names
     assert "lora_unet_input_blocks_1_0_in_layers_2" in names and not any("down_blocks" in name for name in names)
     assert read_lora(tmp_path / "lora.safetensors").metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+
+
+@pytest.mark.parametrize("config, block", [(SDXL_UNET, "output_blocks_0_0_"), (SD15_UNET, "up_blocks_0_resnets_0_")])
+def test_convolutions_alone_get_kohyas_names(config: UNetConfig, block: str):
+    with torch.device("meta"):
+        layers = lora_layers(inject_lora(UNet(config), rank=1, targets=["*.resnets.*.conv?"]))
+    pairs = {name: Pair(layer.lora_down, layer.lora_up, 1.0) for name, layer in layers.items()}
+    names = kohya_tensors(LoRAFile(Path("x"), pairs, {}))
+    assert sum(name.startswith(f"lora_unet_{block}") for name in names) == 2 * 3
 
 
 def test_merged_folder_and_single_file(run: Path, xl: StableDiffusion, tmp_path: Path):

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minidistill.bench.workloads import Update
+from minidistill.formats.float8 import Float8Weight
 from minidistill.training.recompute import multiply_adds
 
 
@@ -29,6 +30,8 @@ class Live(TorchDispatchMode):
         self.storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if Float8Weight in types:
+            return NotImplemented  # it computes with its parts, and these operations are counted
         result = operation(*args, **(kwargs or {}))
         for x in tree_leaves(result):
             if isinstance(x, Tensor) and not x.is_meta and (storage := x.untyped_storage()) not in self.storages:

@@ -108,10 +108,11 @@ class Case(NamedTuple):
     dtype: str = "bfloat16"  # of W and activations
     below: float = 0  # recompute what took fewer multiply-adds; math.inf: whole blocks
     parts: int = 1  # into which the batch is split, one after the other (`--accumulate`)
+    float8: bool = False  # W in 8 bits (`--weights float8`)
 
     def update(self, size: Size, device: torch.device, rank: int, foreach: bool) -> Update:
         part = replace(size, batch=size.batch // self.parts)
-        setup = Setup(part, device, getattr(torch, self.dtype), rank)
+        setup = Setup(part, device, getattr(torch, self.dtype), rank, float8=self.float8)
         return Update(*ROWS[self.row].make(setup), self.below, foreach)
 
 
@@ -268,22 +269,34 @@ class Card(NamedTuple):
     batch: int
     accumulate: int = 1
     memory: str = "normal"
+    float8: bool = False
 
     def __str__(self) -> str:
         flags = f"--dtype bfloat16 --batch {self.batch}"
         flags += f" --accumulate {self.accumulate}" if self.accumulate > 1 else ""
-        return flags + (" --memory low" if self.memory == "low" else "")
+        flags += " --memory low" if self.memory == "low" else ""
+        return flags + (" --weights float8" if self.float8 else "")
 
 
 CARDS = (Card(4, 8, 8, "low"), Card(8, 8, 1, "low"), Card(24, 16), Card(80, 64))  # at 512x512
-XL_CARDS = (Card(8, 4, 4, "low"), Card(12, 4, 1, "low"), Card(24, 4, 2))  # SDXL, at 1024x1024
+XL_CARDS = (  # SDXL, at 1024x1024
+    Card(6, 4, 4, "low", float8=True),
+    Card(8, 4, 4, "low"),
+    Card(12, 4, 1, "low"),
+    Card(24, 4, 2),
+)
 
 
 def card_peaks(card: Card, size: Size, rank: int = 16) -> dict[str, int]:
     """Peak bytes of each thing train.py does. The LoRA and AdamW's state are in memory all the time."""
     size = replace(size, batch=card.batch)
-    case = Case("noised", below=low_memory(size.unet) if card.memory == "low" else 0, parts=card.accumulate)
-    training, sample = (ledger(what, size, rank, foreach=True) for what in (case, Case("sampling")))
+    case = Case(
+        "noised",
+        below=low_memory(size.unet) if card.memory == "low" else 0,
+        parts=card.accumulate,
+        float8=card.float8,
+    )
+    training, sample = (ledger(what, size, rank, True) for what in (case, Case("sampling", float8=card.float8)))
     with FakeTensorMode(), Live() as decoding:
         decode(Setup(size, torch.device("cpu"), torch.bfloat16, rank), "ours")()  # one image
     with torch.device("meta"):

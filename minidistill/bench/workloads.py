@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig
 from minidistill import config, kernels
 from minidistill.bench.peers import peer_call, peer_guided_image, peer_lora, peer_unet
 from minidistill.conditioning import Conditioning
+from minidistill.formats.float8 import to_float8
 from minidistill.guidance import batched_guided_noise, guided, guided_noise
 from minidistill.guidance import student as student_predictor
 from minidistill.lora import LoRAModel, inject_lora, lora_layers, merge_lora
@@ -73,6 +74,7 @@ class Setup:
     rank: int
     timed_steps: int = 1
     kernel: str = "auto"  # which kernel computes the LoRA layers
+    float8: bool = False  # the UNet's W in 8 bits (`--weights float8`)
 
     def randn(self, *shape: int, seed: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -102,7 +104,9 @@ class Setup:
         t = torch.linspace(999, 1, batch, device=self.device).long()
         return self.latents(batch).to(wide), t, *self.contexts(batch), self.latents(batch, seed=5).to(wide)
 
-    def random_weights(self, make: Callable[[], nn.Module], layout: torch.memory_format) -> dict[str, Tensor]:
+    def random_weights(
+        self, make: Callable[[], nn.Module], layout: torch.memory_format, float8: bool = False
+    ) -> dict[str, Tensor]:
         """Matrices that keep the variance of their input; norms close to 1 and biases close to 0, but not equal."""
         with torch.device("meta"):
             shapes = {name: x.shape for name, x in make().state_dict().items()}
@@ -110,13 +114,14 @@ class Setup:
         for seed, (name, shape) in enumerate(shapes.items()):
             x = self.randn(*shape, seed=seed).mul_(shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.1)
             x.add_(1 if len(shape) == 1 and name.endswith("weight") else 0)
-            weights[name] = x.contiguous(memory_format=layout) if len(shape) == 4 else x
+            x = x.contiguous(memory_format=layout) if len(shape) == 4 else x
+            weights[name] = to_float8(name, x) if float8 else x
         return weights
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         """The UNet's weights in the memory layout that load() gives them."""
-        return self.random_weights(lambda: UNet(self.size.unet), torch.channels_last)
+        return self.random_weights(lambda: UNet(self.size.unet), torch.channels_last, self.float8)
 
     @cached_property
     def peer_weights(self) -> dict[str, Tensor]:

@@ -136,7 +136,8 @@ def run(args: Namespace) -> None:
                 "noise error share": error_share(sd, label, learned, noised=False),
                 "on noised latents": error_share(sd, label, learned, noised=True),
             }
-        merge_lora(sd.unet)
+        if not args.weights:  # W in 8 bits would lose it
+            merge_lora(sd.unet)
         rows.append(images(sd, "student", label, learned, **few))
 
     references = {}  # features [N, D] of the sets of images to compare with

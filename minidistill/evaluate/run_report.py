@@ -9,6 +9,7 @@ from minidistill.evaluate.metrics import ClipScore, noise_error_share, psnr
 from minidistill.evaluate.sampling import Drawn, draw
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write
+from minidistill.formats.float8 import has_float8
 from minidistill.guidance import Interval
 from minidistill.lora import merge_lora, unmerge_lora
 from minidistill.pipeline import StableDiffusion
@@ -46,14 +47,14 @@ def write_report(
     share = noise_error_share(sd, prompts, **options).pooled
     sd.sample(prompts[:1], steps=1)  # warm up: the first calls are slower
     rows = [draw(sd, method, prompts, **options) for method in ("teacher", "no guidance")]
-    merge_lora(sd.unet)
+    if not has_float8(sd.unet):
+        merge_lora(sd.unet)
     rows.append(draw(sd, "student", prompts, **options))
     unmerge_lora(sd.unet)
 
     table = report_table(sd, rows, {"teacher": 0.0, "no guidance": 1.0, "student": share}, prompts)
     frozen, trained = (
-        sum(p.numel() * p.element_size() for p in sd.unet.parameters() if p.requires_grad == trains) / 1e6
-        for trains in (False, True)
+        sum(p.nbytes for p in sd.unet.parameters() if p.requires_grad == trains) / 1e6 for trains in (False, True)
     )
     memory = f"Weights: {frozen:.1f} MB frozen, {trained:.1f} MB trained."
     where = f" for {interval.low:g} <= t <= {interval.high:g}" if interval else ""

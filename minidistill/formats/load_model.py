@@ -5,10 +5,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from minidistill.formats.files import CheckpointError, reading
+from minidistill.formats.float8 import to_float8
 from minidistill.formats.hub import fetch_tokenizer, find_model
 from minidistill.formats.model_configs import Description, Network
 from minidistill.formats.model_folder import read_model_folder
@@ -32,6 +33,7 @@ def load(
     variant: str | None = None,
     height: int | None = None,
     width: int | None = None,
+    weights: str | None = None,
 ) -> StableDiffusion:
     """Load a Stable Diffusion 1.x, 2.x or XL.
 
@@ -44,6 +46,7 @@ def load(
         ema: load the UNet's EMA weights, which some single files hold.
         variant: which weights of a folder or hub id to load, for example "fp16".
         height, width: of images, in pixels; by default the size that the model was trained on.
+        weights: "float8" keeps W of the UNet's linear layers and convolutions in 8 bits, and computes in ``dtype``.
 
     Raises:
         CheckpointError: names the file, what is wrong with it and what to do.
@@ -58,7 +61,12 @@ def load(
     is_folder = path.is_dir()
     model = read_model_folder(path, prediction, variant) if is_folder else read_single_file(path, prediction, ema)
     check_parts(model, path)
-    unet = build(lambda: UNet(model.unet_config), model.unet, dtype)
+    try:
+        schedule = Schedule.from_config(model.schedule)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    stored = to_float8 if weights == "float8" else as_it_is
+    unet = build(lambda: UNet(model.unet_config), model.unet, dtype, stored)
     overflows = model.text_2 is not None and dtype == torch.float16
     vae = build(lambda: VAE(model.vae_config), model.vae, torch.float32 if overflows else dtype)
     text_encoder = build(lambda: CLIPTextModel(model.text_config), model.text, dtype)
@@ -71,7 +79,7 @@ def load(
         unet=place(unet, device),
         vae=place(vae, device),
         text_encoder=place(text_encoder, device),
-        schedule=Schedule.from_config(model.schedule),
+        schedule=schedule,
         read_tokenizer=partial(read_tokenizer, folder, model.text_config, model.pad_token),
         path=path,
         height=height,
@@ -95,8 +103,17 @@ def check_parts(model: Description, path: Path) -> None:
             )
 
 
-def build(make: Callable[[], nn.Module], network: Network, dtype: torch.dtype) -> nn.Module:
-    """The frozen module that ``make`` returns, with the network's tensors as its parameters.
+def as_it_is(name: str, tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def build(
+    make: Callable[[], nn.Module],
+    network: Network,
+    dtype: torch.dtype,
+    stored: Callable[[str, Tensor], Tensor] = as_it_is,
+) -> nn.Module:
+    """The frozen module that ``make`` returns, with the network's tensors, ``stored`` one by one, as its parameters.
 
     It is made without memory of its own, so weights that need no conversion stay mapped from the file. Raises
     CheckpointError that lists every missing, unexpected and misshapen tensor.
@@ -119,6 +136,7 @@ def build(make: Callable[[], nn.Module], network: Network, dtype: torch.dtype) -
                 raise CheckpointError(
                     f"{network.file} has values in {original} that {kind} cannot hold: load it in float32 or bfloat16."
                 )
+            weights[name] = stored(name, weights[name])
             release_pages(weights[name])
     module.load_state_dict(weights, assign=True)
     return module.eval().requires_grad_(False)

@@ -14,7 +14,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -120,9 +120,14 @@ class LoRAFile:
 XL_NAMES = unet_names(SDXL_UNET)
 
 
-def is_xl(layers: Iterable[str]) -> bool:
+# A convolution whose input, the level below and the skip, has another width in SDXL than in SD 1.x and 2.x.
+XL_CONV, XL_WIDTH = "up_blocks.1.resnets.0.conv1", SDXL_UNET.widths[2] + SDXL_UNET.widths[1]
+
+
+def is_xl(layers: Mapping[str, Pair]) -> bool:
     """True for layers of SDXL, the only UNet here with several transformer blocks in a row."""
-    return any(".transformer_blocks.1." in name for name in layers)
+    conv = layers.get(XL_CONV)
+    return any(".transformer_blocks.1." in name for name in layers) or bool(conv and conv.down.shape[1] == XL_WIDTH)
 
 
 # Writing
@@ -307,11 +312,15 @@ def widen(tensor: Tensor) -> Tensor:
 
 
 def is_pair(part: Mapping[str, Tensor]) -> bool:
-    """True for floats [rank, in] or [rank, in, k, k], and [out, rank] or [out, rank, 1, 1], and at most one alpha."""
+    """True for floats [rank, in] or [rank, in, k, k], and [out, rank] or [out, rank, 1, 1], and at most one alpha.
+
+    LyCORIS may have a third between the two, [rank, rank, k, k].
+    """
     if not {"down", "up"} <= set(part):
         return False
     down, up = part["down"].shape, part["up"].shape
     fits = len(down) in (2, 4) and min(down) > 0 and len(up) in (2, 4) and up[1:] == (down[0], 1, 1)[: len(up) - 1]
+    fits = fits and ("mid" not in part or (part["mid"].ndim == 4 and part["mid"].shape[:2] == (down[0], down[0])))
     floats = all(part[key].is_floating_point() and part[key].itemsize > 1 for key in part if key != "alpha")
     return fits and floats and ("alpha" not in part or part["alpha"].numel() == 1)
 

@@ -64,13 +64,15 @@ def add_model_flags(
     add("--width", type=positive_int, metavar="N", help="the same")
     add("--device", default=DEFAULT_DEVICE, metavar="DEVICE", help="where to compute (default: %(default)s)")
     add("--dtype", default="float32", choices=dtypes, help="dtype of the weights (default: %(default)s)")
+    add("--weights", choices=("float8",), help="keep W of the UNet's linear layers and convolutions in 8 bits, half "
+        "the memory of bfloat16; they are computed in --dtype (default: W has that dtype too)")
     # fmt: on
     return flags
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
     """The model flags as keyword arguments of ``minidistill.load``."""
-    same = ("device", "prediction", "tokenizer", "ema", "variant", "height", "width")
+    same = ("device", "prediction", "tokenizer", "ema", "variant", "height", "width", "weights")
     return {name: getattr(args, name) for name in same} | {"dtype": getattr(torch, args.dtype)}
 
 

@@ -83,6 +83,12 @@ def choose_method(args: argparse.Namespace) -> None:
             "--images and --source images go together, without --prompts (images have captions) and without a --method "
             "other than noised."
         )
+    if args.weights and (args.student == "full" or args.teacher_lora or args.kernel == "fused"):
+        raise ValueError(
+            f"--weights {args.weights} is for a W that stays as it is, in plain PyTorch: leave out --student full "
+            "(--method full), --kernel fused and --teacher-lora (first merge the style into the model, by python -m "
+            "minidistill.export --to checkpoint)."
+        )
     noised = args.source != "trajectories"
     args.method = {"lora": ["trajectories", "noised"], "full": ["full", "full noised"]}[args.student][noised]
 

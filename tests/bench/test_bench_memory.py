@@ -113,6 +113,17 @@ def test_keeping_attention_matrices() -> None:
     assert kept - fused >= 3 * 4 * TINY.batch * heads * tokens**2  # at the finer level: once down, twice up
 
 
+def test_8_bits_halve_w_and_change_no_other_column() -> None:
+    """W of the blocks: a byte a number, and a scale of four bytes a tensor. The peak has one product of W at a time."""
+    plain, small = (ledger(Case("noised", "bfloat16", float8=how), TINY, RANK) for how in (False, True))
+    with torch.device("meta"):
+        stored = [p for name, p in UNet(TINY.unet).named_parameters() if p.ndim > 1 and "block" in name]
+    assert plain["weights"] - small["weights"] == sum(p.numel() - 4 for p in stored)
+    assert all(small[column] == plain[column] for column in ("gradients", "optimizer"))
+    assert small["saved"] == pytest.approx(plain["saved"], rel=0.01)
+    assert plain["peak"] - small["peak"] > sum(p.numel() for p in stored) - 2 * 2 * max(p.numel() for p in stored)
+
+
 def saved_bytes(case: Case, size: Size) -> int:
     """What autograd's own hooks see it keep of real tensors, without parameters and inputs."""
     update = case.update(size, CPU, 16, foreach=False)
@@ -138,11 +149,19 @@ def test_saved_is_what_autograd_keeps_of_real_tensors(name: str) -> None:
     assert saved_bytes(CASES[name], size) == pytest.approx(ledger(CASES[name], size)["saved"], rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["full/float32", pytest.param("noised/float32/recompute", marks=pytest.mark.slow)])
-def test_the_peak_is_the_allocators(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [
+        CASES["full/float32"],
+        pytest.param(CASES["noised/float32/recompute"], marks=pytest.mark.slow),
+        pytest.param(Case("noised", "float32", below=100, float8=True), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_peak_is_the_allocators(case: Case, tmp_path: Path) -> None:
     """At pocket size, on real tensors: torch's profiler logs every allocation, also inside kernels."""
     size = SIZES["pocket"]
-    update = CASES[name].update(size, CPU, 16, foreach=False)
+    update = case.update(size, CPU, 16, foreach=False)
     update()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
@@ -152,7 +171,7 @@ def test_the_peak_is_the_allocators(name: str, tmp_path: Path) -> None:
     logged = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
     totals = [e["args"]["Total Allocated"] for e in logged]
     above = max(totals) - (totals[0] - logged[0]["args"]["Bytes"])
-    row = ledger(CASES[name], size)
+    row = ledger(case, size)
     assert above + row["weights"] + row["optimizer"] == pytest.approx(row["peak"], rel=0.01)
 
 

@@ -64,6 +64,7 @@ def test_the_fingerprint_is_of_the_frozen_weights():
     unet = tiny_unet().requires_grad_(False)
     before = fingerprint(unet)
     assert len(before) == 16 and before == fingerprint(tiny_unet().requires_grad_(False))
+    assert before == fingerprint(tiny_unet().requires_grad_(False).to(memory_format=torch.channels_last))  # as on a GPU
     assert fingerprint(tiny_student()) == before  # the LoRA learns, and does not count
     with torch.no_grad():
         unet.conv_out.weight[0, 0, 0, 0] += 1e-6

@@ -705,7 +705,7 @@ def test_an_sd_2_that_says_nothing_is_guessed_aloud(spread: float, prediction: s
 
 
 def test_zero_terminal_snr_needs_v(tensors: dict[str, Tensor], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="zero terminal SNR.*--prediction v"):
+    with pytest.raises(ValueError, match="model.safetensors: .*zero terminal SNR.*--prediction v"):
         load(write(tmp_path / "model.safetensors", tensors | {"ztsnr": torch.zeros(0)}))
 
 

@@ -244,6 +244,14 @@ def test_three_convolutions_of_lycoris(tmp_path: Path):
     assert error(student(x).detach(), expected.detach()) < 1e-5
 
 
+@pytest.mark.parametrize("mid", [(2, 3, 3, 3), (3, 2, 3, 3), (2, 2)], ids=str)
+def test_a_convolution_between_of_another_rank_is_refused(mid: tuple[int, ...], tmp_path: Path):
+    tensors = {f"{CONV}.lora_down.weight": randn(2, 64, 1, 1), f"{CONV}.lora_up.weight": randn(64, 2, 1, 1)}
+    save_file(tensors | {f"{CONV}.lora_mid.weight": randn(*mid)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=f"x.safetensors has layers whose .* do not fit.*{CONV}"):
+        read_lora(tmp_path / "x.safetensors")
+
+
 @pytest.mark.parametrize(
     "kind", ["bundle_emb.sks.clip_l", "bundle_emb.sks.string_to_param.*", "clip_l.a", "lora_te1_a"]
 )

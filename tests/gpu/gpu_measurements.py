@@ -271,7 +271,9 @@ def memory_peaks(task: Task) -> Figures:
         yield f"{name}, ledger", report["sizes"]["sd15"]["rows"][name]["peak"]
     xl = new_setup(task).size if task.dry else SIZES["sdxl"]  # its ledger is in docs/gpus-and-memory.md
     low = memory.Case("noised", below=low_memory(xl.unet))
-    for name, case in {"sdxl, sampling": memory.Case("sampling"), "sdxl, noised with --memory low": low}.items():
+    cases = {"sdxl, sampling": memory.Case("sampling"), "sdxl, noised with --memory low": low}
+    cases["sdxl, the same with --weights float8"] = low._replace(float8=True)
+    for name, case in cases.items():
         free_memory(task)
         yield f"{name}, measured", attempt(memory.measured, case, xl, device(task), RANK)
 
