@@ -24,7 +24,7 @@ from minidistill.evaluate import few_steps, noise_error_share, spectrum, sweeps
 from minidistill.evaluate.__main__ import COMMANDS, main
 from minidistill.evaluate.summary import MEASURES, summary
 from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
-from minidistill.formats.tensor_files import read_tensors
+from minidistill.formats.tensor_files import read_tensors, write_tensors
 from minidistill.lora import lora_layers, lora_parameters
 
 LEARNED = dict(base="tiny", guidance="3", negative_prompt="a cat", method="trajectories")
@@ -91,10 +91,17 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
     assert Image.open(tmp_path / "few-steps-2.png").size[0] > 0
 
     before = [file.stat().st_mtime_ns for file in files]
-    main([*flags, "--ways", "train.py", "consistency distillation"])
+    tensors, metadata = read_tensors(tmp_path / "2-train-py.safetensors")
+    taught = dict(guidance="2.5", student_steps="2", teacher_steps="4")
+    write_tensors(tmp_path / "taught.safetensors", tensors, metadata | taught)
+    more = ["--loras", str(tmp_path / "taught.safetensors")]
+    main([*flags, *more, "--ways", "train.py", "consistency distillation"])
     assert [file.stat().st_mtime_ns for file in files] == before
     again = json.loads((tmp_path / "few-steps-2.json").read_text())["rows"]
-    assert again[3:] == [rows["train.py"], rows["consistency distillation"]]
+    assert again[4:] == [rows["train.py"], rows["consistency distillation"]]
+    assert again[3]["way"] == "taught" and again[3]["measures"] == rows["train.py"]["measures"]
+    with pytest.raises(ValueError, match="taught.safetensors has not learned 4 steps"):
+        main([*flags, *more, "--student-steps", "4", "--ways", "train.py"])
 
 
 def test_the_first_way_is_train_pys(sd: StableDiffusion, tmp_path: Path):
