@@ -16,6 +16,7 @@ from PIL import Image
 from minidistill import load, merge_lora
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.formats.files import atomic_write, digest
+from minidistill.formats.float8 import has_float8
 from minidistill.formats.lora_formats import LoRAFile, read_lora
 from minidistill.formats.lora_io import inject_file, merge_file, student_and_styles
 from minidistill.schedule import SPACINGS
@@ -45,7 +46,7 @@ def main() -> None:
         if args.compare:
             sd.sample(args.prompt[:1], steps=1)  # not timed: the first calls of everything are slower
         rows = [draw(sd, "teacher", args.prompt, **options)] if args.compare else []
-        if not args.weights:  # W in 8 bits would lose it
+        if not has_float8(sd.unet):
             merge_lora(sd.unet)
         rows.append(draw(sd, "student", args.prompt, **options))
         images = [comparison_grid(rows, args.prompt, columns=len(args.prompt))] if args.compare else rows[0].images
@@ -99,6 +100,8 @@ def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict
         guidance, learned = student.guidance, student.metadata.get("negative_prompt")
         negative_prompt = learned if negative_prompt is None else negative_prompt
         student_negative = None if negative_prompt == learned else negative_prompt
+        if student_negative == "" and learned:
+            raise ValueError(f'{student.path} has learned to avoid "{learned}" for good: leave out --negative-prompt.')
         if not args.compare and (interval or args.selective):
             raise ValueError(
                 "--interval and --selective are the teacher's; a LoRA has learned its own: leave them out."
@@ -136,8 +139,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add = parser.add_argument_group("what to sample").add_argument
     add("prompt", nargs="+", metavar="PROMPT", help="what the image shows; one image for each prompt")
-    add("--negative-prompt", metavar="TEXT", help="what the image must not show: guidance leads away "
-        "from it, with a LoRA in cross-attention (default: none beyond what the LoRA has learned)")
+    add("--negative-prompt", metavar="TEXT", help="what to lead the image away from: by guidance, or for a "
+        "student in cross-attention (default: none beyond what the student has learned)")
     add("--seed", type=cli.seed_number, default=0, metavar="N", help="seed of the first image's noise; each "
         "further image has the next (default: %(default)s)")
     add("--out", type=Path, default=Path("samples"), metavar="PATH", help="folder for the images, or one .png file "

@@ -95,7 +95,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
         optimizer.zero_grad()
         return batch_loss, norm, torch.cat(targets)
 
-    update = UpdateGraph(update, can_record(args, ranks, source, sd.device))  # as it is, or replayed by a GPU
+    update = UpdateGraph(update, can_record(args, ranks, source, sd.device))  # recorded and replayed on one GPU
     sampling = sampling_options(args)
     progress = Progress(
         out, losses, sd.unet, trained, optimizer, recorded, ranks, steps=args.steps, peak=peak,

@@ -2,8 +2,8 @@
 
 ``guide`` is the formula. ``guided_noise`` and ``batched_guided_noise`` call the UNet and apply it; ``interval_noise``
 applies it only at some time steps. ``plain``, ``guided`` and ``student`` make predictors, which samplers call:
-``model(z_t, t) -> eps`` or v, with the prompt already inside. ``away_from`` gives a student, which has no second
-prediction to lead away from, a negative prompt.
+``model(z_t, t) -> eps`` or v, with the prompt already inside. ``away_from`` gives a negative prompt to a
+student, which makes only one prediction.
 """
 
 from collections.abc import Callable, Iterator
@@ -126,7 +126,7 @@ def student(unet: Callable[..., Tensor], cond: Conditioning) -> Predictor:
 def normalized_guidance(
     positive: Tensor, negative: Tensor, scale: float = 5.0, limit: float = 2.5, share: float = 0.25
 ) -> Tensor:
-    """What attention has read from the prompt, led away from what it has read from another. [B, L, C] each.
+    """Lead what attention has read from the prompt away from what it has read from another. All are [B, L, C].
 
     "Normalized Attention Guidance", arXiv 2505.21179, section 3. Of each token, with phi ``scale``, tau ``limit`` and
     alpha ``share``:
@@ -142,7 +142,7 @@ def normalized_guidance(
 
 @contextmanager
 def away_from(unet: nn.Module, negative: Conditioning) -> Iterator[None]:
-    """Lead cross-attention in ``unet`` away from ``negative``, one prompt, for the block: still one call a step."""
+    """In the block, lead cross-attention of ``unet`` away from ``negative``, one prompt. A step is still one call."""
 
     def led(read: Callable[[Tensor, Tensor], Tensor], q: Tensor, context: Tensor) -> Tensor:
         return normalized_guidance(read(q, context), read(q, negative.tokens.expand(len(q), -1, -1)))

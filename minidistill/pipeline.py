@@ -214,8 +214,8 @@ class StableDiffusion:
             guidance: the scale s; 1 is no guidance. The default is 7.5 for the teacher, and for the student the scale
                 it has learned. A student from a file samples at other scales by the strength of its LoRA.
             lora_enabled: sample with the student, one call a step.
-            negative_prompt: what guidance leads away from; None as in ``encode_negative``. A student, which has learned
-                its guidance, is led away from it in cross-attention ("Normalized Attention Guidance").
+            negative_prompt: what guidance leads away from; None as in ``encode_negative``. Give a student only one that
+                it has not learned: cross-attention is led away from it ("Normalized Attention Guidance").
             selective: the share of the steps, counted from the last, that go without guidance: there it changes little
                 ("Selective Guidance", arXiv 2305.09847).
             interval: guide only at time steps within it ("Limited Interval", arXiv 2404.07724).

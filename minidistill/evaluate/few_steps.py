@@ -55,8 +55,8 @@ def add_flags(parser: ArgumentParser) -> None:
     flag("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY",
          help=f"any of {', '.join(map(repr, WAYS))} (default: all)")  # fmt: skip
     flag("--one-pass", type=Path, metavar="RUN_OR_LORA", help="a student that takes as many steps as its teacher")
-    flag("--loras", type=Path, nargs="+", default=[], metavar="RUN_OR_LORA", help="of train.py --student-steps, to be "
-         "measured as well")  # fmt: skip
+    flag("--loras", type=Path, nargs="+", default=[], metavar="RUN_OR_LORA", help="students of train.py "
+         "--student-steps to measure as well")  # fmt: skip
     flag("--guidance", type=positive, default=2.5, metavar="X", help="the teacher's (default: %(default)s)")
     flag("--teacher-steps", **number, default=24, help="DDIM steps (default: %(default)s)")
     flag("--trajectories", **number, default=480, help="to learn from (default: %(default)s)")
@@ -281,8 +281,9 @@ def run(args: Namespace) -> None:
     sd, (captions, held_out) = load_again(), prompt_split(args.model)
     prompts = [prompt for prompt in spread(held_out, args.prompts) for _ in range(args.each)]
     one_pass, finished = args.one_pass and read_lora(args.one_pass), [read_lora(path) for path in args.loras]
-    if other := next((lora for lora in finished if lora.few_steps is None or lora.few_steps[0] != N), None):
-        raise ValueError(f"--loras {other.path} has not learned {N} steps.")
+    for lora in finished:
+        if not lora.few_steps or (lora.few_steps[0], lora.guidance) != (N, args.guidance):
+            raise ValueError(f"--loras {lora.path} has not learned {N} steps at guidance {args.guidance:g}.")
     lesson = read_lesson(sd, captions, args)
     settings = f"{args.updates} updates, rank {args.rank}, {args.trajectories} trajectories"
     clip, judge = ClipScore.in_model(sd), read_judge(args.judge)
@@ -306,10 +307,10 @@ def run(args: Namespace) -> None:
     if one_pass:
         sd.unet = inject_file(sd.unet, one_pass)
         add("one-pass student", sd.sample(prompts, steps=N, lora_enabled=True, **options), N)
-    for lora in finished:
+    for path, lora in zip(args.loras, finished):
         sd = load_again()
         sd.unet = inject_file(sd.unet, lora)
-        add(lora.path.stem, sd.sample(prompts, steps=N, lora_enabled=True, **options), N)
+        add(path.stem, sd.sample(prompts, steps=N, lora_enabled=True, **options), N)
     for name in args.ways:
         made_with = f"{settings}, {WAYS[name].begun and one_pass.path}"
         sd, file = load_again(), args.out / f"{N}-{re.sub('[^a-z0-9]+', '-', name.lower())}.safetensors"

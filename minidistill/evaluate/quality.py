@@ -33,6 +33,7 @@ from minidistill.evaluate.sampling import Drawn, draw
 from minidistill.evaluate.students import one_teacher, read_students
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write, digest, write_json
+from minidistill.formats.float8 import has_float8
 from minidistill.formats.load_model import load
 from minidistill.guidance import Interval
 from minidistill.lora import merge_lora
@@ -136,7 +137,7 @@ def run(args: Namespace) -> None:
                 "noise error share": error_share(sd, label, learned, noised=False),
                 "on noised latents": error_share(sd, label, learned, noised=True),
             }
-        if not args.weights:  # W in 8 bits would lose it
+        if not has_float8(sd.unet):
             merge_lora(sd.unet)
         rows.append(images(sd, "student", label, learned, **few))
 

@@ -1,4 +1,4 @@
-"""What shows a training run: previews, and the report: images of teacher and student, loss, table (in report.md)."""
+"""Show a training run: previews on the way; at the end a report with images, losses and a table (report.md)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

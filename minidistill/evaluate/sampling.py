@@ -16,7 +16,7 @@ ALWAYS = Interval(0, math.inf)
 
 
 class Stopwatch:
-    """Sums the ``seconds`` in its ``with`` blocks, until the device has finished."""
+    """Adds up the ``seconds`` spent in its ``with`` blocks; each ends when the device has finished."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, 0.0
@@ -60,10 +60,10 @@ def draw(
 ) -> Drawn:
     """Sample ``prompts`` with the "teacher", with "no guidance", or with the "student", from the same seeds.
 
-    The keyword arguments go to :meth:`StableDiffusion.sample`. Where the student was taught few steps, it takes
+    Other options go to :meth:`StableDiffusion.sample`. Where the student was taught few steps, it takes
     ``student_steps`` instead of ``steps``, and the spacing of all is trailing. ``negative_prompt`` is the teacher's,
-    which the student has learned; ``student_negative`` is one that it has not. The time covers the DDIM steps and the
-    VAE, not the prompts, nor what it takes to move networks to the device.
+    and the student has learned it; ``student_negative`` is another, for the student alone. The time is that of the DDIM
+    steps and the VAE, without encoding prompts or moving networks.
     """
     spacing = spacing or ("trailing" if student_steps else "leading")
     steps = student_steps if student_steps and method == "student" else steps

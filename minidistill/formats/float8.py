@@ -1,7 +1,7 @@
 """W in 8 bits (``--weights float8``): half the memory of bfloat16, for a W that does not learn.
 
     W ~ scale * code,   code: float8_e4m3fn, with 3 bits of mantissa and values up to 448
-                        scale: one power of two a layer, so that the product is exact in every dtype
+                        scale: one power of two a layer, so that the product is exact (in float16 if W is not tiny)
 
 Each use of W makes the product anew, in the forward and in the backward pass. Autograd keeps the 8 bits only. In a
 frozen linear layer that is all it keeps, because dL/dx = dL/dy W needs no x. A scale for each output channel would be
@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_map_only
 BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 aten = torch.ops.aten
 LIKEWISE = {aten.detach.default, aten.alias.default, aten.t.default}  # views that apply to the code as to W
-CHANGES = {aten.copy_.default, aten.add_.Tensor, aten.mul_.Tensor, aten.zero_.default, aten.fill_.Scalar}
 
 
 class Float8Weight(Tensor):
@@ -37,7 +36,7 @@ class Float8Weight(Tensor):
 
     @classmethod
     def quantize(cls, weight: Tensor) -> "Float8Weight":
-        """The nearest codes to ``weight``, with the smallest scale at which none overflows."""
+        """The nearest codes to ``weight``, with a power of two as scale at which none overflows."""
         largest = weight.detach().abs().amax().float() / torch.finfo(torch.float8_e4m3fn).max
         scale = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent)
         return cls((weight.detach() / scale).to(torch.float8_e4m3fn), scale, weight.dtype)
@@ -66,10 +65,10 @@ class Float8Weight(Tensor):
             dtype, layout = kwargs.pop("dtype", None), kwargs.pop("memory_format", None)
             code = operator(first.code, **kwargs, memory_format=layout)
             return cls(code, operator(first.scale, **kwargs), dtype or first.dtype)
-        if operator in CHANGES and isinstance(first, cls):
+        if operator._schema.is_mutable and isinstance(first, cls):
             raise ValueError(
-                "W in 8 bits takes up no LoRA: it would be lost in the rounding. Keep the LoRA beside W; or merge it "
-                "into the checkpoint (python -m minidistill.export --to checkpoint) and load that."
+                "W in 8 bits cannot be changed in place: rounding would lose most of the change. Keep a LoRA beside W, "
+                "or merge it into the checkpoint (python -m minidistill.export --to checkpoint) and load that."
             )
         return operator(*tree_map_only(cls, cls.product, args), **tree_map_only(cls, cls.product, kwargs))
 

@@ -57,6 +57,8 @@ def load(
         torch.zeros(1, device=device).item()  # "meta" exists, but nothing can be read from it
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f'The device "{device}" is not available here: {str(error).splitlines()[0]}') from error
+    if weights not in (None, "float8"):
+        raise ValueError(f'weights={weights!r}: "float8", or None for the dtype.')
     path = find_model(path, variant, ema)
     is_folder = path.is_dir()
     model = read_model_folder(path, prediction, variant) if is_folder else read_single_file(path, prediction, ema)
@@ -65,8 +67,7 @@ def load(
         schedule = Schedule.from_config(model.schedule)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    stored = to_float8 if weights == "float8" else as_it_is
-    unet = build(lambda: UNet(model.unet_config), model.unet, dtype, stored)
+    unet = build(lambda: UNet(model.unet_config), model.unet, dtype, to_float8 if weights else None)
     overflows = model.text_2 is not None and dtype == torch.float16
     vae = build(lambda: VAE(model.vae_config), model.vae, torch.float32 if overflows else dtype)
     text_encoder = build(lambda: CLIPTextModel(model.text_config), model.text, dtype)
@@ -103,17 +104,15 @@ def check_parts(model: Description, path: Path) -> None:
             )
 
 
-def as_it_is(name: str, tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def build(
     make: Callable[[], nn.Module],
     network: Network,
     dtype: torch.dtype,
-    stored: Callable[[str, Tensor], Tensor] = as_it_is,
+    stored: Callable[[str, Tensor], Tensor] | None = None,
 ) -> nn.Module:
-    """The frozen module that ``make`` returns, with the network's tensors, ``stored`` one by one, as its parameters.
+    """The frozen module that ``make`` returns, with the network's tensors as its parameters.
+
+    ``stored(name, tensor)`` changes how each is kept.
 
     It is made without memory of its own, so weights that need no conversion stay mapped from the file. Raises
     CheckpointError that lists every missing, unexpected and misshapen tensor.
@@ -136,7 +135,8 @@ def build(
                 raise CheckpointError(
                     f"{network.file} has values in {original} that {kind} cannot hold: load it in float32 or bfloat16."
                 )
-            weights[name] = stored(name, weights[name])
+            if stored:
+                weights[name] = stored(name, weights[name])
             release_pages(weights[name])
     module.load_state_dict(weights, assign=True)
     return module.eval().requires_grad_(False)

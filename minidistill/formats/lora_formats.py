@@ -120,12 +120,15 @@ class LoRAFile:
 XL_NAMES = unet_names(SDXL_UNET)
 
 
-# A convolution whose input, the level below and the skip, has another width in SDXL than in SD 1.x and 2.x.
+# The input of this convolution has 1920 channels in SDXL, and 2560 in SD 1.x and 2.x.
 XL_CONV, XL_WIDTH = "up_blocks.1.resnets.0.conv1", SDXL_UNET.widths[2] + SDXL_UNET.widths[1]
 
 
 def is_xl(layers: Mapping[str, Pair]) -> bool:
-    """True for layers of SDXL, the only UNet here with several transformer blocks in a row."""
+    """True for layers of SDXL, told by several transformer blocks in a row or by the width of one convolution.
+
+    A LoRA with neither gets the names of SD 1.x.
+    """
     conv = layers.get(XL_CONV)
     return any(".transformer_blocks.1." in name for name in layers) or bool(conv and conv.down.shape[1] == XL_WIDTH)
 

@@ -181,8 +181,13 @@ def model_name(path: Path) -> str:
 
 
 def prepare(device: torch.device, compiled: bool) -> None:
-    """Set a GPU to fast arithmetic. Raises ValueError if ``compiled`` and torch.compile does not work here."""
+    """Make a GPU the current one, with fast arithmetic.
+
+    Raises ValueError if ``compiled`` and torch.compile does not work here.
+    """
     if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # streams and CUDA graphs belong to the current one
         torch.backends.cuda.matmul.allow_tf32 = True  # float32 matmuls with ten bits of mantissa, as convolutions have
         torch.backends.cudnn.benchmark = True  # every update has the same shapes: time the algorithms once
     if compiled:

@@ -1,4 +1,4 @@
-"""A whole update as one CUDA graph: the GPU does not wait for Python to launch a few thousand operations one by one.
+"""A whole update as one CUDA graph: the GPU does not wait for Python to launch thousands of operations one by one.
 
 A graph is a recording of the GPU's work: it reads and writes the same addresses whenever it is replayed, and nothing in
 it can depend on Python. So each batch is copied into the tensors that the recorded one had, the learning rate is a
@@ -54,9 +54,9 @@ class UpdateGraph:
         self.results: Results = ()
 
     def __call__(self, batch: Batch) -> Results:
-        self.calls += 1
         if not self.recording:
             return self.update(batch)
+        self.calls += 1
         if self.calls <= WARM_UP:
             with side_stream():
                 return self.update(batch)
@@ -71,13 +71,14 @@ class UpdateGraph:
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
-    parts = (batch.z_t, batch.t, batch.cond.tokens, batch.cond.pooled, batch.cond.sizes, batch.weight, batch.target)
-    return [x for x in parts if x is not None]
+    tensors: list[Tensor] = []
+    batch.map(lambda x: tensors.append(x) or x)
+    return tensors
 
 
 @cache
 def warm_up_stream() -> torch.cuda.Stream:
-    """One for all, because each stream keeps the memory that it once needed."""
+    """One stream for all warm-ups, because each stream keeps its memory."""
     return torch.cuda.Stream()
 
 

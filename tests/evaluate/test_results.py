@@ -100,7 +100,7 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
     again = json.loads((tmp_path / "few-steps-2.json").read_text())["rows"]
     assert again[4:] == [rows["train.py"], rows["consistency distillation"]]
     assert again[3]["way"] == "taught" and again[3]["measures"] == rows["train.py"]["measures"]
-    with pytest.raises(ValueError, match="taught.safetensors has not learned 4 steps"):
+    with pytest.raises(ValueError, match="taught.safetensors has not learned 4 steps at guidance 2.5"):
         main([*flags, *more, "--student-steps", "4", "--ways", "train.py"])
 
 
