@@ -16,6 +16,11 @@ from minidistill.conditioning import Conditioning
 from minidistill.config import UNetConfig
 
 
+def run(block: Callable[..., Tensor], *args: Tensor | torch.Size) -> Tensor:
+    """Call a part of the network. To save memory, training/recompute.py puts another function in its place."""
+    return block(*args)
+
+
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """[B] -> [B, width]: cosines, then sines, of t at ``width / 2`` frequencies from 1 to 1/10000 (DDPM, appendix B).
 
@@ -120,11 +125,11 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = projection(width, width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, run_block: Callable[..., Tensor] = run) -> Tensor:
         h = self.norm(x)
         tokens = self.proj_in(to_tokens(h)) if self.linear_projection else to_tokens(self.proj_in(h))  # [B, H*W, C]
         for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+            tokens = run_block(block, tokens, context)
         if self.linear_projection:
             return x + to_image(self.proj_out(tokens), like=x)
         return x + self.proj_out(to_image(tokens, like=x))
@@ -203,9 +208,7 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def run_block(self, block: Callable[..., Tensor], *args: Tensor | torch.Size) -> Tensor:
-        """Call a part of the network; training/recompute.py wraps this to save memory."""
-        return block(*args)
+    run_block = staticmethod(run)
 
     def run_layer(self, level: Level, i: int, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         """The i-th residual block of a level, and the transformer after it if there is one."""

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
 from minidistill.blocks import Upsample
 from minidistill.config import UNetConfig
 from minidistill.lora import LoRAModel, Switch
-from minidistill.unet import UNet
+from minidistill.unet import SpatialTransformer, UNet
 
 # The threshold of ``train.py --memory low``, in multiply-adds per number. In SD 1.5 it keeps the 3x3 convolutions,
 # attention over many pixels and the widest linear layers; results/README.md has the cost of other thresholds.
@@ -46,6 +46,9 @@ def run_checkpointed(switch: Switch | None, below: float, block: Callable[..., T
     """``block(*args)``, checkpointed if there will be a backward pass."""
     if not torch.is_grad_enabled():
         return block(*args)
+    if isinstance(block, SpatialTransformer) and len(block.transformer_blocks) > 1:
+        # SDXL's have up to ten blocks: each is recomputed on its own, so that the numbers of one are there at a time.
+        return block(*args, run_block=partial(run_checkpointed, switch, below))
     if isinstance(block, Upsample):
         below = math.inf  # a frozen convolution needs what goes into it only, and recomputing stops before it
     if switch is not None:

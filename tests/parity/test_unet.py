@@ -49,7 +49,7 @@ def test_small(case: str, tmp_path: Path) -> None:
             assert error(ours(z_t, t, context), theirs(z_t, t, context).sample) <= 1e-9
 
 
-@pytest.mark.parametrize("style", [SD1, SD2], ids=["sd1", "sd2"])
+@pytest.mark.parametrize("style", [SD1, SD2, SD2 | dict(transformer_layers_per_block=2)], ids=["sd1", "sd2", "deep"])
 def test_gradients_with_activation_checkpointing(style: dict, tmp_path: Path) -> None:
     theirs = write_small(tmp_path, style=style).unet
     ours = load(tmp_path, dtype=torch.float64).unet

@@ -3,10 +3,11 @@
 import copy
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny import error, fill_up, tiny_student, tiny_unet, unet_inputs
+from tiny import TINY_UNET, error, fill_up, tiny_student, tiny_unet, unet_inputs
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
@@ -40,6 +41,22 @@ def test_recomputation_sees_the_switch_of_its_own_forward(below: float):
     actual = gradients(model, interleaved=True)
     assert len(calls) == 5 + 2  # five forward passes and two recomputations: blocks are indeed checkpointed
     assert max(error(a, b) for a, b in zip(actual, expected)) < 1e-12
+
+
+@pytest.mark.parametrize("below", [math.inf, 100.0], ids=["recompute all", "recompute cheap"])
+def test_deep_transformers_are_recomputed_one_block_at_a_time(below: float):
+    """As in SDXL. Each block's numbers are gone before those of the block below it are computed again."""
+    config = replace(TINY_UNET, depth=(2, 0), mid_depth=3)
+    plain, model = (fill_up(inject_lora(tiny_unet(config=config).double(), rank=2)) for _ in range(2))
+    expected = gradients(plain, interleaved=False)
+    recompute(model, below)
+    calls = []
+    for i, block in enumerate(model.get_submodule("mid_block.attentions.0.transformer_blocks")):
+        block.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
+        block.register_full_backward_hook(lambda *_, i=i: calls.append(f"{i} is done"))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model, interleaved=True), expected))
+    assert calls[: 5 * 3] == [0, 1, 2] * 5  # five forward passes
+    assert calls[5 * 3 :] == [2, "2 is done", 1, "1 is done", 0, "0 is done"] * 2
 
 
 @pytest.mark.parametrize("below", [math.inf, 100.0], ids=["recompute all", "recompute cheap"])
