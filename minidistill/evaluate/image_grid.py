@@ -24,7 +24,7 @@ def comparison_grid(rows: Sequence[Drawn], prompts: Sequence[str], columns: int 
         pen.multiline_text((left + column * (side + gap), 4), text, "black", font=small, spacing=2)
     for row, drawn in enumerate(rows):
         y = top + row * (side + gap)
-        cost = f"{drawn.unet_calls} UNet calls\n{drawn.seconds:.2f} s an image"
+        cost = f"{drawn.unet_calls} UNet calls" + f"\n{drawn.seconds:.2f} s an image" * (drawn.seconds > 0)
         name = textwrap.wrap(drawn.method, 16)
         pen.multiline_text((6, y + side // 3), "\n".join(name), "black", font=font, spacing=4)
         pen.multiline_text((6, y + side // 3 + 18 * len(name)), cost, "dimgray", font=small, spacing=2)
