@@ -107,7 +107,8 @@ def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict
                 "--interval and --selective are the teacher's; a LoRA has learned its own: leave them out."
             )
         guided_elsewhere = interval not in (None, student.interval) or (args.selective and student.interval)
-        if args.compare and ((student_negative is not None and learned) or guided_elsewhere):
+        another_negative = student_negative == "" or (student_negative and learned)
+        if args.compare and (another_negative or guided_elsewhere):
             where = f", interval {student.interval.low:g} to {student.interval.high:g}" if student.interval else ""
             raise ValueError(
                 f"{student.path} has learned guidance {guidance:g} with negative prompt "

@@ -127,7 +127,10 @@ def test_merged_folder_and_single_file(run: Path, xl: StableDiffusion, tmp_path:
         export([str(run), "--to", "checkpoint", "--model", str(xl.path), "--out", str(out)])
         merged = load(out, tokenizer=xl.path / "tokenizer", height=16, width=16)
         assert np.abs(np.asarray(merged.sample([APPLE], 2, 1.0)[0], int) - np.asarray(expected, int)).max() <= 1
-        assert error(merged.encode_prompt([APPLE]).pooled, xl.encode_prompt([APPLE]).pooled) == 0
+        texts, expected_texts = merged.text_encoder.state_dict(), xl.text_encoder.state_dict()
+        assert texts.keys() == expected_texts.keys() and all(torch.equal(texts[n], expected_texts[n]) for n in texts)
+        # Where the layout in memory differs, sums are rounded differently.
+        assert error(merged.encode_prompt([APPLE]).pooled, xl.encode_prompt([APPLE]).pooled) < 1e-6
     assert (tmp_path / "folder/tokenizer_2").is_dir()
 
 

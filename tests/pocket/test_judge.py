@@ -153,6 +153,7 @@ class Painter:
         spacing,
         batch,
         progress,
+        clock,
     ):
         self.calls.append((len(prompts), steps, guidance, lora_enabled, negative_prompt))
         known = {c.caption: c.rgb for c in all_compositions()}
@@ -182,7 +183,8 @@ def test_main_samples_judges_and_writes(tmp_path, monkeypatch, capsys):
 
     held_out = [c for c in all_compositions() if c.held_out]
     n = 2 * len(held_out)
-    assert painter.calls == [(n, 3, 4, False, "blurry"), (n, 3, 1, False, "blurry"), (n, 3, None, True, "blurry")]
+    # The student has learned to avoid the negative prompt: it is not told again.
+    assert painter.calls == [(n, 3, 4, False, "blurry"), (n, 3, 1, False, "blurry"), (n, 3, None, True, None)]
     numbers = json.loads(out.read_text())
     rows = {r["method"]: r for r in numbers["rows"]}
     assert list(rows) == ["teacher, guidance 4", "no guidance", "student, one pass", "rendered"]

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[2] / "weights/pocket-emoji"
 
 def test_size() -> None:
     files = [file for file in FOLDER.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 25e6
+    assert sum(file.stat().st_size for file in files) <= 27e6  # two LoRAs of 2.1 MB among them
     assert max(file.stat().st_size for file in files) <= 16e6
     assert sum(p.numel() for p in load(FOLDER).unet.parameters()) <= 8.0e6
 
