@@ -13,10 +13,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from minidistill import load, merge_lora
+from minidistill import load
 from minidistill.evaluate import comparison_grid, draw
 from minidistill.formats.files import atomic_write, digest
-from minidistill.formats.float8 import has_float8
+from minidistill.formats.float8 import merge_to_sample
 from minidistill.formats.lora_formats import LoRAFile, read_lora
 from minidistill.formats.lora_io import inject_file, merge_file, student_and_styles
 from minidistill.schedule import SPACINGS
@@ -46,8 +46,7 @@ def main() -> None:
         if args.compare:
             sd.sample(args.prompt[:1], steps=1)  # not timed: the first calls of everything are slower
         rows = [draw(sd, "teacher", args.prompt, **options)] if args.compare else []
-        if not has_float8(sd.unet):
-            merge_lora(sd.unet)
+        merge_to_sample(sd.unet)
         rows.append(draw(sd, "student", args.prompt, **options))
         images = [comparison_grid(rows, args.prompt, columns=len(args.prompt))] if args.compare else rows[0].images
 

@@ -218,6 +218,7 @@ def lora_strength(model: nn.Module, strength: float) -> Iterator[None]:
             layer.scale = scale
 
 
+SURVIVING = 0.9  # the share of a change below which we warn
 Squares = dict[str, Tensor]  # by layer, [2]: the squared norms of what was added to W and of what should have been
 
 
@@ -262,9 +263,9 @@ def ratio_of_norms(squares: Tensor) -> float:
 
 
 def warn_of_lost_change(squares: Squares) -> float:
-    """Warn if less than 0.9 of a change has survived; returns the share that has."""
+    """Warn if less than ``SURVIVING`` of a change has survived; returns the share that has."""
     share, sentence = surviving_change(squares)
-    if share < 0.9:
+    if share < SURVIVING:
         advice = "Keep W in float32, keep the LoRA beside it, or round stochastically (export --stochastic)."
         warnings.warn(f"{sentence} {advice}", stacklevel=3)
     return share

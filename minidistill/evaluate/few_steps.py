@@ -44,6 +44,7 @@ from minidistill.pipeline import StableDiffusion, to_images
 from minidistill.samplers import Predictor, ddim_loop
 from minidistill.schedule import Schedule, add_noise, clean_and_noise
 from minidistill.training.command_line import add_model_flags, load_options, positive, positive_int
+from minidistill.training.cuda_graph import adamw, set_learning_rate
 from minidistill.training.students import LoRAStudent
 
 POSITIONAL = ""
@@ -139,11 +140,10 @@ def fit(unet: LoRAModel, lesson: Lesson, loss: Loss, after: Callable[[], None] =
     """The loop of train.py: AdamW, warm-up and cosine, gradients clipped at norm 1."""
     trained = lora_parameters(unet)
     peak = LoRAStudent.learning_rate / unet.base.config.widths[0]
-    optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = adamw(trained, peak)
     for update in tqdm(range(lesson.updates), unit="step", leave=False):
         rows = batch_indices(len(lesson.z), lesson.batch, 0, update)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(update, lesson.updates, peak, warmup=max(lesson.updates // 10, 1))
+        set_learning_rate(optimizer, learning_rate(update, lesson.updates, peak, warmup=max(lesson.updates // 10, 1)))
         loss(unet, lesson, lesson.z[rows], lesson.cond[rows], torch.Generator().manual_seed(update)).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

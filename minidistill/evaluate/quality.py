@@ -33,10 +33,9 @@ from minidistill.evaluate.sampling import Drawn, draw
 from minidistill.evaluate.students import one_teacher, read_students
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write, digest, write_json
-from minidistill.formats.float8 import has_float8
+from minidistill.formats.float8 import merge_to_sample
 from minidistill.formats.load_model import load
 from minidistill.guidance import Interval
-from minidistill.lora import merge_lora
 from minidistill.pipeline import StableDiffusion
 from minidistill.training.command_line import ScaledFile, add_model_flags, finite, fraction, load_options, positive_int
 
@@ -137,8 +136,7 @@ def run(args: Namespace) -> None:
                 "noise error share": error_share(sd, label, learned, noised=False),
                 "on noised latents": error_share(sd, label, learned, noised=True),
             }
-        if not has_float8(sd.unet):
-            merge_lora(sd.unet)
+        merge_to_sample(sd.unet)
         rows.append(images(sd, "student", label, learned, **few))
 
     references = {}  # features [N, D] of the sets of images to compare with

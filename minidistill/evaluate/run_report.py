@@ -9,9 +9,9 @@ from minidistill.evaluate.metrics import ClipScore, noise_error_share, psnr
 from minidistill.evaluate.sampling import Drawn, draw
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write
-from minidistill.formats.float8 import has_float8
+from minidistill.formats.float8 import merge_to_sample
 from minidistill.guidance import Interval
-from minidistill.lora import merge_lora, unmerge_lora
+from minidistill.lora import unmerge_lora
 from minidistill.pipeline import StableDiffusion
 
 
@@ -47,8 +47,7 @@ def write_report(
     share = noise_error_share(sd, prompts, **options).pooled
     sd.sample(prompts[:1], steps=1)  # warm up: the first calls are slower
     rows = [draw(sd, method, prompts, **options) for method in ("teacher", "no guidance")]
-    if not has_float8(sd.unet):
-        merge_lora(sd.unet)
+    merge_to_sample(sd.unet)
     rows.append(draw(sd, "student", prompts, **options))
     unmerge_lora(sd.unet)
 

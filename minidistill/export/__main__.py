@@ -17,7 +17,7 @@ from minidistill.formats.lora_formats import LoRAFile, is_xl, kohya_tensors, pef
 from minidistill.formats.lora_io import student_and_styles
 from minidistill.formats.merged_checkpoint import with_loras, write_checkpoint
 from minidistill.formats.tensor_files import write_tensors
-from minidistill.lora import Squares, surviving_change, warn_of_lost_change
+from minidistill.lora import SURVIVING, Squares, surviving_change, warn_of_lost_change
 from minidistill.training.command_line import DEFAULT_MODEL, ScaledFile, new_parser, one_line_errors, seed_number
 
 
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         if generator:  # what was added is the change and independent noise, whose squares add up
             noise = max(share**2 - 1, 0) ** 0.5
             print(f"The change survives on average, with noise of {noise:.0%} of its norm.")
-        elif warn_of_lost_change(squares) >= 0.9:  # the warning says it otherwise
+        elif warn_of_lost_change(squares) >= SURVIVING:  # the warning says it otherwise
             print(sentence)
     elif len(files) > 1:
         raise ValueError(f"--to {args.to} takes one LoRA: give them one by one, or merge them with --to checkpoint.")

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from minidistill.lora import merge_lora
+
 BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 aten = torch.ops.aten
 LIKEWISE = {aten.detach.default, aten.alias.default, aten.t.default}  # views that apply to the code as to W
@@ -84,3 +86,9 @@ def to_float8(name: str, weight: Tensor) -> Tensor:
 def has_float8(model: nn.Module) -> bool:
     """True if W is in 8 bits, so that a LoRA cannot be merged into it."""
     return any(isinstance(p, Float8Weight) for p in model.parameters())
+
+
+def merge_to_sample(model: nn.Module) -> None:
+    """Merge the LoRA of ``model``, which makes sampling faster; if W is in 8 bits, the LoRA stays beside it."""
+    if not has_float8(model):
+        merge_lora(model)
