@@ -32,7 +32,7 @@ from minidistill.pocket.clip import save_clip
 from minidistill.pocket.emoji3d.autoencoder import train_vae
 from minidistill.pocket.emoji3d.clip import embed_captions, nearest_captions, train_clip, tune_image_encoder
 from minidistill.pocket.emoji3d.compositions import all_compositions, write_compositions
-from minidistill.pocket.emoji3d.denoiser import Captioned, train_unet
+from minidistill.pocket.emoji3d.denoiser import FURTHER_LEARNING_RATE, LEARNING_RATE, Captioned, train_unet
 from minidistill.pocket.emoji3d.images import PACKAGE, Renderer, as_tensors, render
 from minidistill.pocket.tokenizer import write_tokenizer
 from minidistill.schedule import Schedule
@@ -126,7 +126,8 @@ def main(argv: list[str] | None = None) -> None:
         captions = torch.arange(len(trained), device=args.device).repeat_interleave(RENDERS)
         data = Captioned(latents, captions, contexts[:-1], contexts[-1], Schedule.from_config(ScheduleConfig()))
         state = args.work / ("unet-more.pt" if args.more else "unet.pt")
-        unet = train_unet(unet, data, state, args.unet_steps, args.unet_batch, **how)
+        lr = FURTHER_LEARNING_RATE if unet_is_trained else LEARNING_RATE
+        unet = train_unet(unet, data, state, args.unet_steps, args.unet_batch, lr, **how)
         write_part(args.out / "unet", published_unet(POCKET_UNET), unet.state_dict())
         state.unlink()
     write_json(args.out / "model_index.json", MODEL_INDEX)

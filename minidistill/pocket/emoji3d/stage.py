@@ -1,7 +1,7 @@
 """Shared by the training stages: the training loop, which averages the weights and resumes where it was stopped."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from minidistill.distill import learning_rate
 from minidistill.formats.files import atomic_write
+from minidistill.pocket.emoji3d.muon import Muon
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -34,9 +35,10 @@ def fit(
     weight_decay: float,
     compiled: bool = False,
     bfloat16: bool = False,
+    by_muon: Iterable[Tensor] = (),
     save_every: int = 500,
 ) -> Model:
-    """Train the parameters that require a gradient by AdamW; returns the averaged weights.
+    """Train the parameters that require a gradient, by AdamW or ``by_muon``; returns the averaged weights.
 
     Resumes from the file ``state`` if it exists. ``loss_of(model, *new_batch())`` is the loss, and the values to show
     beside the progress bar; with ``bfloat16``, what autocast thinks safe is computed in it.
@@ -45,8 +47,12 @@ def fit(
     model.to(memory_format=torch.channels_last).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
-    parts = {"model": model, "average": average, "optimizer": optimizer}
+    matrices = set(by_muon)
+    others = [p for p in trained if p not in matrices]
+    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)]
+    if matrices:
+        optimizers.append(Muon((p for p in trained if p in matrices), lr, weight_decay))
+    parts = {"model": model, "average": average} | {type(one).__name__: one for one in optimizers}
     start = 0
     if state.exists():
         saved = torch.load(state, weights_only=True, map_location="cpu")
@@ -59,14 +65,15 @@ def fit(
 
     progress = tqdm(range(start, steps), initial=start, total=steps, desc=state.stem, unit="step", mininterval=1)
     for step in progress:
-        for group in optimizer.param_groups:
+        for group in (group for one in optimizers for group in one.param_groups):
             group["lr"] = learning_rate(step, steps, lr, warmup=min(200, steps // 10 + 1))
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             loss, values = loss_of(model, *new_batch())
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for one in optimizers:
+            one.step()
+            one.zero_grad()
         update_average(average, model, step)
         if step % 20 == 0:
             progress.set_postfix({name: f"{value.item():.4g}" for name, value in values.items()})
