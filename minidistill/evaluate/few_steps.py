@@ -4,7 +4,7 @@
 
 Every way has the teacher's trajectories, the same updates unless its name says more, and one seed. Measured on held-out
 prompts against the teacher in all its steps: PSNR, CLIP score, sharpness (mean squared Laplacian of the image, the
-teacher's is 1), and what --judge measures. Finished ways are not repeated.
+teacher's is 1), and what --judge measures. A file of results for each number of steps. Finished ways are not repeated.
 """
 
 import re
@@ -27,11 +27,12 @@ from tqdm import tqdm
 from minidistill.conditioning import Conditioning
 from minidistill.data.examples import batch_indices, prompts_of
 from minidistill.data.prompts import prompt_split, spread
+from minidistill.data.shards import fingerprint
 from minidistill.data.trajectories import generate
 from minidistill.distill import ddim_coefficients, learning_rate
 from minidistill.evaluate.image_grid import comparison_grid
 from minidistill.evaluate.metrics import EVALUATION_SEED, ClipScore, Estimate, interval, pixels, psnr
-from minidistill.evaluate.quality import FORMATS, read_judge
+from minidistill.evaluate.quality import FORMATS, cached, read_judge
 from minidistill.evaluate.sampling import Drawn
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write, write_json
@@ -52,7 +53,8 @@ POSITIONAL = ""
 
 def add_flags(parser: ArgumentParser) -> None:
     flag, number = parser.add_argument, dict(type=positive_int, metavar="N")
-    flag("--student-steps", **number, default=2, help="steps to learn (default: %(default)s)")
+    flag("--student-steps", **number, nargs="+", default=[2], help="how many steps to learn: each must divide the "
+         "largest (default: 2)")  # fmt: skip
     flag("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY",
          help=f"any of {', '.join(map(repr, WAYS))} (default: all)")  # fmt: skip
     flag("--one-pass", type=Path, metavar="RUN_OR_LORA", help="a student that takes as many steps as its teacher")
@@ -98,6 +100,11 @@ class Lesson:
         """The student's step number ``i``, one for all or [B], from z_t to z_s."""
         t = torch.tensor(self.times, device=z_t.device)[i].expand(len(z_t))
         return self.k[i] * z_t + self.q[i] * unet(z_t, t, cond, lora_enabled=True)
+
+    def coarser(self, steps: int) -> "Lesson":
+        """The same trajectories in fewer steps."""
+        k, q = (x.to(self.z) for x in ddim_coefficients(self.schedule, steps))
+        return replace(self, z=self.z[:, :: len(self.k) // steps], k=k, q=q)
 
 
 # A loss takes the student, the lesson, the trajectories of the batch (z and cond) and a generator of random numbers.
@@ -238,6 +245,13 @@ def noised(schedule: Schedule, z_0: Tensor, t: int, generator: torch.Generator) 
     return add_noise(schedule, z_0, noise, torch.full((len(z_0),), t))
 
 
+def any_number_of_steps(unet, lesson, z, cond, generator) -> Tensor:
+    """One step of 1, 2, 4 or 8, from a stored state to the stored one where that step ends."""
+    steps = 2 ** torch.randint(4, (), generator=generator).item()
+    coarser = replace(lesson, z=z).coarser(steps)
+    return one_step(F.mse_loss, unet, coarser, coarser.z, cond, generator)
+
+
 class Way(NamedTuple):
     """How to learn, and what differs from the settings: factors of updates, rank and trajectories, and the start."""
 
@@ -247,6 +261,7 @@ class Way(NamedTuple):
     trajectories: float = 1
     begun: bool = False  # from the one-pass student
     renoise: bool = False  # sample as consistency models do
+    steps: int | None = None  # of the lesson, if not as many as are measured
 
     def __call__(self, sd: StableDiffusion, lesson: Lesson, one_pass: LoRAFile | None) -> None:
         count = round(self.trajectories * len(lesson.z))
@@ -269,6 +284,7 @@ WAYS = {
     "own states": Way(partial(learn, own_states)),
     "through all steps": Way(walked),
     "through all steps, begun from the one-pass student": Way(walked, begun=True),
+    "one LoRA for 1, 2, 4 and 8 steps": Way(partial(learn, any_number_of_steps), steps=8),
     "consistency distillation": Way(learn_consistency, renoise=True),
     "progressive distillation": Way(learn_progressively),
 }
@@ -277,91 +293,115 @@ WAYS = {
 def run(args: Namespace) -> None:
     if args.one_pass is None and any(WAYS[name].begun for name in args.ways):
         raise ValueError("--ways: some begin from a student that takes as many steps as its teacher: give --one-pass.")
-    N, load_again = args.student_steps, partial(load, args.model, **load_options(args))
-    sd, (captions, held_out) = load_again(), prompt_split(args.model)
-    prompts = [prompt for prompt in spread(held_out, args.prompts) for _ in range(args.each)]
     one_pass, finished = args.one_pass and read_lora(args.one_pass), [read_lora(path) for path in args.loras]
     for lora in finished:
-        if not lora.few_steps or (lora.few_steps[0], lora.guidance) != (N, args.guidance):
-            raise ValueError(f"--loras {lora.path} has not learned {N} steps at guidance {args.guidance:g}.")
-    lesson = read_lesson(sd, captions, args)
+        if not lora.few_steps or lora.few_steps[0] not in args.student_steps or lora.guidance != args.guidance:
+            numbers = " or ".join(map(str, args.student_steps))
+            raise ValueError(f"--loras {lora.path} has not learned {numbers} steps at guidance {args.guidance:g}.")
+    steps = {*args.student_steps, *(WAYS[name].steps for name in args.ways)} - {None}
+    if odd := [n for n in steps if max(steps) % n or args.teacher_steps % n]:
+        raise ValueError(f"{odd[0]} steps do not divide {max(steps)}, the most to learn, and --teacher-steps.")
+    load_again = partial(load, args.model, **load_options(args))
+    sd, (captions, held_out) = load_again(), prompt_split(args.model)
+    prompts = [prompt for prompt in spread(held_out, args.prompts) for _ in range(args.each)]
+    lesson = read_lesson(sd, captions, args, max(steps))
     settings = f"{args.updates} updates, rank {args.rank}, {args.trajectories} trajectories"
     clip, judge = ClipScore.in_model(sd), read_judge(args.judge)
     options = dict(spacing="trailing", seed=EVALUATION_SEED, batch=32, progress=True)
-    teacher = sd.sample(prompts, steps=args.teacher_steps, guidance=args.guidance, **options)
-    drawn, rows = [], []
 
-    def add(name: str, images: list[Image.Image], calls: int, seconds: float = 0.0) -> None:
-        by_image = {"PSNR": psnr(images, teacher)} if images is not teacher else {}
-        by_image |= {"sharpness": sharpness(images) / sharpness(teacher).mean()}
-        by_image |= {"CLIP score": clip(images, prompts)} if clip else {}
-        by_image |= judge.measures(pixels(images), prompts) if judge else {}
-        measures = {measure: interval(x.view(-1, args.each))._asdict() for measure, x in by_image.items()}
-        rows.append({"way": name, "calls": calls, "seconds of learning": seconds, "measures": measures})
-        drawn.append(Drawn(name, images[:: args.each], calls, 0.0))
-        write_json(args.out / f"few-steps-{N}.json", args.provenance | {"prompts": len(prompts), "rows": rows})
-        print(table(rows).splitlines()[-1], flush=True)
+    def teacher_images() -> dict[str, Tensor]:
+        drawn = sd.sample(prompts, steps=args.teacher_steps, guidance=args.guidance, **options)
+        return {"images": pixels(drawn)}
 
-    add(f"teacher, {args.teacher_steps} steps", teacher, 2 * args.teacher_steps)
-    add("teacher", sd.sample(prompts, steps=N, guidance=args.guidance, **options), 2 * N)
-    if one_pass:
-        sd.unet = inject_file(sd.unet, one_pass)
-        add("one-pass student", sd.sample(prompts, steps=N, lora_enabled=True, **options), N)
-    for path, lora in zip(args.loras, finished):
+    networks = [fingerprint(part) for part in (sd.unet, sd.vae, sd.text_encoder)]
+    stamp = dict(prompts=prompts, steps=args.teacher_steps, guidance=args.guidance, networks=networks)
+    images = cached(args.out / "teacher.safetensors", stamp, teacher_images)["images"]
+    teacher = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()]
+
+    def student_of(lora: LoRAFile) -> StableDiffusion:
         sd = load_again()
         sd.unet = inject_file(sd.unet, lora)
-        add(path.stem, sd.sample(prompts, steps=N, lora_enabled=True, **options), N)
-    for name in args.ways:
+        return sd
+
+    def learned(name: str, steps: int) -> LoRAFile:
+        """The LoRA of a way, trained unless there is one."""
+        file = args.out / f"{steps}-{re.sub('[^a-z0-9]+', '-', name.lower())}.safetensors"
         made_with = f"{settings}, {WAYS[name].begun and one_pass.path}"
-        sd, file = load_again(), args.out / f"{N}-{re.sub('[^a-z0-9]+', '-', name.lower())}.safetensors"
         if not file.exists():
-            start = time.perf_counter()
-            WAYS[name](sd, lesson, one_pass)
+            sd, start = load_again(), time.perf_counter()
+            WAYS[name](sd, lesson.coarser(steps), one_pass)
             seconds = f"{time.perf_counter() - start:.0f}"
             save_lora(sd.unet, file, {"seconds": seconds, "made_with": made_with})
-            sd = load_again()
         lora = read_lora(file)
-        if lora.metadata["made_with"] != made_with:
-            raise ValueError(
-                f"{file} was trained with other settings ({lora.metadata['made_with']}): name another --out."
-            )
-        sd.unet = inject_file(sd.unet, lora)
-        if WAYS[name].renoise:
-            images = sample_renoised(sd, prompts, lesson)
-        else:
-            images = sd.sample(prompts, steps=N, lora_enabled=True, **options)
-        add(name, images, N, float(lora.metadata["seconds"]))
+        if (other := lora.metadata["made_with"]) != made_with:
+            raise ValueError(f"{file} was trained with other settings ({other}): name another --out.")
+        return lora
 
-    with atomic_write(args.out / f"few-steps-{N}.png") as temporary:
-        comparison_grid(drawn, prompts[:: args.each], columns=8, side=96).save(temporary, "png")
-    print(f"\n{table(rows)}\n\nImages and JSON: {args.out}")
+    def compare(N: int) -> None:
+        rows, drawn = [], []
+
+        def add(name: str, images: list[Image.Image], calls: int, seconds: float = 0.0) -> None:
+            by_image = {"PSNR": psnr(images, teacher)} if images is not teacher else {}
+            by_image |= {"sharpness": sharpness(images) / sharpness(teacher).mean()}
+            by_image |= {"CLIP score": clip(images, prompts)} if clip else {}
+            by_image |= judge.measures(pixels(images), prompts) if judge else {}
+            measures = {measure: interval(x.view(-1, args.each))._asdict() for measure, x in by_image.items()}
+            rows.append({"way": name, "calls": calls, "seconds of learning": seconds, "measures": measures})
+            drawn.append(Drawn(name, images[:: args.each], calls, 0.0))
+            write_json(args.out / f"few-steps-{N}.json", args.provenance | {"prompts": len(prompts), "rows": rows})
+            print(table(rows).splitlines()[-1], flush=True)
+
+        def add_student(name: str, lora: LoRAFile, renoise: bool = False) -> None:
+            sd = student_of(lora)
+            if renoise:
+                images = sample_renoised(sd, prompts, N)
+            else:
+                images = sd.sample(prompts, steps=N, lora_enabled=True, **options)
+            add(name, images, N, float(lora.metadata.get("seconds", 0)))
+
+        add(f"teacher, {args.teacher_steps} steps", teacher, 2 * args.teacher_steps)
+        add("teacher", sd.sample(prompts, steps=N, guidance=args.guidance, **options), 2 * N)
+        if one_pass:
+            add_student("one-pass student", one_pass)
+        for lora in finished:
+            if lora.few_steps[0] == N:
+                add_student(lora.path.stem, lora)
+        for name in args.ways:
+            add_student(name, learned(name, WAYS[name].steps or N), WAYS[name].renoise)
+        with atomic_write(args.out / f"few-steps-{N}.png") as temporary:
+            comparison_grid(drawn, prompts[:: args.each], columns=8, side=96).save(temporary, "png")
+        print(f"\n{table(rows)}\n")
+
+    for N in args.student_steps:
+        compare(N)
+    print(f"Images and JSON: {args.out}")
 
 
-def read_lesson(sd: StableDiffusion, captions: list[str], args: Namespace) -> Lesson:
+def read_lesson(sd: StableDiffusion, captions: list[str], args: Namespace, steps: int) -> Lesson:
     """Have the teacher sample what is missing, as train.py --student-steps does, and read all of it."""
-    N, count = args.student_steps, args.trajectories
+    count = args.trajectories
     stored = generate(
-        sd, captions, args.out / f"states-{N}", count=count, steps=args.teacher_steps, guidance=args.guidance,
-        student_steps=N,
+        sd, captions, args.out / f"states-{steps}", count=count, steps=args.teacher_steps, guidance=args.guidance,
+        student_steps=steps,
     )  # fmt: skip
     each = torch.arange(count)
-    states = [stored.states(each, torch.full_like(each, i))[0] for i in range(N)]
+    states = [stored.states(each, torch.full_like(each, i))[0] for i in range(steps)]
     prompts, prompt_of = prompts_of(sd, captions, stored)
-    z = torch.stack([*states, stored.ends(each)], 1).to(sd.device)  # [count, N + 1, 4, h, w]
-    k, q = (x.to(z) for x in ddim_coefficients(sd.schedule, N))
+    z = torch.stack([*states, stored.ends(each)], 1).to(sd.device)  # [count, steps + 1, 4, h, w]
+    k, q = (x.to(z) for x in ddim_coefficients(sd.schedule, steps))
     cond, uncond = prompts[prompt_of].to(sd.device), sd.encode_negative()
     return Lesson(sd.schedule, z, cond, uncond, args.guidance, k, q, args.updates, args.rank)
 
 
 @torch.no_grad()
-def sample_renoised(sd: StableDiffusion, prompts: Sequence[str], lesson: Lesson, batch: int = 32) -> list[Image.Image]:
+def sample_renoised(sd: StableDiffusion, prompts: Sequence[str], steps: int, batch: int = 32) -> list[Image.Image]:
     """Each step predicts z_0 and noises it afresh ("Consistency Models", arXiv 2303.01469, algorithm 1)."""
     images = []
     for first in range(0, len(prompts), batch):
         cond = sd.encode_prompt(list(prompts[first : first + batch]))
         z_t = sd.starting_noise(range(EVALUATION_SEED + first, EVALUATION_SEED + first + len(cond)))
         generator = torch.Generator().manual_seed(first)
-        for t, t_next in pairwise([*lesson.times, -1]):
+        for t, t_next in pairwise([*sd.schedule.timesteps(steps, "trailing"), -1]):
             z_t = clean(student(sd.unet, cond), sd.schedule, z_t, t)
             z_t = noised(sd.schedule, z_t, t_next, generator) if t_next >= 0 else z_t
         images += [image for one in z_t.split(1) for image in to_images(sd.decode(one))]

@@ -78,21 +78,22 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
     """Each learns something of its own from the same trajectories; none that is finished is repeated."""
     ways = ["train.py", "distance of the decoded images", "own states", "consistency distillation"]
     ways += ["through all steps, begun from the one-pass student", "progressive distillation"]
+    ways += ["one LoRA for 1, 2, 4 and 8 steps"]
     flags = ["few-steps", "--model", str(tiny_model), "--one-pass", str(lora), "--out", str(tmp_path)]
-    for name, value in dict(teacher_steps=4, trajectories=8, updates=2, rank=2, prompts=2, each=2).items():
+    for name, value in dict(teacher_steps=8, trajectories=8, updates=2, rank=2, prompts=2, each=2).items():
         flags += [f"--{name.replace('_', '-')}", str(value)]
     main([*flags, "--ways", *ways])
     report = json.loads((tmp_path / "few-steps-2.json").read_text())
     rows = {row["way"]: row for row in report["rows"]}
-    assert list(rows) == ["teacher, 4 steps", "teacher", "one-pass student", *ways]
-    assert [row["calls"] for row in rows.values()] == [8, 4, 2, *[2] * len(ways)]
-    files = sorted(tmp_path.glob("2-*.safetensors"))
+    assert list(rows) == ["teacher, 8 steps", "teacher", "one-pass student", *ways]
+    assert [row["calls"] for row in rows.values()] == [16, 4, 2, *[2] * len(ways)]
+    files = sorted(tmp_path.glob("*-*.safetensors"))
     assert len({file.read_bytes() for file in files}) == len(files) == len(ways)
     assert Image.open(tmp_path / "few-steps-2.png").size[0] > 0
 
     before = [file.stat().st_mtime_ns for file in files]
     tensors, metadata = read_tensors(tmp_path / "2-train-py.safetensors")
-    taught = dict(guidance="2.5", student_steps="2", teacher_steps="4")
+    taught = dict(guidance="2.5", student_steps="2", teacher_steps="8")
     write_tensors(tmp_path / "taught.safetensors", tensors, metadata | taught)
     more = ["--loras", str(tmp_path / "taught.safetensors")]
     main([*flags, *more, "--ways", "train.py", "consistency distillation"])
@@ -102,13 +103,15 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
     assert again[3]["way"] == "taught" and again[3]["measures"] == rows["train.py"]["measures"]
     with pytest.raises(ValueError, match="taught.safetensors has not learned 4 steps at guidance 2.5"):
         main([*flags, *more, "--student-steps", "4", "--ways", "train.py"])
+    with pytest.raises(ValueError, match="3 steps do not divide 8"):
+        main([*flags, "--student-steps", "3", "4", "--ways", "one LoRA for 1, 2, 4 and 8 steps"])
 
 
 def test_the_first_way_is_train_pys(sd: StableDiffusion, tmp_path: Path):
     """From z_t to the stored z_s: its gradient is that of the loss in train.py, but for a factor."""
     captions, steps = ["a cat", "a dog"], torch.tensor([0, 1])
-    args = Namespace(student_steps=2, trajectories=2, teacher_steps=4, guidance=3.0, updates=1, rank=2, out=tmp_path)
-    lesson = few_steps.read_lesson(sd, captions, args)
+    args = Namespace(trajectories=2, teacher_steps=4, guidance=3.0, updates=1, rank=2, out=tmp_path)
+    lesson = few_steps.read_lesson(sd, captions, args, steps=2)
     unet = fill_up(inject_lora(sd.unet, rank=2))
     stored = generate(sd, captions, tmp_path / "states-2", count=2, steps=4, guidance=3.0, student_steps=2)
     z_t, target, t = stored.states(torch.arange(2), steps)
