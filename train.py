@@ -125,7 +125,7 @@ def sampling_options(args: argparse.Namespace) -> dict:
     """How teacher and student sample the images that are shown."""
     return dict(
         steps=args.sample_steps, guidance=args.guidance, negative_prompt=args.negative_prompt, interval=args.interval,
-        batch=args.batch, student_steps=args.student_steps,
+        batch=args.sample_batch or args.batch, student_steps=args.student_steps,
     )  # fmt: skip
 
 
@@ -162,6 +162,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sample-steps", **n, help="DDIM steps from noise to image (default: 25; with --student-steps about 24)")
     add("--stride", **n, help="use every N-th DDIM step, for more images per minute (default: 3, or 1 with "
         "--student-steps)")
+    add("--sample-batch", **n, help="images sampled at once (default: as many as --batch)")
     add("--trajectories", **n, default=480, help="images the teacher samples; the student learns from the states on "
         "the way (default: %(default)s)")
     add = parser.add_argument_group("the student, one UNet call a step, learns from them").add_argument
@@ -177,8 +178,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "'*.attn?.to_*' (default: every linear layer and convolution of attention and residual blocks)")
     add("--alpha", **x, help="the LoRA is scaled by alpha / rank (default: the rank)")
     add("--steps", **n, default=300, help="updates of the student (default: %(default)s)")
-    add("--batch", **n, default=16, help="global batch size, split evenly across processes; also how many images are "
-        "sampled at once (default: %(default)s)")
+    add("--batch", **n, default=16, help="global batch size, split evenly across processes (default: %(default)s)")
     add("--lr", **x, help="peak learning rate (default: 0.128 / the UNet's first width; for a full copy 0.02 / that)")
     add("--weighting", default="even", choices=("even", "min-snr"), help="weight of the squared error at each time "
         "step: the same everywhere, or min-SNR-5 (default: %(default)s)")

@@ -127,6 +127,14 @@ def test_accumulated_gradients_are_those_of_the_batch(
     assert max((a - b).abs().max() for a, b in zip(*by_parts.values(), strict=True)) < 1e-6 * largest
 
 
+def test_images_sampled_at_once(command, flags, tmp_path: Path):
+    """--sample-batch decides how many trajectories a shard has, and is no part of what is learned."""
+    run = flags(tmp_path / "run", trajectories=6, batch=2, sample_batch=4, steps=1)
+    assert command("train.py", *run, "--no-report").code == 0
+    files = sorted((tmp_path / "run/states").glob("*.safetensors"))
+    assert [len(load_file(file)["prompt"]) for file in files] == [4, 2]
+
+
 def test_the_loss_is_weighted_over_t(command, flags, tiny_model: Path, prompts_file: Path, tmp_path: Path):
     """The first loss, of a LoRA that does nothing yet, on all states at once: computed again from the shards."""
     every = dict(trajectories=8, stride=1, batch=24, accumulate=2, steps=1)

@@ -24,7 +24,7 @@ except ImportError:  # on Windows, where two runs in one folder go unnoticed
 # Flags that do not change what is learned. --student and --source are recorded as --method; the spacing follows from
 # --student-steps.
 FREE = {"out", "states", "resume", "no_report", "save_every", "device", "kernel", "memory", "accumulate", "compile"}
-FREE |= {"no_graph", "batched_teacher", "student", "source", "spacing"}
+FREE |= {"no_graph", "batched_teacher", "student", "source", "spacing", "sample_batch"}
 CONTENTS = re.compile(r".*( \([0-9a-f]{16}\))", re.DOTALL)  # a flag with the fingerprint of what it names
 KEPT = 2  # checkpoints: the older one is for when the newer turns out to be damaged
 DIGEST = 32  # bytes of SHA-256 at the end of a checkpoint: torch.load itself does not notice a flipped bit

@@ -42,7 +42,7 @@ class FromTrajectories:
             negative_prompt=args.negative_prompt,
             interval=args.interval,
             seed=args.seed,
-            batch=args.batch,
+            batch=args.sample_batch or args.batch,
             stride=args.stride,
             keep_states=not self.asks_teacher,
             student_steps=args.student_steps,

@@ -1,7 +1,7 @@
 """Shared by the training stages: the training loop, which averages the weights and resumes where it was stopped."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,7 +35,7 @@ def fit(
     weight_decay: float,
     compiled: bool = False,
     bfloat16: bool = False,
-    by_muon: Iterable[Tensor] = (),
+    by_muon: Sequence[nn.Parameter] = (),
     save_every: int = 500,
 ) -> Model:
     """Train the parameters that require a gradient, by AdamW or ``by_muon``; returns the averaged weights.
@@ -50,8 +50,8 @@ def fit(
     matrices = set(by_muon)
     others = [p for p in trained if p not in matrices]
     optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)]
-    if matrices:
-        optimizers.append(Muon((p for p in trained if p in matrices), lr, weight_decay))
+    if by_muon:
+        optimizers.append(Muon(by_muon, lr, weight_decay))
     parts = {"model": model, "average": average} | {type(one).__name__: one for one in optimizers}
     start = 0
     if state.exists():
@@ -65,15 +65,16 @@ def fit(
 
     progress = tqdm(range(start, steps), initial=start, total=steps, desc=state.stem, unit="step", mininterval=1)
     for step in progress:
-        for group in (group for one in optimizers for group in one.param_groups):
-            group["lr"] = learning_rate(step, steps, lr, warmup=min(200, steps // 10 + 1))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, lr, warmup=min(200, steps // 10 + 1))
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             loss, values = loss_of(model, *new_batch())
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
-        for one in optimizers:
-            one.step()
-            one.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         update_average(average, model, step)
         if step % 20 == 0:
             progress.set_postfix({name: f"{value.item():.4g}" for name, value in values.items()})
