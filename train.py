@@ -190,7 +190,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no-graph", action="store_true", help="launch every operation of an update from Python, where one GPU would "
         "replay a CUDA graph of them")
     add("--kernel", default="auto", choices=("auto", "fused", "torch"), help="compute LoRA layers with one CUDA kernel "
-        "(on a GPU, in bfloat16), or with PyTorch (default: %(default)s)")
+        "(on a GPU, in bfloat16) or with PyTorch; auto: with what was measured to be faster (default: %(default)s)")
     add = parser.add_argument_group("the run itself").add_argument
     add("--out", **path, help="folder of this run (default: runs/<name of the model>)")
     add("--seed", type=cli.seed_number, default=0, metavar="N", help="random seed (default: %(default)s)")

@@ -1,4 +1,7 @@
-"""The autoencoder of Stable Diffusion: images to latents of an eighth of their height and width, and back."""
+"""The autoencoder of Stable Diffusion: images to latents of an eighth of their height and width, and back.
+
+In the embedded model the latents are a quarter as high and wide.
+"""
 
 import torch
 import torch.nn.functional as F

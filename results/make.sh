@@ -9,6 +9,7 @@
 #   python -m minidistill.evaluate sweeps                  (an hour and a quarter)
 #   python -m minidistill.bench updates --repeats 3        bench-train.json
 #   python -m minidistill.bench loading                    load.json
+#   python -m minidistill.evaluate few-steps ...           few-steps/, by the commands in results/README.md
 #   python -m minidistill.evaluate quality --interval 200 800 --pictures 148 --judge minidistill.pocket.judge \
 #     --work runs/interval --out results/interval
 #   python -m minidistill.pocket.judge --lora weights/pocket-emoji/guidance-lora.safetensors --out results/pocket.json

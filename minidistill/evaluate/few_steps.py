@@ -4,7 +4,7 @@
 
 Every way has the teacher's trajectories, the same updates unless its name says more, and one seed. Measured on held-out
 prompts against the teacher in all its steps: PSNR, CLIP score, sharpness (mean squared Laplacian of the image, the
-teacher's is 1), and what --judge measures. A file of results for each number of steps. Finished ways are not repeated.
+teacher's is 1), and what --judge measures. Each number of steps has a file of results. Finished ways are not repeated.
 """
 
 import re
@@ -54,7 +54,7 @@ POSITIONAL = ""
 def add_flags(parser: ArgumentParser) -> None:
     flag, number = parser.add_argument, dict(type=positive_int, metavar="N")
     flag("--student-steps", **number, nargs="+", default=[2], help="how many steps to learn: each must divide the "
-         "largest (default: 2)")  # fmt: skip
+         "largest of them and --teacher-steps (default: 2)")  # fmt: skip
     flag("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY",
          help=f"any of {', '.join(map(repr, WAYS))} (default: all)")  # fmt: skip
     flag("--one-pass", type=Path, metavar="RUN_OR_LORA", help="a student that takes as many steps as its teacher")

@@ -70,7 +70,7 @@ def check_student(learned: LoRAFile) -> None:
     if style := learned.metadata.get("teacher_lora"):
         raise ValueError(
             f"{learned.path} was distilled from a teacher with the LoRA {style}. Merge that LoRA into the model first "
-            "(python -m minidistill.export --to checkpoint), and pass the result as --model."
+            "(python -m minidistill.export STYLE --to checkpoint --model MODEL), and pass the result as --model."
         )
 
 

@@ -70,7 +70,7 @@ class Float8Weight(Tensor):
         if operator._schema.is_mutable and isinstance(first, cls):
             raise ValueError(
                 "W in 8 bits cannot be changed in place: rounding would lose most of the change. Keep a LoRA beside W, "
-                "or merge it into the checkpoint (python -m minidistill.export --to checkpoint) and load that."
+                "or merge it into the checkpoint (python -m minidistill.export LORA --to checkpoint --model MODEL)."
             )
         return operator(*tree_map_only(cls, cls.product, args), **tree_map_only(cls, cls.product, kwargs))
 

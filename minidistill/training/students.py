@@ -87,7 +87,7 @@ def choose_method(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--weights {args.weights} is for a W that stays as it is, in plain PyTorch: leave out --student full "
             "(--method full), --kernel fused and --teacher-lora (first merge the style into the model, by python -m "
-            "minidistill.export --to checkpoint)."
+            "minidistill.export STYLE --to checkpoint --model MODEL)."
         )
     noised = args.source != "trajectories"
     args.method = {"lora": ["trajectories", "noised"], "full": ["full", "full noised"]}[args.student][noised]
