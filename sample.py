@@ -9,6 +9,7 @@ teacher and student both sample in it.
 
 import argparse
 import re
+import warnings
 from pathlib import Path
 
 from PIL import Image
@@ -18,7 +19,7 @@ from minidistill.evaluate import comparison_grid, draw
 from minidistill.formats.files import atomic_write, digest
 from minidistill.formats.float8 import merge_to_sample
 from minidistill.formats.lora_formats import LoRAFile, read_lora
-from minidistill.formats.lora_io import inject_file, merge_file, student_and_styles
+from minidistill.formats.lora_io import add_student, merge_file, student_and_styles
 from minidistill.schedule import SPACINGS
 from minidistill.training import command_line as cli
 
@@ -33,6 +34,11 @@ def main() -> None:
         if not shipped.is_file():
             raise ValueError(f"--compare needs a student: there is no {shipped}, so name one with --lora.")
         student = read_lora(shipped)
+    if styles and args.weights:
+        raise ValueError(
+            f"{styles[0].path} is a style, and nothing can be merged into --weights {args.weights}: merge it into the "
+            "model first (python -m minidistill.export STYLE --to checkpoint --model MODEL)."
+        )
     student = student and at_strength(student, args)
     options = sampling_options(args, student)
 
@@ -42,7 +48,7 @@ def main() -> None:
     if student is None:
         images = draw(sd, "teacher", args.prompt, **options).images
     else:
-        sd.unet = inject_file(sd.unet, student)
+        add_student(sd, student)
         if args.compare:
             sd.sample(args.prompt[:1], steps=1)  # not timed: the first calls of everything are slower
         rows = [draw(sd, "teacher", args.prompt, **options)] if args.compare else []
@@ -116,9 +122,11 @@ def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict
         interval = student.interval
     guidance = guidance if args.guidance is None else args.guidance
     few_steps = student and student.few_steps
-    if few_steps and student.scale != 1:
-        raise ValueError(f"{student.path} takes few steps, which needs its full strength: leave out the scale.")
     student_steps, steps = few_steps or (None, args.steps or 25)
+    if student and student.skips_steps and args.spacing == "leading":
+        raise ValueError(f"{student.path} has learned steps of trailing spacing: leave out --spacing leading.")
+    if student and student.skips_steps and args.steps not in (None, student_steps):
+        warnings.warn(f"{student.path} has learned {student_steps} steps, not {args.steps}.", stacklevel=2)
     return dict(
         steps=steps, student_steps=few_steps and (args.steps or student_steps), guidance=guidance,
         spacing=args.spacing, negative_prompt=negative_prompt, student_negative=student_negative,

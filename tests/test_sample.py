@@ -12,6 +12,7 @@ from tiny import ROOT, TINY_UNET, fill_up, tiny_tensors, tiny_unet, write_tiny
 
 from minidistill import StableDiffusion, inject_lora, load, load_lora, merge_lora, save_lora
 from minidistill.export import __main__ as export
+from minidistill.formats.tensor_files import read_tensors, write_tensors
 from minidistill.guidance import Interval
 from minidistill.lora import lora_layers
 from minidistill.unet import UNet
@@ -366,6 +367,20 @@ def test_the_missing_style_of_a_students_teacher_is_named(sample, tiny_model: Pa
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         sample(APPLE, "--lora", tmp_path / "student.safetensors", "--lora", f"{style}:0.5")
+
+
+def test_a_student_of_another_prediction_is_refused(sample, lora: Path, tmp_path: Path):
+    tensors, metadata = read_tensors(lora)
+    write_tensors(tmp_path / "student.safetensors", tensors, metadata | dict(prediction="eps"))
+    flags = (APPLE, "--lora", tmp_path / "student.safetensors")
+    assert sample(*flags).code == 0
+    complaint = sample(*flags, "--prediction", "v").complaint
+    assert "student.safetensors" in complaint and "--prediction eps" in complaint
+
+
+def test_nothing_is_merged_into_8_bits(sample, style: Path):
+    complaint = sample(APPLE, "--lora", style, "--weights", "float8").complaint
+    assert str(style) in complaint and "--weights float8" in complaint
 
 
 def test_two_students_are_refused(sample, lora: Path, tmp_path: Path):

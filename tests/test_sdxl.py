@@ -111,6 +111,17 @@ def test_kohyas_header_and_names(run: Path, tmp_path: Path):
     assert read_lora(tmp_path / "lora.safetensors").metadata["ss_base_model_version"] == "sdxl_base_v1-0"
 
 
+def test_kohyas_file_reads_back(run: Path, xl: StableDiffusion, tiny_xl: Path, tmp_path: Path):
+    """Its block numbers are those of this network, which has one residual block a level where SDXL has two."""
+    export([str(run), "--to", "kohya", "--out", str(tmp_path / "lora.safetensors")])
+    again = load(tiny_xl).unet
+    load_lora(xl.unet, run / "lora.safetensors")
+    load_lora(again, tmp_path / "lora.safetensors")
+    ours, theirs = (lora_layers(unet) for unet in (xl.unet, again))
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name].delta() - theirs[name].delta()).abs().max() for name in ours) < 1e-6
+
+
 @pytest.mark.parametrize("config, block", [(SDXL_UNET, "output_blocks_0_0_"), (SD15_UNET, "up_blocks_0_resnets_0_")])
 def test_convolutions_alone_get_kohyas_names(config: UNetConfig, block: str):
     with torch.device("meta"):

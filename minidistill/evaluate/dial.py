@@ -24,7 +24,7 @@ from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write, write_json
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import LoRAFile, read_lora
-from minidistill.formats.lora_io import inject_file
+from minidistill.formats.lora_io import add_student
 from minidistill.formats.tensor_files import read_tensors, write_tensors
 from minidistill.lora import lora_strength
 from minidistill.pipeline import StableDiffusion
@@ -61,10 +61,11 @@ def run(args: Namespace) -> None:
             f"--guidance: name scales above 1 other than {learned:g}, which the student has at strength 1."
         )
     sd = load(args.model, **load_options(args))
-    sd.unet = inject_file(sd.unet, file)
+    add_student(sd, file)
     training, held_out = (spread(prompts, args.prompts) for prompts in prompt_split(args.model))
     teacher = dict(negative_prompt=file.metadata.get("negative_prompt"), interval=file.interval)
-    teacher |= dict(steps=args.steps, batch=args.batch)
+    student_steps = file.few_steps and file.few_steps[0]  # as many as its teacher's, and trailing as they are
+    teacher |= dict(steps=student_steps or args.steps, student_steps=student_steps, batch=args.batch)
 
     rows, images = [], []
     for w in sorted(scales):

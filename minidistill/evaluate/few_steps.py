@@ -38,7 +38,7 @@ from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write, write_json
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import LoRAFile, read_lora
-from minidistill.formats.lora_io import inject_file, save_lora
+from minidistill.formats.lora_io import add_student, inject_file, save_lora
 from minidistill.guidance import guided, student
 from minidistill.lora import LoRAModel, inject_lora, lora_parameters
 from minidistill.pipeline import StableDiffusion, to_images
@@ -320,7 +320,7 @@ def run(args: Namespace) -> None:
 
     def student_of(lora: LoRAFile) -> StableDiffusion:
         sd = load_again()
-        sd.unet = inject_file(sd.unet, lora)
+        add_student(sd, lora)
         return sd
 
     def learned(name: str, steps: int) -> LoRAFile:

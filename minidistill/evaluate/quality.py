@@ -126,7 +126,7 @@ def run(args: Namespace) -> None:
     shares: dict[str, dict[str, ErrorShare]] = {}
     for label, student in students.items():
         sd = load(args.model, **load_options(args))
-        sd.unet = student.install(sd.unet)
+        student.install(sd)
         learned = f"{digest(student.file.read_bytes())} {label}"
         few = {}
         if student.few_steps:  # it predicts what leads to its next state, not the guided prediction

@@ -12,12 +12,12 @@ from torch import nn
 from minidistill.distill import FullStudent
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import LoRAFile, read_lora
-from minidistill.formats.lora_io import inject_file
+from minidistill.formats.lora_io import add_student
 from minidistill.formats.model_folder import STEMS, read_weights
 from minidistill.formats.tensor_files import read_tensors
 from minidistill.guidance import Interval
+from minidistill.pipeline import StableDiffusion
 from minidistill.training.command_line import ScaledFile
-from minidistill.unet import UNet
 
 
 class Teacher(NamedTuple):
@@ -33,14 +33,14 @@ class Teacher(NamedTuple):
 
 
 class Student(NamedTuple):
-    """A student on disk: ``install`` puts it beside the teacher's UNet, which is then called with lora_enabled.
+    """A student on disk: ``install(sd)`` puts it beside the teacher's UNet, which is then called with lora_enabled.
 
     ``few_steps`` are its DDIM steps and its teacher's, if it was taught to take fewer.
     """
 
     file: Path
     teacher: Teacher
-    install: Callable[[UNet], nn.Module]
+    install: Callable[[StableDiffusion], None]
     few_steps: tuple[int, int] | None = None
 
 
@@ -57,7 +57,7 @@ def read_student(path: Path, scale: float, args: Namespace) -> Student:
         learned, install = LoRAFile(file, {}, read_tensors(file)[1]), partial(install_full, full, args)  # no layers
     else:
         learned = read_lora(path, scale)
-        install = partial(inject_file, file=learned)
+        install = partial(add_student, file=learned)
     check_student(learned)
     teacher = Teacher(learned.guidance, learned.metadata.get("negative_prompt"), learned.interval)
     return Student(learned.path, teacher, install, learned.few_steps)
@@ -79,8 +79,9 @@ def full_student(run: Path) -> Path | None:
     return next((path for path in (run / "student", run / "student.safetensors") if path.exists()), None)
 
 
-def install_full(path: Path, args: Namespace, base: UNet) -> FullStudent:
-    return FullStudent(base, read_full(path, args.variant, dtype=getattr(torch, args.dtype), device=args.device))
+def install_full(path: Path, args: Namespace, sd: StableDiffusion) -> None:
+    full = read_full(path, args.variant, dtype=getattr(torch, args.dtype), device=args.device)
+    sd.unet = FullStudent(sd.unet, full)
 
 
 def read_full(path: Path, variant: str | None, **options) -> nn.Module:

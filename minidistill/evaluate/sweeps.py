@@ -25,7 +25,7 @@ from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import write_json
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import read_lora
-from minidistill.formats.lora_io import inject_file
+from minidistill.formats.lora_io import add_student
 from minidistill.lora import DEFAULT_TARGETS
 from minidistill.training.command_line import DEFAULT_DEVICE, DEFAULT_MODEL, positive, positive_int
 
@@ -110,7 +110,7 @@ def train_and_measure(args: Namespace, command: Sequence[str]) -> dict:
             "choose another folder with --runs."
         )
     sd, lora = load(args.model, device=DEFAULT_DEVICE), read_lora(Path(command[command.index("--out") + 1]))
-    sd.unet = inject_file(sd.unet, lora)
+    add_student(sd, lora)
     prompts = spread(prompt_split(args.model)[1], args.prompts)
     share = noise_error_share(sd, prompts, steps=25, guidance=lora.guidance, batch=len(prompts))
     return {

@@ -106,7 +106,10 @@ def plain_metadata(file: LoRAFile) -> dict[str, str]:
     """
     without = {"alpha", "lora_adapter_metadata"} | ({"dial"} if file.scale != 1 else set())
     metadata = {key: value for key, value in file.metadata.items() if key not in without}
-    return metadata | ({"guidance": f"{file.guidance:g}", "modelspec.usage_hint": HINT} if file.is_student else {})
+    if not file.is_student:
+        return metadata
+    hint = f"{HINT}, {file.few_steps[0]} steps with trailing spacing" if file.skips_steps else HINT
+    return metadata | {"guidance": f"{file.guidance:g}", "modelspec.usage_hint": hint}
 
 
 SD_VERSIONS = {768: "sd_v1", 1024: "sd_v2"}  # by context width

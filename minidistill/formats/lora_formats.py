@@ -14,7 +14,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -95,9 +95,14 @@ class LoRAFile:
             return few
 
     @property
+    def skips_steps(self) -> bool:
+        """True for a student of fewer steps than its teacher's, which it can take at full strength only."""
+        return bool(self.few_steps) and self.few_steps[0] < self.few_steps[1]
+
+    @property
     def dial(self) -> Dial | None:
         """The strength for each guidance, as measured by ``evaluate dial``; None for a style, and for few steps."""
-        if not self.is_student or self.guidance <= 1 or (self.few_steps and self.few_steps[0] < self.few_steps[1]):
+        if not self.is_student or self.guidance <= 1 or self.skips_steps:
             return None
         with reading(self.path):
             points = [point.split(":") for point in self.metadata.get("dial", "").split()]
@@ -105,7 +110,9 @@ class LoRAFile:
             return Dial.through(float(self.metadata["guidance"]), measured)
 
     def scaled(self, scale: float) -> "LoRAFile":
-        """The same LoRA with every alpha multiplied by ``scale``."""
+        """The same LoRA with every alpha multiplied by ``scale``. Raises ValueError if it has learned few steps."""
+        if scale != 1 and self.skips_steps:
+            raise ValueError(f"{self.path} takes few steps, which needs its full strength: leave out the scale.")
         layers = {name: pair._replace(alpha=scale * pair.alpha) for name, pair in self.layers.items()}
         return replace(self, layers=layers, scale=scale * self.scale)
 
@@ -116,8 +123,17 @@ class LoRAFile:
             return 1 + self.scale * (float(self.metadata["guidance"]) - 1)
 
 
-# Our names of SDXL's layers, with a dot at the end -> those of single files.
-XL_NAMES = unet_names(SDXL_UNET)
+def xl_names(layers: Iterable[str]) -> dict[str, str]:
+    """The names of an SDXL's layers, with a dot at the end -> those of single files, which number blocks consecutively.
+
+    Where all residual blocks have a LoRA, the names tell how many there are at each level; else there are SDXL's two.
+    """
+    down, up = (
+        {int(block[1]) for name in layers if (block := re.match(rf"{side}_blocks\.\d+\.resnets\.(\d+)\.", name))}
+        for side in ("down", "up")
+    )
+    complete = down and down == set(range(len(down))) and up == set(range(len(down) + 1))
+    return unet_names(replace(SDXL_UNET, layers=len(down) if complete else SDXL_UNET.layers))
 
 
 # The input of this convolution has 1920 channels in SDXL, and 2560 in SD 1.x and 2.x.
@@ -161,7 +177,7 @@ def kohya_tensors(file: LoRAFile) -> dict[str, Tensor]:
     alpha = torch.tensor(next(iter(pairs)).alpha).item()
     if any(pair.alpha != alpha for pair in pairs):
         alpha = float(max(pair.rank for pair in pairs))
-    tensors, names = {}, XL_NAMES if is_xl(file.layers) else {}
+    tensors, names = {}, xl_names(file.layers) if is_xl(file.layers) else {}
     for name, pair in file.layers.items():
         name = "lora_unet_" + translate(f"{name}.", names)[:-1].replace(".", "_")
         tensors[f"{name}.lora_down.weight"] = pair.down

@@ -14,6 +14,7 @@ from minidistill.formats.original_names import translate, unet_names
 from minidistill.formats.single_file import number
 from minidistill.formats.tensor_files import write_tensors
 from minidistill.lora import LoRAModel, add_to_weight, inject_pairs, lora_layers, warn_of_lost_change
+from minidistill.pipeline import StableDiffusion
 
 
 def save_lora(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -56,6 +57,19 @@ def inject_file(model: nn.Module, file: LoRAFile) -> LoRAModel:
         layer.lora_down.copy_(pairs[name].down)
         layer.lora_up.copy_(pairs[name].up)
     return model
+
+
+def add_student(sd: StableDiffusion, file: LoRAFile) -> None:
+    """Inject the LoRA of a student into ``sd.unet``. Raises CheckpointError, with the model unchanged, as ``load_lora``
+    does, and for a student of a model that predicts something else, whose layers may look the same.
+    """
+    prediction = sd.schedule.prediction
+    if (learned := file.metadata.get("prediction", prediction)) != prediction:
+        raise CheckpointError(
+            f"{file.path} learned from a model that predicts {learned}, and this one predicts {prediction}: name the "
+            f"model it was made for, or --prediction {learned} if this is the one."
+        )
+    sd.unet = inject_file(sd.unet, file)
 
 
 @torch.no_grad()

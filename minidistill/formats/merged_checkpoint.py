@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minidistill.config import ScheduleConfig
 from minidistill.formats.files import CheckpointError, atomic_folder, write_json
 from minidistill.formats.hub import find_model
 from minidistill.formats.lora_formats import LoRAFile
@@ -118,6 +119,9 @@ def file_to_file(source: Path, change: Change, out: Path, metadata: Mapping[str,
 def folder_to_file(source: Path, change: Change, out: Path, metadata: Mapping[str, str], variant: str | None) -> None:
     """UNet, VAE and text encoder go into one file, under the names that such files use."""
     model = read_model_folder(source, variant=variant)
+    usual, fields = ScheduleConfig(), ("train_steps", "beta_start", "beta_end", "beta_schedule")
+    if any(getattr(model.schedule, field) != getattr(usual, field) for field in fields):
+        raise ValueError(f"{source} has noise levels that a single file cannot state: write a folder, not {out}.")
     unet = changed(model.unet, change)
     tensors = to_single_file(
         unet, model.unet_config, model.vae.tensors, model.vae_config, model.text.tensors, model.text_config,

@@ -16,7 +16,10 @@ from minidistill.data.prompts import prompt_split
 from minidistill.data.trajectories import generate, teacher_trajectory
 from minidistill.distill import few_step_states
 from minidistill.evaluate import noise_error_share
+from minidistill.evaluate.__main__ import main as evaluate
+from minidistill.export.__main__ import main as export
 from minidistill.formats.lora_formats import read_lora
+from minidistill.formats.tensor_files import read_tensors, write_tensors
 from minidistill.unet import UNet
 
 ALONE = "--no-report"
@@ -130,6 +133,32 @@ def test_without_the_teachers_steps(sd: StableDiffusion, tmp_path: Path):
 def test_another_strength_is_refused(few_step_run: Path, command, tiny_model: Path, tmp_path: Path):
     flags = ("--model", tiny_model, "--device", "cpu", "--lora", few_step_run, "--out", tmp_path / "one.png")
     assert "full strength" in command("sample.py", "a red apple", *flags, "--lora-scale", 0.5).complaint
+    with pytest.raises(ValueError, match="full strength"):
+        export([f"{few_step_run}:0.5", "--to", "kohya", "--out", str(tmp_path / "half.safetensors")])
+
+
+def test_other_steps_are_refused_or_warned_of(few_step_run: Path, command, tiny_model: Path, tmp_path: Path):
+    flags = ("--model", tiny_model, "--device", "cpu", "--lora", few_step_run, "--out", tmp_path / "one.png")
+    assert "trailing" in command("sample.py", "a red apple", *flags, "--spacing", "leading").complaint
+    with pytest.warns(UserWarning, match="has learned 2 steps, not 4"):
+        command("sample.py", "a red apple", *flags, "--steps", 4)
+
+
+def test_the_export_says_how_to_sample(few_step_run: Path, tmp_path: Path):
+    export([str(few_step_run), "--to", "kohya", "--out", str(tmp_path / "lora.safetensors")])
+    hint = read_lora(tmp_path / "lora.safetensors").metadata["modelspec.usage_hint"]
+    assert hint.endswith("2 steps with trailing spacing")
+
+
+def test_as_many_steps_as_the_teacher_have_a_dial(few_step_run: Path, command, tiny_model: Path, tmp_path: Path):
+    """With N the teacher's own number of steps, the student is one of all steps."""
+    tensors, metadata = read_tensors(few_step_run / "lora.safetensors")
+    write_tensors(tmp_path / "lora.safetensors", tensors, metadata | dict(student_steps="4"))
+    lora, model = str(tmp_path / "lora.safetensors"), ("--model", str(tiny_model), "--device", "cpu")
+    evaluate(["dial", lora, "--write", "--guidance", "1.8", "--prompts", "2", *model, "--out", str(tmp_path / "dial")])
+    assert dict(read_lora(lora).dial.points).keys() == {1.0, 1.8, 2.5}
+    run = command("sample.py", "a red apple", *model, "--lora", lora, "--guidance", 1.8, "--out", tmp_path / "one.png")
+    assert run.code == 0
 
 
 @pytest.mark.parametrize("changes", [dict(steps=5), dict(stride=2), dict(keep_states=False)])
