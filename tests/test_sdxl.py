@@ -122,10 +122,18 @@ def test_kohyas_file_reads_back(run: Path, xl: StableDiffusion, tiny_xl: Path, t
     assert max((ours[name].delta() - theirs[name].delta()).abs().max() for name in ours) < 1e-6
 
 
-@pytest.mark.parametrize("config, block", [(SDXL_UNET, "output_blocks_0_0_"), (SD15_UNET, "up_blocks_0_resnets_0_")])
-def test_convolutions_alone_get_kohyas_names(config: UNetConfig, block: str):
+@pytest.mark.parametrize(
+    "config, targets, block",
+    [
+        (SDXL_UNET, "*.resnets.*.conv?", "output_blocks_0_0_"),
+        (SD15_UNET, "*.resnets.*.conv?", "up_blocks_0_resnets_0_"),
+        (SDXL_UNET, "*.transformer_blocks.0.attn2.to_[kv]", "output_blocks_5_1_"),
+        (SD15_UNET, "*.transformer_blocks.0.attn2.to_[kv]", "up_blocks_1_attentions_0_"),
+    ],
+)
+def test_some_layers_alone_get_kohyas_names(config: UNetConfig, targets: str, block: str):
     with torch.device("meta"):
-        layers = lora_layers(inject_lora(UNet(config), rank=1, targets=["*.resnets.*.conv?"]))
+        layers = lora_layers(inject_lora(UNet(config), rank=1, targets=[targets]))
     pairs = {name: Pair(layer.lora_down, layer.lora_up, 1.0) for name, layer in layers.items()}
     names = kohya_tensors(LoRAFile(Path("x"), pairs, {}))
     assert sum(name.startswith(f"lora_unet_{block}") for name in names) == 2 * 3
