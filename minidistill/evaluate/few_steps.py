@@ -271,7 +271,6 @@ class Way(NamedTuple):
 
 
 squared = partial(learn, partial(one_step, F.mse_loss))
-walked = partial(learn, through_all_steps)
 WAYS = {
     "train.py": Way(squared),
     "begun from the one-pass student": Way(squared, begun=True),
@@ -282,8 +281,7 @@ WAYS = {
     "pseudo-Huber": Way(partial(learn, partial(one_step, pseudo_huber))),
     "distance of the decoded images": Way(learn_through_decoder),
     "own states": Way(partial(learn, own_states)),
-    "through all steps": Way(walked),
-    "through all steps, begun from the one-pass student": Way(walked, begun=True),
+    "through all steps": Way(partial(learn, through_all_steps)),
     "one LoRA for 1, 2, 4 and 8 steps": Way(partial(learn, any_number_of_steps), steps=8),
     "consistency distillation": Way(learn_consistency, renoise=True),
     "progressive distillation": Way(learn_progressively),

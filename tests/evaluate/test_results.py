@@ -77,7 +77,7 @@ def test_the_dial(lora: Path, tiny_model: Path, tmp_path: Path):
 def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, capsys):
     """Each learns something of its own from the same trajectories; none that is finished is repeated."""
     ways = ["train.py", "distance of the decoded images", "own states", "consistency distillation"]
-    ways += ["through all steps, begun from the one-pass student", "progressive distillation"]
+    ways += ["through all steps", "begun from the one-pass student", "progressive distillation"]
     ways += ["one LoRA for 1, 2, 4 and 8 steps"]
     flags = ["few-steps", "--model", str(tiny_model), "--one-pass", str(lora), "--out", str(tmp_path)]
     for name, value in dict(teacher_steps=8, trajectories=8, updates=2, rank=2, prompts=2, each=2).items():
