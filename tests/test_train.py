@@ -128,7 +128,7 @@ def test_accumulated_gradients_are_those_of_the_batch(
 
 
 def test_images_sampled_at_once(command, flags, tmp_path: Path):
-    """--sample-batch decides how many trajectories a shard has, and is no part of what is learned."""
+    """--sample-batch decides how many trajectories a shard has."""
     run = flags(tmp_path / "run", trajectories=6, batch=2, sample_batch=4, steps=1)
     assert command("train.py", *run, "--no-report").code == 0
     files = sorted((tmp_path / "run/states").glob("*.safetensors"))

@@ -42,7 +42,8 @@ def add_flags(parser: ArgumentParser) -> None:
     flag("--guidance", type=positive, nargs="+", metavar="X",
          help="guidance scales to measure (default: four, up to 1.2 times what the student has learned)")  # fmt: skip
     flag("--prompts", **number, default=24, help="training and held-out prompts, each (default: %(default)s)")
-    flag("--steps", **number, default=25, help="DDIM steps (default: %(default)s)")
+    flag("--steps", **number, default=25, help="DDIM steps (default: %(default)s; a student of train.py "
+         "--student-steps takes its own)")  # fmt: skip
     flag("--batch", **number, default=24, help="images to sample at once (default: %(default)s)")
     flag("--write", action="store_true", help="write the measured strengths into the header of the LoRA")
     flag("--out", type=Path, default=Path("runs/dial"), metavar="FOLDER", help="results (default: %(default)s)")
@@ -64,7 +65,7 @@ def run(args: Namespace) -> None:
     add_student(sd, file)
     training, held_out = (spread(prompts, args.prompts) for prompts in prompt_split(args.model))
     teacher = dict(negative_prompt=file.metadata.get("negative_prompt"), interval=file.interval)
-    student_steps = file.few_steps and file.few_steps[0]  # as many as its teacher's, and trailing as they are
+    student_steps = file.few_steps and file.few_steps[0]  # it has a dial, so as many as its teacher's
     teacher |= dict(steps=student_steps or args.steps, student_steps=student_steps, batch=args.batch)
 
     rows, images = [], []

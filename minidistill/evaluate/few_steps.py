@@ -54,7 +54,7 @@ POSITIONAL = ""
 def add_flags(parser: ArgumentParser) -> None:
     flag, number = parser.add_argument, dict(type=positive_int, metavar="N")
     flag("--student-steps", **number, nargs="+", default=[2], help="how many steps to learn: each must divide the "
-         "largest of them and --teacher-steps (default: 2)")  # fmt: skip
+         "largest, 8 or more for one LoRA for all, and --teacher-steps (default: 2)")  # fmt: skip
     flag("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY",
          help=f"any of {', '.join(map(repr, WAYS))} (default: all)")  # fmt: skip
     flag("--one-pass", type=Path, metavar="RUN_OR_LORA", help="a student that takes as many steps as its teacher")
@@ -261,7 +261,7 @@ class Way(NamedTuple):
     trajectories: float = 1
     begun: bool = False  # from the one-pass student
     renoise: bool = False  # sample as consistency models do
-    steps: int | None = None  # of the lesson, if not as many as are measured
+    steps: int | None = None  # that it learns, if not the number that is measured
 
     def __call__(self, sd: StableDiffusion, lesson: Lesson, one_pass: LoRAFile | None) -> None:
         count = round(self.trajectories * len(lesson.z))
@@ -298,12 +298,16 @@ def run(args: Namespace) -> None:
             raise ValueError(f"--loras {lora.path} has not learned {numbers} steps at guidance {args.guidance:g}.")
     steps = {*args.student_steps, *(WAYS[name].steps for name in args.ways)} - {None}
     if odd := [n for n in steps if max(steps) % n or args.teacher_steps % n]:
-        raise ValueError(f"{odd[0]} steps do not divide {max(steps)}, the most to learn, and --teacher-steps.")
+        raise ValueError(f"{odd[0]} steps must divide both {max(steps)}, the most to learn, and --teacher-steps.")
     load_again = partial(load, args.model, **load_options(args))
     sd, (captions, held_out) = load_again(), prompt_split(args.model)
     prompts = [prompt for prompt in spread(held_out, args.prompts) for _ in range(args.each)]
     lesson = read_lesson(sd, captions, args, max(steps))
-    settings = f"{args.updates} updates, rank {args.rank}, {args.trajectories} trajectories"
+    networks = [fingerprint(part) for part in (sd.unet, sd.vae, sd.text_encoder)]
+    settings = (
+        f"{args.updates} updates, rank {args.rank}, {args.trajectories} trajectories of {args.teacher_steps} steps, "
+        f"guidance {args.guidance:g}, {sd.schedule.prediction}, {sd.width}x{sd.height}, {networks}"
+    )
     clip, judge = ClipScore.in_model(sd), read_judge(args.judge)
     options = dict(spacing="trailing", seed=EVALUATION_SEED, batch=32, progress=True)
 
@@ -311,15 +315,10 @@ def run(args: Namespace) -> None:
         drawn = sd.sample(prompts, steps=args.teacher_steps, guidance=args.guidance, **options)
         return {"images": pixels(drawn)}
 
-    networks = [fingerprint(part) for part in (sd.unet, sd.vae, sd.text_encoder)]
     stamp = dict(prompts=prompts, steps=args.teacher_steps, guidance=args.guidance, networks=networks)
+    stamp |= dict(prediction=sd.schedule.prediction, where=f"{args.device} {args.dtype} {sd.width}x{sd.height}")
     images = cached(args.out / "teacher.safetensors", stamp, teacher_images)["images"]
     teacher = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()]
-
-    def student_of(lora: LoRAFile) -> StableDiffusion:
-        sd = load_again()
-        add_student(sd, lora)
-        return sd
 
     def learned(name: str, steps: int) -> LoRAFile:
         """The LoRA of a way, trained unless there is one."""
@@ -349,8 +348,9 @@ def run(args: Namespace) -> None:
             write_json(args.out / f"few-steps-{N}.json", args.provenance | {"prompts": len(prompts), "rows": rows})
             print(table(rows).splitlines()[-1], flush=True)
 
-        def add_student(name: str, lora: LoRAFile, renoise: bool = False) -> None:
-            sd = student_of(lora)
+        def measure_student(name: str, lora: LoRAFile, renoise: bool = False) -> None:
+            sd = load_again()
+            add_student(sd, lora)
             if renoise:
                 images = sample_renoised(sd, prompts, N)
             else:
@@ -360,12 +360,12 @@ def run(args: Namespace) -> None:
         add(f"teacher, {args.teacher_steps} steps", teacher, 2 * args.teacher_steps)
         add("teacher", sd.sample(prompts, steps=N, guidance=args.guidance, **options), 2 * N)
         if one_pass:
-            add_student("one-pass student", one_pass)
+            measure_student("one-pass student", one_pass)
         for lora in finished:
             if lora.few_steps[0] == N:
-                add_student(lora.path.stem, lora)
+                measure_student(lora.path.stem, lora)
         for name in args.ways:
-            add_student(name, learned(name, WAYS[name].steps or N), WAYS[name].renoise)
+            measure_student(name, learned(name, WAYS[name].steps or N), WAYS[name].renoise)
         with atomic_write(args.out / f"few-steps-{N}.png") as temporary:
             comparison_grid(drawn, prompts[:: args.each], columns=8, side=96).save(temporary, "png")
         print(f"\n{table(rows)}\n")

@@ -96,7 +96,7 @@ class LoRAFile:
 
     @property
     def skips_steps(self) -> bool:
-        """True for a student of fewer steps than its teacher's, which it can take at full strength only."""
+        """True for a student of fewer steps than its teacher's. It works at full strength only."""
         return bool(self.few_steps) and self.few_steps[0] < self.few_steps[1]
 
     @property
@@ -126,7 +126,7 @@ class LoRAFile:
 def xl_names(layers: Iterable[str]) -> dict[str, str]:
     """The names of an SDXL's layers, with a dot at the end -> those of single files, which number blocks consecutively.
 
-    Where all residual blocks have a LoRA, the names tell how many there are at each level; else there are SDXL's two.
+    If all residual blocks have a LoRA, their names tell how many there are at each level; otherwise two, as in SDXL.
     """
     down, up = (
         {int(block[1]) for name in layers if (block := re.match(rf"{side}_blocks\.\d+\.resnets\.(\d+)\.", name))}
@@ -145,7 +145,7 @@ def is_xl(layers: Mapping[str, Pair]) -> bool:
     convolution. A LoRA with none of these gets the names of SD 1.x.
     """
     conv = layers.get(XL_CONV)
-    contexts = [pair.down.shape[1] for name, pair in layers.items() if name.endswith("attn2.to_k")]
+    contexts = [pair.down.shape[1] for name, pair in layers.items() if name.endswith(("attn2.to_k", "attn2.to_v"))]
     return (
         any(".transformer_blocks.1." in name for name in layers)
         or SDXL_UNET.context_width in contexts
@@ -271,7 +271,7 @@ def read_lora(path: str | Path, scale: float = 1.0) -> LoRAFile:
         if wrong := [name for name, alpha in alphas.items() if not math.isfinite(alpha)]:
             raise CheckpointError(f"{path} has no finite alpha for {', '.join(wrong)}: make or fetch it again.")
         layers = {name: Pair(parts[name]["down"], parts[name]["up"], alphas[name]) for name in sorted(parts)}
-        return LoRAFile(path, layers, metadata).scaled(scale)
+    return LoRAFile(path, layers, metadata).scaled(scale)
 
 
 def peft_config(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict | None:

@@ -103,7 +103,7 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
     assert again[3]["way"] == "taught" and again[3]["measures"] == rows["train.py"]["measures"]
     with pytest.raises(ValueError, match="taught.safetensors has not learned 4 steps at guidance 2.5"):
         main([*flags, *more, "--student-steps", "4", "--ways", "train.py"])
-    with pytest.raises(ValueError, match="3 steps do not divide 8"):
+    with pytest.raises(ValueError, match="3 steps must divide both 8"):
         main([*flags, "--student-steps", "3", "4", "--ways", "one LoRA for 1, 2, 4 and 8 steps"])
 
 

@@ -315,6 +315,17 @@ def test_heads_that_no_single_file_can_hold(student_of_it: Path, ordinary: Path,
     assert not (tmp_path / "x.safetensors").exists()
 
 
+def test_noise_levels_that_no_single_file_can_state(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    model = shutil.copytree(ordinary, tmp_path / "model")
+    file = model / "scheduler/scheduler_config.json"
+    write_json(file, read_json(file) | dict(beta_end=0.02))
+    flags = [str(student_of_it), "--to", "checkpoint", "--model", str(model), "--out"]
+    with pytest.raises(ValueError, match="noise levels that a single file cannot state"):
+        export.main([*flags, str(tmp_path / "one.safetensors")])
+    export.main([*flags, str(tmp_path / "folder")])
+    assert (tmp_path / "folder/unet").is_dir() and not (tmp_path / "one.safetensors").exists()
+
+
 def test_a_variant_stays_one(student_of_it: Path, ordinary: Path, tmp_path: Path):
     """The output loads with the same --variant, although a .bin becomes a .safetensors."""
     model = Path(shutil.copytree(ordinary, tmp_path / "model"))

@@ -61,8 +61,8 @@ def train_unet(
 ) -> UNet:
     """Train eps-prediction on cached latents; returns the averaged weights. Resumes from ``state`` if it exists.
 
-    All hidden weights are trained by Muon: after 400 updates of 32 from the same start, the loss on held-out images was
-    1.7% below that of AdamW (0.0483 and 0.0491).
+    All hidden weights are trained by Muon. 400 further updates of 32, from the UNet after 8,000 by AdamW, gave a loss
+    of 0.0483 on held-out images; AdamW gave 0.0491. Muon from random weights has not been tried.
 
     ``how``: compiled and bfloat16, as in stage.fit.
     """

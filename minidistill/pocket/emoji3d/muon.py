@@ -12,7 +12,8 @@ MOMENTUM = 0.95
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
     """[m, n] = U S V^T -> about U V^T, by Newton-Schulz iterations X <- a X + b (X X^T) X + c (X X^T)^2 X.
 
-    They bring all singular values near 1 (0.7 to 1.2), which is near enough.
+    They bring the singular values near 1 (0.7 to 1.2), which is near enough; those below a thousandth of the norm stay
+    smaller.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix

@@ -38,7 +38,9 @@ def fit(
     by_muon: Sequence[nn.Parameter] = (),
     save_every: int = 500,
 ) -> Model:
-    """Train the parameters that require a gradient, by AdamW or ``by_muon``; returns the averaged weights.
+    """Train the parameters that require a gradient, those in ``by_muon`` by Muon and the others by AdamW.
+
+    Returns the averaged weights.
 
     Resumes from the file ``state`` if it exists. ``loss_of(model, *new_batch())`` is the loss, and the values to show
     beside the progress bar; with ``bfloat16``, what autocast thinks safe is computed in it.
