@@ -10,6 +10,8 @@
 #   python -m minidistill.bench updates --repeats 3        bench-train.json
 #   python -m minidistill.bench loading                    load.json
 #   python -m minidistill.evaluate few-steps ...           few-steps/, by the commands in results/README.md
+#   python -m minidistill.evaluate quality "runs/front/student.safetensors" "runs/front/student of two steps.safetensors" \
+#     --pictures 8 --out runs/front                         the README's image; these are copies of the LoRAs that ship
 #   python -m minidistill.evaluate quality --interval 200 800 --pictures 148 --judge minidistill.pocket.judge \
 #     --work runs/interval --out results/interval
 #   python -m minidistill.pocket.judge --lora weights/pocket-emoji/guidance-lora.safetensors --out results/pocket.json

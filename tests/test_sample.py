@@ -378,11 +378,6 @@ def test_a_student_of_another_prediction_is_refused(sample, lora: Path, tmp_path
     assert "student.safetensors" in complaint and "--prediction eps" in complaint
 
 
-def test_nothing_is_merged_into_8_bits(sample, style: Path):
-    complaint = sample(APPLE, "--lora", style, "--weights", "float8").complaint
-    assert str(style) in complaint and "--weights float8" in complaint
-
-
 def test_two_students_are_refused(sample, lora: Path, tmp_path: Path):
     assert "each learned guidance" in sample(APPLE, "--lora", lora, "--lora", lora).complaint
     assert not list(tmp_path.iterdir())
