@@ -191,11 +191,12 @@ def end_to_end(task: Task) -> Figures:
     runs: dict[str, tuple[list, float | None]] = {
         "batch 4": ([*usual, "--batch", 4], None),
         "batch 4, no graph": ([*usual, "--batch", 4, "--no-graph", *states], None),
+        "two steps": (["--trajectories", 8, "--steps", 20, "--batch", 4, "--student-steps", 2], None),
         "4 GB": ([*low, "--accumulate", 8], 3.5),
         "8 GB": (low, 7.5),
         "batch 16": ([*usual, "--batch", 16], None),
     }
-    for name, (flags, gigabytes) in list(runs.items())[: 3 if task.dry else None]:
+    for name, (flags, gigabytes) in list(runs.items())[: 4 if task.dry else None]:
         flags = [*common, *flags, *(BRIEF_RUN if task.dry else []), "--out", task.scratch / name]
         yield name, attempt(timed_training, task, flags, gigabytes)
     yield "losses", {name: attempt(losses, task.scratch / name) for name in ("batch 4", "batch 4, no graph")}

@@ -41,7 +41,7 @@ STAGES = {  # the seconds that each should take on an H100
     "table": 45,
     "images": 20,
     "memory": 25,
-    "end_to_end": 80,
+    "end_to_end": 95,
     "profile": 10,
     "compiled": 90,
 }
