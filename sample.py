@@ -123,10 +123,11 @@ def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict
     guidance = guidance if args.guidance is None else args.guidance
     few_steps = student and student.few_steps
     student_steps, steps = few_steps or (None, args.steps or 25)
-    if student and student.skips_steps and args.spacing == "leading":
-        raise ValueError(f"{student.path} has learned steps of trailing spacing: leave out --spacing leading.")
-    if student and student.skips_steps and args.steps not in (None, student_steps):
-        warnings.warn(f"{student.path} has learned {student_steps} steps, not {args.steps}.", stacklevel=2)
+    if student and student.skips_steps:
+        if args.spacing == "leading":
+            raise ValueError(f"{student.path} was taught with trailing spacing: leave out --spacing leading.")
+        if args.steps not in (None, student_steps):
+            warnings.warn(f"{student.path} has learned {student_steps} steps, not {args.steps}.", stacklevel=2)
     return dict(
         steps=steps, student_steps=few_steps and (args.steps or student_steps), guidance=guidance,
         spacing=args.spacing, negative_prompt=negative_prompt, student_negative=student_negative,

@@ -285,5 +285,9 @@ def require_finite(x: Tensor, network: nn.Module) -> None:
 
 def to_images(x: Tensor) -> list[Image.Image]:
     """[B, 3, H, W] in [-1, 1] -> PIL images."""
-    levels = ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return pil_images(((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
+
+
+def pil_images(levels: Tensor) -> list[Image.Image]:
+    """uint8 [B, 3, H, W] -> PIL images."""
     return [Image.fromarray(image) for image in levels.permute(0, 2, 3, 1).cpu().numpy()]

@@ -4,7 +4,7 @@
 
 Every way has the teacher's trajectories, the same updates unless its name says more, and one seed. Measured on held-out
 prompts against the teacher in all its steps: PSNR, CLIP score, sharpness (mean squared Laplacian of the image, the
-teacher's is 1), and what --judge measures. Each number of steps has a file of results. Finished ways are not repeated.
+teacher's is 1), and what --judge measures. Finished ways are not repeated.
 """
 
 import re
@@ -12,7 +12,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,21 +27,20 @@ from tqdm import tqdm
 from minidistill.conditioning import Conditioning
 from minidistill.data.examples import batch_indices, prompts_of
 from minidistill.data.prompts import prompt_split, spread
-from minidistill.data.shards import fingerprint
 from minidistill.data.trajectories import generate
 from minidistill.distill import ddim_coefficients, learning_rate
 from minidistill.evaluate.image_grid import comparison_grid
 from minidistill.evaluate.metrics import EVALUATION_SEED, ClipScore, Estimate, interval, pixels, psnr
-from minidistill.evaluate.quality import FORMATS, cached, read_judge
+from minidistill.evaluate.quality import FORMATS, cached, model_stamp, read_judge
 from minidistill.evaluate.sampling import Drawn
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write, write_json
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import LoRAFile, read_lora
-from minidistill.formats.lora_io import add_student, inject_file, save_lora
+from minidistill.formats.lora_io import add_student, save_lora
 from minidistill.guidance import guided, student
 from minidistill.lora import LoRAModel, inject_lora, lora_parameters
-from minidistill.pipeline import StableDiffusion, to_images
+from minidistill.pipeline import StableDiffusion, pil_images, to_images
 from minidistill.samplers import Predictor, ddim_loop
 from minidistill.schedule import Schedule, add_noise, clean_and_noise
 from minidistill.training.command_line import add_model_flags, load_options, positive, positive_int
@@ -53,8 +52,8 @@ POSITIONAL = ""
 
 def add_flags(parser: ArgumentParser) -> None:
     flag, number = parser.add_argument, dict(type=positive_int, metavar="N")
-    flag("--student-steps", **number, nargs="+", default=[2], help="how many steps to learn: each must divide the "
-         "largest, 8 or more for one LoRA for all, and --teacher-steps (default: 2)")  # fmt: skip
+    flag("--student-steps", **number, nargs="+", default=[2], help="how many steps to learn: divisors of "
+         "--teacher-steps and of the largest, at least 8 with one LoRA for all (default: 2)")  # fmt: skip
     flag("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY",
          help=f"any of {', '.join(map(repr, WAYS))} (default: all)")  # fmt: skip
     flag("--one-pass", type=Path, metavar="RUN_OR_LORA", help="a student that takes as many steps as its teacher")
@@ -76,8 +75,8 @@ def add_flags(parser: ArgumentParser) -> None:
 class Lesson:
     """What all ways learn from: N trajectories of the guided teacher, at the S + 1 states that S steps visit.
 
-    z: [N, S + 1, 4, h, w], from z_T to z_0.  cond: their prompts.  uncond: the empty prompt.  k, q: of each step,
-    z_s = k z_t + q prediction.  updates, batch, rank: of the training.
+    z: [N, S + 1, 4, h, w], from z_T to z_0.  cond: their prompts.  uncond: the empty prompt.  updates, batch, rank: of
+    the training.  k, q: of each step, z_s = k z_t + q prediction.
     """
 
     schedule: Schedule
@@ -85,12 +84,15 @@ class Lesson:
     cond: Conditioning
     uncond: Conditioning
     guidance: float
-    k: Tensor
-    q: Tensor
     updates: int
     rank: int
     batch: int = 16
     start: LoRAFile | None = None  # begin from it instead of a new LoRA
+    k: Tensor = field(init=False)
+    q: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.k, self.q = (x.to(self.z) for x in ddim_coefficients(self.schedule, self.z.shape[1] - 1))
 
     @property
     def times(self) -> list[int]:
@@ -103,8 +105,7 @@ class Lesson:
 
     def coarser(self, steps: int) -> "Lesson":
         """The same trajectories in fewer steps."""
-        k, q = (x.to(self.z) for x in ddim_coefficients(self.schedule, steps))
-        return replace(self, z=self.z[:, :: len(self.k) // steps], k=k, q=q)
+        return replace(self, z=self.z[:, :: len(self.k) // steps])
 
 
 # A loss takes the student, the lesson, the trajectories of the batch (z and cond) and a generator of random numbers.
@@ -166,7 +167,10 @@ def learn(loss: Loss, sd: StableDiffusion, lesson: Lesson) -> None:
 
 def add_lora(sd: StableDiffusion, lesson: Lesson) -> None:
     torch.manual_seed(0)
-    sd.unet = inject_file(sd.unet, lesson.start) if lesson.start else inject_lora(sd.unet, lesson.rank)
+    if lesson.start:
+        add_student(sd, lesson.start)
+    else:
+        sd.unet = inject_lora(sd.unet, lesson.rank)
 
 
 def learn_through_decoder(sd: StableDiffusion, lesson: Lesson) -> None:
@@ -303,10 +307,10 @@ def run(args: Namespace) -> None:
     sd, (captions, held_out) = load_again(), prompt_split(args.model)
     prompts = [prompt for prompt in spread(held_out, args.prompts) for _ in range(args.each)]
     lesson = read_lesson(sd, captions, args, max(steps))
-    networks = [fingerprint(part) for part in (sd.unet, sd.vae, sd.text_encoder)]
+    model = model_stamp(sd, args)
     settings = (
         f"{args.updates} updates, rank {args.rank}, {args.trajectories} trajectories of {args.teacher_steps} steps, "
-        f"guidance {args.guidance:g}, {sd.schedule.prediction}, {sd.width}x{sd.height}, {networks}"
+        f"guidance {args.guidance:g}, {sd.schedule.prediction}, {sd.width}x{sd.height}, {model['networks']}"
     )
     clip, judge = ClipScore.in_model(sd), read_judge(args.judge)
     options = dict(spacing="trailing", seed=EVALUATION_SEED, batch=32, progress=True)
@@ -315,10 +319,9 @@ def run(args: Namespace) -> None:
         drawn = sd.sample(prompts, steps=args.teacher_steps, guidance=args.guidance, **options)
         return {"images": pixels(drawn)}
 
-    stamp = dict(prompts=prompts, steps=args.teacher_steps, guidance=args.guidance, networks=networks)
-    stamp |= dict(prediction=sd.schedule.prediction, where=f"{args.device} {args.dtype} {sd.width}x{sd.height}")
-    images = cached(args.out / "teacher.safetensors", stamp, teacher_images)["images"]
-    teacher = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()]
+    stamp = model | dict(prompts=prompts, steps=args.teacher_steps, guidance=args.guidance)
+    teacher = pil_images(cached(args.out / "teacher.safetensors", stamp, teacher_images)["images"])
+    teachers_sharpness = sharpness(teacher).mean()
 
     def learned(name: str, steps: int) -> LoRAFile:
         """The LoRA of a way, trained unless there is one."""
@@ -339,7 +342,7 @@ def run(args: Namespace) -> None:
 
         def add(name: str, images: list[Image.Image], calls: int, seconds: float = 0.0) -> None:
             by_image = {"PSNR": psnr(images, teacher)} if images is not teacher else {}
-            by_image |= {"sharpness": sharpness(images) / sharpness(teacher).mean()}
+            by_image |= {"sharpness": sharpness(images) / teachers_sharpness}
             by_image |= {"CLIP score": clip(images, prompts)} if clip else {}
             by_image |= judge.measures(pixels(images), prompts) if judge else {}
             measures = {measure: interval(x.view(-1, args.each))._asdict() for measure, x in by_image.items()}
@@ -386,9 +389,8 @@ def read_lesson(sd: StableDiffusion, captions: list[str], args: Namespace, steps
     states = [stored.states(each, torch.full_like(each, i))[0] for i in range(steps)]
     prompts, prompt_of = prompts_of(sd, captions, stored)
     z = torch.stack([*states, stored.ends(each)], 1).to(sd.device)  # [count, steps + 1, 4, h, w]
-    k, q = (x.to(z) for x in ddim_coefficients(sd.schedule, steps))
     cond, uncond = prompts[prompt_of].to(sd.device), sd.encode_negative()
-    return Lesson(sd.schedule, z, cond, uncond, args.guidance, k, q, args.updates, args.rank)
+    return Lesson(sd.schedule, z, cond, uncond, args.guidance, args.updates, args.rank)
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -36,7 +35,7 @@ from minidistill.formats.files import atomic_write, digest, write_json
 from minidistill.formats.float8 import merge_to_sample
 from minidistill.formats.load_model import load
 from minidistill.guidance import Interval
-from minidistill.pipeline import StableDiffusion
+from minidistill.pipeline import StableDiffusion, pil_images
 from minidistill.training.command_line import ScaledFile, add_model_flags, finite, fraction, load_options, positive_int
 
 POSITIONAL = "[RUN_OR_LORA[:SCALE] ...] "
@@ -85,12 +84,8 @@ def run(args: Namespace) -> None:
     clip = ClipScore(args.clip, CLIPTokenizer.from_pretrained(args.clip)) if args.clip else ClipScore.in_model(sd)
     judge = read_judge(args.judge)
     truth = judge.rendered(repeated, sd.height) if judge else None
-    stamp = options | {
-        "networks": [fingerprint(part) for part in (sd.unet, sd.vae, sd.text_encoder)],
-        "prediction": sd.schedule.prediction,
-        "tokens": digest(json.dumps(sd.tokenizer([*repeated, teacher.negative_prompt or ""]).input_ids).encode()),
-        "where": f"{args.device} {args.dtype} {sd.width}x{sd.height}",
-    }
+    tokens = sd.tokenizer([*repeated, teacher.negative_prompt or ""]).input_ids
+    stamp = options | model_stamp(sd, args) | {"tokens": digest(json.dumps(tokens).encode())}
 
     def cache(name: str, make: Make, **made_with: object) -> dict[str, Tensor]:
         return cached(args.work / "cache" / f"{name}.safetensors", stamp | made_with, make)
@@ -102,9 +97,8 @@ def run(args: Namespace) -> None:
             return dict(images=pixels(drawn.images), cost=cost)
 
         tensors = cache(f"{label} images", make, learned=learned, **variant)
-        pil = [Image.fromarray(image) for image in tensors["images"].permute(0, 2, 3, 1).numpy()]
         unet_calls, seconds = tensors["cost"].tolist()
-        return Drawn(label, pil, int(unet_calls), seconds)
+        return Drawn(label, pil_images(tensors["images"]), int(unet_calls), seconds)
 
     def error_share(sd: StableDiffusion, label: str, learned: str, noised: bool) -> ErrorShare:
         place = "noised latents" if noised else "trajectories"
@@ -159,6 +153,15 @@ def read_judge(name: str | None) -> ModuleType | None:
         return importlib.import_module(name) if name else None
     except ImportError as error:
         raise ValueError(f"--judge {name}: {error}") from error
+
+
+def model_stamp(sd: StableDiffusion, args: Namespace) -> dict[str, object]:
+    """What images depend on beside prompts and guidance: weights, what the UNet predicts, device, dtype and size."""
+    return {
+        "networks": [fingerprint(part) for part in (sd.unet, sd.vae, sd.text_encoder)],
+        "prediction": sd.schedule.prediction,
+        "where": f"{args.device} {args.dtype} {sd.width}x{sd.height}",
+    }
 
 
 def cached(file: Path, made_with: Mapping[str, object], make: Make) -> dict[str, Tensor]:

@@ -141,8 +141,8 @@ XL_CONV, XL_WIDTH = "up_blocks.1.resnets.0.conv1", SDXL_UNET.widths[2] + SDXL_UN
 
 
 def is_xl(layers: Mapping[str, Pair]) -> bool:
-    """True for layers of SDXL, told by several transformer blocks in a row, or by the width of the prompt or of one
-    convolution. A LoRA with none of these gets the names of SD 1.x.
+    """True for layers of SDXL, told by several transformer blocks in a row, or by the width of the prompt's embeddings
+    or of one convolution. A LoRA with none of these gets the names of SD 1.x.
     """
     conv = layers.get(XL_CONV)
     contexts = [pair.down.shape[1] for name, pair in layers.items() if name.endswith(("attn2.to_k", "attn2.to_v"))]

@@ -60,14 +60,16 @@ def inject_file(model: nn.Module, file: LoRAFile) -> LoRAModel:
 
 
 def add_student(sd: StableDiffusion, file: LoRAFile) -> None:
-    """Inject the LoRA of a student into ``sd.unet``. Raises CheckpointError, with the model unchanged, as ``load_lora``
-    does, and for a student of a model that predicts something else, whose layers may look the same.
+    """Inject the LoRA of a student into ``sd.unet``.
+
+    Raises CheckpointError, with the model unchanged, as ``load_lora`` does, and if the student learned from a model
+    that predicts something else: its layers may look the same.
     """
     prediction = sd.schedule.prediction
     if (learned := file.metadata.get("prediction", prediction)) != prediction:
         raise CheckpointError(
-            f"{file.path} learned from a model that predicts {learned}, and this one predicts {prediction}: name the "
-            f"model it was made for, or --prediction {learned} if this is the one."
+            f"{file.path} learned from a model that predicts {learned}, and this one predicts {prediction}: give "
+            f"--model the one it was made for, or add --prediction {learned} if this is it."
         )
     sd.unet = inject_file(sd.unet, file)
 

@@ -29,7 +29,7 @@ from minidistill.evaluate.metrics import Estimate
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write, write_json
 from minidistill.formats.lora_formats import read_lora
-from minidistill.pipeline import StableDiffusion
+from minidistill.pipeline import StableDiffusion, pil_images
 from minidistill.pocket.compositions import COLOURS, EMOJI, Composition, all_compositions
 from minidistill.pocket.images import EMOJI_SIZE, find_font, glyph, render
 from minidistill.pocket.stage import update
@@ -220,7 +220,7 @@ def measures(images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
 def rendered(captions: Sequence[str], side: int) -> list[Image.Image]:
     """Reference images of the captions, ``side`` pixels wide."""
     images, _ = render(compositions_of(captions), 1, JUDGING_SEED, side)
-    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()]
+    return pil_images(images)
 
 
 def mean_distance(images: Tensor, each: int) -> float:

@@ -26,6 +26,7 @@ from minidistill.evaluate import interval
 from minidistill.evaluate.metrics import Estimate
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write, write_json
+from minidistill.pipeline import pil_images
 from minidistill.pocket.emoji3d.compositions import COLOURS, THINGS, Composition, all_compositions, read_compositions
 from minidistill.pocket.emoji3d.images import (
     ALONE,
@@ -221,7 +222,7 @@ def measures(images: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
 def rendered(captions: Sequence[str], side: int) -> list[Image.Image]:
     """Reference images of the captions, ``side`` pixels wide."""
     images = render(Renderer(PACKAGE, side), compositions_of(captions), 1, JUDGING_SEED)
-    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()]
+    return pil_images(images)
 
 
 def row(method: str, kind: str, right: dict[str, Tensor], images: Tensor, compositions: Sequence[Composition]) -> dict:
