@@ -108,12 +108,26 @@ def record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     return graph.replay, results
 
 
-def adamw(trained: Sequence[Tensor], peak: float) -> torch.optim.AdamW:
+def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
+    """``run`` as a recording, for a function that needs no input. It is called ``WARM_UP`` times first."""
+    with side_stream():
+        for _ in range(WARM_UP):
+            run()
+    replay, results = record(run)
+
+    def replayed() -> Any:
+        replay()
+        return results
+
+    return replayed
+
+
+def adamw(trained: Sequence[Tensor], peak: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW; on a GPU in one kernel, which reads the learning rate from a tensor."""
     device = trained[0].device
     gpu = dict(lr=torch.tensor(peak, device=device), fused=True, capturable=True)
     how = gpu if on_gpu(device) else dict(lr=peak)
-    return torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.0, **how)
+    return torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=weight_decay, **how)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -36,13 +36,13 @@ STAGES = {  # the seconds that each should take on an H100
     "forward": 25,
     "retrain": 390,  # 50 of them in reserve
     "distil": 70,
+    "images": 20,
+    "profile": 10,
     "kernel": 80,
     "updates": 50,
     "table": 45,
-    "images": 20,
     "memory": 25,
     "end_to_end": 95,
-    "profile": 10,
     "compiled": 90,
 }
 USE_THE_KERNEL = {"kernel", "updates", "table"}

@@ -36,13 +36,19 @@ from minidistill.pocket.emoji3d.denoiser import FURTHER_LEARNING_RATE, LEARNING_
 from minidistill.pocket.emoji3d.images import PACKAGE, Renderer, as_tensors, render
 from minidistill.pocket.tokenizer import write_tokenizer
 from minidistill.schedule import Schedule
-from minidistill.training.command_line import DEFAULT_DEVICE, new_parser, one_line_errors, positive_int
+from minidistill.training.command_line import (
+    DEFAULT_DEVICE,
+    new_parser,
+    one_line_errors,
+    positive,
+    positive_int,
+    prepare,
+)
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 
 OUT, WORK = Path("weights/pocket-emoji-3d"), Path("runs/pocket3d")
 CONTEXT = 20  # tokens per prompt, including start and end
-RENDERS = 8  # images per composition whose latents the UNet learns from
 HELD_OUT_SEED, LATENTS_SEED = 1, 0
 
 
@@ -63,6 +69,10 @@ def read_flags(argv: list[str]) -> Namespace:
     flag("--vae-batch", **number, default=4, help="images per update of the VAE (default: %(default)s)")
     flag("--unet-steps", **number, default=30000, help="updates of the UNet (default: %(default)s)")
     flag("--unet-batch", **number, default=32, help="latents per update of the UNet (default: %(default)s)")
+    flag("--unet-lr", type=positive, metavar="RATE",
+         help=f"learning rate of the UNet (default: {LEARNING_RATE}, with --more {FURTHER_LEARNING_RATE})")  # fmt: skip
+    flag("--renders", **number, default=8,
+         help="images per composition whose latents the UNet learns from (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.compile and args.bf16 and args.device == "cpu":
         raise ValueError("PyTorch compiles wrong gradients of bfloat16 on a CPU: give one of --compile and --bf16.")
@@ -71,6 +81,7 @@ def read_flags(argv: list[str]) -> Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = read_flags(sys.argv[1:] if argv is None else argv)
+    prepare(torch.device(args.device), args.compile)
     renderer = Renderer(args.emoji, device=args.device)
     compositions = all_compositions()
     trained = [c for c in compositions if not c.held_out]
@@ -122,11 +133,11 @@ def main(argv: list[str] | None = None) -> None:
         ids = tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
         with torch.no_grad():
             contexts = text_encoder(ids.to(args.device)).last_hidden_state  # [C + 1, L, D]
-        latents = encode_all(vae, render(renderer, trained, RENDERS, LATENTS_SEED), batch=256)
-        captions = torch.arange(len(trained), device=args.device).repeat_interleave(RENDERS)
+        latents = encode_all(vae, render(renderer, trained, args.renders, LATENTS_SEED), batch=256)
+        captions = torch.arange(len(trained), device=args.device).repeat_interleave(args.renders)
         data = Captioned(latents, captions, contexts[:-1], contexts[-1], Schedule.from_config(ScheduleConfig()))
         state = args.work / ("unet-more.pt" if args.more else "unet.pt")
-        lr = FURTHER_LEARNING_RATE if unet_is_trained else LEARNING_RATE
+        lr = args.unet_lr or (FURTHER_LEARNING_RATE if unet_is_trained else LEARNING_RATE)
         unet = train_unet(unet, data, state, args.unet_steps, args.unet_batch, lr, **how)
         write_part(args.out / "unet", published_unet(POCKET_UNET), unet.state_dict())
         state.unlink()

@@ -1,14 +1,14 @@
 """Stage 3: train the latent UNet, with random caption dropout."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minidistill.pocket.emoji3d.stage import fit
-from minidistill.schedule import Schedule, add_noise, min_snr_weight
+from minidistill.schedule import Schedule, min_snr_weight
 from minidistill.unet import UNet
 
 CAPTION_DROPOUT = 0.1
@@ -26,6 +26,13 @@ class Captioned:
     empty: Tensor  # [L, D]
     schedule: Schedule
 
+    @cached_property
+    def levels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """alpha, sigma and the loss weight of every time step, each [T, 1, 1, 1], where the latents are."""
+        t = torch.arange(self.schedule.train_steps)
+        weight = min_snr_weight(self.schedule, t, MIN_SNR).to(self.latents)
+        return *self.schedule.alpha_sigma(t, self.latents), weight
+
     def batch(self, size: int, dropout: float) -> tuple[Tensor, ...]:
         """A batch at random time steps: z_t and its noise [B, 4, h, w], t [B], context [B, L, D], weight [B, 1, 1, 1].
 
@@ -34,12 +41,12 @@ class Captioned:
         device = self.latents.device
         some = torch.randint(len(self.latents), (size,), device=device)
         z_0 = self.latents[some].contiguous(memory_format=torch.channels_last)
-        t = torch.randint(self.schedule.train_steps, (size,))  # on the CPU, as the schedule's table is
+        t = torch.randint(self.schedule.train_steps, (size,), device=device)
         noise = torch.randn_like(z_0)
         dropped = torch.rand(size, 1, 1, device=device) < dropout
         context = torch.where(dropped, self.empty, self.contexts[self.captions[some]])
-        weight = min_snr_weight(self.schedule, t, MIN_SNR).to(device)
-        return add_noise(self.schedule, z_0, noise, t), noise, t.to(device), context, weight
+        alpha, sigma, weight = (level[t] for level in self.levels)
+        return alpha * z_0 + sigma * noise, noise, t, context, weight
 
 
 def loss_of(

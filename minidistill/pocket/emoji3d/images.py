@@ -60,25 +60,26 @@ class Renderer:
         nothing = torch.zeros_like(stamps[0])
         self.stamps = torch.stack([*stamps, nothing]).to(device)  # uint8 [E + 1, 2 SIZES, 4, S, S]
         self.side, self.device = side, self.stamps.device
+        self.reach = torch.tensor([SHIFT_ALONE, SHIFT_IN_A_PAIR], device=device)
 
     def draw(self, things: Tensor, rgb: Tensor, generator: Generator | None = None) -> Tensor:
         """Draw a batch; size, place and background of each image vary a little. Returns uint8 [B, 3, S, S].
 
         things: int64 [B, 2], rows of THINGS, the second NOTHING for a single thing. rgb: [B, 3], 0..255.
-        ``generator`` is on the CPU.
+        ``generator`` is on the CPU; without one, what is random is drawn on the device.
         """
 
         def random(low: float, high: float, *shape: int) -> Tensor:
-            drawn = torch.rand(len(things), *shape, generator=generator)
+            where = generator.device if generator else self.device
+            drawn = torch.rand(len(things), *shape, generator=generator, device=where)
             return (low + (high - low) * drawn).to(self.device)
 
         pair = (things[:, 1] != NOTHING).long()  # [B]
-        reach = torch.tensor([SHIFT_ALONE, SHIFT_IN_A_PAIR], device=self.device)[pair]  # [B, 2], x and y
         place = torch.arange(self.side, device=self.device)
         x = (rgb + random(-JITTER, JITTER, 3).round()).clamp(0, 255)[:, :, None, None] / 255  # [B, 3, 1, 1]
         for slot, centre in enumerate((-PAIR_CENTRE, PAIR_CENTRE)):
             size = random(0, SIZES).long() + SIZES * pair
-            shift = random(-1, 1, 2) * reach  # [B, 2]
+            shift = random(-1, 1, 2) * self.reach[pair]  # [B, 2], x and y
             shift[:, 0] += centre * pair
             pixels = (shift * self.side).round().long()  # [B, 2]
             columns, rows = (place - pixels[..., None]).clamp(0, self.side - 1).unbind(1)  # [B, S]; the rim is empty

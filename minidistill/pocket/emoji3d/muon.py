@@ -1,5 +1,6 @@
 """Muon, an optimizer whose updates are orthogonal matrices (https://kellerjordan.github.io/posts/muon)."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -9,19 +10,20 @@ from torch.optim import Optimizer
 MOMENTUM = 0.95
 
 
-def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """[m, n] = U S V^T -> about U V^T, by Newton-Schulz iterations X <- a X + b (X X^T) X + c (X X^T)^2 X.
+def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """[..., m, n] = U S V^T -> about U V^T, by Newton-Schulz iterations X <- a X + b (X X^T) X + c (X X^T)^2 X.
 
     They bring the singular values near 1 (0.7 to 1.2), which is near enough; those below a thousandth of the norm stay
     smaller.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    X = X / X.norm().clamp(min=1e-7)
+    high = matrices.shape[-2] > matrices.shape[-1]
+    X = matrices.mT if high else matrices
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(iterations):
-        gram = X @ X.T
+        gram = X @ X.mT
         X = a * X + (b * gram + c * gram @ gram) @ X
-    return X.T if matrix.shape[0] > matrix.shape[1] else X
+    return X.mT if high else X
 
 
 class Muon(Optimizer):
@@ -31,17 +33,20 @@ class Muon(Optimizer):
     ("Muon is Scalable for LLM Training", arXiv 2502.16982, eq. 4).
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float):
+    def __init__(self, params: Iterable[Tensor], lr: float | Tensor, weight_decay: float):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            lr, alike = group["lr"], defaultdict(list)  # what has the same shape is computed together: a GPU likes it
             for p in group["params"]:
                 if not self.state[p]:
                     self.state[p]["average"] = torch.zeros_like(p)
                 average = self.state[p]["average"].lerp_(p.grad, 1 - MOMENTUM)
-                update = orthogonalise(p.grad.lerp(average, MOMENTUM).flatten(1))  # Nesterov's momentum
-                size = 0.2 * max(update.shape) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.reshape(p.shape), alpha=-group["lr"] * size)
+                momentum = p.grad.lerp(average, MOMENTUM).flatten(1)  # Nesterov's
+                alike[momentum.shape].append((p, momentum))
+            for shape, pairs in alike.items():
+                size = 0.2 * max(shape) ** 0.5
+                for (p, _), update in zip(pairs, orthogonalise(torch.stack([momentum for _, momentum in pairs]))):
+                    p.mul_(1 - lr * group["weight_decay"]).sub_(update.reshape(p.shape) * (lr * size))

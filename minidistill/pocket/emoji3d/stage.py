@@ -12,6 +12,7 @@ from tqdm import tqdm
 from minidistill.distill import learning_rate
 from minidistill.formats.files import atomic_write
 from minidistill.pocket.emoji3d.muon import Muon
+from minidistill.training.cuda_graph import adamw, graphed, on_gpu, set_learning_rate
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,7 +44,8 @@ def fit(
     Returns the averaged weights.
 
     Resumes from the file ``state`` if it exists. ``loss_of(model, *new_batch())`` is the loss, and the values to show
-    beside the progress bar; with ``bfloat16``, what autocast thinks safe is computed in it.
+    beside the progress bar; with ``bfloat16``, what autocast thinks safe is computed in it. On a GPU all of an update,
+    ``new_batch`` too, is recorded in a CUDA graph.
     """
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last).train()
@@ -51,9 +53,9 @@ def fit(
     average = copy.deepcopy(model).eval().requires_grad_(False)
     matrices = set(by_muon)
     others = [p for p in trained if p not in matrices]
-    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)]
+    optimizers: list[torch.optim.Optimizer] = [adamw(others, lr, weight_decay)]
     if by_muon:
-        optimizers.append(Muon(by_muon, lr, weight_decay))
+        optimizers.append(Muon(by_muon, torch.tensor(lr, device=device) if on_gpu(device) else lr, weight_decay))
     parts = {"model": model, "average": average} | {type(one).__name__: one for one in optimizers}
     start = 0
     if state.exists():
@@ -61,22 +63,34 @@ def fit(
         start = saved["step"]
         torch.set_rng_state(saved["rng"])
         torch.cuda.set_rng_state_all(saved["cuda_rng"])
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
+        for name, part in parts.items():  # not the optimizers' learning rates, which may be on a GPU
+            keep = {"param_groups": part.state_dict()["param_groups"]} if part in optimizers else {}
+            part.load_state_dict(saved[name] | keep)
     loss_of = torch.compile(loss_of) if compiled else loss_of
 
-    progress = tqdm(range(start, steps), initial=start, total=steps, desc=state.stem, unit="step", mininterval=1)
-    for step in progress:
+    def update() -> dict[str, Tensor]:
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr, warmup=min(200, steps // 10 + 1))
+            optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             loss, values = loss_of(model, *new_batch())
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+        return {name: value.detach() for name, value in values.items()}
+
+    def set_rate(rate: float) -> None:
+        for optimizer in optimizers:
+            set_learning_rate(optimizer, rate)
+
+    if on_gpu(device) and start < steps:
+        set_rate(0.0)  # while it warms up
+        update = graphed(update)
+
+    progress = tqdm(range(start, steps), initial=start, total=steps, desc=state.stem, unit="step", mininterval=1)
+    for step in progress:
+        set_rate(learning_rate(step, steps, lr, warmup=min(200, steps // 10 + 1)))
+        values = update()
         update_average(average, model, step)
         if step % 20 == 0:
             progress.set_postfix({name: f"{value.item():.4g}" for name, value in values.items()})

@@ -13,7 +13,7 @@ from minidistill.pocket.emoji3d.images import NOTHING, Renderer, as_tensors, fin
 
 def test_an_image_is_its_thing_on_its_colour(renderer: Renderer, emoji: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the random changes: the largest size, in the middle, on exactly the colour."""
-    monkeypatch.setattr(torch, "rand", lambda n, *shape, generator: torch.full((n, *shape), 0.5))
+    monkeypatch.setattr(torch, "rand", lambda n, *shape, **_: torch.full((n, *shape), 0.5))
     for slots in (1, 2):
         characters = list(THINGS)[:slots]
         things = torch.tensor([[0, 1] if slots == 2 else [0, NOTHING]])
