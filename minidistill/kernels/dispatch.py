@@ -16,21 +16,23 @@ LoRAFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], 
 
 
 class Region(NamedTuple):
-    """The largest layer [M, K] -> [M, N] to fuse; larger ones use cuBLAS."""
+    """The layers [M, K] -> [M, N] to fuse: of M rows or more, and of K, N and rank or less. Others use cuBLAS."""
 
+    M: int
     K: float
     N: float
     rank: int
 
-    def covers(self, K: int, N: int, rank: int) -> bool:
-        return K <= self.K and N <= self.N and rank <= self.rank
+    def covers(self, M: int, K: int, N: int, rank: int) -> bool:
+        return M >= self.M and K <= self.K and N <= self.N and rank <= self.rank
 
 
-EVERYWHERE = Region(K=float("inf"), N=float("inf"), rank=128)
+EVERYWHERE = Region(M=0, K=float("inf"), N=float("inf"), rank=128)
 
-# Where the fused kernel was measured to be faster, by compute capability. Empty: no GPU has been measured yet, so
-# "auto" means plain PyTorch, and only "fused" uses the kernel.
-FASTER: dict[tuple[int, int], Region] = {}
+# Where the fused kernel was measured to be faster, by compute capability. Elsewhere "auto" means plain PyTorch.
+# 9.0: an H200, forward and backward in a CUDA graph, at rank 16 (results/gpu). With fewer rows there are too few blocks
+# for its 132 multiprocessors, as a block goes through all of K.
+FASTER: dict[tuple[int, int], Region] = {(9, 0): Region(M=4096, K=640, N=640, rank=16)}
 
 
 def choose_region(kernel: str, device: torch.device, dtype: torch.dtype) -> Region | None:
@@ -58,8 +60,9 @@ def fits(region: Region, x: Tensor, W: Tensor, A: Tensor) -> bool:
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     half = dtype in (torch.float16, torch.bfloat16)
     whole_chunks = N % 8 == 0 and K % 8 == 0  # the kernel moves 16 bytes at a time
-    addressable = x.numel() // K * max(K, N, rank) < 2**32  # the kernel's offsets have 32 bits
-    return half and whole_chunks and addressable and region.covers(K, N, rank)
+    M = x.numel() // K
+    addressable = M * max(K, N, rank) < 2**32  # the kernel's offsets have 32 bits
+    return half and whole_chunks and addressable and region.covers(M, K, N, rank)
 
 
 def addmm_chain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -1,6 +1,8 @@
 """kernels/: the operators, their gradients, the choice between kernel and cuBLAS, and machines without CUDA."""
 
 import copy
+import itertools
+import json
 import shutil
 import subprocess
 import sys
@@ -148,9 +150,17 @@ def test_under_activation_checkpointing():
 # The choice between the kernel and cuBLAS
 
 
-def test_no_gpu_is_listed_before_one_was_measured():
-    """ "auto" is plain PyTorch, and only "fused" uses a kernel that no GPU has run yet."""
-    assert dispatch.FASTER == {}
+def test_auto_follows_from_what_was_measured():
+    """On the GPU that was measured, each layer in its region is trained faster with the kernel, in a CUDA graph."""
+    rows = json.loads((ROOT / "results/gpu/h200.json").read_text())["stages"]["table"]
+    (region,) = dispatch.FASTER.values()
+    ratios = {
+        (row["M"], row["K"], row["N"]): row["seconds"]["fused"] / row["seconds"]["addmm"]
+        for row in itertools.chain(*(rows[layer] for layer in rows if " -> " in layer))
+        if row["graph"] and row["pass"] == "forward and backward" and row["rank"] == region.rank
+    }
+    inside = {layer: ratio for layer, ratio in ratios.items() if region.covers(*layer, region.rank)}
+    assert len(inside) >= 4 and max(inside.values()) < 0.95 and len(ratios) == 35
 
 
 @pytest.mark.parametrize("kernel", ["auto", "torch"])
@@ -198,7 +208,7 @@ def test_a_measured_gpu_gets_its_region(monkeypatch):
     monkeypatch.setattr(dispatch, "FASTER", table := {})
     monkeypatch.setattr(dispatch, "obstacle", lambda device: None)
     assert choose_region("auto", torch.device("cuda"), torch.bfloat16) is None
-    table[9, 0] = Region(640, 640, 64)
+    table[9, 0] = Region(0, 640, 640, 64)
     for kernel, region in (("auto", table[9, 0]), ("fused", EVERYWHERE), ("torch", None)):
         assert choose_region(kernel, torch.device("cuda"), torch.bfloat16) == region
     assert choose_region("auto", torch.device("cpu"), torch.bfloat16) is None
@@ -220,7 +230,8 @@ def test_layers_that_fit_the_kernel():
     assert fits(EVERYWHERE, *sizes()) and fits(EVERYWHERE, *sizes(K=5120, N=8, rank=128, dtype=torch.float16))
     for wrong in (dict(K=60), dict(N=60), dict(rank=129), dict(dtype=torch.float32), dict(M=2**25, N=128)):
         assert not fits(EVERYWHERE, *sizes(**wrong))
-    assert fits(Region(64, 64, 4), *sizes()) and not fits(Region(64, 56, 4), *sizes())
+    assert fits(Region(2, 64, 64, 4), *sizes())
+    assert not fits(Region(2, 64, 56, 4), *sizes()) and not fits(Region(3, 64, 64, 4), *sizes())
     with torch.autocast("cpu", torch.bfloat16):
         assert fits(EVERYWHERE, *sizes(dtype=torch.float32))
 
