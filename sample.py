@@ -97,7 +97,8 @@ def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict
 
     A student is led away from a negative prompt that it has not learned. Raises ValueError for flags that do not fit.
     """
-    guidance, negative_prompt, interval, student_negative = 2.5, args.negative_prompt, args.interval, None
+    guidance, student_negative = cli.DEFAULT_GUIDANCE, None
+    negative_prompt, interval = args.negative_prompt, args.interval
     if student is None:
         if args.lora_scale != 1:
             raise ValueError("--lora-scale is the strength of a student: name its file with --lora.")
@@ -162,8 +163,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "dial: 0.5 samples roughly as guidance 1 + 0.5 (s - 1) would; --guidance is more exact (default: %(default)s)")
     add = parser.add_argument_group("how to sample").add_argument
     add("--guidance", type=cli.finite, metavar="X", help="guidance scale; 7.5 is usual for large models, and exactly 1 "
-        "is none, with one UNet call a step (default: 2.5; with a LoRA the scale it has learned: at others it samples "
-        "by its strength, as measured)")
+        f"is none, with one UNet call a step (default: {cli.DEFAULT_GUIDANCE:g}; with a LoRA the scale it has learned: "
+        "at others it samples by its strength, as measured)")
     add("--selective", type=cli.fraction, default=0.0, metavar="SHARE", help="the teacher goes without guidance "
         "on this share of the steps, the last ones (default: %(default)s)")
     add("--interval", type=cli.finite, nargs=2, metavar=("LOW", "HIGH"), help="the teacher is guided only at "

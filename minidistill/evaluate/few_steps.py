@@ -43,7 +43,7 @@ from minidistill.lora import LoRAModel, inject_lora, lora_parameters
 from minidistill.pipeline import StableDiffusion, pil_images, to_images
 from minidistill.samplers import Predictor, ddim_loop
 from minidistill.schedule import Schedule, add_noise, clean_and_noise
-from minidistill.training.command_line import add_model_flags, load_options, positive, positive_int
+from minidistill.training.command_line import DEFAULT_GUIDANCE, add_model_flags, load_options, positive, positive_int
 from minidistill.training.cuda_graph import adamw, set_learning_rate
 from minidistill.training.students import LoRAStudent
 
@@ -59,7 +59,9 @@ def add_flags(parser: ArgumentParser) -> None:
     flag("--one-pass", type=Path, metavar="RUN_OR_LORA", help="a student that takes as many steps as its teacher")
     flag("--loras", type=Path, nargs="+", default=[], metavar="RUN_OR_LORA", help="students of train.py "
          "--student-steps to measure as well")  # fmt: skip
-    flag("--guidance", type=positive, default=2.5, metavar="X", help="the teacher's (default: %(default)s)")
+    flag(
+        "--guidance", type=positive, default=DEFAULT_GUIDANCE, metavar="X", help="the teacher's (default: %(default)s)"
+    )
     flag("--teacher-steps", **number, default=24, help="DDIM steps (default: %(default)s)")
     flag("--trajectories", **number, default=480, help="to learn from (default: %(default)s)")
     flag("--updates", **number, default=400, help="of 16 examples (default: %(default)s)")

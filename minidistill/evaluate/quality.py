@@ -36,7 +36,15 @@ from minidistill.formats.float8 import merge_to_sample
 from minidistill.formats.load_model import load
 from minidistill.guidance import Interval
 from minidistill.pipeline import StableDiffusion, pil_images
-from minidistill.training.command_line import ScaledFile, add_model_flags, finite, fraction, load_options, positive_int
+from minidistill.training.command_line import (
+    DEFAULT_GUIDANCE,
+    ScaledFile,
+    add_model_flags,
+    finite,
+    fraction,
+    load_options,
+    positive_int,
+)
 
 POSITIONAL = "[RUN_OR_LORA[:SCALE] ...] "
 Row = dict[str, Estimate]  # the measures of one method
@@ -49,7 +57,8 @@ def add_flags(parser: ArgumentParser) -> None:
     flag("--prompts", default="held-out", metavar="FILE", help="one prompt per line, or %(default)s (the default)")
     flag("--pictures", type=positive_int, default=1000, metavar="N", help="images per method, rounded up to the same "
          "number for each prompt (default: %(default)s)")  # fmt: skip
-    flag("--guidance", type=finite, metavar="SCALE", help="the teacher's guidance (default: the students', or 2.5)")
+    flag("--guidance", type=finite, metavar="SCALE", help="the teacher's guidance (default: the students', or "
+         f"{DEFAULT_GUIDANCE:g})")  # fmt: skip
     flag("--selective", type=fraction, nargs="+", default=[], metavar="SHARE", help="add a teacher that is not guided "
          "in this share of the steps, counted from the last")  # fmt: skip
     flag("--interval", type=finite, nargs=2, action="append", default=[], metavar=("LOW", "HIGH"), help="add a teacher "

@@ -17,7 +17,7 @@ from minidistill.formats.model_folder import STEMS, read_weights
 from minidistill.formats.tensor_files import read_tensors
 from minidistill.guidance import Interval
 from minidistill.pipeline import StableDiffusion
-from minidistill.training.command_line import ScaledFile
+from minidistill.training.command_line import DEFAULT_GUIDANCE, ScaledFile
 
 
 class Teacher(NamedTuple):
@@ -103,7 +103,7 @@ def read_students(runs: Sequence[ScaledFile], args: Namespace) -> dict[str, Stud
 def one_teacher(students: Mapping[str, Student], guidance: float | None) -> Teacher:
     """The teacher that all students learned from. Raises ValueError if they differ, or if ``guidance`` does."""
     if not students:
-        return Teacher(2.5 if guidance is None else guidance)
+        return Teacher(DEFAULT_GUIDANCE if guidance is None else guidance)
     teachers = {student.teacher for student in students.values()}
     if len(teachers) > 1 or any(guidance not in (None, teacher.guidance) for teacher in teachers):
         learned = "; ".join(f"{label}: {student.teacher}" for label, student in students.items())

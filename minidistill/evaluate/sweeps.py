@@ -27,7 +27,7 @@ from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import read_lora
 from minidistill.formats.lora_io import add_student
 from minidistill.lora import DEFAULT_TARGETS
-from minidistill.training.command_line import DEFAULT_DEVICE, DEFAULT_MODEL, positive, positive_int
+from minidistill.training.command_line import DEFAULT_DEVICE, DEFAULT_GUIDANCE, DEFAULT_MODEL, positive, positive_int
 
 POSITIONAL = "[SWEEP ...] "
 LAYERS = {  # patterns of layer names
@@ -38,7 +38,7 @@ LAYERS = {  # patterns of layer names
 VALUES = {
     "rank": (1, 2, 4, 8, 16, 32, 64),
     "layers": tuple(LAYERS),
-    "guidance": (2, 2.5, 3, 5, 7.5, 10),
+    "guidance": (2, 3, 4, 5, 7.5, 10),
     "trajectories": (48, 96, 240, 480, 960),
     "updates": (50, 100, 200, 400, 800),
     "lr": (0.0005, 0.001, 0.002, 0.004, 0.008),
@@ -58,7 +58,7 @@ def add_flags(parser: ArgumentParser) -> None:
     flag = parser.add_argument_group("the settings that are not swept").add_argument
     flag("--rank", type=positive_int, default=16, metavar="N", help="(default: %(default)s)")
     flag("--layers", choices=tuple(LAYERS), default="linear and convolution", help="(default: %(default)s)")
-    flag("--guidance", type=positive, default=2.5, metavar="SCALE", help="(default: %(default)s)")
+    flag("--guidance", type=positive, default=DEFAULT_GUIDANCE, metavar="SCALE", help="(default: %(default)s)")
     flag("--trajectories", type=positive_int, default=240, metavar="N", help="(default: %(default)s)")
     flag("--updates", type=positive_int, default=200, metavar="N", help="(default: %(default)s)")
     flag("--lr", type=positive, metavar="RATE", help="(default: train.py's)")

@@ -22,6 +22,7 @@ from minidistill.formats.files import user_path
 from minidistill.guidance import Interval
 
 DEFAULT_MODEL = Path("weights/pocket-emoji")
+DEFAULT_GUIDANCE = 4.0  # at which the images of that model are right most often
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

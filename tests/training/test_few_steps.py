@@ -41,7 +41,7 @@ def test_the_states_that_the_student_visits_are_stored(few_step_run: Path, sd: S
     cond = sd.encode_prompt([captions[i] for i in shard["prompt"]])
     z_T, uncond = sd.starting_noise(range(len(cond))), sd.encode_prompt([""]).expand(len(cond))
     with torch.no_grad():
-        z_t, _, z_0 = teacher_trajectory(sd, cond, uncond, 2.5, z_T, sd.schedule.timesteps(4, "trailing"))
+        z_t, _, z_0 = teacher_trajectory(sd, cond, uncond, 4.0, z_T, sd.schedule.timesteps(4, "trailing"))
     expected = few_step_states(sd.schedule, z_t, z_0, 2)
     for name, tensor in zip(("z_t", "target"), expected):
         assert (shard[name] - tensor).abs().max() < 2e-3 * tensor.abs().max()  # stored in half precision
@@ -78,7 +78,7 @@ def test_sampling_follows_the_header(few_step_run: Path, command, monkeypatch, t
 def test_the_spacing_can_be_chosen(spacing: str, command, tiny_model: Path, tmp_path: Path):
     flags = ("--model", tiny_model, "--device", "cpu", "--steps", 2, "--spacing", spacing)
     assert command("sample.py", "a red apple", *flags, "--out", tmp_path / "one.png").code == 0
-    (expected,) = load(tiny_model).sample("a red apple", steps=2, guidance=2.5, spacing=spacing)
+    (expected,) = load(tiny_model).sample("a red apple", steps=2, guidance=4.0, spacing=spacing)
     with Image.open(tmp_path / "one.png") as image:
         assert image.tobytes() == expected.tobytes()
 
@@ -157,7 +157,7 @@ def test_as_many_steps_as_the_teacher_have_a_dial(few_step_run: Path, command, t
     write_tensors(tmp_path / "lora.safetensors", tensors, metadata | dict(student_steps="4"))
     lora, model = str(tmp_path / "lora.safetensors"), ("--model", str(tiny_model), "--device", "cpu")
     evaluate(["dial", lora, "--write", "--guidance", "1.8", "--prompts", "2", *model, "--out", str(tmp_path / "dial")])
-    assert dict(read_lora(lora).dial.points).keys() == {1.0, 1.8, 2.5}
+    assert dict(read_lora(lora).dial.points).keys() == {1.0, 1.8, 4.0}
     run = command("sample.py", "a red apple", *model, "--lora", lora, "--guidance", 1.8, "--out", tmp_path / "one.png")
     assert run.code == 0
 

@@ -79,7 +79,7 @@ def test_a_full_copy_becomes_a_model_of_its_own(command, flags, tiny_model: Path
     assert all(not torch.equal(before, after) for before, after in pairs)
     assert all(torch.equal(a, b) for a, b in zip(teacher.vae.parameters(), student.vae.parameters(), strict=True))
     header = read_tensors(out / "student/unet/diffusion_pytorch_model.safetensors")[1]
-    assert (header["method"], header["guidance"]) == ("full", "2.5")
+    assert (header["method"], header["guidance"]) == ("full", "4.0")
     again = command("train.py", *flags(out, method="full"))
     assert "already holds a run" in again.complaint
     assert command("train.py", *flags(out, method="full"), "--resume").code == 0  # as after a stop in the report
@@ -101,7 +101,7 @@ def test_a_full_copy_learns_from_noised_images(command, flags, tiny_model: Path,
     pairs = zip(load(tiny_model).unet.parameters(), load(out / "student").unet.parameters(), strict=True)
     assert all(not torch.equal(before, after) for before, after in pairs)
     header = read_tensors(out / "student/unet/diffusion_pytorch_model.safetensors")[1]
-    assert (header["method"], header["guidance"]) == ("full noised", "2.5")
+    assert (header["method"], header["guidance"]) == ("full noised", "4.0")
 
 
 @pytest.mark.parametrize("source", ["trajectories", "noised"])
@@ -136,7 +136,7 @@ def test_the_student_learns_from_the_styled_teacher(
     sd = load(tiny_model)
     merge_file(sd.unet, read_lora(style, 0.5))
     captions, _ = prompt_split(tiny_model, prompts_file)
-    generate(sd, captions, tmp_path / "expected", count=8, steps=3, guidance=2.5, batch=4, stride=3)
+    generate(sd, captions, tmp_path / "expected", count=8, steps=3, guidance=4.0, batch=4, stride=3)
     expected = {file.name: load_file(file) for file in (tmp_path / "expected").iterdir()}
     for name, tensors in expected.items():
         actual = load_file(tmp_path / "run/states" / name)
