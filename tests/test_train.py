@@ -37,7 +37,7 @@ def test_a_run_leaves_lora_images_and_report(whole_run):
 def test_the_lora_is_that_of_this_run(whole_run, tiny_model: Path):
     out, _ = whole_run
     file = read_lora(out / "lora.safetensors")
-    wanted = dict(base=tiny_model.name, guidance="4.0", rank="2", alpha="2", method="trajectories", negative_prompt="")
+    wanted = dict(base=tiny_model.name, guidance="4", rank="2", alpha="2", method="trajectories", negative_prompt="")
     assert file.metadata.items() >= wanted.items()
     unet = load_lora(load(tiny_model).unet, out / "lora.safetensors")
     assert all(p.isfinite().all() for p in lora_parameters(unet))

@@ -190,7 +190,6 @@ def prepare(device: torch.device, compiled: bool) -> None:
         if device.index is not None:
             torch.cuda.set_device(device)  # streams and CUDA graphs belong to the current one
         torch.backends.cuda.matmul.allow_tf32 = True  # float32 matmuls with ten bits of mantissa, as convolutions have
-        torch.backends.cudnn.benchmark = True  # every update has the same shapes: time the algorithms once
     if compiled:
         require_compiler(device)
 
