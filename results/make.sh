@@ -3,8 +3,9 @@
 #
 #   bash results/make.sh
 #
-# It needs requirements-dev.txt and the emoji font (Debian: fonts-noto-color-emoji). A step that is finished is not
-# repeated, unless its command or the student that ships has changed; delete runs/all to start over.
+# It needs requirements-dev.txt and the images of the emoji (weights/pocket-emoji/README.md says how to get them). A step
+# that is finished is not repeated, unless its command or the student that ships has changed; delete runs/all to start
+# over.
 # Made separately, because they take long or rarely change:
 #   python -m minidistill.evaluate sweeps                  (an hour and a quarter)
 #   python -m minidistill.bench updates --repeats 3        bench-train.json
@@ -37,7 +38,7 @@ step() {
 
 # What later steps need, checked before the training.
 python -c "import diffusers, peft"
-python -c "from minidistill.pocket.images import find_font; find_font()"
+python -c "from minidistill.pocket.images import PACKAGE, THINGS, find_emoji; [find_emoji(e, PACKAGE) for e in THINGS]"
 
 # Three students of one teacher with as many updates. The first and the third share the teacher's trajectories.
 resume="--no-report --resume --save-every 25"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import error, fill_up, randn
+from tiny import TOKENS, error, fill_up, randn
 from torch import nn
 
 from minidistill import CheckpointError, StableDiffusion, inject_lora, load, load_lora, merge_lora, pipeline, save_lora
@@ -185,21 +185,21 @@ def test_impossible_numbers_of_steps_are_refused(steps: int, sd: StableDiffusion
 
 
 def test_a_long_prompt_warns_about_what_is_cut_off(sd: StableDiffusion):
-    read = " ".join(["apple"] * 14)
-    with pytest.warns(UserWarning, match='16 tokens.*Cut off: "rocket cat"') as warned:
+    read = " ".join(["apple"] * (TOKENS - 2))
+    with pytest.warns(UserWarning, match=f'{TOKENS} tokens.*Cut off: "rocket cat"') as warned:
         cond = sd.encode_prompt([f"{read} rocket cat"])
     assert len(warned) == 1 and warned[0].filename == __file__  # the caller's line
     assert torch.equal(cond.tokens, sd.encode_prompt([read]).tokens)
 
 
 def test_a_prompt_that_just_fits_does_not_warn(sd: StableDiffusion, recwarn: pytest.WarningsRecorder):
-    sd.encode_prompt([" ".join(["apple"] * 14), ""])
+    sd.encode_prompt([" ".join(["apple"] * (TOKENS - 2)), ""])
     assert not [w for w in recwarn if "Cut off" in str(w.message)]
 
 
 def test_prompts_are_encoded_one_by_one(sd: StableDiffusion):
     together = sd.encode_prompt([APPLE, ""])
-    assert isinstance(together, Conditioning) and together.pooled is None and together.tokens.shape == (2, 16, 32)
+    assert isinstance(together, Conditioning) and together.pooled is None and together.tokens.shape == (2, TOKENS, 32)
     alone = [sd.encode_prompt([APPLE]).tokens, sd.encode_prompt([""]).tokens]
     assert error(together.tokens, torch.cat(alone)) < 1e-5
 
@@ -223,8 +223,8 @@ def test_a_tokenizer_without_configuration_pads_to_the_encoders_context(sd: Stab
         shutil.copy(sd.path / "tokenizer" / name, tmp_path)
     bare = load(sd.path, tokenizer=tmp_path)
     assert torch.equal(bare.encode_prompt([APPLE, ""]).tokens, sd.encode_prompt([APPLE, ""]).tokens)
-    with pytest.warns(UserWarning, match="16 tokens"):
-        bare.encode_prompt([" ".join(["apple"] * 15)])
+    with pytest.warns(UserWarning, match=f"{TOKENS} tokens"):
+        bare.encode_prompt([" ".join(["apple"] * (TOKENS - 1))])
 
 
 def test_noise_depends_on_the_seed_alone(sd: StableDiffusion):

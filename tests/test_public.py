@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import fill_up, randn, tiny_unet, unet_inputs
+from tiny import TOKENS, fill_up, randn, tiny_unet, unet_inputs
 from torch import Tensor, nn
 
 import minidistill
@@ -55,13 +55,13 @@ def test_the_docstring_names_every_parameter(name: str):
     assert len(parameters) == 1 or not missing
 
 
-# Shapes. The tiny model has images of 16x16, latents of 8x8, and 16 tokens of width 32.
+# Shapes. The tiny model has images of 16x16, latents of 8x8, and TOKENS tokens of width 32.
 
 
 def test_shapes_of_a_model(sd: StableDiffusion):
     cond = sd.encode_prompt(["a red apple", ""])
-    tokens = sd.encode_tokens(torch.zeros(2, 16, dtype=torch.int64)).tokens
-    assert isinstance(cond, Conditioning) and cond.tokens.shape == tokens.shape == (2, 16, 32)
+    tokens = sd.encode_tokens(torch.zeros(2, TOKENS, dtype=torch.int64)).tokens
+    assert isinstance(cond, Conditioning) and cond.tokens.shape == tokens.shape == (2, TOKENS, 32)
     assert len(cond) == 2 and len(cond[:1]) == 1 and len(cond[:1].expand(5)) == 5 and cond.pooled is None
     assert cond.to(torch.float64).tokens.dtype == torch.float64
     assert sd.starting_noise([1, 2, 3]).shape == (3, 4, 8, 8)

@@ -57,7 +57,7 @@ class Size:
 
 _LARGE = partial(Size, vae=config.SD15_VAE, tokens=77, steps=50, batch=1, cpu_steps=1, cpu_repeats=2)
 SIZES = {
-    "pocket": Size(config.POCKET_UNET, config.POCKET_VAE, 16, steps=25, batch=16, cpu_steps=25, cpu_repeats=9),
+    "pocket": Size(config.POCKET_UNET, config.POCKET_VAE, 20, steps=25, batch=16, cpu_steps=25, cpu_repeats=9),
     "sd15": _LARGE(config.SD15_UNET, text=SD15_TEXT),
     "sd21": _LARGE(config.SD21_BASE_UNET, text=SD21_TEXT),
     "sdxl": _LARGE(config.SDXL_UNET, vae=config.SDXL_VAE, text=SD15_TEXT, text_2=XL_TEXT_2),

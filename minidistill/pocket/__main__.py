@@ -1,10 +1,17 @@
 """Make the embedded model from scratch.
 
-  python -m minidistill.pocket --out pocket-emoji
+  python -m minidistill.pocket --out runs/pocket/model
 
-Renders the images; trains a CLIP, a VAE and a UNet, as Stable Diffusion was made; weakens the UNet's empty prompt
-(denoiser.py says why); and writes the official folder layout. Stages that are complete in the folder are skipped. The
-VAE and the UNet resume where they were stopped; the CLIP, which takes minutes, starts again.
+Trains a CLIP, a VAE and a UNet on composed images, as Stable Diffusion was made, and writes the official folder layout.
+Stages that are complete in the folder are skipped. The VAE and the UNet resume where they were stopped; the CLIP, which
+takes minutes, starts again.
+
+  python -m minidistill.pocket --more unet
+
+trains the UNet further, from the weights in the folder. `--more vae` trains the VAE further; once there is a UNet, only
+the VAE's decoder, because the UNet has learned the latents of the encoder.
+
+On a GPU, add --compile, --bf16 and larger batches. On a CPU with AMX, --bf16 alone is a third faster.
 """
 
 import sys
@@ -20,16 +27,25 @@ from minidistill.config import POCKET_UNET, POCKET_VAE, ScheduleConfig
 from minidistill.formats.files import atomic_write, write_json
 from minidistill.formats.model_configs import MODEL_INDEX, published_schedule, published_unet, published_vae
 from minidistill.pocket.autoencoder import encode_all, normalise_latents, psnr, train_vae
-from minidistill.pocket.clip import held_out_accuracy, save_clip, train_clip, tune_image_encoder
+from minidistill.pocket.clip import embed_captions, nearest_captions, save_clip, train_clip, tune_image_encoder
 from minidistill.pocket.compositions import all_compositions, write_compositions
-from minidistill.pocket.denoiser import ROUNDS, WEAK, WEAKENING, Captioned, train_unet, weaken
-from minidistill.pocket.images import render
-from minidistill.pocket.tokenizer import CONTEXT, write_tokenizer
-from minidistill.training.command_line import DEFAULT_MODEL, new_parser, one_line_errors, positive_int
+from minidistill.pocket.denoiser import FURTHER_LEARNING_RATE, LEARNING_RATE, Captioned, train_unet
+from minidistill.pocket.images import PACKAGE, WORK, Renderer, as_tensors, render
+from minidistill.pocket.tokenizer import write_tokenizer
+from minidistill.schedule import Schedule
+from minidistill.training.command_line import (
+    DEFAULT_DEVICE,
+    DEFAULT_MODEL,
+    new_parser,
+    one_line_errors,
+    positive,
+    positive_int,
+    prepare,
+)
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 
-WORK = Path("runs/pocket")
+HELD_OUT_SEED, LATENTS_SEED = 1, 0
 
 
 def write_part(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
@@ -44,55 +60,91 @@ def read_flags(argv: list[str]) -> Namespace:
     parser = new_parser(__doc__, prog="python -m minidistill.pocket")
     flag = parser.add_argument
     flag("--out", type=Path, default=DEFAULT_MODEL, metavar="FOLDER", help="the model (default: %(default)s)")
+    flag("--more", choices=["vae", "unet"], help="train a part further, from its weights in --out")
     flag("--work", type=Path, default=WORK, metavar="FOLDER", help="for unfinished stages (default: %(default)s)")
-    flag("--font", metavar="PATH", help="NotoColorEmoji.ttf (default: where Debian has it)")
-    flag("--renders", type=positive_int, default=16, metavar="N", help="images per composition (default: %(default)s)")
-    flag("--vae-steps", type=positive_int, default=9000, metavar="N", help="updates of the VAE (default: %(default)s)")
-    return parser.parse_args(argv)
+    number = dict(type=positive_int, metavar="N")
+    flag("--emoji", type=Path, default=PACKAGE, metavar="FOLDER", help="the npm package (default: %(default)s)")
+    flag("--device", default=DEFAULT_DEVICE, help="where to train (default: %(default)s)")
+    flag("--compile", action="store_true", help="train the VAE and the UNet compiled by torch.compile: faster")
+    flag("--bf16", action="store_true", help="train in bfloat16: faster on a GPU, and on CPUs with AMX")
+    flag("--clip-steps", **number, default=1500, help="updates of the CLIP (default: %(default)s)")
+    flag("--clip-batch", **number, default=128, help="images per update of the CLIP (default: %(default)s)")
+    flag("--vae-steps", **number, default=30000, help="updates of the VAE (default: %(default)s)")
+    flag("--vae-batch", **number, default=4, help="images per update of the VAE (default: %(default)s)")
+    flag("--unet-steps", **number, default=30000, help="updates of the UNet (default: %(default)s)")
+    flag("--unet-batch", **number, default=32, help="latents per update of the UNet (default: %(default)s)")
+    flag("--unet-lr", type=positive, metavar="RATE",
+         help=f"learning rate of the UNet (default: {LEARNING_RATE}, with --more {FURTHER_LEARNING_RATE})")  # fmt: skip
+    flag("--renders", **number, default=8,
+         help="images per composition whose latents the UNet learns from (default: %(default)s)")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.compile and args.bf16 and args.device == "cpu":
+        raise ValueError("PyTorch compiles wrong gradients of bfloat16 on a CPU: give one of --compile and --bf16.")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = read_flags(sys.argv[1:] if argv is None else argv)
+    prepare(torch.device(args.device), args.compile)
+    renderer = Renderer(args.emoji, device=args.device)
     compositions = all_compositions()
-    images, index = render(compositions, args.renders, seed=0, font=args.font)
-    write_compositions(args.out / "compositions.json")
+    trained = [c for c in compositions if not c.held_out]
+    held_out = [c for c in compositions if c.held_out]
+    unseen = render(renderer, held_out, 4, HELD_OUT_SEED)
+    write_compositions(args.out / "compositions.json", compositions)
     write_json(args.out / "scheduler/scheduler_config.json", published_schedule(ScheduleConfig()))
     write_tokenizer([c.caption for c in compositions], args.out / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
-    held_out = torch.tensor([c.held_out for c in compositions])[index]
-    trained, unseen = images[~held_out], images[held_out]
 
     if not (args.out / "text_encoder/model.safetensors").exists():
-        clip = train_clip(compositions, images, index, tokenizer)
-        tune_image_encoder(clip, compositions, images, index, tokenizer)
+        clip = train_clip(trained, renderer, tokenizer, args.clip_steps, args.clip_batch, bfloat16=args.bf16)
+        tune_image_encoder(clip, trained, renderer, tokenizer, args.clip_steps, args.clip_batch, bfloat16=args.bf16)
         save_clip(clip, args.out)
-    clip = CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32)
-    accuracy = held_out_accuracy(clip, compositions, images, index, tokenizer)
-    print(f"CLIP: nearest of {len(compositions)} captions right for {accuracy:.1%} of the held-out images")
+    clip = CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32).to(args.device)
+    order = held_out + trained  # the caption of unseen[i] is order[i // 4]
+    nearest = nearest_captions(clip, unseen, embed_captions(clip, order, tokenizer)).cpu()
+    right = (nearest == torch.arange(len(unseen)) // 4).float().mean()
+    print(f"CLIP: the nearest of {len(order)} captions is the right one for {right:.1%} of the held-out images")
 
-    if not (args.out / "vae/config.json").exists():
-        torch.manual_seed(0)
-        vae = train_vae(POCKET_VAE, trained, args.work / "vae.pt", args.vae_steps)
-        normalise_latents(vae, encode_all(vae, trained[::8]))
-        write_part(args.out / "vae", published_vae(POCKET_VAE, images.shape[-1]), vae.state_dict())
-    vae = VAE(POCKET_VAE).to(memory_format=torch.channels_last)
-    vae.load_state_dict(load_file(args.out / "vae/diffusion_pytorch_model.safetensors"))
-    print(f"VAE: {psnr(vae, unseen[::4]):.2f} dB on held-out images")
+    torch.manual_seed(0)
+    things, rgb = as_tensors(trained, args.device)
 
-    text_encoder = CLIPTextModel.from_pretrained(args.out / "text_encoder", dtype=torch.float32)
-    with torch.no_grad():
-        prompts = [c.caption for c in compositions] + [""]
-        ids = tokenizer(prompts, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
-        contexts = text_encoder(ids).last_hidden_state  # [M + 1, L, D]
-    if not (args.out / "unet/config.json").exists():
-        data = Captioned(encode_all(vae, trained), index[~held_out], contexts[:-1], contexts[-1])
-        torch.manual_seed(0)
-        weak = train_unet(UNet(POCKET_UNET), data, args.work / "unet-weak.pt", *WEAK, dropout=1.0)
-        unet = UNet(POCKET_UNET)
-        for number, (steps, lr) in enumerate(ROUNDS, start=1):
-            unet = train_unet(unet, data, args.work / f"unet-{number}.pt", steps, lr)
-        unet = weaken(unet, weak, data, args.work / "unet-weakened.pt", *WEAKENING)
+    def new_images() -> Tensor:
+        some = torch.randint(len(trained), (args.vae_batch,), device=args.device)
+        return renderer.draw(things[some], rgb[some])
+
+    how = dict(compiled=args.compile, bfloat16=args.bf16)
+    vae = VAE(POCKET_VAE).to(args.device, memory_format=torch.channels_last)
+    if vae_is_trained := (args.out / "vae/config.json").exists():
+        vae.load_state_dict(load_file(args.out / "vae/diffusion_pytorch_model.safetensors"))
+    unet_is_trained = (args.out / "unet/config.json").exists()
+    if args.more == "vae" or not vae_is_trained:
+        state = args.work / ("vae-more.pt" if args.more else "vae.pt")
+        vae = train_vae(vae, new_images, state, args.vae_steps, decoder_only=unet_is_trained, **how)
+        if not unet_is_trained:
+            normalise_latents(vae, encode_all(vae, render(renderer, trained, 1, LATENTS_SEED)))
+        write_part(args.out / "vae", published_vae(POCKET_VAE, renderer.side), vae.state_dict())
+        state.unlink()
+        vae.load_state_dict(load_file(args.out / "vae/diffusion_pytorch_model.safetensors"))  # rounded to fp16
+    print(f"VAE: {psnr(vae, unseen):.2f} dB on held-out images")
+
+    unet = UNet(POCKET_UNET).to(args.device)
+    if unet_is_trained:
+        unet.load_state_dict(load_file(args.out / "unet/diffusion_pytorch_model.safetensors"))
+    if args.more == "unet" or not unet_is_trained:
+        text_encoder = CLIPTextModel.from_pretrained(args.out / "text_encoder", dtype=torch.float32).to(args.device)
+        prompts = [c.caption for c in trained] + [""]
+        ids = tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+        with torch.no_grad():
+            contexts = text_encoder(ids.to(args.device)).last_hidden_state  # [C + 1, L, D]
+        latents = encode_all(vae, render(renderer, trained, args.renders, LATENTS_SEED), batch=256)
+        captions = torch.arange(len(trained), device=args.device).repeat_interleave(args.renders)
+        data = Captioned(latents, captions, contexts[:-1], contexts[-1], Schedule.from_config(ScheduleConfig()))
+        state = args.work / ("unet-more.pt" if args.more else "unet.pt")
+        lr = args.unet_lr or (FURTHER_LEARNING_RATE if unet_is_trained else LEARNING_RATE)
+        unet = train_unet(unet, data, state, args.unet_steps, args.unet_batch, lr, **how)
         write_part(args.out / "unet", published_unet(POCKET_UNET), unet.state_dict())
+        state.unlink()
     write_json(args.out / "model_index.json", MODEL_INDEX)
 
 

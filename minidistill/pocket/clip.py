@@ -1,25 +1,27 @@
 """Stage 1: train a small CLIP. Its frozen text encoder conditions the UNet; both halves together score images."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from minidistill.distill import learning_rate
 from minidistill.formats.files import atomic_write, write_json
 from minidistill.pocket.compositions import Composition
-from minidistill.pocket.images import to_pixels
-from minidistill.pocket.stage import set_learning_rate, update
+from minidistill.pocket.images import Renderer, as_tensors, to_pixels
+from minidistill.training.cuda_graph import set_learning_rate
 
+PATCH_SIZE = 8  # pixels: a thing of a pair is 27 pixels large
 MAX_LOGIT_SCALE = math.log(100)  # as in CLIP
 
 
-def clip_config(tokenizer: CLIPTokenizer, patch_size: int = 16) -> CLIPConfig:
+def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
     """The configuration of two small transformers, for captions and for 64x64 images, with a shared embedding."""
     shared = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, projection_dim=128)
     text = dict(
@@ -30,7 +32,7 @@ def clip_config(tokenizer: CLIPTokenizer, patch_size: int = 16) -> CLIPConfig:
         max_position_embeddings=tokenizer.model_max_length,
         num_hidden_layers=3,
     )
-    images = dict(image_size=64, patch_size=patch_size, num_hidden_layers=4)
+    images = dict(image_size=64, patch_size=PATCH_SIZE, num_hidden_layers=4)
     return CLIPConfig(text_config=text | shared, vision_config=images | shared, projection_dim=128)
 
 
@@ -39,84 +41,101 @@ def tokenize(captions: list[str], tokenizer: CLIPTokenizer) -> Tensor:
     return tokenizer(captions, padding=True, truncation=True, return_tensors="pt").input_ids
 
 
+@torch.no_grad()
+def embed_captions(model: CLIPModel, compositions: Sequence[Composition], tokenizer: CLIPTokenizer) -> Tensor:
+    """The unit embeddings [C, D] of the compositions' captions."""
+    ids = tokenize([c.caption for c in compositions], tokenizer).to(model.device)
+    features = [model.get_text_features(input_ids=some).pooler_output for some in ids.split(1024)]
+    return F.normalize(torch.cat(features), dim=-1)
+
+
 def train_clip(
-    compositions: list[Composition],
-    images: Tensor,
-    index: Tensor,
+    compositions: Sequence[Composition],
+    renderer: Renderer,
     tokenizer: CLIPTokenizer,
-    steps: int = 1000,
+    steps: int,
     batch: int = 128,
     lr: float = 1e-3,
     warmup: int = 50,
     weight_decay: float = 0.2,
-    seed: int = 0,
+    bfloat16: bool = False,
 ) -> CLIPModel:
-    """Train a CLIP from scratch on the compositions that are not held out, with CLIP's symmetric loss (section 2.3).
+    """Train a CLIP from scratch on renders of the compositions, with CLIP's symmetric loss (section 2.3).
 
-    images: uint8 [N, 3, 64, 64]; index: int64 [N], the composition of each image. The compositions of a batch are
-    distinct, so no caption is a negative for its own image.
+    The compositions of a batch are distinct, so no caption is a negative for its own image.
     """
-    torch.manual_seed(seed)
-    model = CLIPModel(clip_config(tokenizer)).train()
-    ids = tokenize([c.caption for c in compositions], tokenizer)  # [C, L]
-    trained = torch.tensor([i for i, c in enumerate(compositions) if not c.held_out])
-    images_of = [(index == i).nonzero().squeeze(1) for i in range(len(compositions))]
+    torch.manual_seed(0)
+    model = CLIPModel(clip_config(tokenizer)).to(renderer.device).train()
+    ids = tokenize([c.caption for c in compositions], tokenizer).to(renderer.device)  # [C, L]
+    things, rgb = as_tensors(compositions, renderer.device)
 
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]  # no weight decay for biases, gains and the temperature
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    target = torch.arange(batch)
-    progress = tqdm(range(steps), desc="clip", unit="step")
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    batch = min(batch, len(compositions))
+    target = torch.arange(batch, device=renderer.device)
+    progress = tqdm(range(steps), desc="clip", unit="step", mininterval=1)
     for step in progress:
-        chosen = trained[torch.randperm(len(trained))[:batch]]
-        rows = torch.stack([images_of[i][torch.randint(len(images_of[i]), ())] for i in chosen.tolist()])
-        logits = model(input_ids=ids[chosen], pixel_values=to_pixels(images[rows])).logits_per_image  # [B, B]
+        some = torch.randperm(len(compositions))[:batch].to(renderer.device)
+        pixels = to_pixels(renderer.draw(things[some], rgb[some]))
+        with torch.autocast(renderer.device.type, torch.bfloat16, enabled=bfloat16):
+            logits = model(input_ids=ids[some], pixel_values=pixels).logits_per_image.float()  # [B, B]
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         set_learning_rate(optimizer, learning_rate(step, steps, lr, warmup))
-        update(loss, optimizer, model.parameters())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
         model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
-        progress.set_postfix(loss=f"{loss.item():.3f}")
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
     return model.eval()
 
 
 def tune_image_encoder(
     model: CLIPModel,
-    compositions: list[Composition],
-    images: Tensor,
-    index: Tensor,
+    compositions: Sequence[Composition],
+    renderer: Renderer,
     tokenizer: CLIPTokenizer,
-    steps: int = 1500,
+    steps: int,
     batch: int = 128,
     lr: float = 1e-3,
+    warmup: int = 50,
+    bfloat16: bool = False,
 ) -> None:
-    """Train the image encoder further, against the captions of *all* trained compositions; the text encoder is fixed.
+    """Train the image encoder further, against the captions of *all* compositions; the text encoder is fixed.
 
     ``train_clip`` tells an image from 127 others in the batch, most of them very different; here it is told from every
     caption. As the text encoder is fixed, its embeddings are computed once, and the UNet's conditioning stays the same.
     """
-    trained = torch.tensor([i for i, c in enumerate(compositions) if not c.held_out])
-    captions = tokenize([compositions[i].caption for i in trained], tokenizer)
-    with torch.no_grad():
-        texts = F.normalize(model.get_text_features(input_ids=captions).pooler_output, dim=-1)  # [C, D]
-    row = torch.full((len(compositions),), -1)
-    row[trained] = torch.arange(len(trained))
-    usable = (row[index] >= 0).nonzero().squeeze(1)
-
+    captions = embed_captions(model, compositions, tokenizer)  # [C, D]
+    things, rgb = as_tensors(compositions, renderer.device)
     parameters = [*model.vision_model.parameters(), *model.visual_projection.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.2)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    progress = tqdm(range(steps), desc="clip, images", unit="step")
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.2, fused=True)
+    progress = tqdm(range(steps), desc="clip, images", unit="step", mininterval=1)
     model.train()
-    for _ in progress:
-        chosen = usable[torch.randint(len(usable), (batch,))]
-        features = model.get_image_features(pixel_values=to_pixels(images[chosen])).pooler_output
-        logits = model.logit_scale.detach().exp() * F.normalize(features, dim=-1) @ texts.T  # [B, C]
-        loss = F.cross_entropy(logits, row[index[chosen]])
-        update(loss, optimizer, parameters)
-        scheduler.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}")
+    for step in progress:
+        some = torch.randint(len(compositions), (batch,), device=renderer.device)
+        pixels = to_pixels(renderer.draw(things[some], rgb[some]))
+        with torch.autocast(renderer.device.type, torch.bfloat16, enabled=bfloat16):
+            features = model.get_image_features(pixel_values=pixels).pooler_output  # [B, D]
+        features = F.normalize(features.float(), dim=-1)
+        loss = F.cross_entropy(model.logit_scale.detach().exp() * features @ captions.T, some)
+        set_learning_rate(optimizer, learning_rate(step, steps, lr, warmup))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
     model.eval()
+
+
+@torch.no_grad()
+def nearest_captions(model: CLIPModel, images: Tensor, captions: Tensor) -> Tensor:
+    """uint8 images [N, 3, H, W] and unit embeddings [C, D] -> the index of the caption nearest to each image, [N]."""
+    features = [model.get_image_features(pixel_values=to_pixels(some)).pooler_output for some in images.split(256)]
+    return (torch.cat(features) @ captions.T).argmax(1)
 
 
 def save_clip(model: CLIPModel, folder: str | Path) -> None:
@@ -152,19 +171,3 @@ def save_clip(model: CLIPModel, folder: str | Path) -> None:
     weights = {f"text_model.{key}": value.contiguous() for key, value in model.text_model.state_dict().items()}
     with atomic_write(text_encoder / "model.safetensors") as file:
         save_file(weights, file, metadata={"format": "pt"})
-
-
-@torch.no_grad()
-def held_out_accuracy(
-    model: CLIPModel, compositions: list[Composition], images: Tensor, index: Tensor, tokenizer: CLIPTokenizer
-) -> float:
-    """The share of held-out images whose nearest caption, among those of all compositions, is their own."""
-    held_out = torch.tensor([c.held_out for c in compositions])[index]
-    images, index = images[held_out], index[held_out]
-    captions = model.get_text_features(input_ids=tokenize([c.caption for c in compositions], tokenizer)).pooler_output
-    captions = F.normalize(captions, dim=-1)  # [C, D]
-    right = 0
-    for some, own in zip(images.split(256), index.split(256)):
-        features = model.get_image_features(pixel_values=to_pixels(some)).pooler_output  # [B, D]
-        right += ((features @ captions.T).argmax(dim=1) == own).sum().item()
-    return right / len(index)

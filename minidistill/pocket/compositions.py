@@ -1,20 +1,15 @@
-"""The world of the embedded model: every emoji on every colour, and which pairs are held out for evaluation."""
+"""The world of the embedded model: things on coloured backgrounds, alone and in pairs, and which are held out."""
 
 import json
 import random
-import unicodedata
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 
 from minidistill.formats.files import atomic_write
 
-ANIMALS = (
-    "🐶🐱🐭🐹🐰🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐔🐧🐦🐤🦉🐺🐗🐴🦄🐝🐛🦋🐌🐞🐜🐢🐍🦎🐙🦑🦀🐡🐠🐟🐬🐳🦈🐊🐘🦒🐪🐏🦌🐓🦃🦜🦢🦩🐿🦔"
-)
-FOOD = "🍎🍐🍊🍋🍌🍉🍇🍓🍒🍑🥭🍍🥥🥝🍅🍆🥑🥦🌽🥕🥔🥐🍞🧀🥚🍳🥓🍔🍟🍕🌭🌮🍣🍦🍩🍪🎂🍰🧁🍫🍭☕🍺🍷🍄🌰"
-OUTDOORS = "🌲🌵🌴🍀🍁🌹🌻🌷🌸🌼🌍🌙⭐🌈☁⚡🔥💧⛄🌊☀🚗🚕🚌🚑🚒🚜🚲🚂🚀🚁⛵🚢✈🛸🎈"
-THINGS = "⚽🏀🏈🎾🎱🎸🎺🎻🥁🎨🎁🏆👑💎🔑🔒💡⏰📷📺💻📱📚🔨🔔☂🎩👟👕👗🏠🏰⛺🤖👻🎃👽💀👾❤🙂😎😡🤡🧸🪁🦴🍿"
-EMOJI = ANIMALS + FOOD + OUTDOORS + THINGS
+# emoji -> what a caption calls it: {"🐘": "an elephant", "🍒": "cherries"}
+THINGS = dict(line.split(" ", 1) for line in (Path(__file__).parent / "things.txt").read_text("utf-8").splitlines())
 
 COLOURS = {
     "white": (245, 245, 245),
@@ -27,43 +22,66 @@ COLOURS = {
     "pink": (250, 160, 195),
 }
 
+PAIRS_PER_THING = 8  # in which it stands on the left; it stands on the right in as many
 HELD_OUT_SHARE = 0.1
-HELD_OUT_SEED = 0
+SEED = 0
 
 
 @dataclass(frozen=True)
 class Composition:
-    emoji: str  # one character
-    name: str  # "rocket"
+    emoji: str  # one character, or two: left and right
     colour: str  # "purple"
     rgb: tuple[int, int, int]  # of the background, 0..255
-    caption: str  # "a rocket on a purple background"
+    caption: str  # "a rocket and a kite on a purple background"
     held_out: bool  # never trained on
 
 
-def all_compositions() -> list[Composition]:
-    """Every emoji on every colour, emoji by emoji, always in the same order.
+def composition(emoji: str, colour: str, held_out: bool) -> Composition:
+    things = " and ".join(THINGS[e] for e in emoji)
+    return Composition(emoji, colour, COLOURS[colour], f"{things} on a {colour} background", held_out)
 
-    A tenth of the pairs is held out: each emoji of a shuffled list loses one colour, and the colours take turns. So no
-    emoji loses more than one of its eight colours, and every colour loses the same number of emoji, plus or minus one.
+
+def single_compositions() -> list[Composition]:
+    """Every thing on every colour, thing by thing.
+
+    A tenth is held out: each thing of a shuffled list loses one colour, and the colours take turns. So no thing loses
+    more than one of its eight colours, and every colour loses the same number of things, plus or minus one.
     """
-    emoji, colours = list(EMOJI), list(COLOURS)
-    random.Random(HELD_OUT_SEED).shuffle(emoji)
-    number = round(HELD_OUT_SHARE * len(emoji) * len(colours))
-    held_out = {(e, colours[i % len(colours)]) for i, e in enumerate(emoji[:number])}
-
-    compositions = []
-    for e in EMOJI:
-        name = unicodedata.name(e).lower().replace("-", " ")
-        for colour, rgb in COLOURS.items():
-            caption = f"a {name} on a {colour} background"
-            compositions.append(Composition(e, name, colour, rgb, caption, (e, colour) in held_out))
-    return compositions
+    shuffled = random.Random(SEED).sample(list(THINGS), len(THINGS))
+    number = round(HELD_OUT_SHARE * len(THINGS) * len(COLOURS))
+    held_out = set(zip(shuffled[:number], cycle(COLOURS)))
+    return [composition(e, colour, (e, colour) in held_out) for e in THINGS for colour in COLOURS]
 
 
-def write_compositions(path: str | Path) -> None:
-    """Write all compositions as a JSON list of `name, colour, rgb, caption, held_out`, one per line."""
-    rows = [asdict(c) for c in all_compositions()]
-    lines = [json.dumps({key: row[key] for key in row if key != "emoji"}) for row in rows]
+def pair_compositions() -> list[Composition]:
+    """Two things side by side, PAIRS_PER_THING times as many pairs as things; no two things meet twice, in any order.
+
+    The things stand in a circle in random order. In round k, each is the left neighbour of the k-th after it.
+    """
+    rng = random.Random(SEED)
+    circle = rng.sample(list(THINGS), len(THINGS))
+    pairs = []
+    for k in range(1, PAIRS_PER_THING + 1):
+        held_out = set(rng.sample(range(len(circle)), round(HELD_OUT_SHARE * len(circle))))
+        for i, left in enumerate(circle):
+            right, colour = circle[(i + k) % len(circle)], rng.choice(list(COLOURS))
+            pairs.append(composition(left + right, colour, i in held_out))
+    return pairs
+
+
+def all_compositions() -> list[Composition]:
+    """All single compositions, then all pairs, always in the same order."""
+    return single_compositions() + pair_compositions()
+
+
+def write_compositions(path: Path, compositions: list[Composition]) -> None:
+    """Write a JSON list of compositions, one per line."""
+    lines = [json.dumps(asdict(c), ensure_ascii=False) for c in compositions]
     with atomic_write(path) as file:
         file.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+
+
+def read_compositions(path: Path) -> list[Composition]:
+    """The compositions that a model was trained on and those held out from it."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [Composition(**row | {"rgb": tuple(row["rgb"])}) for row in rows]

@@ -1,7 +1,7 @@
-"""Shared by the training stages: the training loop, an average of the weights, and states to resume from."""
+"""Shared by the training stages: the training loop, which averages the weights and resumes where it was stopped."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,88 +11,92 @@ from tqdm import tqdm
 
 from minidistill.distill import learning_rate
 from minidistill.formats.files import atomic_write
+from minidistill.pocket.muon import Muon
+from minidistill.training.cuda_graph import adamw, graphed, on_gpu, set_learning_rate
 
 Model = TypeVar("Model", bound=nn.Module)
 
-
-def update(
-    loss: Tensor, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], max_norm: float = 1.0
-) -> None:
-    """Take one step down the gradient of ``loss``, clipped to ``max_norm``."""
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    optimizer.step()
+EMA_DECAY = 0.998
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-class Average:
-    """An exponential moving average of a model's weights, with a lower decay at first to forget the initial ones."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for mean, weight in zip(self.model.parameters(), model.parameters()):
-            mean.lerp_(weight, 1 - decay)
-
-
-def save_state(path: Path, step: int, model: nn.Module, average: Average, optimizer: torch.optim.Optimizer) -> None:
-    state = {
-        "step": step,
-        "model": model.state_dict(),
-        "average": average.model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-    }
-    with atomic_write(path) as temporary:
-        torch.save(state, temporary)
-
-
-def resume(path: Path, model: nn.Module, average: Average, optimizer: torch.optim.Optimizer) -> int:
-    """Load a saved state if there is one; returns the number of finished steps."""
-    if not path.exists():
-        return 0
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
-    average.model.load_state_dict(state["average"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    return state["step"]
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
+    """An exponential moving average with a lower decay at first, to forget the initial weights."""
+    decay = min(EMA_DECAY, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
 def fit(
     model: Model,
-    loss_of_batch: Callable[[], tuple[Tensor, dict[str, Tensor]]],
+    new_batch: Callable[[], tuple[Tensor, ...]],
+    loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
     state: Path,
     steps: int,
     lr: float,
     weight_decay: float,
-    save_every: int = 200,
+    compiled: bool = False,
+    bfloat16: bool = False,
+    by_muon: Sequence[nn.Parameter] = (),
+    save_every: int = 500,
 ) -> Model:
-    """Train with AdamW and return the averaged weights. Resumes from ``state`` if it exists.
+    """Train the parameters that require a gradient, those in ``by_muon`` by Muon and the others by AdamW.
 
-    ``loss_of_batch()`` returns the model's loss on a new batch, and the values to show beside the progress bar.
+    Returns the averaged weights.
+
+    Resumes from the file ``state`` if it exists. ``loss_of(model, *new_batch())`` is the loss, and the values to show
+    beside the progress bar; with ``bfloat16``, what autocast thinks safe is computed in it. On a GPU all of an update,
+    ``new_batch`` too, is recorded in a CUDA graph.
     """
-    model.to(memory_format=torch.channels_last).train().requires_grad_(True)
-    average = Average(model, 0.998)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
-    start = resume(state, model, average, optimizer)
+    device = next(model.parameters()).device
+    model.to(memory_format=torch.channels_last).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    matrices = set(by_muon)
+    others = [p for p in trained if p not in matrices]
+    optimizers: list[torch.optim.Optimizer] = [adamw(others, lr, weight_decay)]
+    if by_muon:
+        optimizers.append(Muon(by_muon, torch.tensor(lr, device=device) if on_gpu(device) else lr, weight_decay))
+    parts = {"model": model, "average": average} | {type(one).__name__: one for one in optimizers}
+    start = 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True, map_location="cpu")
+        start = saved["step"]
+        torch.set_rng_state(saved["rng"])
+        torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        for name, part in parts.items():  # not the optimizers' learning rates, which may be on a GPU
+            keep = {"param_groups": part.state_dict()["param_groups"]} if part in optimizers else {}
+            part.load_state_dict(saved[name] | keep)
+    loss_of = torch.compile(loss_of) if compiled else loss_of
+
+    def update() -> dict[str, Tensor]:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            loss, values = loss_of(model, *new_batch())
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        return {name: value.detach() for name, value in values.items()}
+
+    def set_rate(rate: float) -> None:
+        for optimizer in optimizers:
+            set_learning_rate(optimizer, rate)
+
+    if on_gpu(device) and start < steps:
+        set_rate(0.0)  # while it warms up
+        update = graphed(update)
+
     progress = tqdm(range(start, steps), initial=start, total=steps, desc=state.stem, unit="step", mininterval=1)
     for step in progress:
-        loss, values = loss_of_batch()
-        set_learning_rate(optimizer, learning_rate(step, steps, lr, warmup=min(200, steps // 10 + 1)))
-        update(loss, optimizer, model.parameters())
-        average.update(model, step)
+        set_rate(learning_rate(step, steps, lr, warmup=min(200, steps // 10 + 1)))
+        values = update()
+        update_average(average, model, step)
         if step % 20 == 0:
             progress.set_postfix({name: f"{value.item():.4g}" for name, value in values.items()})
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            save_state(state, step + 1, model, average, optimizer)
-    return average.model
+            with atomic_write(state) as temporary:
+                now = {name: part.state_dict() for name, part in parts.items()}
+                rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}  # none on a CPU
+                torch.save(now | rng | {"step": step + 1}, temporary)
+    return average

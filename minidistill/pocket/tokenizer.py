@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-CONTEXT = 16  # tokens per prompt, including start and end, of the model that ships
+CONTEXT = 20  # tokens per prompt, including start and end
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -41,7 +41,7 @@ def learn_merges(words: set[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def write_tokenizer(captions: list[str], folder: str | Path, context: int = CONTEXT) -> None:
+def write_tokenizer(captions: list[str], folder: str | Path) -> None:
     """Write the files that transformers' CLIPTokenizer reads.
 
     As in CLIP: 256 bytes, the same 256 at the end of a word, the merges, then the two special tokens. The end token is
@@ -56,7 +56,7 @@ def write_tokenizer(captions: list[str], folder: str | Path, context: int = CONT
         "special_tokens_map.json": special,
         "tokenizer_config.json": {
             "tokenizer_class": "CLIPTokenizer",
-            "model_max_length": context,
+            "model_max_length": CONTEXT,
             "do_lower_case": True,
             "add_prefix_space": False,
             "errors": "replace",

@@ -192,7 +192,7 @@ def test_weights_are_shared_and_survive_the_merged_row() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_of_a_fresh_process() -> None:
-    pocket = Setup(replace(TINY, unet=POCKET_UNET, tokens=16), torch.device("cpu"), torch.float32, rank=2)
+    pocket = Setup(replace(TINY, unet=POCKET_UNET, tokens=20), torch.device("cpu"), torch.float32, rank=2)
     peak = in_fresh_process(speed.peak_memory, pocket, "unet", "ours")
     with torch.device("meta"):
         weights = 4 * sum(p.numel() for p in UNet(POCKET_UNET).parameters())

@@ -254,7 +254,7 @@ def test_make_resumes_where_it_stopped(make: Callable[..., subprocess.CompletedP
 
 
 @needs_bash
-@pytest.mark.parametrize("missing", ["diffusers", "find_font"])
+@pytest.mark.parametrize("missing", ["diffusers", "find_emoji"])
 def test_make_checks_requirements_before_hours_of_work(missing: str, make: Callable[..., subprocess.CompletedProcess]):
     assert make(fails=missing).returncode and missing in make.ran()[-1]
     assert all(line.startswith("-c") for line in make.ran())

@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
-from tiny import ROOT, tiny_tensors
+from tiny import END, ROOT, TOKENS, VOCABULARY, tiny_tensors
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -175,12 +175,12 @@ def test_fused_rows_that_do_not_divide(tmp_path: Path) -> None:
         load(write(tmp_path / "model.safetensors", tensors), prediction="eps")
 
 
-@pytest.mark.parametrize("version, padding", [(1, 1235), (2, 0)])
+@pytest.mark.parametrize("version, padding", [(1, END), (2, 0)])
 def test_padding_is_the_versions(version: int, padding: int, tmp_path: Path) -> None:
     file = write(tmp_path / "model.safetensors", tiny_tensors(version))
     sd = load(file, prediction="eps", tokenizer=TOKENIZER)
     assert sd.tokenizer("a", padding="max_length").input_ids[-1] == padding
-    assert sd.encode_prompt(["a red apple"]).tokens.shape == (1, 16, 64)
+    assert sd.encode_prompt(["a red apple"]).tokens.shape == (1, TOKENS, 64)
 
 
 def test_a_model_that_no_single_file_can_hold(tiny_model: Path) -> None:
@@ -373,7 +373,7 @@ def test_other_schedules(changes: dict, folder: Path) -> None:
 def test_a_prompt_is_as_long_as_the_encoder_reads(length: object, folder: Path) -> None:
     config = folder / "tokenizer/tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": length}))
-    assert load(folder).encode_prompt(["an apple"]).tokens.shape == (1, 16, 32)
+    assert load(folder).encode_prompt(["an apple"]).tokens.shape == (1, TOKENS, 32)
 
 
 @pytest.mark.parametrize(
@@ -540,14 +540,14 @@ def test_offline_and_not_cached(cache: Path) -> None:
 
 def test_the_tokenizer_of_a_single_file_is_the_hubs(cache: Path, single: Path, capsys) -> None:
     sd = load(single)
-    ids = torch.arange(16)[None]
-    assert sd.encode_tokens(ids).tokens.shape == (1, 16, 64)  # needs none
+    ids = torch.arange(TOKENS)[None]
+    assert sd.encode_tokens(ids).tokens.shape == (1, TOKENS, 64)  # needs none
     assert not capsys.readouterr().err
     with pytest.raises(CheckpointError, match="openai/clip-vit-large-patch14"):
         sd.encode_prompt(["an apple"])
     put(cache, "openai/clip-vit-large-patch14", TOKENIZER)
     capsys.readouterr()
-    assert sd.encode_prompt(["an apple"]).tokens.shape == (1, 16, 64)
+    assert sd.encode_prompt(["an apple"]).tokens.shape == (1, TOKENS, 64)
     assert len([line for line in capsys.readouterr().err.splitlines() if "tokenizer" in line]) == 1
 
 
@@ -806,5 +806,6 @@ def test_a_tokenizer_of_another_model(folder: Path) -> None:
     sd = load(folder)
     sd.tokenizer.add_tokens(["<sks>"])
     sd.tokenizer.save_pretrained(folder / "tokenizer")
-    with pytest.raises(CheckpointError, match="tokenizer has 1237 tokens, and the encoder knows 1236"):
+    counts = f"tokenizer has {VOCABULARY + 1} tokens, and the encoder knows {VOCABULARY}"
+    with pytest.raises(CheckpointError, match=counts):
         load(folder).encode_prompt(["a <sks> apple"])

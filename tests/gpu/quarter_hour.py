@@ -31,10 +31,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-STAGES = {  # the seconds that each should take on an H100
+STAGES = {  # the seconds that each should take on an H100; retraining was measured on an H200
     "facts": 30,  # with the imports
     "forward": 25,
-    "retrain": 390,  # 50 of them in reserve
+    "retrain": 390,  # 54 of them in reserve
     "distil": 70,
     "images": 20,
     "profile": 10,

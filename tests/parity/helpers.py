@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import text_config
+from tiny import END, TOKENS, VOCABULARY, text_config
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -75,7 +75,7 @@ def small_text_encoder(width: int, activation: str = "quick_gelu") -> CLIPTextMo
         num_hidden_layers=2,
         num_attention_heads=2,
         hidden_act=activation,
-        pad_token_id=1235,
+        pad_token_id=END,
     )
     return shake(CLIPTextModel(config).double())
 
@@ -145,7 +145,7 @@ def single(pipe: "diffusers.DiffusionPipeline", folder: Path) -> dict[str, Tenso
 
 def small_xl(prediction: str = "eps", **index) -> "diffusers.StableDiffusionXLPipeline":
     """A small SDXL that a single file can hold: heads of width 64, group norms of 32 groups."""
-    sizes = dict(vocab_size=1236, max_position_embeddings=16, num_hidden_layers=3, eos_token_id=2)
+    sizes = dict(vocab_size=VOCABULARY, max_position_embeddings=TOKENS, num_hidden_layers=3, eos_token_id=2)
     torch.manual_seed(4)
     first = CLIPTextConfig(hidden_size=64, intermediate_size=96, num_attention_heads=1, **sizes)
     second = CLIPTextConfig(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import TOKENS
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from minidistill import load
@@ -60,12 +61,12 @@ def test_text_encoder(style: dict, prefix: str, tmp_path: Path) -> None:
     pipe = write_small(tmp_path, style=style)
     file = tmp_path / "text_encoder/model.safetensors"
     tensors = {prefix + name.removeprefix("text_model."): tensor for name, tensor in load_file(file).items()}
-    save_file(tensors | {f"{prefix}embeddings.position_ids": torch.arange(16)[None]}, file)
+    save_file(tensors | {f"{prefix}embeddings.position_ids": torch.arange(TOKENS)[None]}, file)
     sd = load(tmp_path, dtype=torch.float64, tokenizer=POCKET / "tokenizer")
     ids = pipe.tokenizer(PROMPTS + [""], padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
         reference = pipe.text_encoder(ids).last_hidden_state
-    assert ids.shape == (3, 16)
+    assert ids.shape == (3, TOKENS)
     assert error(sd.encode_prompt(PROMPTS + [""]).tokens, reference) <= 1e-9
     assert error(sd.encode_tokens(ids).tokens, reference) <= 1e-9
 

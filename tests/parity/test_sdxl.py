@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import TOKENS
 
 from minidistill import StableDiffusion, load
 from minidistill.bench.workloads import SIZES, Setup
@@ -48,10 +49,10 @@ def test_unet(pipe, sd: StableDiffusion) -> None:
 
 
 def test_tokens_and_pooled_vector(pipe, sd: StableDiffusion) -> None:
-    prompts = [*PROMPTS, "", "red " * 13 + "apple"]  # the last one fills all 16 tokens
+    prompts = [*PROMPTS, "", "red " * (TOKENS - 3) + "apple"]  # the last one fills all tokens
     tokens, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
     cond = sd.encode_prompt(prompts)
-    assert cond.tokens.shape == (4, 16, 192) and cond.pooled.shape == (4, 48)
+    assert cond.tokens.shape == (4, TOKENS, 192) and cond.pooled.shape == (4, 48)
     assert error(cond.tokens, tokens) <= 1e-9 and error(cond.pooled, pooled) <= 1e-9
     assert cond.sizes.tolist() == [[16, 16, 0, 0, 16, 16]] * 4  # the size that it was trained on
 

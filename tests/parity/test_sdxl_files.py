@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import TOKENS
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -53,7 +54,7 @@ def same(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def with_extras(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What published files also hold."""
-    extras = {TEXT + "text_model.embeddings.position_ids": torch.arange(16)[None]}
+    extras = {TEXT + "text_model.embeddings.position_ids": torch.arange(TOKENS)[None]}
     return tensors | extras | {TEXT_2 + "logit_scale": torch.tensor(4.6), "denoiser.sigmas": torch.zeros(1000)}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import text_config
+from tiny import TOKENS, text_config
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -98,7 +98,7 @@ def as_flat_ckpt(tensors: dict[str, Tensor], folder: Path) -> Path:
 
 EXTRA = {
     "betas": torch.zeros(1000),
-    "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(16)[None],
+    "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(TOKENS)[None],
     "first_stage_model.loss.logvar": torch.zeros(()),
 }
 

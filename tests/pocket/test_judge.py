@@ -1,27 +1,28 @@
-"""pocket/judge.py: it recognises colours and emoji in rendered images, degraded ones too, and its totals are right."""
+"""pocket/judge.py: samples and judges each method, keeps images and captions together, and its totals are right."""
 
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from minidistill.config import ScheduleConfig
 from minidistill.pocket import judge
-from minidistill.pocket.compositions import COLOURS, EMOJI, all_compositions, write_compositions
-from minidistill.pocket.images import find_font, render
+from minidistill.pocket.compositions import (
+    COLOURS,
+    THINGS,
+    all_compositions,
+    pair_compositions,
+    single_compositions,
+    write_compositions,
+)
+from minidistill.pocket.images import render
 from minidistill.schedule import Schedule
 
-FEW = all_compositions()[::131]  # 12 emoji on various colours
-
-
-@pytest.fixture
-def font():
-    try:
-        return find_font()
-    except FileNotFoundError as error:
-        pytest.skip(f"drawing emoji needs their font. {error}")
+FEW = single_compositions()[::211]  # 13 things on various colours
+FEW_PAIRS = pair_compositions()[::211]
 
 
 def flat(colours, side=64):
@@ -29,81 +30,14 @@ def flat(colours, side=64):
     return torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].repeat(1, 1, side, side)
 
 
-def test_background_is_the_named_colour_nearest_to_the_border():
-    images = flat(list(COLOURS.values()))
-    images[:, :, 1:-1, 1:-1] = 128
-    images[:, :, 0, :20] = 77  # an object that touches the border
-    noise = torch.randint(-15, 16, images.shape, generator=torch.Generator().manual_seed(0))
-    images = (images.int() + noise).clamp(0, 255).to(torch.uint8)
-    assert judge.background(images).tolist() == list(range(len(COLOURS)))
-
-
-def test_identity_is_the_template_with_the_least_squared_error(monkeypatch):
-    """The expanded sum agrees with the squares themselves, for made-up stamps, shifted, on a background."""
-    generator, side, shift = torch.Generator().manual_seed(1), judge.TEMPLATE_SIDE, judge.TEMPLATE_SHIFT
-    stamps = torch.rand(6 * judge.TEMPLATE_SIZES, 4, side, side, generator=generator)
-    stamps[:, :3] *= stamps[:, 3:]
-    stamps *= torch.nn.functional.pad(torch.ones(side - 8, side - 8), [4] * 4)  # empty in the outer four pixels
-    monkeypatch.setattr(judge, "templates", lambda font: stamps)
-    monkeypatch.setattr(judge, "find_font", lambda font: font)
-
-    images = torch.randint(256, (8, 3, side, side), generator=generator, dtype=torch.uint8)
-    images[:, :, :3], images[:, :, -3:], images[..., :3], images[..., -3:] = 60, 60, 60, 60
-    x, b = images.double() / 255, 60 / 255
-    errors = []
-    for dy in range(-shift, shift + 1):
-        for dx in range(-shift, shift + 1):
-            moved = stamps.double().roll((dy, dx), (2, 3))
-            drawn = moved[:, :3] + (1 - moved[:, 3:]) * b
-            errors.append((x[:, None] - drawn).square().flatten(2).sum(2))
-    nearest = torch.stack(errors).amin(0).argmin(1) // judge.TEMPLATE_SIZES
-    assert torch.equal(judge.identity_by_template(images), nearest)
-
-
-def test_templates_recognise_rendered_and_degraded_emoji(font):
-    images, index = render(FEW, 1, seed=7, font=font)
-    for name, version in judge.degraded(images).items():
-        found = [EMOJI[i] for i in judge.identity_by_template(version, font)]
-        assert found == [c.emoji for c in FEW], name
-        if "contrast" not in name:
-            assert [list(COLOURS)[i] for i in judge.background(version)] == [c.colour for c in FEW], name
-
-
-def test_templates_do_not_see_an_absent_emoji(font):
-    """Another emoji, a flat image and noise are not mistaken for the emoji in the caption."""
-    others = all_compositions()[8::131]
-    drawn = render(others[: len(FEW)], 1, seed=8, font=font)[0]
-    noise = torch.randint(256, drawn.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    for images in (drawn, noise, flat([c.rgb for c in FEW])):
-        found = [EMOJI[i] for i in judge.identity_by_template(images, font)]
-        assert sum(f == c.emoji for f, c in zip(found, FEW)) <= 1
-
-
-def test_classifier_is_trained_once_and_stored(tmp_path, monkeypatch):
-    made = []
-
-    def train(font):
-        made.append(judge.build_classifier().eval())
-        return made[-1]
-
-    monkeypatch.setattr(judge, "train_classifier", train)
-    first = judge.load_classifier(tmp_path / "work")
-    again = judge.load_classifier(tmp_path / "work")
-    assert len(made) == 1
-    x = flat([(10, 200, 30), (0, 0, 0)])
-    assert judge.identity_by_classifier(x, again).shape == (2,)
-    for model in (first, again):
-        assert torch.equal(model(x / 255), made[0](x / 255))
-    assert not list((tmp_path / "work").glob("*.tmp"))
-
-
-def test_classifier_learns(font, monkeypatch):
-    monkeypatch.setattr(judge, "EMOJI", EMOJI[:4])
-    model = judge.train_classifier(font, renders=16, steps=30, batch=32)
-    some = [c for c in all_compositions() if c.emoji in EMOJI[:4]]
-    right = judge.identity_by_classifier(render(some, 1, seed=9, font=font)[0], model)
-    expected = torch.arange(4).repeat_interleave(len(COLOURS))
-    assert (right == expected).float().mean() > 0.6
+def test_a_swapped_pair_is_wrong(renderer, emoji, monkeypatch):
+    monkeypatch.setattr(judge, "identity_by_classifier", lambda seen, _: judge.identity_by_template(seen, *rest))
+    images = render(renderer, FEW_PAIRS, 2, seed=5)
+    for version, right in ((images, 1.0), (torch.cat([images[..., 32:], images[..., :32]], -1), 0.0)):
+        rest = judge.border_colour(version).repeat_interleave(2, 0), judge.templates(emoji)
+        judged = judge.judge(version, FEW_PAIRS, None, judge.templates(emoji))
+        assert judged["background"].mean() == 1
+        assert judged["all right"].mean() == judged["identity by template"].mean() == right
 
 
 def test_mean_distance_is_within_compositions():
@@ -111,112 +45,112 @@ def test_mean_distance_is_within_compositions():
     assert judge.mean_distance(images, each=2) == pytest.approx(0.1)
 
 
-def test_held_out(tmp_path):
-    path = tmp_path / "new/compositions.json"
-    write_compositions(path)
-    every = [c for c in all_compositions() if c.held_out]
-    assert judge.held_out(path) == every
-    assert len(set(judge.held_out(path, 10))) == 10
-    assert judge.held_out(path, 10_000) == every
-    path.write_text(json.dumps([{"caption": "a unicorn fish on a red background", "held_out": True}]))
-    with pytest.raises(ValueError, match="unicorn fish"):
-        judge.held_out(path)
-
-
-def test_blur_keeps_flat_images_and_smooths_others():
-    assert torch.allclose(judge.blur(torch.full((1, 3, 9, 9), 0.3), 1.5), torch.full((1, 3, 9, 9), 0.3))
-    dot = torch.zeros(1, 3, 9, 9)
-    dot[..., 4, 4] = 1
-    assert torch.allclose(judge.blur(dot, 0.0), dot)
-    assert judge.blur(dot, 1.0)[0, 0, 4, 4].item() == pytest.approx(1 / (2 * torch.pi), rel=0.02)
-
-
-class Painter:
-    """In place of StableDiffusion: paints the caption's background, red with no guidance."""
+class Sampler:
+    """In place of StableDiffusion: takes down how it is asked to sample."""
 
     unet, schedule, device = object(), Schedule.from_config(ScheduleConfig()), torch.device("cpu")
-    text_encoder = vae = torch.nn.Linear(1, 1)
 
     def __init__(self):
         self.calls = []
 
-    def sample(
-        self,
-        prompts,
-        steps,
-        guidance,
-        seed,
-        lora_enabled,
-        negative_prompt,
-        selective,
-        interval,
-        spacing,
-        batch,
-        progress,
-        clock,
-    ):
-        self.calls.append((len(prompts), steps, guidance, lora_enabled, negative_prompt))
-        known = {c.caption: c.rgb for c in all_compositions()}
-        red = guidance == 1 and not lora_enabled
-        return [Image.new("RGB", (64, 64), (215, 45, 45) if red else known[p]) for p in prompts]
+    def sample(self, prompts, **options):
+        asked = ("steps", "guidance", "lora_enabled", "negative_prompt", "spacing")
+        self.calls.append(tuple(options[name] for name in asked))
+        return [Image.new("RGB", (64, 64)) for _ in prompts]
 
 
-def test_main_samples_judges_and_writes(tmp_path, monkeypatch, capsys):
-    write_compositions(tmp_path / "compositions.json")
-    painter = Painter()
-    learned = SimpleNamespace(metadata={"guidance": "4", "negative_prompt": "blurry"}, interval=None, few_steps=None)
+@pytest.fixture
+def sampled(monkeypatch):
+    """Calls ``sample_all`` with a LoRA of this header, or without one; returns the rows and the calls."""
+
+    def sampled(header=None, few_steps=None, guidance=None):
+        lora = SimpleNamespace(metadata=header, interval=None, few_steps=few_steps)
+        fakes = dict(read_lora=lambda path: lora, load_lora=lambda unet, path: unet, merge_lora=lambda unet: None)
+        for name, fake in fakes.items():
+            monkeypatch.setattr(judge, name, fake)
+        file = None if header is None else "some.safetensors"
+        sd, args = Sampler(), SimpleNamespace(lora=file, guidance=guidance, steps=25, batch=4)
+        return list(judge.sample_all(sd, args, ["a cat", "a dog"])), sd.calls
+
+    return sampled
+
+
+def test_teacher_and_student_are_sampled_as_the_lora_says(sampled):
+    rows, calls = sampled({"guidance": "3", "negative_prompt": "blurry"})
+    assert rows == ["teacher, guidance 3", "no guidance", "student, one pass"]
+    # The student has learned to avoid the negative prompt: it is not told again.
+    student = (25, None, True, None, "leading")
+    assert calls == [(25, 3, False, "blurry", "leading"), (25, 1, False, "blurry", "leading"), student]
+
+
+def test_a_student_of_few_steps_is_sampled_as_it_was_taught(sampled):
+    _, calls = sampled({"guidance": "3"}, few_steps=(2, 24))
+    assert [(steps, spacing) for steps, *_, spacing in calls] == [(25, "leading"), (25, "leading"), (2, "trailing")]
+
+
+def test_guidance_without_a_lora(sampled):
+    assert sampled()[0] == ["teacher, guidance 4", "no guidance"]
+    assert sampled(guidance=2.0)[0] == ["teacher, guidance 2", "no guidance"]
+
+
+def test_measures_and_renders_keep_the_order_of_the_captions(emoji, monkeypatch):
+    """Single things and pairs in turn."""
+    monkeypatch.setattr(judge, "PACKAGE", emoji)
+    monkeypatch.setattr(judge, "load_classifier", lambda work, emoji: None)
+    monkeypatch.setattr(judge, "identity_by_classifier", lambda seen, _: torch.zeros(len(seen), dtype=torch.int64))
+    captions = [c.caption for pair in zip(FEW[:4], FEW_PAIRS) for c in pair]
+    images = torch.stack([torch.from_numpy(np.array(x)) for x in judge.rendered(captions, 64)]).permute(0, 3, 1, 2)
+    images[2:4] = 0
+    assert judge.measures(images, captions)["identity by template"].tolist() == [1, 1, 0, 0, 1, 1, 1, 1]
+
+
+def test_held_out():
+    every = [c for c in all_compositions() if c.held_out]
+    assert judge.held_out(all_compositions()) == every
+    assert len(set(judge.held_out(all_compositions(), 10))) == 10
+    assert judge.held_out(all_compositions(), 10_000) == every
+    with pytest.raises(ValueError, match="unicorn fish"):
+        judge.compositions_of(["a unicorn fish on a red background"])
+
+
+def test_main_judges_each_kind_and_writes(tmp_path, monkeypatch, capsys):
+    """On flat images: those of the teacher have the caption's background, the others are red."""
+    write_compositions(tmp_path / "compositions.json", all_compositions())
+    held_out = [c for c in all_compositions() if c.held_out]
+    drawn = flat([c.rgb for c in held_out for _ in range(2)])
+    red = flat([COLOURS["red"]]).expand_as(drawn)
+    rgb = {c.caption: c.rgb for c in held_out}
     fakes = dict(
-        load=lambda path, device: painter,
-        read_lora=lambda path: learned,
-        load_lora=lambda unet, path: unet,
-        merge_lora=lambda unet: None,
-        load_classifier=lambda work, font: None,
-        identity_by_template=lambda images, font: torch.zeros(len(images), dtype=torch.int64),
-        identity_by_classifier=lambda images, classifier: torch.ones(len(images), dtype=torch.int64),
-        render=lambda compositions, each, seed, size, font: (flat([c.rgb for c in compositions for _ in range(each)]),),
+        load=lambda path, device: None,
+        sample_all=lambda sd, args, prompts: {"teacher": flat([rgb[p] for p in prompts]), "no guidance": red},
+        load_classifier=lambda work, emoji: None,
+        templates=lambda emoji: None,
+        Renderer=lambda emoji: None,
+        identity_by_template=lambda seen, backgrounds, stamps: torch.zeros(len(seen), dtype=torch.int64),
+        identity_by_classifier=lambda seen, classifier: torch.ones(len(seen), dtype=torch.int64),
+        render=lambda renderer, compositions, each, seed: drawn,
     )
     for name, fake in fakes.items():
         monkeypatch.setattr(judge, name, fake)
     out = tmp_path / "results" / "pocket.json"
-    flags = ["--model", str(tmp_path), "--lora", "some.safetensors", "--seeds", "2", "--out", str(out), "--steps", "3"]
-    judge.main(flags)
+    judge.main(["--model", str(tmp_path), "--seeds", "2", "--out", str(out), "--steps", "3"])
 
-    held_out = [c for c in all_compositions() if c.held_out]
-    n = 2 * len(held_out)
-    # The student has learned to avoid the negative prompt: it is not told again.
-    assert painter.calls == [(n, 3, 4, False, "blurry"), (n, 3, 1, False, "blurry"), (n, 3, None, True, None)]
     numbers = json.loads(out.read_text())
-    rows = {r["method"]: r for r in numbers["rows"]}
-    assert list(rows) == ["teacher, guidance 4", "no guidance", "student, one pass", "rendered"]
-    assert rows["teacher, guidance 4"]["background"]["value"] == rows["student, one pass"]["background"]["value"] == 1
-    red = sum(c.colour == "red" for c in held_out) / len(held_out)
-    assert rows["no guidance"]["background"]["value"] == pytest.approx(red)
-    assert rows["rendered"]["identity by template"]["value"] == pytest.approx(
-        sum(c.emoji == EMOJI[0] for c in held_out) / len(held_out)
-    )
-    assert rows["rendered"]["all right"]["value"] == 0 and len(rows["rendered"]["wrong"]) == len(held_out)
-    assert rows["rendered"]["distance over seeds"] == 0
+    rows = {(r["method"], r["things"]): r for r in numbers["rows"]}
+    methods = ["teacher", "no guidance", "rendered"]
+    assert list(rows) == [(method, things) for things in ("one", "two") for method in methods]
+    for length, things in ((1, "one"), (2, "two")):
+        some = [c for c in held_out if len(c.emoji) == length]
+        assert rows["teacher", things]["background"]["value"] == 1
+        share = sum(c.colour == "red" for c in some) / len(some)
+        assert rows["no guidance", things]["background"]["value"] == pytest.approx(share)
+        rendered = rows["rendered", things]
+        first = sum(set(c.emoji) == {list(THINGS)[0]} for c in some) / len(some)
+        assert rendered["identity by template"]["value"] == pytest.approx(first)
+        assert rendered["all right"]["value"] == 0 and len(rendered["wrong"]) == len(some)
+        assert rendered["distance over seeds"] == 0
     assert "--seeds 2" in numbers["command"]
-    assert "| student, one pass | " in capsys.readouterr().out
-
-
-def test_a_student_of_few_steps_is_sampled_as_it_was_taught(monkeypatch):
-    taken = []
-    lora = SimpleNamespace(metadata={"guidance": "4"}, interval=None, few_steps=(2, 24))
-    fakes = dict(
-        read_lora=lambda path: lora, load_lora=lambda unet, path: unet, merge_lora=lambda unet: None, pixels=lambda x: x
-    )
-    for name, fake in fakes.items():
-        monkeypatch.setattr(judge, name, fake)
-
-    class Sampler(Painter):
-        def sample(self, prompts, steps, spacing, lora_enabled, **options):
-            taken.append((lora_enabled, steps, spacing))
-            return []
-
-    args = SimpleNamespace(lora="some.safetensors", guidance=None, steps=25, batch=4)
-    judge.sample_all(Sampler(), args, ["a cat"])
-    assert taken == [(False, 25, "leading"), (False, 25, "leading"), (True, 2, "trailing")]
+    assert "| rendered | two |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["--steps", "--seeds", "--limit", "--batch"])

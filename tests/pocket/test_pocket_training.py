@@ -1,26 +1,26 @@
-"""Training the embedded model: stages resume where they stopped, and the empty prompt becomes weak."""
+"""Training the embedded model: stages resume where they stopped, and the command makes a model that draws."""
 
-import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT, TINY_SIZE
+from tiny import TINY_SIZE
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPTokenizer
 
 from minidistill import load
+from minidistill.config import ScheduleConfig
 from minidistill.pocket import __main__ as command
-from minidistill.pocket.clip import clip_config
-from minidistill.pocket.compositions import EMOJI, all_compositions
-from minidistill.pocket.denoiser import Captioned, train_unet, weaken
+from minidistill.pocket.autoencoder import train_vae
+from minidistill.pocket.compositions import all_compositions
+from minidistill.pocket.denoiser import Captioned, train_unet
+from minidistill.pocket.images import Renderer
 from minidistill.pocket.stage import fit
-from minidistill.schedule import clean_and_noise
+from minidistill.schedule import Schedule, clean_and_noise
 from minidistill.unet import UNet
+from minidistill.vae import VAE
 
-FOLDER = ROOT / "weights/pocket-emoji"
+SCHEDULE = Schedule.from_config(ScheduleConfig())
 
 
 def test_a_stage_resumes_where_it_was_stopped(tmp_path: Path) -> None:
@@ -28,13 +28,16 @@ def test_a_stage_resumes_where_it_was_stopped(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model, drawn = nn.Conv2d(3, 3, 1), iter(range(100))
 
-        def loss_of_batch() -> tuple[Tensor, dict[str, Tensor]]:
+        def new_batch() -> tuple[Tensor]:
             if next(drawn) == stop_at:
                 raise KeyboardInterrupt
-            loss = model(torch.randn(2, 3, 4, 4)).square().mean()
+            return (torch.randn(2, 3, 4, 4),)
+
+        def loss_of(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = model(x).square().mean()
             return loss, {"loss": loss}
 
-        return fit(model, loss_of_batch, state, steps=9, lr=0.1, weight_decay=0.0, save_every=2).weight
+        return fit(model, new_batch, loss_of, state, steps=9, lr=0.1, weight_decay=0.0, save_every=2).weight
 
     whole = train(tmp_path / "whole.pt")
     with pytest.raises(KeyboardInterrupt):
@@ -43,21 +46,36 @@ def test_a_stage_resumes_where_it_was_stopped(tmp_path: Path) -> None:
     assert torch.equal(train(tmp_path / "whole.pt", stop_at=0), whole)  # a finished stage takes no batch
 
 
-@pytest.mark.slow
-def test_the_empty_prompt_learns_from_the_weak_model_and_captions_stay(tmp_path: Path) -> None:
+def test_the_average_follows_the_weights(tmp_path: Path) -> None:
+    """As the exponential moving average by its definition."""
     torch.manual_seed(0)
-    strong, weak = (UNet(TINY_SIZE.unet).eval().requires_grad_(False) for _ in range(2))
-    contexts, empty = torch.randn(3, 5, 12), torch.randn(5, 12)
-    data = Captioned(torch.randn(8, 4, 8, 8), torch.arange(8) % 3, contexts, empty)
-    before = {name: x.clone() for name, x in strong.state_dict().items()}
-    found = weaken(strong, weak, data, tmp_path / "state.pt", steps=80, lr=2e-2, batch=8)
+    model = nn.Conv2d(3, 3, 1)
+    seen: list[Tensor] = []
 
-    z_t, _, t, context = data.noised(8)
-    nothing = empty.expand_as(context)
-    gap = (strong(z_t, t, nothing) - weak(z_t, t, nothing)).square().mean()
-    assert (found(z_t, t, nothing) - weak(z_t, t, nothing)).square().mean() < 0.5 * gap
-    assert (found(z_t, t, context) - strong(z_t, t, context)).square().mean() < 0.5 * gap
-    assert all(torch.equal(x, before[name]) for name, x in strong.state_dict().items())
+    def loss_of(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        seen.append(model.weight.detach().clone())
+        loss = model(x).square().mean()
+        return loss, {"loss": loss}
+
+    average = fit(model, lambda: (torch.randn(2, 3, 4, 4),), loss_of, tmp_path / "s.pt", 5, 0.1, 0.0).weight
+    mean = seen[0]
+    for n, weight in enumerate([*seen[1:], model.weight.detach()]):
+        decay = (1 + n) / (10 + n)
+        mean = decay * mean + (1 - decay) * weight
+    assert torch.allclose(average, mean, atol=1e-6)
+
+
+def test_more_of_the_decoder_leaves_the_latents(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = VAE(TINY_SIZE.vae).to(memory_format=torch.channels_last)
+    images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
+    x = images[:4].float() / 127.5 - 1
+    with torch.no_grad():
+        z, before = vae.encode(x), vae.decode(vae.encode(x))
+    more = train_vae(vae, lambda: images[torch.randperm(8)[:4]], tmp_path / "s.pt", 60, decoder_only=True)
+    with torch.no_grad():
+        assert torch.equal(more.encode(x), z)
+        assert (more.decode(z) - x).square().mean() < 0.8 * (before - x).square().mean()
 
 
 def test_each_latent_comes_with_its_own_caption() -> None:
@@ -65,8 +83,8 @@ def test_each_latent_comes_with_its_own_caption() -> None:
     captions = torch.tensor([2, 0, 1, 2])
     latents = captions.view(4, 1, 1, 1).expand(4, 4, 8, 8) * 100.0  # so far apart that noise cannot confuse them
     torch.manual_seed(0)
-    data = Captioned(latents, captions, contexts, contexts[0])
-    z_t, noise, t, context = data.noised(64)
+    data = Captioned(latents, captions, contexts, contexts[0], SCHEDULE)
+    z_t, noise, t, context, _ = data.batch(64, dropout=0.0)
     z_0, _ = clean_and_noise("eps", noise, z_t, *data.schedule.alpha_sigma(t, z_t))
     assert torch.equal((z_0.mean((1, 2, 3)) / 100).round(), context[:, 0, 0])
 
@@ -75,45 +93,39 @@ def test_each_latent_comes_with_its_own_caption() -> None:
 def test_the_empty_prompt_replaces_dropped_captions(tmp_path: Path, dropout: float) -> None:
     unet, seen = UNet(TINY_SIZE.unet), []
     unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
-    data = Captioned(torch.randn(8, 4, 8, 8), torch.arange(8) % 3, torch.ones(3, 5, 12), torch.zeros(5, 12))
-    train_unet(unet, data, tmp_path / "state.pt", steps=2, lr=1e-3, dropout=dropout, batch=4)
+    data = Captioned(torch.randn(8, 4, 8, 8), torch.arange(8) % 3, torch.ones(3, 5, 12), torch.zeros(5, 12), SCHEDULE)
+    train_unet(unet, data, tmp_path / "state.pt", steps=2, batch=4, dropout=dropout)
     assert len(seen) == 2 and all((context == 1 - dropout).all() for context in seen)
 
 
-def test_the_command_makes_a_model_and_does_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All stages with two updates each, with narrow networks, on noise instead of emoji, which need the font."""
-    some = [c for c in all_compositions() if c.emoji in EMOJI[:6]]
-    noise = torch.randint(256, (len(some), 3, 64, 64), dtype=torch.uint8), torch.arange(len(some))
+def test_the_command_makes_a_model_and_does_nothing_twice(
+    tmp_path: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All stages with two updates each and narrow networks; then more of two of them."""
+    some = all_compositions()[::250]
     monkeypatch.setattr(command, "all_compositions", lambda: some)
+    monkeypatch.setattr(command, "Renderer", lambda emoji, device: renderer)
     monkeypatch.setattr(command, "POCKET_UNET", replace(command.POCKET_UNET, widths=(16, 16, 32), groups=8))
     monkeypatch.setattr(command, "POCKET_VAE", replace(command.POCKET_VAE, widths=(4, 8, 8)))
-    monkeypatch.setattr(command, "render", lambda *args, **options: noise)
-    for stage in ("train_clip", "tune_image_encoder"):
-        monkeypatch.setattr(command, stage, partial(getattr(command, stage), steps=2, batch=8))
-    monkeypatch.setattr(command, "ROUNDS", ((2, 1e-3), (2, 1e-3)))
-    for stage in ("WEAK", "WEAKENING"):
-        monkeypatch.setattr(command, stage, (2, 1e-3))
-    flags = ["--out", tmp_path / "new/model", "--work", tmp_path / "work", "--vae-steps", 2]
-    monkeypatch.setattr(sys, "argv", ["pocket", *map(str, flags)])
+    flags = ["--out", tmp_path / "new/model", "--work", tmp_path / "work", "--device", "cpu"]
+    flags += [x for part in ("clip", "vae", "unet") for x in (f"--{part}-steps", 2)] + ["--clip-batch", 8]
 
-    command.main()
-    networks = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
-    command.main()
-    assert networks == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
+    def run(*more: str) -> dict[Path, int]:
+        command.main([*map(str, flags), *more])
+        return {file: file.stat().st_mtime_ns for file in (tmp_path / "new").rglob("*.safetensors")}
+
+    networks = run()
+    assert run() == networks
     (image,) = load(tmp_path / "new/model").sample(some[0].caption, steps=2, guidance=2.5)
     assert image.size == (64, 64)
+    for part in ("vae", "unet"):
+        again = run("--more", part)
+        changed = {file.parent.name for file in networks if again[file] != networks[file]}
+        assert changed == {part}
+        networks = again
 
 
-def test_without_the_font_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["pocket", "--font", str(tmp_path / "none.ttf"), "--out", str(tmp_path / "model")])
-    with pytest.raises(FileNotFoundError, match=r"none.ttf.*--font"):
-        command.main()
+def test_without_the_images_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="--emoji"):
+        command.main(["--emoji", str(tmp_path / "none"), "--out", str(tmp_path / "model")])
     assert not list(tmp_path.iterdir())
-
-
-def test_the_shipped_clip_has_the_configuration_of_the_recipe() -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")
-    made, shipped = clip_config(tokenizer), CLIPConfig.from_pretrained(FOLDER / "clip")
-    for half in ("text_config", "vision_config"):
-        asked = getattr(made, half).to_dict() | {"dtype": None}
-        assert asked == getattr(shipped, half).to_dict() | {"dtype": None}

@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from minidistill.pocket.emoji3d.compositions import (
+from minidistill.pocket.compositions import (
     COLOURS,
     PAIRS_PER_THING,
     THINGS,

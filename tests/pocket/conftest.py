@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tiny import write_emoji
 
-from minidistill.pocket.emoji3d.images import Renderer
+from minidistill.pocket.images import Renderer
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from minidistill.pocket.emoji3d.muon import Muon, orthogonalise
+from minidistill.pocket.muon import Muon, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 40), (40, 8)])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from minidistill.pocket.emoji3d.compositions import COLOURS, THINGS, Composition, all_compositions
-from minidistill.pocket.emoji3d.images import NOTHING, Renderer, as_tensors, find_emoji, render, stamp
+from minidistill.pocket.compositions import COLOURS, THINGS, Composition, all_compositions
+from minidistill.pocket.images import NOTHING, Renderer, as_tensors, find_emoji, render, stamp
 
 
 def test_an_image_is_its_thing_on_its_colour(renderer: Renderer, emoji: Path, monkeypatch: pytest.MonkeyPatch) -> None:
