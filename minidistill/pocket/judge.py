@@ -7,6 +7,7 @@ An image is right if its background is, and if each thing is where it belongs, b
 (recognition.py). Both need the images of the emoji.
 """
 
+import copy
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ from minidistill.pocket.recognition import (
 )
 from minidistill.training.command_line import (
     DEFAULT_DEVICE,
+    DEFAULT_GUIDANCE,
     DEFAULT_MODEL,
     finite,
     new_parser,
@@ -47,7 +49,6 @@ from minidistill.training.command_line import (
     provenance,
 )
 
-GUIDANCE = 4.0  # of the teacher, where no LoRA says what it has learned
 JUDGING_SEED = 1002  # of rendered images; those that the model and the classifier learn from have others
 MEASURES = ("identity by template", "identity by classifier", "background", "all right")
 
@@ -57,10 +58,11 @@ def read_flags(argv: list[str]) -> Namespace:
     flag = parser.add_argument
     flag("--model", type=Path, default=DEFAULT_MODEL, metavar="FOLDER",
          help="the embedded model, with its compositions.json (default: %(default)s)")  # fmt: skip
-    flag("--lora", type=Path, metavar="FILE", help="a distilled LoRA: judge its student too")
+    flag("--lora", type=Path, nargs="+", default=[], metavar="FILE",
+         help="distilled LoRAs: judge their students too, beside the teacher of the first")  # fmt: skip
     flag("--check", action="store_true", help="check the judges instead, on rendered images, plain and degraded")
     flag("--guidance", type=finite, metavar="SCALE",
-         help=f"guidance scale (default: the LoRA's own, else {GUIDANCE:g})")  # fmt: skip
+         help=f"guidance scale (default: the LoRA's own, else {DEFAULT_GUIDANCE:g})")  # fmt: skip
     flag("--steps", type=positive_int, default=25, metavar="N", help="DDIM steps (default: %(default)s)")
     flag("--seeds", type=positive_int, default=4, metavar="N", help="images per composition (default: %(default)s)")
     flag("--limit", type=positive_int, metavar="N", help="judge N compositions, evenly spread (default: all held-out)")
@@ -169,19 +171,20 @@ def held_out(compositions: Sequence[Composition], limit: int | None = None) -> l
 
 
 def sample_all(sd: StableDiffusion, args: Namespace, prompts: list[str]) -> dict[str, Tensor]:
-    """Images of the prompts by teacher, unguided model and, with a LoRA, student: uint8 [N, 3, H, W] each."""
-    lora = read_lora(args.lora) if args.lora else None
-    header = lora.metadata if lora else {}
-    guidance = args.guidance if args.guidance is not None else float(header.get("guidance", GUIDANCE))
+    """Images of the prompts by teacher, unguided model and the students: uint8 [N, 3, H, W] each."""
+    loras = [read_lora(path) for path in args.lora]
+    header = loras[0].metadata if loras else {}
+    guidance = args.guidance if args.guidance is not None else float(header.get("guidance", DEFAULT_GUIDANCE))
     options = dict(steps=args.steps, guidance=guidance, negative_prompt=header.get("negative_prompt", ""))
-    options |= dict(interval=lora.interval if lora else None, batch=args.batch, progress=True)
+    options |= dict(interval=loras[0].interval if loras else None, batch=args.batch, progress=True)
     rows = {f"teacher, guidance {guidance:g}": draw(sd, "teacher", prompts, **options)}
     rows["no guidance"] = draw(sd, "no guidance", prompts, **options)
-    if args.lora:
-        sd.unet = load_lora(sd.unet, args.lora)
+    base = sd.unet
+    for lora in loras:
+        sd.unet = load_lora(copy.deepcopy(base), lora.path)
         merge_lora(sd.unet)
         few = dict(student_steps=lora.few_steps[0]) if lora.few_steps else {}
-        rows["student, one pass"] = draw(sd, "student", prompts, **options | few)
+        rows[f"student, {lora.path.stem}"] = draw(sd, "student", prompts, **options | few)
     return {method: pixels(drawn.images) for method, drawn in rows.items()}
 
 

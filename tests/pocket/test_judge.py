@@ -1,6 +1,7 @@
 """pocket/judge.py: samples and judges each method, keeps images and captions together, and its totals are right."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,12 +65,12 @@ def sampled(monkeypatch):
     """Calls ``sample_all`` with a LoRA of this header, or without one; returns the rows and the calls."""
 
     def sampled(header=None, few_steps=None, guidance=None):
-        lora = SimpleNamespace(metadata=header, interval=None, few_steps=few_steps)
+        lora = SimpleNamespace(metadata=header, interval=None, few_steps=few_steps, path=Path("some.safetensors"))
         fakes = dict(read_lora=lambda path: lora, load_lora=lambda unet, path: unet, merge_lora=lambda unet: None)
         for name, fake in fakes.items():
             monkeypatch.setattr(judge, name, fake)
-        file = None if header is None else "some.safetensors"
-        sd, args = Sampler(), SimpleNamespace(lora=file, guidance=guidance, steps=25, batch=4)
+        files = [] if header is None else ["some.safetensors"]
+        sd, args = Sampler(), SimpleNamespace(lora=files, guidance=guidance, steps=25, batch=4)
         return list(judge.sample_all(sd, args, ["a cat", "a dog"])), sd.calls
 
     return sampled
@@ -77,7 +78,7 @@ def sampled(monkeypatch):
 
 def test_teacher_and_student_are_sampled_as_the_lora_says(sampled):
     rows, calls = sampled({"guidance": "3", "negative_prompt": "blurry"})
-    assert rows == ["teacher, guidance 3", "no guidance", "student, one pass"]
+    assert rows == ["teacher, guidance 3", "no guidance", "student, some"]
     # The student has learned to avoid the negative prompt: it is not told again.
     student = (25, None, True, None, "leading")
     assert calls == [(25, 3, False, "blurry", "leading"), (25, 1, False, "blurry", "leading"), student]
