@@ -118,13 +118,18 @@ def describe_gpu() -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
 
+def gpu_kernels(profiler: torch.profiler.profile) -> list:
+    """What ran on the GPU, in the order of its start."""
+    return [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
 def attention_kernels() -> list[str]:
     """The GPU's kernels in SD 1.5's largest attention."""
     q = torch.randn(2, 8, 4096, 40, device="cuda", dtype=torch.bfloat16)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         F.scaled_dot_product_attention(q, q, q)
         torch.cuda.synchronize()
-    return [event.name[:80] for event in profiler.events()][:5]
+    return [event.name[:80] for event in gpu_kernels(profiler)]
 
 
 def unet_call(setup: Setup, who: str, batch: int) -> Workload:
@@ -199,10 +204,10 @@ def update_figures(task: Task, who: str, kernel: str, batch: int) -> Figures:
 
 def updates(task: Task) -> Figures:
     """An update of train.py from stored predictions: ours in plain PyTorch and with the fused kernel, and peft's."""
-    cases = [("ours", "torch"), ("ours", "fused"), ("peer", "torch")]
+    cases = [("ours", "torch"), ("ours", "fused"), ("ours", "auto"), ("peer", "torch")]
     if reason := no_kernel(task):
         yield "ours, fused", f"failed: {reason}"
-        cases.remove(("ours", "fused"))
+        cases = [case for case in cases if case[1] == "torch"]
     for batch, (who, which) in product((1,) if task.dry else (1, 4, 8, 16), cases):
         if who not in SIDES or who == "peer" and batch not in (1, 8):
             continue
@@ -290,7 +295,7 @@ def profile(task: Task) -> Figures:
         timed(update, device(task))
     order = "self_cpu_time_total" if task.dry else "self_cuda_time_total"
     (task.logs / "profile.txt").write_text(profiler.key_averages().table(sort_by=order, row_limit=40))
-    kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = gpu_kernels(profiler)
     moving = [e for e in kernels if any(word in e.name.lower() for word in MOVES)]
     yield "kernels", len(kernels)
     yield "kernels that only move numbers", len(moving)
