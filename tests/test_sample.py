@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import ROOT, TINY_UNET, fill_up, tiny_tensors, tiny_unet, write_tiny
+from tiny import ROOT, TINY_UNET, TOKENS, fill_up, tiny_tensors, tiny_unet, write_tiny
 
 from minidistill import StableDiffusion, inject_lora, load, load_lora, merge_lora, save_lora
 from minidistill.export import __main__ as export
@@ -391,7 +391,7 @@ def test_any_prompt_names_a_file_in_the_folder(prompt: str, sample, tmp_path: Pa
 
 def test_a_long_prompt_shows_what_is_cut_off(sample):
     with pytest.warns(UserWarning, match="Cut off: .*rocket"):
-        sample(" ".join(["apple"] * 14 + ["rocket"]))
+        sample(" ".join(["apple"] * (TOKENS - 2) + ["rocket"]))
 
 
 # Bad input
