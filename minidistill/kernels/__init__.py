@@ -4,6 +4,8 @@ The CUDA kernel is compiled on first use. ``python -m minidistill.kernels`` comp
 cannot.
 """
 
+from math import prod
+
 from torch import Tensor
 
 from minidistill.kernels.conv import lora_conv
@@ -19,14 +21,23 @@ def install(model: LoRAModel, kernel: str = "auto") -> None:
             the kernel supports, "torch" none. If "fused" is impossible, a line on stderr says why.
     """
     weight = next(model.parameters())
-    region = choose_region(kernel, weight.device, weight.dtype)
+    sizes = {layer: size_of(layer) for layer in lora_layers(model).values()}
+    region = choose_region(kernel, weight.device, weight.dtype, sizes.values())
     if region is None:
         return
-    for layer in lora_layers(model).values():
+    for layer, size in sizes.items():
+        if not region.covers(region.M, *size):
+            continue  # it stays plain PyTorch
         if isinstance(layer, LoRALinear):
             layer.__class__, layer.region = FusedLoRALinear, region
         elif isinstance(layer, LoRAConv) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
             layer.__class__, layer.region = FusedLoRAConv, region
+
+
+def size_of(layer: LoRALayer) -> tuple[int, int, int]:
+    """K, N and rank; a convolution's K is that of its matrix, in * height * width."""
+    N, *inputs = layer.weight.shape
+    return prod(inputs), N, len(layer.lora_down)
 
 
 def can_fuse(layer: LoRALayer) -> bool:

@@ -1,7 +1,7 @@
 """Chooses between the fused kernel and cuBLAS, layer by layer."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -29,14 +29,19 @@ class Region(NamedTuple):
 
 EVERYWHERE = Region(M=0, K=float("inf"), N=float("inf"), rank=128)
 
-# Where the fused kernel was measured to be faster, by compute capability. Elsewhere "auto" means plain PyTorch.
-# 9.0: an H200, forward and backward in a CUDA graph, at rank 16 (results/gpu). With fewer rows there are too few blocks
-# for its 132 multiprocessors, as a block goes through all of K.
+# By compute capability, a region in which every layer that was measured trains faster with the kernel. Elsewhere "auto"
+# means plain PyTorch. 9.0: an H200, forward and backward in a CUDA graph, at rank 16 (results/gpu). With fewer rows
+# there are too few blocks for its 132 multiprocessors, as a block goes through all of K.
 FASTER: dict[tuple[int, int], Region] = {(9, 0): Region(M=4096, K=640, N=640, rank=16)}
 
 
-def choose_region(kernel: str, device: torch.device, dtype: torch.dtype) -> Region | None:
-    """Return the layers that ``install(kernel=...)`` fuses for a model on ``device`` in ``dtype``; None for none."""
+def choose_region(
+    kernel: str, device: torch.device, dtype: torch.dtype, sizes: Iterable[tuple[int, int, int]]
+) -> Region | None:
+    """Return the layers that ``install(kernel=...)`` fuses for a model on ``device`` in ``dtype``; None for none.
+
+    ``sizes``: K, N and rank of the layers. "auto" builds the kernel only if one of them is in the region.
+    """
     if kernel == "fused":
         if reason := obstacle(device):
             print(f"LoRA layers run in plain PyTorch: {reason}.", file=sys.stderr)
@@ -46,9 +51,9 @@ def choose_region(kernel: str, device: torch.device, dtype: torch.dtype) -> Regi
                 f"The fused kernel needs float16 or bfloat16: in {dtype} it runs only under autocast.", file=sys.stderr
             )
         return EVERYWHERE
-    if kernel == "auto" and device.type == "cuda":
+    if kernel == "auto" and device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
         region = FASTER.get(torch.cuda.get_device_capability(device))
-        if region and not obstacle(device):
+        if region and any(region.covers(region.M, *size) for size in sizes) and not obstacle(device):
             return region
     return None
 

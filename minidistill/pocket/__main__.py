@@ -118,6 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     if vae_is_trained := (args.out / "vae/config.json").exists():
         vae.load_state_dict(load_file(args.out / "vae/diffusion_pytorch_model.safetensors"))
     unet_is_trained = (args.out / "unet/config.json").exists()
+    if args.more and not (args.out / args.more / "config.json").exists():
+        raise ValueError(f"{args.out} has no {args.more} to train further: leave out --more.")
     if args.more == "vae" or not vae_is_trained:
         state = args.work / ("vae-more.pt" if args.more else "vae.pt")
         vae = train_vae(vae, new_images, state, args.vae_steps, decoder_only=unet_is_trained, **how)

@@ -7,7 +7,6 @@ An image is right if its background is, and if each thing is where it belongs, b
 (recognition.py). Both need the images of the emoji.
 """
 
-import copy
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -19,13 +18,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from minidistill import load, load_lora, merge_lora
+from minidistill import load
 from minidistill.evaluate import draw, interval, pixels
 from minidistill.evaluate.metrics import Estimate
+from minidistill.evaluate.students import one_teacher, read_students
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import write_json
-from minidistill.formats.lora_formats import read_lora
-from minidistill.pipeline import StableDiffusion, pil_images
+from minidistill.formats.float8 import merge_to_sample
+from minidistill.pipeline import pil_images
 from minidistill.pocket.compositions import COLOURS, Composition, all_compositions, read_compositions
 from minidistill.pocket.images import NOTHING, PACKAGE, WORK, Renderer, as_tensors, render
 from minidistill.pocket.recognition import (
@@ -39,10 +39,11 @@ from minidistill.pocket.recognition import (
     templates,
 )
 from minidistill.training.command_line import (
-    DEFAULT_DEVICE,
     DEFAULT_GUIDANCE,
-    DEFAULT_MODEL,
+    ScaledFile,
+    add_model_flags,
     finite,
+    load_options,
     new_parser,
     one_line_errors,
     positive_int,
@@ -56,21 +57,19 @@ MEASURES = ("identity by template", "identity by classifier", "background", "all
 def read_flags(argv: list[str]) -> Namespace:
     parser = new_parser(__doc__, prog="python -m minidistill.pocket.judge")
     flag = parser.add_argument
-    flag("--model", type=Path, default=DEFAULT_MODEL, metavar="FOLDER",
-         help="the embedded model, with its compositions.json (default: %(default)s)")  # fmt: skip
-    flag("--lora", type=Path, nargs="+", default=[], metavar="FILE",
-         help="distilled LoRAs: judge their students too, beside the teacher of the first")  # fmt: skip
+    flag("--lora", type=ScaledFile.parse, nargs="+", default=[], metavar="RUN_OR_LORA[:SCALE]",
+         help="judge these students too, beside their teacher")  # fmt: skip
     flag("--check", action="store_true", help="check the judges instead, on rendered images, plain and degraded")
     flag("--guidance", type=finite, metavar="SCALE",
-         help=f"guidance scale (default: the LoRA's own, else {DEFAULT_GUIDANCE:g})")  # fmt: skip
+         help=f"the teacher's guidance (default: the students', or {DEFAULT_GUIDANCE:g})")  # fmt: skip
     flag("--steps", type=positive_int, default=25, metavar="N", help="DDIM steps (default: %(default)s)")
     flag("--seeds", type=positive_int, default=4, metavar="N", help="images per composition (default: %(default)s)")
     flag("--limit", type=positive_int, metavar="N", help="judge N compositions, evenly spread (default: all held-out)")
     flag("--batch", type=positive_int, default=32, metavar="N", help="images to sample at once (default: %(default)s)")
-    flag("--device", default=DEFAULT_DEVICE, help="where to sample (default: %(default)s)")
     flag("--out", type=Path, metavar="FILE", help="write the numbers to this JSON file")
     flag("--work", type=Path, default=WORK, metavar="FOLDER", help="for the trained classifier (default: %(default)s)")
     flag("--emoji", type=Path, default=PACKAGE, metavar="FOLDER", help="the npm package (default: %(default)s)")
+    add_model_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -170,21 +169,20 @@ def held_out(compositions: Sequence[Composition], limit: int | None = None) -> l
     return [held_out[i] for i in chosen]
 
 
-def sample_all(sd: StableDiffusion, args: Namespace, prompts: list[str]) -> dict[str, Tensor]:
-    """Images of the prompts by teacher, unguided model and the students: uint8 [N, 3, H, W] each."""
-    loras = [read_lora(path) for path in args.lora]
-    header = loras[0].metadata if loras else {}
-    guidance = args.guidance if args.guidance is not None else float(header.get("guidance", DEFAULT_GUIDANCE))
-    options = dict(steps=args.steps, guidance=guidance, negative_prompt=header.get("negative_prompt", ""))
-    options |= dict(interval=loras[0].interval if loras else None, batch=args.batch, progress=True)
-    rows = {f"teacher, guidance {guidance:g}": draw(sd, "teacher", prompts, **options)}
+def sample_all(args: Namespace, prompts: list[str]) -> dict[str, Tensor]:
+    """Images of the prompts by teacher, unguided model and students: uint8 [N, 3, H, W] each."""
+    students = read_students(args.lora, args)
+    teacher = one_teacher(students, args.guidance)
+    options = dict(steps=args.steps, batch=args.batch, progress=True, **teacher._asdict())
+    sd = load(args.model, **load_options(args))
+    rows = {f"teacher, guidance {teacher.guidance:g}": draw(sd, "teacher", prompts, **options)}
     rows["no guidance"] = draw(sd, "no guidance", prompts, **options)
-    base = sd.unet
-    for lora in loras:
-        sd.unet = load_lora(copy.deepcopy(base), lora.path)
-        merge_lora(sd.unet)
-        few = dict(student_steps=lora.few_steps[0]) if lora.few_steps else {}
-        rows[f"student, {lora.path.stem}"] = draw(sd, "student", prompts, **options | few)
+    for label, student in students.items():
+        sd = load(args.model, **load_options(args))
+        student.install(sd)
+        merge_to_sample(sd.unet)
+        few = dict(student_steps=student.few_steps[0]) if student.few_steps else {}
+        rows[f"student, {label}"] = draw(sd, "student", prompts, **options | few)
     return {method: pixels(drawn.images) for method, drawn in rows.items()}
 
 
@@ -200,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
         judged = degraded(reference)
     else:
         prompts = [c.caption for c in compositions for _ in range(args.seeds)]
-        judged = sample_all(load(args.model, device=args.device), args, prompts) | {"rendered": reference}
+        judged = sample_all(args, prompts) | {"rendered": reference}
     classifier, stamps = load_classifier(args.work, args.emoji), templates(args.emoji)
     rows = []
     for number, things in enumerate(("one", "two"), start=1):

@@ -1,4 +1,4 @@
-"""Shared by the training stages: the training loop, which averages the weights and resumes where it was stopped."""
+"""The training loop of VAE and UNet, which averages the weights and resumes where it was stopped."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -44,8 +44,8 @@ def fit(
     Returns the averaged weights.
 
     Resumes from the file ``state`` if it exists. ``loss_of(model, *new_batch())`` is the loss, and the values to show
-    beside the progress bar; with ``bfloat16``, what autocast thinks safe is computed in it. On a GPU all of an update,
-    ``new_batch`` too, is recorded in a CUDA graph.
+    beside the progress bar; with ``bfloat16``, autocast computes in it what is safe there. On a GPU all of an update,
+    ``new_batch`` too, is recorded in a CUDA graph. What resumes there differs a little, because it warms up again.
     """
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last).train()
@@ -62,7 +62,8 @@ def fit(
         saved = torch.load(state, weights_only=True, map_location="cpu")
         start = saved["step"]
         torch.set_rng_state(saved["rng"])
-        torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        if on_gpu(device):
+            torch.cuda.set_rng_state(saved["cuda_rng"], device)
         for name, part in parts.items():  # not the optimizers' learning rates, which may be on a GPU
             keep = {"param_groups": part.state_dict()["param_groups"]} if part in optimizers else {}
             part.load_state_dict(saved[name] | keep)
@@ -97,6 +98,8 @@ def fit(
         if (step + 1) % save_every == 0 or step + 1 == steps:
             with atomic_write(state) as temporary:
                 now = {name: part.state_dict() for name, part in parts.items()}
-                rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}  # none on a CPU
+                rng = {"rng": torch.get_rng_state()}
+                if on_gpu(device):
+                    rng["cuda_rng"] = torch.cuda.get_rng_state(device)
                 torch.save(now | rng | {"step": step + 1}, temporary)
     return average

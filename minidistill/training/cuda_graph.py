@@ -63,7 +63,10 @@ class UpdateGraph:
         if self.replay is None:
             recorded = batch.map(torch.clone)
             self.inputs = tensors_of(recorded)
-            self.replay, self.results = record(partial(self.update, recorded))
+            try:
+                self.replay, self.results = record(partial(self.update, recorded))
+            except ValueError as error:
+                raise ValueError(f"{error}\nAdd --no-graph --resume.") from error
         for own, new in zip(self.inputs, tensors_of(batch), strict=True):
             own.copy_(new)
         self.replay()
@@ -104,7 +107,7 @@ def record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise ValueError(f"No CUDA graph can be made of an update here ({error}): add --no-graph --resume.") from error
+        raise ValueError(f"No CUDA graph can be made of an update here: {error}") from error
     return graph.replay, results
 
 

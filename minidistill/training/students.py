@@ -89,6 +89,8 @@ def choose_method(args: argparse.Namespace) -> None:
             "(--method full), --kernel fused and --teacher-lora (first merge the style into the model, by python -m "
             "minidistill.export STYLE --to checkpoint --model MODEL)."
         )
+    if args.weights:
+        args.kernel = "torch"  # the kernel reads W itself, not codes and scales
     noised = args.source != "trajectories"
     args.method = {"lora": ["trajectories", "noised"], "full": ["full", "full noised"]}[args.student][noised]
 

@@ -27,6 +27,7 @@ from minidistill.training.recompute import LOW_MEMORY, run_checkpointed
 
 OPS = torch.ops.minidistill
 CSRC = ROOT / "minidistill/kernels/csrc"
+SIZE = (320, 320, 16)  # K, N and rank of a layer
 ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -153,7 +154,7 @@ def test_under_activation_checkpointing():
 def test_auto_follows_from_what_was_measured():
     """On the GPU that was measured, each layer in its region is trained faster with the kernel, in a CUDA graph."""
     rows = json.loads((ROOT / "results/gpu/h200.json").read_text())["stages"]["table"]
-    (region,) = dispatch.FASTER.values()
+    region = dispatch.FASTER[9, 0]
     ratios = {
         (row["M"], row["K"], row["N"]): row["seconds"]["fused"] / row["seconds"]["addmm"]
         for row in itertools.chain(*(rows[layer] for layer in rows if " -> " in layer))
@@ -165,7 +166,7 @@ def test_auto_follows_from_what_was_measured():
 
 @pytest.mark.parametrize("kernel", ["auto", "torch"])
 def test_plain_pytorch_prints_nothing(kernel: str, capsys):
-    assert choose_region(kernel, torch.device("cpu"), torch.bfloat16) is None
+    assert choose_region(kernel, torch.device("cpu"), torch.bfloat16, [SIZE]) is None
     assert capsys.readouterr().err == ""
 
 
@@ -178,7 +179,7 @@ def test_one_line_says_why_the_kernel_is_unavailable(cuda, capability, reason: s
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(build, "build", lambda capability: "the fused kernel could not be built (no nvcc)")
-    assert choose_region("fused", torch.device("cuda"), torch.bfloat16) is None
+    assert choose_region("fused", torch.device("cuda"), torch.bfloat16, [SIZE]) is None
     line = capsys.readouterr().err
     assert line.startswith("LoRA layers run in plain PyTorch: ") and reason in line and line.count("\n") == 1
 
@@ -207,17 +208,20 @@ def test_a_measured_gpu_gets_its_region(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "FASTER", table := {})
     monkeypatch.setattr(dispatch, "obstacle", lambda device: None)
-    assert choose_region("auto", torch.device("cuda"), torch.bfloat16) is None
+    assert choose_region("auto", torch.device("cuda"), torch.bfloat16, [SIZE]) is None
     table[9, 0] = Region(0, 640, 640, 64)
     for kernel, region in (("auto", table[9, 0]), ("fused", EVERYWHERE), ("torch", None)):
-        assert choose_region(kernel, torch.device("cuda"), torch.bfloat16) == region
-    assert choose_region("auto", torch.device("cpu"), torch.bfloat16) is None
+        assert choose_region(kernel, torch.device("cuda"), torch.bfloat16, [SIZE]) == region
+    assert choose_region("auto", torch.device("cpu"), torch.bfloat16, [SIZE]) is None
+    monkeypatch.setattr(dispatch, "obstacle", lambda device: pytest.fail("built for nothing"))
+    for dtype, size in ((torch.float32, SIZE), (torch.bfloat16, (320, 2560, 16))):
+        assert choose_region("auto", torch.device("cuda"), dtype, [size]) is None
 
 
 def test_float32_leaves_the_kernel_unused_and_says_so(monkeypatch, capsys):
     monkeypatch.setattr(dispatch, "obstacle", lambda device: None)
     for dtype, message in ((torch.bfloat16, ""), (torch.float32, "in torch.float32 it runs only under autocast")):
-        assert choose_region("fused", torch.device("cuda"), dtype)
+        assert choose_region("fused", torch.device("cuda"), dtype, [SIZE])
         assert message in (line := capsys.readouterr().err) and bool(line) == bool(message)
 
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import torch
 from PIL import Image
 
 from minidistill.config import ScheduleConfig
+from minidistill.evaluate.students import Student, Teacher
 from minidistill.pocket import judge
 from minidistill.pocket.compositions import (
     COLOURS,
@@ -62,31 +62,26 @@ class Sampler:
 
 @pytest.fixture
 def sampled(monkeypatch):
-    """Calls ``sample_all`` with a LoRA of this header, or without one; returns the rows and the calls."""
+    """Calls ``sample_all`` with students of one teacher; returns the rows and the calls."""
 
-    def sampled(header=None, few_steps=None, guidance=None):
-        lora = SimpleNamespace(metadata=header, interval=None, few_steps=few_steps, path=Path("some.safetensors"))
-        fakes = dict(read_lora=lambda path: lora, load_lora=lambda unet, path: unet, merge_lora=lambda unet: None)
+    def sampled(*few_steps, teacher=None, guidance=None):
+        taught = {f"run {i}": Student(Path(), teacher, lambda sd: None, few) for i, few in enumerate(few_steps)}
+        sd = Sampler()
+        fakes = dict(load=lambda *_, **options: sd, read_students=lambda runs, args: taught, merge_to_sample=id)
         for name, fake in fakes.items():
             monkeypatch.setattr(judge, name, fake)
-        files = [] if header is None else ["some.safetensors"]
-        sd, args = Sampler(), SimpleNamespace(lora=files, guidance=guidance, steps=25, batch=4)
-        return list(judge.sample_all(sd, args, ["a cat", "a dog"])), sd.calls
+        args = judge.read_flags(["--batch", "4", *(["--guidance", str(guidance)] if guidance else [])])
+        return list(judge.sample_all(args, ["a cat", "a dog"])), sd.calls
 
     return sampled
 
 
-def test_teacher_and_student_are_sampled_as_the_lora_says(sampled):
-    rows, calls = sampled({"guidance": "3", "negative_prompt": "blurry"})
-    assert rows == ["teacher, guidance 3", "no guidance", "student, some"]
-    # The student has learned to avoid the negative prompt: it is not told again.
-    student = (25, None, True, None, "leading")
-    assert calls == [(25, 3, False, "blurry", "leading"), (25, 1, False, "blurry", "leading"), student]
-
-
-def test_a_student_of_few_steps_is_sampled_as_it_was_taught(sampled):
-    _, calls = sampled({"guidance": "3"}, few_steps=(2, 24))
-    assert [(steps, spacing) for steps, *_, spacing in calls] == [(25, "leading"), (25, "leading"), (2, "trailing")]
+def test_teacher_and_students_are_sampled_as_they_were_taught(sampled):
+    rows, calls = sampled(None, (2, 24), teacher=Teacher(3.0, "blurry"))
+    assert rows == ["teacher, guidance 3", "no guidance", "student, run 0", "student, run 1"]
+    # The students have learned to avoid the negative prompt: they are not told again.
+    assert calls[:2] == [(25, 3, False, "blurry", "leading"), (25, 1, False, "blurry", "leading")]
+    assert calls[2:] == [(25, None, True, None, "leading"), (2, None, True, None, "trailing")]
 
 
 def test_guidance_without_a_lora(sampled):
@@ -122,8 +117,7 @@ def test_main_judges_each_kind_and_writes(tmp_path, monkeypatch, capsys):
     red = flat([COLOURS["red"]]).expand_as(drawn)
     rgb = {c.caption: c.rgb for c in held_out}
     fakes = dict(
-        load=lambda path, device: None,
-        sample_all=lambda sd, args, prompts: {"teacher": flat([rgb[p] for p in prompts]), "no guidance": red},
+        sample_all=lambda args, prompts: {"teacher": flat([rgb[p] for p in prompts]), "no guidance": red},
         load_classifier=lambda work, emoji: None,
         templates=lambda emoji: None,
         Renderer=lambda emoji: None,
