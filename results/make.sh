@@ -13,7 +13,7 @@
 #   python -m minidistill.evaluate few-steps ...           few-steps/, by the commands in results/README.md
 #   python -m minidistill.evaluate quality "runs/front/student.safetensors" "runs/front/student of two steps.safetensors" \
 #     --pictures 8 --out runs/front                         the README's image; these are copies of the LoRAs that ship
-#   python -m minidistill.evaluate quality --interval 200 800 --pictures 148 --judge minidistill.pocket.judge \
+#   python -m minidistill.evaluate quality --interval 200 800 --pictures 512 --judge minidistill.pocket.judge \
 #     --work runs/interval --out results/interval
 #   python -m minidistill.pocket.judge --lora weights/pocket-emoji/guidance-lora.safetensors --out results/pocket.json
 set -euo pipefail

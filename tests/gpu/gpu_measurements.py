@@ -27,7 +27,7 @@ from minidistill.bench.timing import timed
 from minidistill.bench.workloads import IMAGES, PEERS, SIZES, Setup, Workload, distil, error, sample
 from minidistill.kernels.build import obstacle
 from minidistill.training.command_line import provenance
-from minidistill.training.cuda_graph import WARM_UP, adamw, record, side_stream
+from minidistill.training.cuda_graph import adamw, graphed
 from minidistill.training.recompute import low_memory
 
 RANK = 16
@@ -43,7 +43,7 @@ def device(task: Task) -> torch.device:
     return torch.device("cpu" if task.dry else "cuda")
 
 
-def new_setup(task: Task, batch: int = 1, kernel: str = "auto") -> Setup:
+def new_setup(task: Task, batch: int = 1, kernel: str = "torch") -> Setup:
     """SD 1.5 with random weights in bfloat16; dry: a tiny one."""
     size = replace(TINY_SIZE if task.dry else SIZES["sd15"], batch=batch)
     return Setup(size, device(task), torch.bfloat16, RANK, timed_steps=size.steps, kernel=kernel)
@@ -66,14 +66,6 @@ def milliseconds(
     for _ in range(1 if task.dry else warm_up):
         run()
     return 1e3 * median(timed(run, device(task)) for _ in range(2 if task.dry else repeats))
-
-
-def graphed(run: Callable[[], object]) -> Callable[[], object]:
-    """The same in a CUDA graph, recorded as train.py records its updates."""
-    with side_stream():
-        for _ in range(WARM_UP):
-            run()
-    return record(run)[0]
 
 
 def free_memory(task: Task) -> None:

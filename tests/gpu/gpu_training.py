@@ -161,7 +161,19 @@ def timed_training(task: Task, flags: list[object], gigabytes: float | None = No
 def end_to_end(task: Task) -> Figures:
     """train.py on a model of full size, and the settings for small GPUs with so much memory and no more."""
     model = random_model(task)
-    common = [*model, "--no-report", "--guidance", 2, "--lr", 1e-5, "--dtype", "bfloat16", *where(task)]
+    common = [
+        *model,
+        "--no-report",
+        "--guidance",
+        2,
+        "--lr",
+        1e-5,
+        "--dtype",
+        "bfloat16",
+        "--kernel",
+        "torch",
+        *where(task),
+    ]
     usual = ["--trajectories", 32, "--steps", 20, "--sample-batch", 16]
     low = ["--trajectories", 8, "--steps", 2, "--batch", 8, "--memory", "low"]
     states = ["--states", task.scratch / "batch 4/states"]
