@@ -1,5 +1,6 @@
 """Training the embedded model: stages resume where they stopped, and the command makes a model that draws."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from minidistill import load
 from minidistill.config import ScheduleConfig
 from minidistill.pocket import __main__ as command
+from minidistill.pocket import stage
 from minidistill.pocket.autoencoder import train_vae
 from minidistill.pocket.compositions import all_compositions
 from minidistill.pocket.denoiser import Captioned, train_unet
@@ -23,7 +25,8 @@ from minidistill.vae import VAE
 SCHEDULE = Schedule.from_config(ScheduleConfig())
 
 
-def test_a_stage_resumes_where_it_was_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_stage_resumes_where_it_was_stopped(muon: bool, tmp_path: Path) -> None:
     def train(state: Path, stop_at: int | None = None) -> Tensor:
         torch.manual_seed(0)
         model, drawn = nn.Conv2d(3, 3, 1), iter(range(100))
@@ -37,13 +40,36 @@ def test_a_stage_resumes_where_it_was_stopped(tmp_path: Path) -> None:
             loss = model(x).square().mean()
             return loss, {"loss": loss}
 
-        return fit(model, new_batch, loss_of, state, steps=9, lr=0.1, weight_decay=0.0, save_every=2).weight
+        how = dict(by_muon=[model.weight] if muon else [], save_every=2)
+        return fit(model, new_batch, loss_of, state, steps=9, lr=0.1, weight_decay=0.0, **how).weight
 
     whole = train(tmp_path / "whole.pt")
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "stopped.pt", stop_at=5)
     assert torch.equal(train(tmp_path / "stopped.pt"), whole)
     assert torch.equal(train(tmp_path / "whole.pt", stop_at=0), whole)  # a finished stage takes no batch
+
+
+def test_on_a_gpu_an_update_is_recorded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls that warm up change no weight; then what was recorded is called for every update, at its own rate."""
+    model, calls = nn.Conv2d(3, 3, 1), []
+
+    def loss_of(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        calls.append(model.weight.detach().clone())
+        return model(x).square().mean(), {"loss": x.sum()}
+
+    def graphed(run: Callable) -> Callable:
+        run(), run()
+        assert torch.equal(model.weight, calls[0])
+        return run
+
+    monkeypatch.setattr(stage, "on_gpu", lambda device: True)
+    monkeypatch.setattr(stage, "graphed", graphed)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
+    x = torch.ones(2, 3, 4, 4)
+    fit(model, lambda: (x,), loss_of, tmp_path / "state.pt", 5, 0.1, 0.0, by_muon=[model.weight])
+    assert len(calls) == 2 + 5 and torch.equal(calls[1], calls[2])
+    assert not any(torch.equal(a, b) for a, b in zip(calls[2:], calls[3:]))
 
 
 def test_the_average_follows_the_weights(tmp_path: Path) -> None:
