@@ -15,7 +15,8 @@
 #     --pictures 8 --out runs/front                         the README's image; these are copies of the LoRAs that ship
 #   python -m minidistill.evaluate quality --interval 200 800 --pictures 512 --judge minidistill.pocket.judge \
 #     --work runs/interval --out results/interval
-#   python -m minidistill.pocket.judge --lora weights/pocket-emoji/guidance-lora.safetensors --out results/pocket.json
+#   python -m minidistill.pocket.judge --lora weights/pocket-emoji/{guidance,fewstep}-lora.safetensors --limit 256 --seeds 2 \
+#     --out results/pocket.json
 set -euo pipefail
 
 student=weights/pocket-emoji/guidance-lora.safetensors
