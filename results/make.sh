@@ -49,7 +49,7 @@ step "a full copy" train.py --method full --out runs/all/full --states runs/all/
 
 # How good they are, beside the student that ships.
 step "quality" -m minidistill.evaluate quality $student runs/all/trajectories runs/all/noised runs/all/full \
-  --selective 0.2 0.5 --judge minidistill.pocket.judge --work runs/all/evaluation --out results/evaluation
+  --selective 0.2 0.5 --judge minidistill.pocket.judge --pictures 256 --work runs/all/evaluation --out results/evaluation
 step "the dial" -m minidistill.evaluate dial $student --out results/dial
 step "what was learned" -m minidistill.evaluate spectrum runs/all/full runs/all/trajectories --out results/spectrum
 
