@@ -256,4 +256,4 @@ def test_help_shows_every_setting(command):
     names = "model prompts rank guidance interval negative-prompt student source method steps sample-steps batch"
     names += " trajectories seed device dtype out resume no-report"
     assert all(f"--{name} " in text for name in names.split())
-    assert "default: 4)" in text
+    assert "for large models (default: 4)" in " ".join(text.split())

@@ -93,7 +93,7 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
 
     before = [file.stat().st_mtime_ns for file in files]
     tensors, metadata = read_tensors(tmp_path / "2-train-py.safetensors")
-    taught = dict(guidance="2.5", student_steps="2", teacher_steps="8")
+    taught = dict(guidance="4", student_steps="2", teacher_steps="8")
     write_tensors(tmp_path / "taught.safetensors", tensors, metadata | taught)
     more = ["--loras", str(tmp_path / "taught.safetensors")]
     main([*flags, *more, "--ways", "train.py", "consistency distillation"])
@@ -101,7 +101,7 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
     again = json.loads((tmp_path / "few-steps-2.json").read_text())["rows"]
     assert again[4:] == [rows["train.py"], rows["consistency distillation"]]
     assert again[3]["way"] == "taught" and again[3]["measures"] == rows["train.py"]["measures"]
-    with pytest.raises(ValueError, match="taught.safetensors has not learned 4 steps at guidance 2.5"):
+    with pytest.raises(ValueError, match="taught.safetensors has not learned 4 steps at guidance 4"):
         main([*flags, *more, "--student-steps", "4", "--ways", "train.py"])
     with pytest.raises(ValueError, match="3 steps must divide both 8"):
         main([*flags, "--student-steps", "3", "4", "--ways", "one LoRA for 1, 2, 4 and 8 steps"])
