@@ -5,7 +5,7 @@
 alpha_bar is ``alphas_cumprod`` ("Denoising Diffusion Implicit Models", arXiv 2010.02502, writes it alpha).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,11 @@ class Schedule:
     def train_steps(self) -> int:
         return len(self.alphas_cumprod)
 
+    def to(self, device: torch.device | str) -> "Schedule":
+        """With its table on ``device``: time steps that are there too are looked up without waiting for a GPU."""
+        table = dict(alphas_cumprod=self.alphas_cumprod.to(device), final_alpha=self.final_alpha.to(device))
+        return replace(self, **table)
+
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at time steps t [B], each [B, 1, 1, 1] in the dtype and on the device of ``like``.
 
@@ -56,7 +61,7 @@ class Schedule:
         """
         wide = torch.promote_types(like.dtype, torch.float32)
         levels = torch.cat([self.alphas_cumprod, self.final_alpha.view(1)])  # the last one is that of t = -1
-        alpha_bar = levels[t.cpu().clamp(min=-1)].view(-1, 1, 1, 1).to(wide)
+        alpha_bar = levels[t.to(levels.device).clamp(min=-1)].view(-1, 1, 1, 1).to(wide)
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
     def timesteps(self, steps: int, spacing: str = "leading") -> list[int]:
@@ -103,6 +108,6 @@ def min_snr_weight(schedule: Schedule, t: Tensor, most: float) -> Tensor:
     squared error is weighted by min(SNR, most). Without a cap the many, easy steps of little noise take most of the
     gradient.
     """
-    alpha_bar = schedule.alphas_cumprod[t.cpu()].view(-1, 1, 1, 1)
+    alpha_bar = schedule.alphas_cumprod[t.to(schedule.alphas_cumprod.device)].view(-1, 1, 1, 1)
     snr = alpha_bar / (1 - alpha_bar)
     return snr.clamp(max=most) / (snr if schedule.prediction == "eps" else snr + 1)

@@ -31,7 +31,7 @@ from minidistill.pipeline import StableDiffusion
 from minidistill.training.command_line import add_model_flags, load_options, positive, positive_int
 
 POSITIONAL = "RUN_OR_LORA "
-PARTS = (1 / 6, 1 / 3, 2 / 3, 1.2)  # of the learned guidance, w = 1 + part (s - 1): for s = 4 1.5, 2, 3 and 4.6
+PARTS = (1 / 6, 1 / 3, 2 / 3, 1.2)  # of the learned guidance, w = 1 + part (s - 1): for s = 4: 1.5, 2, 3 and 4.6
 ROUNDS = 4  # of the search
 COLUMNS = 6  # of images
 

@@ -131,16 +131,13 @@ def run(args: Namespace) -> None:
         sd = load(args.model, **load_options(args))
         student.install(sd)
         learned = f"{digest(student.file.read_bytes())} {label}"
-        few = {}
-        if student.few_steps:  # it predicts what leads to its next state, not the guided prediction
-            few = dict(student_steps=student.few_steps[0])
-        else:
+        if not student.few_steps:  # those predict what leads to their next state, not the guided prediction
             shares[label] = {
                 "noise error share": error_share(sd, label, learned, noised=False),
                 "on noised latents": error_share(sd, label, learned, noised=True),
             }
         merge_to_sample(sd.unet)
-        rows.append(images(sd, "student", label, learned, **few))
+        rows.append(images(sd, "student", label, learned, **student.sampling))
 
     references = {}  # features [N, D] of the sets of images to compare with
     if clip:

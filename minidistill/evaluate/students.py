@@ -43,6 +43,11 @@ class Student(NamedTuple):
     install: Callable[[StableDiffusion], None]
     few_steps: tuple[int, int] | None = None
 
+    @property
+    def sampling(self) -> dict[str, int]:
+        """What ``draw`` has to be told beside how the teacher samples."""
+        return dict(student_steps=self.few_steps[0]) if self.few_steps else {}
+
 
 def read_student(path: Path, scale: float, args: Namespace) -> Student:
     """Read a run's folder, with a LoRA or a full student in it, or a LoRA file. ``args`` are the model flags.

@@ -26,7 +26,7 @@ def install(model: LoRAModel, kernel: str = "auto") -> None:
     if region is None:
         return
     for layer, size in sizes.items():
-        if not region.covers(region.M, *size):
+        if not region.covers(*size):
             continue  # it stays plain PyTorch
         if isinstance(layer, LoRALinear):
             layer.__class__, layer.region = FusedLoRALinear, region

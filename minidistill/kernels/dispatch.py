@@ -23,7 +23,8 @@ class Region(NamedTuple):
     N: float
     rank: int
 
-    def covers(self, M: int, K: int, N: int, rank: int) -> bool:
+    def covers(self, K: int, N: int, rank: int, M: float = float("inf")) -> bool:
+        """Whether a layer is in the region, with M rows or, without M, with enough of them."""
         return M >= self.M and K <= self.K and N <= self.N and rank <= self.rank
 
 
@@ -53,7 +54,7 @@ def choose_region(
         return EVERYWHERE
     if kernel == "auto" and device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
         region = FASTER.get(torch.cuda.get_device_capability(device))
-        if region and any(region.covers(region.M, *size) for size in sizes) and not obstacle(device):
+        if region and any(region.covers(*size) for size in sizes) and not obstacle(device):
             return region
     return None
 
@@ -67,7 +68,7 @@ def fits(region: Region, x: Tensor, W: Tensor, A: Tensor) -> bool:
     whole_chunks = N % 8 == 0 and K % 8 == 0  # the kernel moves 16 bytes at a time
     M = x.numel() // K
     addressable = M * max(K, N, rank) < 2**32  # the kernel's offsets have 32 bits
-    return half and whole_chunks and addressable and region.covers(M, K, N, rank)
+    return half and whole_chunks and addressable and region.covers(K, N, rank, M)
 
 
 def addmm_chain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -141,7 +141,8 @@ def main(argv: list[str] | None = None) -> None:
             contexts = text_encoder(ids.to(args.device)).last_hidden_state  # [C + 1, L, D]
         latents = encode_all(vae, render(renderer, trained, args.renders, LATENTS_SEED), batch=256)
         captions = torch.arange(len(trained), device=args.device).repeat_interleave(args.renders)
-        data = Captioned(latents, captions, contexts[:-1], contexts[-1], Schedule.from_config(ScheduleConfig()))
+        schedule = Schedule.from_config(ScheduleConfig()).to(args.device)
+        data = Captioned(latents, captions, contexts[:-1], contexts[-1], schedule)
         state = args.work / ("unet-more.pt" if args.more else "unet.pt")
         lr = args.unet_lr or (FURTHER_LEARNING_RATE if unet_is_trained else LEARNING_RATE)
         unet = train_unet(unet, data, state, args.unet_steps, args.unet_batch, lr, **how)

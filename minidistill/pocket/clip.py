@@ -19,6 +19,7 @@ from minidistill.training.cuda_graph import set_learning_rate
 
 PATCH_SIZE = 8  # pixels: a thing of a pair is 27 pixels large
 MAX_LOGIT_SCALE = math.log(100)  # as in CLIP
+LEARNING_RATE, WARMUP, WEIGHT_DECAY = 1e-3, 50, 0.2
 
 
 def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
@@ -55,9 +56,6 @@ def train_clip(
     tokenizer: CLIPTokenizer,
     steps: int,
     batch: int = 128,
-    lr: float = 1e-3,
-    warmup: int = 50,
-    weight_decay: float = 0.2,
     bfloat16: bool = False,
 ) -> CLIPModel:
     """Train a CLIP from scratch on renders of the compositions, with CLIP's symmetric loss (section 2.3).
@@ -71,8 +69,8 @@ def train_clip(
 
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]  # no weight decay for biases, gains and the temperature
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     batch = min(batch, len(compositions))
     target = torch.arange(batch, device=renderer.device)
     progress = tqdm(range(steps), desc="clip", unit="step", mininterval=1)
@@ -82,7 +80,7 @@ def train_clip(
         with torch.autocast(renderer.device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(input_ids=ids[some], pixel_values=pixels).logits_per_image.float()  # [B, B]
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        set_learning_rate(optimizer, learning_rate(step, steps, lr, warmup))
+        set_learning_rate(optimizer, learning_rate(step, steps, LEARNING_RATE, WARMUP))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -100,8 +98,6 @@ def tune_image_encoder(
     tokenizer: CLIPTokenizer,
     steps: int,
     batch: int = 128,
-    lr: float = 1e-3,
-    warmup: int = 50,
     bfloat16: bool = False,
 ) -> None:
     """Train the image encoder further, against the captions of *all* compositions; the text encoder is fixed.
@@ -112,7 +108,7 @@ def tune_image_encoder(
     captions = embed_captions(model, compositions, tokenizer)  # [C, D]
     things, rgb = as_tensors(compositions, renderer.device)
     parameters = [*model.vision_model.parameters(), *model.visual_projection.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.2, fused=True)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True)
     progress = tqdm(range(steps), desc="clip, images", unit="step", mininterval=1)
     model.train()
     for step in progress:
@@ -122,7 +118,7 @@ def tune_image_encoder(
             features = model.get_image_features(pixel_values=pixels).pooler_output  # [B, D]
         features = F.normalize(features.float(), dim=-1)
         loss = F.cross_entropy(model.logit_scale.detach().exp() * features @ captions.T, some)
-        set_learning_rate(optimizer, learning_rate(step, steps, lr, warmup))
+        set_learning_rate(optimizer, learning_rate(step, steps, LEARNING_RATE, WARMUP))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,14 +1,14 @@
 """Stage 3: train the latent UNet, with random caption dropout."""
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minidistill.pocket.stage import fit
-from minidistill.schedule import Schedule, min_snr_weight
+from minidistill.schedule import Schedule, add_noise, min_snr_weight
 from minidistill.unet import UNet
 
 CAPTION_DROPOUT = 0.1
@@ -18,20 +18,13 @@ LEARNING_RATE, FURTHER_LEARNING_RATE, WEIGHT_DECAY = 1e-3, 5e-4, 1e-2  # further
 
 @dataclass
 class Captioned:
-    """Latents with the embeddings of their captions, and of the empty prompt."""
+    """Latents with the embeddings of their captions, and of the empty prompt; all on one device, the schedule too."""
 
     latents: Tensor  # [N, 4, h, w]
     captions: Tensor  # int64 [N], rows of contexts
     contexts: Tensor  # [M, L, D]
     empty: Tensor  # [L, D]
     schedule: Schedule
-
-    @cached_property
-    def levels(self) -> tuple[Tensor, Tensor, Tensor]:
-        """alpha, sigma and the loss weight of every time step, each [T, 1, 1, 1], where the latents are."""
-        t = torch.arange(self.schedule.train_steps)
-        weight = min_snr_weight(self.schedule, t, MIN_SNR).to(self.latents)
-        return *self.schedule.alpha_sigma(t, self.latents), weight
 
     def batch(self, size: int, dropout: float) -> tuple[Tensor, ...]:
         """A batch at random time steps: z_t and its noise [B, 4, h, w], t [B], context [B, L, D], weight [B, 1, 1, 1].
@@ -45,8 +38,8 @@ class Captioned:
         noise = torch.randn_like(z_0)
         dropped = torch.rand(size, 1, 1, device=device) < dropout
         context = torch.where(dropped, self.empty, self.contexts[self.captions[some]])
-        alpha, sigma, weight = (level[t] for level in self.levels)
-        return alpha * z_0 + sigma * noise, noise, t, context, weight
+        weight = min_snr_weight(self.schedule, t, MIN_SNR)
+        return add_noise(self.schedule, z_0, noise, t), noise, t, context, weight
 
 
 def loss_of(

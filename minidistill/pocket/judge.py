@@ -181,8 +181,7 @@ def sample_all(args: Namespace, prompts: list[str]) -> dict[str, Tensor]:
         sd = load(args.model, **load_options(args))
         student.install(sd)
         merge_to_sample(sd.unet)
-        few = dict(student_steps=student.few_steps[0]) if student.few_steps else {}
-        rows[f"student, {label}"] = draw(sd, "student", prompts, **options | few)
+        rows[f"student, {label}"] = draw(sd, "student", prompts, **options | student.sampling)
     return {method: pixels(drawn.images) for method, drawn in rows.items()}
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from minidistill.distill import learning_rate
 from minidistill.formats.files import atomic_write
 from minidistill.pocket.muon import Muon
-from minidistill.training.cuda_graph import adamw, graphed, on_gpu, set_learning_rate
+from minidistill.training.cuda_graph import adamw, graphed, load_moments, on_gpu, set_learning_rate
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -64,9 +64,10 @@ def fit(
         torch.set_rng_state(saved["rng"])
         if on_gpu(device):
             torch.cuda.set_rng_state(saved["cuda_rng"], device)
-        for name, part in parts.items():  # not the optimizers' learning rates, which may be on a GPU
-            keep = {"param_groups": part.state_dict()["param_groups"]} if part in optimizers else {}
-            part.load_state_dict(saved[name] | keep)
+        model.load_state_dict(saved["model"])
+        average.load_state_dict(saved["average"])
+        for optimizer in optimizers:
+            load_moments(optimizer, saved[type(optimizer).__name__])
     loss_of = torch.compile(loss_of) if compiled else loss_of
 
     def update() -> dict[str, Tensor]:

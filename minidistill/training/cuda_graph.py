@@ -133,6 +133,12 @@ def adamw(trained: Sequence[Tensor], peak: float, weight_decay: float = 0.0) -> 
     return torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=weight_decay, **how)
 
 
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Load what an optimizer has learned, and no more: its settings, and where its learning rate is, follow from this
+    run's device."""
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):

@@ -15,6 +15,7 @@ from torch import nn
 
 from minidistill.formats.files import atomic_write, digest
 from minidistill.pipeline import StableDiffusion
+from minidistill.training.cuda_graph import load_moments
 
 try:
     import fcntl
@@ -144,7 +145,6 @@ def resume(
         with torch.no_grad():
             for p, value in zip(trained, state["trained"], strict=True):
                 p.copy_(value)
-        # Moments alone: which AdamW computes, and where its learning rate is, follows from this run's device.
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+        load_moments(optimizer, state["optimizer"])
         return state["losses"]
     return []

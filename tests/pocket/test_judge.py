@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scenes import FEW, FEW_PAIRS, flat
 
 from minidistill.config import ScheduleConfig
 from minidistill.evaluate.students import Student, Teacher
@@ -15,20 +16,10 @@ from minidistill.pocket.compositions import (
     COLOURS,
     THINGS,
     all_compositions,
-    pair_compositions,
-    single_compositions,
     write_compositions,
 )
 from minidistill.pocket.images import render
 from minidistill.schedule import Schedule
-
-FEW = single_compositions()[::211]  # 13 things on various colours
-FEW_PAIRS = pair_compositions()[::211]
-
-
-def flat(colours, side=64):
-    """uint8 [N, 3, side, side], one flat colour each."""
-    return torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].repeat(1, 1, side, side)
 
 
 def test_a_swapped_pair_is_wrong(renderer, emoji, monkeypatch):

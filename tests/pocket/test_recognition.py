@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from scenes import FEW, FEW_PAIRS, flat
 
 from minidistill.pocket import recognition
 from minidistill.pocket.compositions import COLOURS, THINGS, pair_compositions, single_compositions
 from minidistill.pocket.images import NOTHING, render
 from minidistill.pocket.judge import degraded
 
-FEW = single_compositions()[::211]  # 13 things on various colours
-FEW_PAIRS = pair_compositions()[::211]
 KINDS = pytest.mark.parametrize("few", [FEW, FEW_PAIRS], ids=["one", "two"])
 
 
@@ -19,11 +18,6 @@ def identified(images, few, stamps):
     backgrounds = recognition.border_colour(images).repeat_interleave(seen.shape[1], 0)
     found = recognition.identity_by_template(seen.flatten(0, 1), backgrounds, stamps).view(-1, seen.shape[1])
     return ["".join(list(THINGS)[i] for i in row) for row in found.tolist()]
-
-
-def flat(colours, side=64):
-    """uint8 [N, 3, side, side], one flat colour each."""
-    return torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].repeat(1, 1, side, side)
 
 
 def test_background_is_the_named_colour_nearest_to_the_border():
