@@ -36,12 +36,12 @@ LAYERS = {  # patterns of layer names
     "linear and convolution": list(DEFAULT_TARGETS),
 }
 VALUES = {
-    "rank": (1, 2, 4, 8, 16, 32, 64),
+    "rank": (1, 4, 16, 64),
     "layers": tuple(LAYERS),
-    "guidance": (2, 3, 4, 5, 7.5, 10),
-    "trajectories": (48, 96, 240, 480, 960),
-    "updates": (50, 100, 200, 400, 800),
-    "lr": (0.0005, 0.001, 0.002, 0.004, 0.008),
+    "guidance": (2, 4, 7.5, 10),
+    "trajectories": (60, 120, 240, 480),
+    "updates": (100, 200, 400, 800),
+    "lr": (0.001, 0.002, 0.004),
     "weighting": ("even", "min-snr"),
 }
 STAMP = ("command", "prompts", "teacher")  # a row with the same stamp is not measured again
