@@ -4,17 +4,18 @@ python -m minidistill.evaluate [quality] runs/NAME [runs/OTHER ...]   images, pr
 python -m minidistill.evaluate dial runs/NAME                         the LoRA's strength as a guidance dial
 python -m minidistill.evaluate spectrum runs/FULL runs/NAME           how many ranks the change of each layer has
 python -m minidistill.evaluate few-steps                              ways to teach a student few steps
+python -m minidistill.evaluate steering --one-pass LORA               few steps at other guidance scales
 python -m minidistill.evaluate sweeps [rank ...]                      what matters when training a student
 python -m minidistill.evaluate summary                                results/summary.json from the other results
 """
 
 import sys
 
-from minidistill.evaluate import dial, few_steps, quality, spectrum, summary, sweeps
+from minidistill.evaluate import dial, few_steps, quality, spectrum, steering, summary, sweeps
 from minidistill.training.command_line import new_parser, one_line_errors, provenance
 
 COMMANDS = {"quality": quality, "dial": dial, "few-steps": few_steps, "spectrum": spectrum}
-COMMANDS |= {"sweeps": sweeps, "summary": summary}
+COMMANDS |= {"steering": steering, "sweeps": sweeps, "summary": summary}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,7 +20,7 @@ from minidistill.bench.__main__ import COMMANDS as BENCH_COMMANDS
 from minidistill.data.prompts import prompt_split, spread
 from minidistill.data.trajectories import generate
 from minidistill.distill import few_step_weight
-from minidistill.evaluate import few_steps, noise_error_share, spectrum, sweeps
+from minidistill.evaluate import few_step_ways, noise_error_share, spectrum, sweeps
 from minidistill.evaluate.__main__ import COMMANDS, main
 from minidistill.evaluate.summary import MEASURES, summary
 from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
@@ -76,7 +76,7 @@ def test_the_dial(lora: Path, tiny_model: Path, tmp_path: Path):
 
 def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, capsys):
     """Each learns something of its own from the same trajectories; none that is finished is repeated."""
-    ways = ["train.py", "distance of the decoded images", "own states", "consistency distillation"]
+    ways = ["train.py", "on top of the one-pass student", "own states", "consistency distillation"]
     ways += ["through all steps", "begun from the one-pass student", "progressive distillation"]
     ways += ["one LoRA for 1, 2, 4 and 8 steps"]
     flags = ["few-steps", "--model", str(tiny_model), "--one-pass", str(lora), "--out", str(tmp_path)]
@@ -107,11 +107,29 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
         main([*flags, "--student-steps", "3", "4", "--ways", "one LoRA for 1, 2, 4 and 8 steps"])
 
 
+def test_steering_few_steps(lora: Path, tiny_model: Path, tmp_path: Path):
+    """At the guidance that was learned, "coupled" is the way as it is; LoRAs that add differ from it at another."""
+    flags = ["--model", str(tiny_model), "--one-pass", str(lora), "--out", str(tmp_path), "--student-steps", "2"]
+    for name, value in dict(teacher_steps=4, trajectories=8, updates=2, rank=2, prompts=2, each=2, guidance=3).items():
+        flags += [f"--{name.replace('_', '-')}", str(value)]
+    main(["steering", *flags, "--scales", "2", "3"])
+    rows = json.loads((tmp_path / "steering-2.json").read_text())["rows"]
+    names = ["teacher, 4 steps", "teacher", "coupled", "added", "one-pass student"]
+    assert [row["way"] for row in rows] == [f"w = {w}: {name}" for w in (2, 3) for name in names]
+    assert [row["calls"] for row in rows] == 2 * [8, 4, 2, 2, 2]
+    main(["few-steps", *flags, "--ways", "train.py", "on top of the one-pass student"])
+    unsteered = {row["way"]: row for row in json.loads((tmp_path / "few-steps-2.json").read_text())["rows"]}
+    assert rows[7]["measures"] == unsteered["train.py"]["measures"]
+    assert rows[8]["measures"] == unsteered["on top of the one-pass student"]["measures"]
+    assert len({row["measures"]["PSNR"]["value"] for row in rows[1:5]}) == 4
+    assert Image.open(tmp_path / "steering-2.png").size[0] > 0
+
+
 def test_the_first_way_is_train_pys(sd: StableDiffusion, tmp_path: Path):
     """From z_t to the stored z_s: its gradient is that of the loss in train.py, but for a factor."""
     captions, steps = ["a cat", "a dog"], torch.tensor([0, 1])
     args = Namespace(trajectories=2, teacher_steps=4, guidance=3.0, updates=1, rank=2, out=tmp_path)
-    lesson = few_steps.read_lesson(sd, captions, args, steps=2)
+    lesson = few_step_ways.read_lesson(sd, captions, args, steps=2)
     unet = fill_up(inject_lora(sd.unet, rank=2))
     stored = generate(sd, captions, tmp_path / "states-2", count=2, steps=4, guidance=3.0, student_steps=2)
     z_t, target, t = stored.states(torch.arange(2), steps)
