@@ -7,6 +7,7 @@ alpha_bar is ``alphas_cumprod`` ("Denoising Diffusion Implicit Models", arXiv 20
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,7 +77,8 @@ class Schedule:
         if spacing not in SPACINGS:
             raise ValueError(f'spacing must be "leading" or "trailing", not "{spacing}".')
         if spacing == "trailing":
-            return [round(self.train_steps - i * self.train_steps / steps) - 1 for i in range(steps)]
+            grid = np.arange(self.train_steps, 0, -self.train_steps / steps)[:steps]  # rounds as diffusers does
+            return (grid.round().astype(int) - 1).tolist()
         stride = self.train_steps // steps
         offset = min(self.steps_offset, self.train_steps - 1 - (steps - 1) * stride)  # 1000 steps leave no room for it
         return [i * stride + offset for i in reversed(range(steps))]

@@ -12,9 +12,17 @@ from minidistill.formats.files import CheckpointError, atomic_folder, write_json
 from minidistill.formats.hub import find_model
 from minidistill.formats.lora_formats import LoRAFile
 from minidistill.formats.lora_io import fit
-from minidistill.formats.model_configs import MODEL_INDEX, XL_INDEX, Network
+from minidistill.formats.model_configs import MODEL_INDEX, XL_INDEX, Network, read_schedule_config
 from minidistill.formats.model_folder import STEMS, XL_STEMS, read_index, read_model_folder, read_weights, stems
-from minidistill.formats.single_file import EMA, MODELSPEC, V_PREDICTION, ZERO_SNR, read_single_file, to_single_file
+from minidistill.formats.single_file import (
+    EMA,
+    MODELSPEC,
+    V_PREDICTION,
+    ZERO_SNR,
+    read_single_file,
+    stated_prediction,
+    to_single_file,
+)
 from minidistill.formats.tensor_files import read_tensors, write_tensors
 from minidistill.lora import Squares, add_to_weight
 
@@ -33,8 +41,9 @@ def write_checkpoint(
     """Write the model ``source`` with a changed UNet to ``out``, a folder or a single .safetensors.
 
     ``change`` is ``with_loras(...)`` or ``replaced_by(...)``. ``metadata`` goes into the header of the UNet's weights.
-    ``variant`` and ``ema`` select weights, as in ``load``. Raises CheckpointError for a source that is damaged or does
-    not fit the LoRAs, and ValueError for an ``out`` that cannot be written.
+    ``variant`` and ``ema`` select weights, as in ``load``. Raises CheckpointError for a source that is damaged, does
+    not fit the LoRAs or says that it predicts something else than they learned, and ValueError for an ``out`` that
+    cannot be written.
     """
     source = find_model(source, variant, ema)
     to_file = out.suffix == ".safetensors"
@@ -46,6 +55,16 @@ def write_checkpoint(
         folder_to_file(source, change, out, metadata, variant)
     else:
         folder_to_folder(source, change, out, metadata, variant)
+
+
+def check_prediction(metadata: Mapping[str, str], predicts: str | None, source: Path) -> None:
+    """Raises CheckpointError if a student learned from a model that predicts something else than ``source`` says."""
+    learned = metadata.get("prediction")
+    if learned and predicts and learned != predicts:
+        raise CheckpointError(
+            f"The student learned from a model that predicts {learned}, and {source} says that it predicts {predicts}: "
+            "give --model the one it was made for."
+        )
 
 
 def with_loras(files: Sequence[LoRAFile], squares: Squares, generator: torch.Generator | None = None) -> Change:
@@ -80,6 +99,8 @@ def replaced_by(unet: nn.Module) -> Change:
 
 def folder_to_folder(source: Path, change: Change, out: Path, metadata: Mapping[str, str], variant: str | None) -> None:
     """Everything but the UNet's weights is copied unchanged."""
+    schedule = read_schedule_config(source / "scheduler/scheduler_config.json", None)
+    check_prediction(metadata, schedule.prediction, source)
     unet = read_weights(source / "unet", STEMS["unet"], variant)
     tensors = changed(unet, change)
     index = read_index(source) or (XL_INDEX if stems(source) is XL_STEMS else MODEL_INDEX)
@@ -109,6 +130,7 @@ def file_to_file(source: Path, change: Change, out: Path, metadata: Mapping[str,
     """Everything but the UNet's weights stays as it is. EMA copies are left out, since nothing was merged into them."""
     unet = read_single_file(source, prediction="eps", ema=ema).unet  # the tensors do not depend on the prediction
     tensors, header = read_tensors(source)
+    check_prediction(metadata, stated_prediction(tensors, header, source), source)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMA)}
     tensors |= {unet.name_in_file(name): tensor for name, tensor in changed(unet, change).items()}
     prediction = MODELSPEC.get(metadata.get("prediction"))  # no tensor shows it
@@ -119,6 +141,7 @@ def file_to_file(source: Path, change: Change, out: Path, metadata: Mapping[str,
 def folder_to_file(source: Path, change: Change, out: Path, metadata: Mapping[str, str], variant: str | None) -> None:
     """UNet, VAE and text encoder go into one file, under the names that such files use."""
     model = read_model_folder(source, variant=variant)
+    check_prediction(metadata, model.schedule.prediction, source)
     usual, fields = ScheduleConfig(), ("train_steps", "beta_start", "beta_end", "beta_schedule")
     if any(getattr(model.schedule, field) != getattr(usual, field) for field in fields):
         raise ValueError(f"{source} has noise levels that a single file cannot state: write a folder, not {out}.")

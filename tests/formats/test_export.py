@@ -278,6 +278,21 @@ def test_a_student_knows_what_its_single_file_predicts(student_of_it: Path, ordi
     assert load(out).schedule.prediction == "v"
 
 
+@pytest.mark.parametrize("kind, out", [("folder", "out"), ("folder", "out.safetensors"), ("file", "out.safetensors")])
+def test_a_student_of_another_prediction_is_refused(
+    kind: str, out: str, student_of_it: Path, ordinary: Path, tmp_path: Path
+):
+    """The layers are the same, so the images would be wrong without an error."""
+    model, flags = ordinary, ["--to", "checkpoint", "--model"]
+    if kind == "file":
+        model = tmp_path / "file.safetensors"
+        export.main([f"{student_of_it}:0", *flags, str(ordinary), "--out", str(model)])
+    save_file(load_file(student_of_it), student_of_it, metadata(student_of_it) | {"prediction": "v"})
+    with pytest.raises(CheckpointError, match="predicts v, and .* says that it predicts eps: give --model"):
+        export.main([str(student_of_it), *flags, str(model), "--out", str(tmp_path / out)])
+    assert not (tmp_path / out).exists()
+
+
 def test_the_averaged_copy_of_a_single_file(student_of_it: Path, ordinary: Path, tmp_path: Path):
     plain, flags = tmp_path / "plain.safetensors", ["--to", "checkpoint", "--model"]
     export.main([f"{student_of_it}:0", *flags, str(ordinary), "--out", str(plain)])

@@ -25,11 +25,12 @@ def test_timesteps(steps: int) -> None:
     assert schedule().timesteps(steps) == theirs.timesteps.tolist()
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 8, 24, 25, 50, 999, 1000])
-def test_trailing_timesteps(steps: int) -> None:
+def test_trailing_timesteps() -> None:
+    """For some numbers of steps diffusers has one more, t = -1, by rounding."""
     theirs = ddim_scheduler(spacing="trailing")
-    theirs.set_timesteps(steps)
-    assert schedule().timesteps(steps, "trailing") == theirs.timesteps.tolist()
+    for steps in range(1, 1001):
+        theirs.set_timesteps(steps)
+        assert schedule().timesteps(steps, "trailing") == theirs.timesteps.tolist()[:steps]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 25])  # with others, diffusers stops short of the next time step
