@@ -3,8 +3,8 @@
   python -m minidistill.pocket --out runs/pocket/model
 
 Trains a CLIP, a VAE and a UNet on composed images, as Stable Diffusion was made, and writes the official folder layout.
-Stages that are complete in the folder are skipped. The VAE and the UNet resume where they were stopped; the CLIP, which
-takes minutes, starts again.
+Stages that are complete in the folder are skipped. The same command continues a VAE or UNet where it was stopped, from
+a .pt file in the folder; the CLIP, which takes minutes, starts again.
 
   python -m minidistill.pocket --more unet
 
@@ -30,7 +30,7 @@ from minidistill.pocket.autoencoder import encode_all, normalise_latents, psnr, 
 from minidistill.pocket.clip import embed_captions, nearest_captions, save_clip, train_clip, tune_image_encoder
 from minidistill.pocket.compositions import all_compositions, write_compositions
 from minidistill.pocket.denoiser import FURTHER_LEARNING_RATE, LEARNING_RATE, Captioned, train_unet
-from minidistill.pocket.images import PACKAGE, WORK, Renderer, as_tensors, render
+from minidistill.pocket.images import PACKAGE, Renderer, as_tensors, render
 from minidistill.pocket.tokenizer import write_tokenizer
 from minidistill.schedule import Schedule
 from minidistill.training.command_line import (
@@ -61,7 +61,6 @@ def read_flags(argv: list[str]) -> Namespace:
     flag = parser.add_argument
     flag("--out", type=Path, default=DEFAULT_MODEL, metavar="FOLDER", help="the model (default: %(default)s)")
     flag("--more", choices=["vae", "unet"], help="train a part further, from its weights in --out")
-    flag("--work", type=Path, default=WORK, metavar="FOLDER", help="for unfinished stages (default: %(default)s)")
     number = dict(type=positive_int, metavar="N")
     flag("--emoji", type=Path, default=PACKAGE, metavar="FOLDER", help="the npm package (default: %(default)s)")
     flag("--device", default=DEFAULT_DEVICE, help="where to train (default: %(default)s)")
@@ -113,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         some = torch.randint(len(trained), (args.vae_batch,), device=args.device)
         return renderer.draw(things[some], rgb[some])
 
-    how = dict(compiled=args.compile, bfloat16=args.bf16)
+    how, further = dict(compiled=args.compile, bfloat16=args.bf16), " further" if args.more else ""
     vae = VAE(POCKET_VAE).to(args.device, memory_format=torch.channels_last)
     if vae_is_trained := (args.out / "vae/config.json").exists():
         vae.load_state_dict(load_file(args.out / "vae/diffusion_pytorch_model.safetensors"))
@@ -121,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.more and not (args.out / args.more / "config.json").exists():
         raise ValueError(f"{args.out} has no {args.more} to train further: leave out --more.")
     if args.more == "vae" or not vae_is_trained:
-        state = args.work / ("vae-more.pt" if args.more else "vae.pt")
+        state = args.out / f"vae{further}, {args.vae_steps} updates of {args.vae_batch}.pt"
         vae = train_vae(vae, new_images, state, args.vae_steps, decoder_only=unet_is_trained, **how)
         if not unet_is_trained:
             normalise_latents(vae, encode_all(vae, render(renderer, trained, 1, LATENTS_SEED)))
@@ -143,8 +142,8 @@ def main(argv: list[str] | None = None) -> None:
         captions = torch.arange(len(trained), device=args.device).repeat_interleave(args.renders)
         schedule = Schedule.from_config(ScheduleConfig()).to(args.device)
         data = Captioned(latents, captions, contexts[:-1], contexts[-1], schedule)
-        state = args.work / ("unet-more.pt" if args.more else "unet.pt")
         lr = args.unet_lr or (FURTHER_LEARNING_RATE if unet_is_trained else LEARNING_RATE)
+        state = args.out / f"unet{further}, {args.unet_steps} updates of {args.unet_batch} at {lr:g}.pt"
         unet = train_unet(unet, data, state, args.unet_steps, args.unet_batch, lr, **how)
         write_part(args.out / "unet", published_unet(POCKET_UNET), unet.state_dict())
         state.unlink()

@@ -1,7 +1,7 @@
 """Stage 1: train a small CLIP. Its frozen text encoder conditions the UNet; both halves together score images."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -73,21 +73,16 @@ def train_clip(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     batch = min(batch, len(compositions))
     target = torch.arange(batch, device=renderer.device)
-    progress = tqdm(range(steps), desc="clip", unit="step", mininterval=1)
-    for step in progress:
+
+    def loss() -> Tensor:
         some = torch.randperm(len(compositions))[:batch].to(renderer.device)
         pixels = to_pixels(renderer.draw(things[some], rgb[some]))
         with torch.autocast(renderer.device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(input_ids=ids[some], pixel_values=pixels).logits_per_image.float()  # [B, B]
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        set_learning_rate(optimizer, learning_rate(step, steps, LEARNING_RATE, WARMUP))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    for _ in minimise(loss, optimizer, steps, "clip"):
         model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
     return model.eval()
 
 
@@ -109,22 +104,35 @@ def tune_image_encoder(
     things, rgb = as_tensors(compositions, renderer.device)
     parameters = [*model.vision_model.parameters(), *model.visual_projection.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True)
-    progress = tqdm(range(steps), desc="clip, images", unit="step", mininterval=1)
     model.train()
-    for step in progress:
+
+    def loss() -> Tensor:
         some = torch.randint(len(compositions), (batch,), device=renderer.device)
         pixels = to_pixels(renderer.draw(things[some], rgb[some]))
         with torch.autocast(renderer.device.type, torch.bfloat16, enabled=bfloat16):
             features = model.get_image_features(pixel_values=pixels).pooler_output  # [B, D]
         features = F.normalize(features.float(), dim=-1)
-        loss = F.cross_entropy(model.logit_scale.detach().exp() * features @ captions.T, some)
+        return F.cross_entropy(model.logit_scale.detach().exp() * features @ captions.T, some)
+
+    for _ in minimise(loss, optimizer, steps, "clip, images"):
+        pass
+    model.eval()
+
+
+def minimise(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, steps: int, name: str) -> Iterator[None]:
+    """Yields after each update. Warm-up and cosine, gradients clipped at norm 1."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    progress = tqdm(range(steps), desc=name, unit="step", mininterval=1)
+    for step in progress:
         set_learning_rate(optimizer, learning_rate(step, steps, LEARNING_RATE, WARMUP))
-        loss.backward()
+        now = loss()
+        now.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        yield
         if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
-    model.eval()
+            progress.set_postfix(loss=f"{now.item():.3f}")
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ SHIFT_ALONE, SHIFT_IN_A_PAIR = (0.05, 0.05), (0.02, 0.03)  # largest shift in x 
 JITTER = 6  # the largest change of each background channel, of 255
 NOTHING = len(THINGS)  # the index of the absent second thing of a single composition
 
-WORK = Path("runs/pocket")  # unfinished stages, and the judge's classifier
+WORK = Path("runs/pocket")  # the judge's classifier, and the images of the emoji
 PACKAGE = WORK / "package"  # where `npm pack` and tar put the images; see find_emoji
 
 
@@ -29,7 +29,7 @@ def find_emoji(emoji: str, folder: Path) -> Path:
             return path
     raise FileNotFoundError(
         f"{folder} has no image of {emoji}. In {WORK}, get the images by `npm pack @lobehub/fluent-emoji-3d@1.1.0` and "
-        "unpack them by `tar xf`; or name their folder with --emoji."
+        "unpack them by `tar xf`."
     )
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidistill.formats.files import atomic_write
+from minidistill.formats.tensor_files import read_tensors, write_tensors
 from minidistill.pocket.compositions import COLOURS, THINGS
 from minidistill.pocket.images import ALONE, IN_A_PAIR, NOTHING, Renderer, centred, stamp
 
@@ -119,14 +118,12 @@ def train_classifier(renderer: Renderer, steps: int = 2000, batch: int = 32) -> 
 
 
 def load_classifier(work: Path, emoji: Path) -> nn.Sequential:
-    """The classifier in the folder ``work``; trained first if there is none, which takes a few minutes."""
-    path = work / "judge.safetensors"
-    if not path.exists():
-        trained = train_classifier(Renderer(emoji))
-        with atomic_write(path) as file:
-            save_file(trained.state_dict(), file)
+    """The classifier of today's things in ``work``; trained first if there is none, which takes a few minutes."""
+    path, things = work / "judge.safetensors", " ".join(THINGS)
+    if not path.exists() or read_tensors(path)[1].get("things") != things:
+        write_tensors(path, train_classifier(Renderer(emoji)).state_dict(), {"things": things})
     model = build_classifier()
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(read_tensors(path)[0])
     return model.eval()
 
 

@@ -104,7 +104,7 @@ def retrain(task: Task) -> Figures:
         yield "skipped", f"there are no images in {images.PACKAGE}"
         return
     model = shutil.copytree(ROOT / DEFAULT_MODEL, task.scratch / "pocket-emoji")
-    flags = ["--out", model, "--work", task.scratch / "work", "--emoji", emoji_images(task), *where(task)]
+    flags = ["--out", model, "--emoji", emoji_images(task), *where(task)]
     with tiny_world(task):
         for part, further in (BRIEFLY_FURTHER if task.dry else FURTHER).items():
             yield part, run(pocket.main, "--more", part, *flags, *further)

@@ -133,7 +133,7 @@ def test_the_command_makes_a_model_and_does_nothing_twice(
     monkeypatch.setattr(command, "Renderer", lambda emoji, device: renderer)
     monkeypatch.setattr(command, "POCKET_UNET", replace(command.POCKET_UNET, widths=(16, 16, 32), groups=8))
     monkeypatch.setattr(command, "POCKET_VAE", replace(command.POCKET_VAE, widths=(4, 8, 8)))
-    flags = ["--out", tmp_path / "new/model", "--work", tmp_path / "work", "--device", "cpu"]
+    flags = ["--out", tmp_path / "new/model", "--device", "cpu"]
     flags += [x for part in ("clip", "vae", "unet") for x in (f"--{part}-steps", 2)] + ["--clip-batch", 8]
 
     def run(*more: str) -> dict[Path, int]:
@@ -149,9 +149,10 @@ def test_the_command_makes_a_model_and_does_nothing_twice(
         changed = {file.parent.name for file in networks if again[file] != networks[file]}
         assert changed == {part}
         networks = again
+    assert not list(tmp_path.rglob("*.pt"))  # nothing unfinished is left
 
 
 def test_without_the_images_nothing_is_written(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="--emoji"):
+    with pytest.raises(FileNotFoundError, match="npm pack"):
         command.main(["--emoji", str(tmp_path / "none"), "--out", str(tmp_path / "model")])
     assert not list(tmp_path.iterdir())
