@@ -63,10 +63,7 @@ class UpdateGraph:
         if self.replay is None:
             recorded = batch.map(torch.clone)
             self.inputs = tensors_of(recorded)
-            try:
-                self.replay, self.results = record(partial(self.update, recorded))
-            except ValueError as error:
-                raise ValueError(f"{error}\nAdd --no-graph --resume.") from error
+            self.replay, self.results = record(partial(self.update, recorded), "Add --no-graph --resume.")
         for own, new in zip(self.inputs, tensors_of(batch), strict=True):
             own.copy_(new)
         self.replay()
@@ -95,10 +92,10 @@ def side_stream() -> Iterator[None]:
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+def record(run: Callable[[], Any], advice: str) -> tuple[Callable[[], None], Any]:
     """Record ``run()`` without running it. Returns what replays it, and the tensors that its results are then in.
 
-    Raises ValueError if the GPU, or what it runs, cannot be recorded.
+    Raises ValueError, with the ``advice``, if the GPU, or what it runs, cannot be recorded.
     """
     graph = torch.cuda.CUDAGraph()
     try:
@@ -107,7 +104,7 @@ def record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise ValueError(f"No CUDA graph can be made of an update here: {error}") from error
+        raise ValueError(f"No CUDA graph can be made of an update here: {error}\n{advice}") from error
     return graph.replay, results
 
 
@@ -116,7 +113,7 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
     with side_stream():
         for _ in range(WARM_UP):
             run()
-    replay, results = record(run)
+    replay, results = record(run, "Train on a CPU, or on another GPU.")
 
     def replayed() -> Any:
         replay()

@@ -64,7 +64,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[CpuGraph]:
         initialise(optimizer, *args, **kwargs)
         optimizers.append(optimizer)
 
-    def record(run: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
+    def record(run: Callable[[], Sequence[Tensor]], advice: str) -> tuple[Callable[[], None], Sequence[Tensor]]:
         own = [x for o in optimizers for x in tensors(list(o.state), [list(s.values()) for s in o.state.values()])]
         before = [x.detach().clone() for x in own]
         made.append(CpuGraph())
