@@ -102,6 +102,8 @@ def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict
     if student is None:
         if args.lora_scale != 1:
             raise ValueError("--lora-scale is the strength of a student: name its file with --lora.")
+        if args.guidance == 1 and (negative_prompt or interval or args.selective):
+            raise ValueError("--guidance 1 is no guidance: leave out --negative-prompt, --interval and --selective.")
     else:
         guidance, learned = student.guidance, student.metadata.get("negative_prompt")
         negative_prompt = learned if negative_prompt is None else negative_prompt

@@ -60,7 +60,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     peak = args.lr or student.learning_rate / sd.unet_config.widths[0]
     optimizer = adamw(trained, peak)
     weights = fingerprint(sd.unet, sd.text_encoder)
-    recorded = fixed_settings(args, {"model": weights, **flag_fingerprints(args, sd, style), **source.stamp})
+    recorded = fixed_settings(args, flag_fingerprints(args, sd, weights, style) | source.stamp)
     losses = resume(out, trained, optimizer, recorded)  # empty in a new run
     result = student.result(out, args)
     if args.student == "full" and result.exists() and not losses:  # a whole model is never written over

@@ -50,6 +50,7 @@ class ScheduleConfig:
     beta_schedule: str = "scaled_linear"  # linear in sqrt(beta); or "linear"
     prediction: str = "eps"  # what the UNet returns: "eps" or "v"
     steps_offset: int = 1
+    spacing: str = "leading"  # of the steps of a sampler; or "trailing"
     zero_terminal_snr: bool = False  # rescaled, so that nothing of z_0 is left at the last t
     set_alpha_to_one: bool = False  # the step before t=0 has alpha_bar 1, not alpha_bar of t=0
 

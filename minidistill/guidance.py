@@ -67,7 +67,7 @@ class Interval(NamedTuple):
         return (self.low <= t) & (t <= self.high)
 
 
-def selective_interval(schedule: Schedule, steps: int, share: float, spacing: str = "leading") -> Interval | None:
+def selective_interval(schedule: Schedule, steps: int, share: float, spacing: str | None = None) -> Interval | None:
     """Selective guidance (arXiv 2305.09847): no guidance in the last ``share`` of the ``steps``.
 
     Returns None if every step is guided. Raises ValueError for a share outside 0 to 1.

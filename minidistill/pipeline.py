@@ -202,7 +202,7 @@ class StableDiffusion:
         width: int | None = None,
         batch: int = 8,
         eta: float = 0.0,
-        spacing: str = "leading",
+        spacing: str | None = None,
         progress: bool = False,
         clock: AbstractContextManager | None = None,
     ) -> list[Image.Image]:
@@ -222,7 +222,8 @@ class StableDiffusion:
             height, width: in pixels; by default ``self.height`` and ``self.width``.
             batch: images sampled at once.
             eta: 0 is deterministic DDIM; 1 adds as much fresh noise in each step as DDPM.
-            spacing: of the steps, "leading" as Stable Diffusion has it, or "trailing", which is better for few steps.
+            spacing: of the steps, "leading" or "trailing", which is better for few steps; by default the model's own,
+                which is "leading" for almost all.
             progress: show a progress bar.
             clock: entered for the DDIM steps and for the decoding, not while networks move to the device.
 

@@ -68,9 +68,9 @@ def ddim_loop(
         yield z_t, prediction, t
 
 
-def step_pairs(schedule: Schedule, steps: int, spacing: str) -> list[tuple[int, int]]:
+def step_pairs(schedule: Schedule, steps: int, spacing: str | None = None) -> list[tuple[int, int]]:
     """(t, t_next) of each step, the noisiest first; the last t_next is usually below 0, the end of sampling."""
-    timesteps = schedule.timesteps(steps, spacing)
+    timesteps, spacing = schedule.timesteps(steps, spacing), spacing or schedule.spacing
     end = timesteps[-1] - schedule.train_steps // steps if spacing == "leading" else -1
     return list(pairwise([*timesteps, end]))
 
@@ -82,13 +82,13 @@ def ddim_sample(
     steps: int,
     eta: float = 0.0,
     generator: Generator | Sequence[Generator] | None = None,
-    spacing: str = "leading",
+    spacing: str | None = None,
 ) -> Iterator[Tensor]:
     """Denoise z_T [B, 4, h, w] in ``steps`` calls of ``model(z_t, t)``, t [B] int64; yields z_t after each step.
 
     ``model`` predicts eps or v, as ``schedule`` says. ``eta`` from 0 (deterministic) to 1 adds fresh noise, drawn from
-    ``generator``: one for the batch, or one per image. ``spacing`` of the steps is "leading" or "trailing", see
-    ``Schedule.timesteps``.
+    ``generator``: one for the batch, or one per image. ``spacing`` of the steps is "leading" or "trailing",
+    by default the schedule's, see ``Schedule.timesteps``.
 
     Raises ValueError for more steps than the schedule has, and for an eta outside 0 to 1, which would add more noise
     than the next step has.
@@ -106,6 +106,6 @@ def ddim_invert(model: Predictor, schedule: Schedule, z_0: Tensor, steps: int) -
     its two times in place of the noisier (DDIM, section 4.3), so going there and back is exact only in the limit of
     many steps. Raises ValueError for more steps than the schedule has.
     """
-    upwards = [(t_next, t) for t, t_next in reversed(step_pairs(schedule, steps, "leading"))]
+    upwards = [(t_next, t) for t, t_next in reversed(step_pairs(schedule, steps))]
     for z_t, _, _ in ddim_loop(model, schedule, z_0, upwards):
         yield z_t

@@ -24,6 +24,7 @@ class Schedule:
     final_alpha: Tensor
     prediction: str = "eps"  # what the UNet returns: "eps" or "v"
     steps_offset: int = 1
+    spacing: str = "leading"  # of the steps, unless another is asked for
 
     @classmethod
     def from_config(cls, config: ScheduleConfig) -> "Schedule":
@@ -44,7 +45,7 @@ class Schedule:
             alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
             alphas_cumprod = (alpha**2).clamp(min=2**-24)
         final_alpha = torch.tensor(1.0) if config.set_alpha_to_one else alphas_cumprod[0]
-        return cls(alphas_cumprod, final_alpha, config.prediction, config.steps_offset)
+        return cls(alphas_cumprod, final_alpha, config.prediction, config.steps_offset, config.spacing)
 
     @property
     def train_steps(self) -> int:
@@ -65,8 +66,8 @@ class Schedule:
         alpha_bar = levels[t.to(levels.device).clamp(min=-1)].view(-1, 1, 1, 1).to(wide)
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
-    def timesteps(self, steps: int, spacing: str = "leading") -> list[int]:
-        """The ``steps`` time steps that DDIM visits, the noisiest first.
+    def timesteps(self, steps: int, spacing: str | None = None) -> list[int]:
+        """The ``steps`` time steps that DDIM visits, the noisiest first, with the model's own spacing by default.
 
         "leading" is Stable Diffusion's own, with its offset: of 4 steps the first is at t = 751. "trailing" starts at
         the noisiest t, 999 ("Common Diffusion Noise Schedules", arXiv 2305.08891, section 3.3): better for few steps.
@@ -74,6 +75,7 @@ class Schedule:
         """
         if not 1 <= steps <= self.train_steps:
             raise ValueError(f"DDIM takes 1 to {self.train_steps} steps, not {steps}.")
+        spacing = spacing or self.spacing
         if spacing not in SPACINGS:
             raise ValueError(f'spacing must be "leading" or "trailing", not "{spacing}".')
         if spacing == "trailing":

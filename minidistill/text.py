@@ -36,13 +36,13 @@ class TwoTextEncoders(nn.Module):
     def forward(self, ids: Tensor) -> Conditioning:
         """Token ids [N, L] -> tokens [N, L, D_1 + D_2], from before each encoder's last layer; pooled [N, P]."""
         one = self.first(ids, output_hidden_states=True)
-        two = self.second(pad_with_zeros(ids, self.first.config.vocab_size - 1), output_hidden_states=True)
+        two = self.second(pad_with_zeros(ids), output_hidden_states=True)
         return Conditioning(torch.cat([x.hidden_states[-2] for x in (one, two)], dim=-1), two.text_embeds)
 
 
-def pad_with_zeros(ids: Tensor, end: int) -> Tensor:
-    """[N, L], padded with the ``end`` token as for the first encoder -> padded with 0, as for the second."""
-    trailing = (ids == end).flip(1).cumprod(1).flip(1).bool()  # the last run of end tokens
+def pad_with_zeros(ids: Tensor) -> Tensor:
+    """[N, L], padded with the end token as for the first encoder -> padded with 0, as for the second."""
+    trailing = (ids == ids[:, -1:]).flip(1).cumprod(1).flip(1).bool()  # the last run of end tokens
     return torch.cat([ids[:, :1], ids[:, 1:].masked_fill(trailing[:, :-1], 0)], dim=1)  # its first is no padding
 
 

@@ -223,6 +223,7 @@ def test_selective_guidance_costs_less(sample, calls: list[int], tmp_path: Path)
     [
         (["--lora-scale", "2"], "name its file with --lora"),
         (["--selective", "1.5"], "from 0 to 1"),
+        (["--guidance", "1", "--negative-prompt", "a cat"], "--guidance 1 is no guidance"),
         (["--selective", "0.5", "--lora", "{lora}"], "the teacher's"),
     ],
 )

@@ -22,6 +22,7 @@ from minidistill.evaluate.__main__ import main as evaluate
 from minidistill.export.__main__ import main as export
 from minidistill.formats.lora_formats import LoRAFile, Pair, kohya_tensors, read_lora
 from minidistill.formats.lora_io import fit
+from minidistill.formats.tensor_files import read_tensors, write_tensors
 from minidistill.lora import lora_layers
 from minidistill.text import pad_with_zeros
 from minidistill.training.distributed import process_group
@@ -157,8 +158,10 @@ def test_v_is_marked_in_a_single_file(run: Path, tiny_xl: Path, tmp_path: Path):
     folder = shutil.copytree(tiny_xl, tmp_path / "v")
     scheduler = folder / "scheduler/scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
-    file = tmp_path / "file.safetensors"
-    export([str(run), "--to", "checkpoint", "--model", str(folder), "--out", str(file)])
+    file, lora = tmp_path / "file.safetensors", tmp_path / "lora.safetensors"
+    tensors, header = read_tensors(run / "lora.safetensors")
+    write_tensors(lora, tensors, header | {"prediction": "v"})
+    export([str(lora), "--to", "checkpoint", "--model", str(folder), "--out", str(file)])
     assert "v_pred" in load_file(file) and load(file).schedule.prediction == "v"
 
 
@@ -214,9 +217,10 @@ def test_pooled_vector_and_sizes_matter(xl: StableDiffusion):
 
 
 def test_the_second_encoder_is_padded_with_zeros():
+    """Also where words were added to the vocabulary, so that the end token is not its last."""
     ids = torch.tensor([[7, 3, 9, 9, 9], [7, 9, 9, 9, 9], [7, 3, 9, 4, 9], [7, 3, 4, 5, 9]])
     expected = [[7, 3, 9, 0, 0], [7, 9, 0, 0, 0], [7, 3, 9, 4, 9], [7, 3, 4, 5, 9]]
-    assert pad_with_zeros(ids, end=9).tolist() == expected
+    assert pad_with_zeros(ids).tolist() == expected
 
 
 def test_the_unet_makes_room_for_the_vae(xl: StableDiffusion, monkeypatch: pytest.MonkeyPatch):

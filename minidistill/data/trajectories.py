@@ -81,7 +81,7 @@ def generate(
     """
     if student_steps and (steps % student_steps or stride > 1 or not keep_states):
         raise ValueError(f"{student_steps} student steps need whole trajectories of a multiple of as many steps.")
-    schedule, every_t = sd.schedule, sd.schedule.timesteps(steps, "trailing" if student_steps else "leading")
+    schedule, every_t = sd.schedule, sd.schedule.timesteps(steps, "trailing" if student_steps else None)
     levels = [schedule.alphas_cumprod.tolist(), schedule.final_alpha.item(), every_t]
     tokens = [sd.tokenizer(captions).input_ids, sd.tokenizer.pad_token_id]
     settings = dict(

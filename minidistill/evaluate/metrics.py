@@ -70,7 +70,7 @@ def teacher_states(
     With ``noised`` the states are the ends z_0 of the trajectories, with fresh noise for the same time steps. For a
     student of few steps, the states are those that it visits, and ``eps_hat`` is what leads from each to the next.
     """
-    timesteps = sd.schedule.timesteps(steps, "trailing" if student_steps else "leading")
+    timesteps = sd.schedule.timesteps(steps, "trailing" if student_steps else None)
     cond = sd.encode_prompt(list(prompts))
     uncond = sd.encode_negative(negative_prompt).expand(len(cond))
     z_T = sd.starting_noise(seeds)

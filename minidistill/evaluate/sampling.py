@@ -65,7 +65,7 @@ def draw(
     and the student has learned it; ``student_negative`` is another, for the student alone. The time is that of the DDIM
     steps and the VAE, without encoding prompts or moving networks.
     """
-    spacing = spacing or ("trailing" if student_steps else "leading")
+    spacing = spacing or ("trailing" if student_steps else None)
     steps = student_steps if student_steps and method == "student" else steps
     guides = method == "teacher" and guidance != 1
     scale = guidance if guides else None if method == "student" else 1.0

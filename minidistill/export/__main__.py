@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     model.add_argument("--variant", metavar="TEXT", help='which weights of a folder or hub id, for example "fp16"')
     model.add_argument("--ema", action="store_true", help="merge into the UNet's EMA weights, for a single file")
+    model.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts, if the model says otherwise")
     model.add_argument(
         "--stochastic",
         type=seed_number,
@@ -75,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
         squares: Squares = {}
         generator = torch.Generator().manual_seed(args.stochastic) if args.stochastic is not None else None
         change = with_loras([*styles, *([student] if student else [])], squares, generator)
-        write_checkpoint(args.model, change, out, metadata, variant=args.variant, ema=args.ema)
+        which = dict(variant=args.variant, ema=args.ema, prediction=args.prediction)
+        write_checkpoint(args.model, change, out, metadata, **which)
         share, sentence = surviving_change(squares)
         if generator:  # what was added is the change and independent noise, whose squares add up
             noise = max(share**2 - 1, 0) ** 0.5

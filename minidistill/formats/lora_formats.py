@@ -356,9 +356,19 @@ def our_alphas(path: Path, parts: Parts, metadata: Mapping[str, str]) -> dict[st
     return dict.fromkeys(parts, alpha)
 
 
+# Ways to begin a LoRA that take out of W what they put into it.
+CHANGED_W = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
 def peft_alphas(path: Path, parts: Parts, config: dict) -> dict[str, float]:
     """Alphas from the configuration of a peft adapter, which diffusers writes into the header."""
     config = {key.removeprefix("unet."): value for key, value in config.items() if value is not None}
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(CHANGED_W):
+        raise CheckpointError(
+            f"{path} began as {start}, which changes W too: save it for the unchanged W, in peft by save_pretrained("
+            "..., path_initial_model_for_weight_conversion=...)."
+        )
     ranks = {name: len(part["down"]) for name, part in parts.items()}
     alphas = {name: float(config.get("lora_alpha", rank)) for name, rank in ranks.items()}
     for pattern, alpha in reversed((config.get("alpha_pattern") or {}).items()):  # peft applies the first that matches

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from minidistill.config import ScheduleConfig
-from minidistill.formats.files import CheckpointError, atomic_folder, write_json
+from minidistill.formats.files import CheckpointError, atomic_folder, read_json, write_json
 from minidistill.formats.hub import find_model
 from minidistill.formats.lora_formats import LoRAFile
 from minidistill.formats.lora_io import fit
-from minidistill.formats.model_configs import MODEL_INDEX, XL_INDEX, Network, read_schedule_config
+from minidistill.formats.model_configs import MODEL_INDEX, PUBLISHED, XL_INDEX, read_schedule_config
 from minidistill.formats.model_folder import STEMS, XL_STEMS, read_index, read_model_folder, read_weights, stems
 from minidistill.formats.single_file import (
     EMA,
@@ -37,24 +37,25 @@ def write_checkpoint(
     *,
     variant: str | None = None,
     ema: bool = False,
+    prediction: str | None = None,
 ) -> None:
     """Write the model ``source`` with a changed UNet to ``out``, a folder or a single .safetensors.
 
     ``change`` is ``with_loras(...)`` or ``replaced_by(...)``. ``metadata`` goes into the header of the UNet's weights.
-    ``variant`` and ``ema`` select weights, as in ``load``. Raises CheckpointError for a source that is damaged, does
-    not fit the LoRAs or says that it predicts something else than they learned, and ValueError for an ``out`` that
-    cannot be written.
+    ``variant`` and ``ema`` select weights, and ``prediction`` corrects what the source says, as in ``load``. Raises
+    CheckpointError for a source that is damaged, does not fit the LoRAs or says that it predicts something else than
+    they learned, and ValueError for an ``out`` that cannot be written.
     """
     source = find_model(source, variant, ema)
     to_file = out.suffix == ".safetensors"
     if source.is_file() and not to_file:
         raise ValueError(f"{source} is a single file, without the tokenizer of a folder: --out FILE.safetensors.")
     if source.is_file():
-        file_to_file(source, change, out, metadata, ema)
+        file_to_file(source, change, out, metadata, ema, prediction)
     elif to_file:
-        folder_to_file(source, change, out, metadata, variant)
+        folder_to_file(source, change, out, metadata, variant, prediction)
     else:
-        folder_to_folder(source, change, out, metadata, variant)
+        folder_to_folder(source, change, out, metadata, variant, prediction)
 
 
 def check_prediction(metadata: Mapping[str, str], predicts: str | None, source: Path) -> None:
@@ -63,46 +64,57 @@ def check_prediction(metadata: Mapping[str, str], predicts: str | None, source: 
     if learned and predicts and learned != predicts:
         raise CheckpointError(
             f"The student learned from a model that predicts {learned}, and {source} says that it predicts {predicts}: "
-            "give --model the one it was made for."
+            f"give --model the one it was made for, or add --prediction {learned} if this is it."
         )
 
 
 def with_loras(files: Sequence[LoRAFile], squares: Squares, generator: torch.Generator | None = None) -> Change:
-    """Add the LoRAs to W, one after another, in the dtype of each stored weight, as ``lora.add_to_weight`` does."""
+    """Add the LoRAs to W, one after another, in the dtype of each stored weight, as ``lora.add_to_weight`` does.
+
+    Raises CheckpointError for weights of 8 bits.
+    """
 
     def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors = dict(tensors)
         for file in files:
             for name, pair in fit(file, tensors).items():
                 weight = tensors[f"{name}.weight"]
+                if weight.itemsize < 2:
+                    raise CheckpointError(
+                        f"{file.path} cannot be merged into weights of 8 bits ({name}), in which little of it would be "
+                        "left: take a version of the model in 16 or 32 bits, or give your program the LoRA beside it."
+                    )
                 tensors[f"{name}.weight"] = add_to_weight(name, weight, pair.delta(weight.device), squares, generator)
         return tensors
 
     return change
 
 
-def changed(unet: Network, change: Change) -> dict[str, Tensor]:
-    """The changed tensors. Raises CheckpointError for weights of 8 bits, in which little of a change would be left."""
-    if narrow := next((name for name, tensor in unet.tensors.items() if tensor.itemsize < 2), None):
-        raise CheckpointError(
-            f"{unet.file} has weights of 8 bits ({unet.name_in_file(narrow)}), in which a LoRA cannot be merged: take "
-            "a version of the model in 16 or 32 bits, or give the LoRA to your program beside this one."
-        )
-    return change(unet.tensors)
-
-
 def replaced_by(unet: nn.Module) -> Change:
-    """Use the weights of ``unet`` instead, in the dtypes of those they replace."""
+    """Use the weights of ``unet`` instead, in the dtypes of those they replace, or in float16 for 8 bits."""
     weights = unet.state_dict()
-    return lambda tensors: {name: weights[name].to("cpu", tensor.dtype) for name, tensor in tensors.items()}
+
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        dtypes = {name: tensor.dtype if tensor.itemsize > 1 else torch.float16 for name, tensor in tensors.items()}
+        return {name: weights[name].to("cpu", dtype) for name, dtype in dtypes.items()}
+
+    return change
 
 
-def folder_to_folder(source: Path, change: Change, out: Path, metadata: Mapping[str, str], variant: str | None) -> None:
-    """Everything but the UNet's weights is copied unchanged."""
-    schedule = read_schedule_config(source / "scheduler/scheduler_config.json", None)
+def folder_to_folder(
+    source: Path,
+    change: Change,
+    out: Path,
+    metadata: Mapping[str, str],
+    variant: str | None,
+    prediction: str | None,
+) -> None:
+    """Everything but the UNet's weights is copied unchanged, and the prediction if it is corrected."""
+    scheduler = "scheduler/scheduler_config.json"
+    schedule = read_schedule_config(source / scheduler, prediction)
     check_prediction(metadata, schedule.prediction, source)
     unet = read_weights(source / "unet", STEMS["unet"], variant)
-    tensors = changed(unet, change)
+    tensors = change(unet.tensors)
     index = read_index(source) or (XL_INDEX if stems(source) is XL_STEMS else MODEL_INDEX)
     with atomic_folder(out) as temporary:
         # Only the parts of the pipeline: people keep other weights next to them, which would not be merged.
@@ -113,6 +125,9 @@ def folder_to_folder(source: Path, change: Change, out: Path, metadata: Mapping[
         shutil.copy(source / "unet/config.json", temporary / "unet/config.json")
         infix = next((f".{v}" for v in (variant, "fp16") if v and f".{v}." in unet.file.name), "")  # as in the source
         write_tensors(temporary / "unet" / f"{STEMS['unet']}{infix}.safetensors", tensors, metadata)
+        if prediction:
+            contents = read_json(source / scheduler)
+            write_json(temporary / scheduler, contents | {"prediction_type": PUBLISHED[prediction]})
         write_json(temporary / "model_index.json", drop_absent_parts(index, temporary))
 
 
@@ -126,26 +141,41 @@ def drop_absent_parts(index: dict, folder: Path) -> dict:
     return index | ({"requires_safety_checker": False} if lacks("safety_checker") else {})
 
 
-def file_to_file(source: Path, change: Change, out: Path, metadata: Mapping[str, str], ema: bool) -> None:
+def file_to_file(
+    source: Path, change: Change, out: Path, metadata: Mapping[str, str], ema: bool, prediction: str | None
+) -> None:
     """Everything but the UNet's weights stays as it is. EMA copies are left out, since nothing was merged into them."""
-    unet = read_single_file(source, prediction="eps", ema=ema).unet  # the tensors do not depend on the prediction
+    model = read_single_file(source, prediction="eps", ema=ema)  # the tensors do not depend on the prediction
     tensors, header = read_tensors(source)
-    check_prediction(metadata, stated_prediction(tensors, header, source), source)
+    stated = prediction or stated_prediction(tensors, header, source)
+    check_prediction(metadata, stated, source)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMA)}
-    tensors |= {unet.name_in_file(name): tensor for name, tensor in changed(unet, change).items()}
-    prediction = MODELSPEC.get(metadata.get("prediction"))  # no tensor shows it
-    header = header | ({"modelspec.prediction_type": prediction} if prediction else {})
+    tensors |= {model.unet.name_in_file(name): tensor for name, tensor in change(model.unet.tensors).items()}
+    predicts = stated or metadata.get("prediction")
+    if predicts == "eps":
+        tensors.pop(V_PREDICTION, None)
+    elif predicts == "v" and model.text_2:
+        tensors[V_PREDICTION] = torch.zeros(0)  # how other tools know an XL that predicts v
+    if predicts:
+        header = header | {"modelspec.prediction_type": MODELSPEC[predicts]}
     write_tensors(out, tensors, {**header, **metadata})
 
 
-def folder_to_file(source: Path, change: Change, out: Path, metadata: Mapping[str, str], variant: str | None) -> None:
+def folder_to_file(
+    source: Path,
+    change: Change,
+    out: Path,
+    metadata: Mapping[str, str],
+    variant: str | None,
+    prediction: str | None,
+) -> None:
     """UNet, VAE and text encoder go into one file, under the names that such files use."""
-    model = read_model_folder(source, variant=variant)
+    model = read_model_folder(source, prediction, variant)
     check_prediction(metadata, model.schedule.prediction, source)
     usual, fields = ScheduleConfig(), ("train_steps", "beta_start", "beta_end", "beta_schedule")
     if any(getattr(model.schedule, field) != getattr(usual, field) for field in fields):
         raise ValueError(f"{source} has noise levels that a single file cannot state: write a folder, not {out}.")
-    unet = changed(model.unet, change)
+    unet = change(model.unet.tensors)
     tensors = to_single_file(
         unet, model.unet_config, model.vae.tensors, model.vae_config, model.text.tensors, model.text_config,
         model.text_2 and model.text_2.tensors, model.text_config_2,
@@ -154,5 +184,5 @@ def folder_to_file(source: Path, change: Change, out: Path, metadata: Mapping[st
         tensors[V_PREDICTION] = torch.zeros(0)  # how other tools know an XL that predicts v
     if model.schedule.zero_terminal_snr:
         tensors[ZERO_SNR] = torch.zeros(0)
-    prediction = {"modelspec.prediction_type": MODELSPEC[model.schedule.prediction]}  # no tensor shows it
-    write_tensors(out, tensors, {**metadata, **prediction})
+    said = {"modelspec.prediction_type": MODELSPEC[model.schedule.prediction]}  # no tensor shows it
+    write_tensors(out, tensors, {**metadata, **said})

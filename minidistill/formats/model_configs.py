@@ -279,6 +279,7 @@ def read_text_config(file: Path) -> CLIPTextConfig:
 
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # published name: ours
+PUBLISHED = {ours: published for published, ours in PREDICTIONS.items()}
 
 
 def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
@@ -286,9 +287,7 @@ def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
     contents = read_json(file)
     with reading(file):
         check_fixed(contents, SCHEDULE_FIXED, file)
-        kind = contents.get("_class_name")
-        if kind in ("DDIMScheduler", "PNDMScheduler"):  # others have spacings of their own, and we use DDIM for them
-            check_fixed(contents, {"timestep_spacing": "leading"}, file)
+        kind, spacing = contents.get("_class_name"), contents.get("timestep_spacing")
         published = contents.get("prediction_type", "epsilon")
         if published not in list(PREDICTIONS):  # a list, because the value may be unhashable
             raise CheckpointError(f'{file}: prediction_type is "{published}"; known are {", ".join(PREDICTIONS)}.')
@@ -297,6 +296,7 @@ def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
             prediction=prediction or PREDICTIONS[published],
             steps_offset=1,  # the official pipeline overrides any other value for Stable Diffusion
             set_alpha_to_one=contents.get("set_alpha_to_one", kind == "DDIMScheduler"),
+            spacing="trailing" if spacing == "trailing" else "leading",  # others are for samplers other than DDIM
         )
         if config.beta_schedule not in ("scaled_linear", "linear"):
             raise CheckpointError(
@@ -315,8 +315,8 @@ def published_schedule(config: ScheduleConfig) -> dict:
         SCHEDULE_KEYS,
         _class_name="DDIMScheduler",
         clip_sample=False,
-        prediction_type=next(published for published, ours in PREDICTIONS.items() if ours == config.prediction),
+        prediction_type=PUBLISHED[config.prediction],
         set_alpha_to_one=config.set_alpha_to_one,
         steps_offset=config.steps_offset,
-        timestep_spacing="leading",
+        timestep_spacing=config.spacing,
     )

@@ -69,8 +69,8 @@ def read_model_folder(folder: Path, prediction: str | None = None, variant: str 
     )
 
 
-def refuse_other_xl(folder: Path) -> None:
-    """Raise CheckpointError that names an SDXL with another schedule, or with a padding that is not SDXL's."""
+def refuse_other_schedules(folder: Path) -> None:
+    """Raise CheckpointError that names a model of few steps, or one with noise levels of its own."""
     file = folder / "scheduler/scheduler_config.json"
     schedule = read_json(file) if file.exists() else {}
     kind = str(schedule.get("_class_name"))
@@ -80,9 +80,13 @@ def refuse_other_xl(folder: Path) -> None:
         schedule.get("timestep_spacing") == "trailing" and not schedule.get("rescale_betas_zero_snr")
     ):
         raise CheckpointError(
-            f"{folder} takes a few steps without guidance, like Turbo and Lightning: there is nothing to distil. Use "
-            "the SDXL that it was made from."
+            f"{file} is that of a model that takes a few steps without guidance, like Turbo and Lightning: there is "
+            "nothing to distil. Use the model that it was made from."
         )
+
+
+def refuse_other_xl(folder: Path) -> None:
+    """Raise CheckpointError for an SDXL with a padding that is not SDXL's."""
     tokenizer = folder / "tokenizer_2/tokenizer_config.json"
     pad = read_json(tokenizer).get("pad_token") if tokenizer.exists() else None
     pad = pad.get("content") if isinstance(pad, dict) else pad
@@ -109,6 +113,7 @@ def refuse_other_pipelines(folder: Path) -> None:
         raise CheckpointError(f"{folder} is a {kind}, without a UNet: minidistill reads SD 1.x, 2.x and XL.")
     if contents.get("requires_aesthetics_score"):
         raise CheckpointError(f"{folder} is the SDXL refiner, which only finishes images: name SDXL itself.")
+    refuse_other_schedules(folder)
     if stems(folder) is XL_STEMS:
         refuse_other_xl(folder)
 
@@ -199,6 +204,9 @@ def match_text_names(tensors: dict[str, Tensor], kind: type[nn.Module] = CLIPTex
     prefix = "text_model." if next(iter(encoder.state_dict())).startswith("text_model.") else ""
     bare = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     bare.pop("embeddings.position_ids", None)  # 0, 1, 2, ...: in older files only
+    if kind is CLIPTextModel:  # some hold all of a CLIP
+        others = (PROJECTION, "logit_scale", "visual_projection.", "vision_model.")
+        bare = {name: tensor for name, tensor in bare.items() if not name.startswith(others)}
     return {name if name == PROJECTION else prefix + name: tensor for name, tensor in bare.items()}
 
 

@@ -121,7 +121,8 @@ NOT_NEEDED = re.compile(
     r"|cond_stage_model\.((model|transformer)\.)?(text_projection|logit_scale)(\.weight)?"
     r"|cond_stage_model\.model\.(attn_mask|visual\..*)"
     r"|cond_stage_model\.transformer\.(vision_model|visual_projection)\..*"
-    r"|conditioner\.embedders\.0\..*position_ids"
+    r"|conditioner\.embedders\..*position_ids"
+    r"|conditioner\.embedders\.0\.transformer\.(text_projection|logit_scale)(\.weight)?"
     r"|conditioner\.embedders\.1\.model\.(logit_scale|attn_mask|visual\..*)"
     r"|first_stage_model\.(loss|model_ema)\..*"
 )
@@ -161,7 +162,9 @@ def read_single_file(path: Path, prediction: str | None = None, ema: bool = Fals
     vae = network(tensors, VAE, vae_names(vae_config), path)
     vae.tensors.update({n: squeeze_kernel(t) for n, t in vae.tensors.items() if ".attentions.0." in n})
     text = texts[0]._replace(tensors=match_text_names(texts[0].tensors))
-    schedule = ScheduleConfig(prediction=prediction, zero_terminal_snr=ZERO_SNR in tensors)
+    zero_snr = ZERO_SNR in tensors  # sampling has to start at the last t, where it is zero
+    spacing = "trailing" if zero_snr else "leading"
+    schedule = ScheduleConfig(prediction=prediction, zero_terminal_snr=zero_snr, spacing=spacing)
     model = Description(unet_config, vae_config, text_configs[0], schedule, unet, vae, text, version.pad_token)
     if version is not XL:
         return model
@@ -266,7 +269,7 @@ def unet_shapes(tensors: Tensors, version: Version, prediction: str) -> UNetConf
     def shape(name: str) -> tuple[int, ...]:
         return tensors[UNET + name].shape
 
-    large = prediction == "v" and version is not XL  # SD 2.1 at 768 pixels, which overflows in float16
+    large = version.prediction == prediction == "v"  # SD 2.1 at 768 pixels, which overflows in float16
     layers = number(tensors, UNET + "input_blocks.{}.0.in_layers.0.weight", first=1)
     firsts = [1]  # the first block of each level
     while f"{UNET}input_blocks.{firsts[-1] + layers}.0.op.weight" in tensors:

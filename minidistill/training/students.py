@@ -56,7 +56,8 @@ class FullCopy:
     def save(sd: StableDiffusion, result: Path, args: argparse.Namespace, metadata: dict[str, str]) -> None:
         if not result.exists():  # it exists if a run is resumed that was stopped during its report
             change = replaced_by(sd.unet.student)
-            write_checkpoint(args.model, change, result, metadata, variant=args.variant, ema=args.ema)
+            which = dict(variant=args.variant, ema=args.ema, prediction=args.prediction)
+            write_checkpoint(args.model, change, result, metadata, **which)
 
 
 MOST_FEW_STEPS = 500  # with more, the last step starts at t = 0, where DDIM has nothing left to do
@@ -108,7 +109,7 @@ def choose_steps(args: argparse.Namespace) -> None:
         )
     if few and few > MOST_FEW_STEPS:
         raise ValueError(f"--student-steps is at most {MOST_FEW_STEPS}, not {few}.")
-    args.spacing = "trailing" if few else "leading"
+    args.spacing = "trailing" if few else None  # the model's own
     args.stride = args.stride or (1 if few else 3)
     args.sample_steps = args.sample_steps or (few * max(1, round(24 / few)) if few else 25)
     if few and args.sample_steps % few:
@@ -140,4 +141,4 @@ def merge_style(unet: nn.Module, lora: ScaledFile | None) -> dict[str, str]:
             f"--teacher-lora {lora.path} has learned guidance, which must not be learned twice: name a style."
         )
     merge_file(unet, file)
-    return {"teacher_lora": f"{lora.path.name}:{lora.scale:g}"}
+    return {"teacher_lora": f"{file.path.name}:{lora.scale:g}"}

@@ -21,6 +21,7 @@ from minidistill.export import __main__ as export
 from minidistill.formats import tensor_files
 from minidistill.formats.files import read_json, write_json
 from minidistill.formats.lora_formats import peft_tensors, read_lora
+from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
 from minidistill.formats.model_configs import published_unet, published_vae
 from minidistill.formats.tensor_files import write_tensors
 from minidistill.unet import UNet
@@ -291,6 +292,8 @@ def test_a_student_of_another_prediction_is_refused(
     with pytest.raises(CheckpointError, match="predicts v, and .* says that it predicts eps: give --model"):
         export.main([str(student_of_it), *flags, str(model), "--out", str(tmp_path / out)])
     assert not (tmp_path / out).exists()
+    export.main([str(student_of_it), *flags, str(model), "--out", str(tmp_path / out), "--prediction", "v"])
+    assert load(tmp_path / out).schedule.prediction == "v"  # what is written is corrected
 
 
 def test_the_averaged_copy_of_a_single_file(student_of_it: Path, ordinary: Path, tmp_path: Path):
@@ -448,6 +451,8 @@ def test_8_bits_are_refused(run: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"weights of 8 bits \(.*16 or 32 bits"):
         export.main([str(run), "--to", "checkpoint", "--model", str(model), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+    write_checkpoint(model, replaced_by(tiny_unet()), tmp_path / "out", {})  # a full copy is whole, in float16
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / UNET).values()} == {torch.float16}
 
 
 def test_nothing_is_written_over_what_it_is_made_from(run: Path):

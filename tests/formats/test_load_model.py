@@ -361,6 +361,37 @@ def test_defaults_of_samplers(config: dict, alpha_to_one: bool, beta_end: float,
     assert (found.set_alpha_to_one, found.beta_end, found.steps_offset) == (alpha_to_one, beta_end, 1)
 
 
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_with_zero_terminal_snr_the_spacing_is_the_files(kind: str, folder: Path) -> None:
+    file = folder / "scheduler/scheduler_config.json"
+    changes = dict(timestep_spacing="trailing", rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": kind} | changes))
+    sd = load(folder)
+    assert sd.schedule.timesteps(4) == [999, 749, 499, 249] and sd.schedule.timesteps(4, "leading")[0] == 751
+    for guidance in (1, 3):
+        images = [
+            sd.sample("an apple", steps=3, guidance=guidance, spacing=s)[0] for s in (None, "trailing", "leading")
+        ]
+        assert images[0].tobytes() == images[1].tobytes() != images[2].tobytes()
+
+
+@pytest.mark.parametrize("changes", [{"_class_name": "LCMScheduler"}, {"timestep_spacing": "trailing"}], ids=str)
+def test_models_of_few_steps_are_named(changes: dict, folder: Path) -> None:
+    """SD Turbo, for example: guidance would burn its images."""
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "EulerDiscreteScheduler"} | changes))
+    with pytest.raises(CheckpointError, match="few steps without guidance"):
+        load(folder)
+
+
+def test_a_text_encoder_that_is_a_whole_clip(folder: Path) -> None:
+    file, expected = folder / "text_encoder/model.safetensors", load(folder).encode_prompt(["an apple"]).tokens
+    extras = {"text_projection.weight": torch.zeros(2, 2), "logit_scale": torch.ones(())}
+    extras |= {"vision_model.post_layernorm.bias": torch.zeros(2), "visual_projection.weight": torch.zeros(2, 2)}
+    save_file(load_file(file) | extras, file, {"format": "pt"})
+    assert torch.equal(load(folder).encode_prompt(["an apple"]).tokens, expected)
+
+
 @pytest.mark.parametrize("changes", [dict(timestep_spacing="trailing"), dict(beta_end=5), dict(beta_start=1)], ids=str)
 def test_other_schedules(changes: dict, folder: Path) -> None:
     file = folder / "scheduler/scheduler_config.json"
@@ -683,9 +714,10 @@ def test_what_a_file_says_of_its_prediction(kind: str, tmp_path: Path) -> None:
     version, metadata, marks, prediction = MARKS[kind]
     tensors = tiny_tensors(version) | {name: torch.zeros(0) for name in marks}
     save_file(tensors, tmp_path / "model.safetensors", metadata)
-    schedule = load(tmp_path / "model.safetensors").schedule
-    assert schedule.prediction == prediction
-    assert (schedule.alphas_cumprod[-1] < 1e-6) == ("ztsnr" in marks)
+    sd = load(tmp_path / "model.safetensors")
+    assert sd.schedule.prediction == prediction
+    assert (sd.schedule.alphas_cumprod[-1] < 1e-6) == (sd.schedule.timesteps(2)[0] == 999) == ("ztsnr" in marks)
+    assert sd.unet_config.sample_size == (96 if (version, prediction) == (2, "v") else 64)
 
 
 def test_an_unknown_prediction_is_named(tensors: dict[str, Tensor], tmp_path: Path) -> None:

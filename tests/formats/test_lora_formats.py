@@ -331,6 +331,16 @@ def test_alpha_in_the_json_of_peft(config: dict, alpha: float, tmp_path: Path):
     assert read_lora(tmp_path).layers[LAYER].alpha == alpha
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_a_peft_adapter_that_changed_w_is_refused(start: str, tmp_path: Path):
+    """Its pair was taken out of W, so beside an unchanged W it is wrong."""
+    key = SPELLINGS["peft"](LAYER)
+    save_file(dict(zip((key, up_key(key)), pair(4))), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(dict(r=4, lora_alpha=4, init_lora_weights=start)))
+    with pytest.raises(CheckpointError, match=f"began as {start}.*path_initial_model_for_weight_conversion"):
+        read_lora(tmp_path)
+
+
 KEY = ENDINGS["kohya"][0].removesuffix(".lora_down.weight")
 DAMAGED = {
     "DoRA": ({f"{KEY}.dora_scale": randn(64, 1)}, {}, "dora_scale"),

@@ -55,7 +55,9 @@ def same(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def with_extras(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What published files also hold."""
     extras = {TEXT + "text_model.embeddings.position_ids": torch.arange(TOKENS)[None]}
-    return tensors | extras | {TEXT_2 + "logit_scale": torch.tensor(4.6), "denoiser.sigmas": torch.zeros(1000)}
+    extras |= {TEXT_2 + "transformer.text_model.embeddings.position_ids": torch.arange(TOKENS)[None]}
+    extras |= {TEXT + "text_projection.weight": torch.zeros(2, 2), TEXT_2 + "logit_scale": torch.tensor(4.6)}
+    return tensors | extras | {"denoiser.sigmas": torch.zeros(1000)}
 
 
 @pytest.mark.parametrize("change", [same, with_extras])

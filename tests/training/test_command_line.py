@@ -3,11 +3,13 @@
 import io
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import ROOT
 from tqdm import tqdm
 
 from minidistill import CheckpointError, load
@@ -103,6 +105,14 @@ def test_no_tokenizer_names_the_flag(tiny_model: Path, tmp_path: Path):
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(CheckpointError, match="holds no tokenizer.*--tokenizer FOLDER"):
         load(folder).encode_prompt(["a rocket"])
+
+
+def test_the_default_model_is_that_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Elsewhere its path must not look like a hub id, which would be fetched."""
+    monkeypatch.chdir(tmp_path)
+    shown = "from minidistill.training.command_line import DEFAULT_MODEL; print(DEFAULT_MODEL.resolve())"
+    found = subprocess.run([sys.executable, "-c", shown], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert found.stdout.strip() == str(ROOT / "weights/pocket-emoji")
 
 
 def test_a_missing_model_names_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -16,10 +16,12 @@ from typing import IO
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import ROOT, UPDATES, listing, same_result
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from minidistill.data import shards
+from minidistill.formats.files import read_json, write_json
 from minidistill.formats.lora_formats import read_lora
 from minidistill.training.run_folder import lock, resume, save_checkpoint
 
@@ -148,6 +150,20 @@ def test_resume_with_other_prompts_in_the_file_is_refused(command, flags, prompt
     own.write_text(prompts_file.read_text() + "\na blue boat\na red boat\n")
     result = command("train.py", *flags(tmp_path / "run", prompts=own), "--no-report", "--resume")
     assert f"--prompts {own}" in result.complaint
+
+
+@pytest.mark.parametrize("part", ["scheduler", "vae"])
+def test_resume_with_another_part_of_the_model_is_refused(part: str, command, flags, tiny_model: Path, tmp_path: Path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    run = [*flags(tmp_path / "run", model=model), "--no-report"]
+    command("train.py", *run)
+    if part == "scheduler":
+        file = model / "scheduler/scheduler_config.json"
+        write_json(file, read_json(file) | {"prediction_type": "v_prediction"})
+    else:
+        file = model / "vae/diffusion_pytorch_model.safetensors"
+        save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+    assert f"--model {model}" in command("train.py", *run, "--resume").complaint
 
 
 def test_a_second_run_beside_the_first_is_refused(whole_run, command, flags, tmp_path: Path):
