@@ -163,8 +163,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--stride", **n, help="use every N-th DDIM step, for more images per minute (default: 3, or 1 with "
         "--student-steps)")
     add("--sample-batch", **n, help="images sampled at once (default: as many as --batch)")
-    add("--trajectories", **n, default=480, help="images the teacher samples; the student learns from the states on "
-        "the way (default: %(default)s)")
+    add("--trajectories", **n, help="images the teacher samples; the student learns from the states on the way "
+        "(default: 240; 480 with --student-steps or --source noised)")
     add = parser.add_argument_group("the student, one UNet call a step, learns from them").add_argument
     add("--student", choices=STUDENTS, help="what learns: a LoRA, or a full copy of the UNet (default: lora)")
     add("--source", choices=SOURCES, help="learn from the teacher's trajectories, or from its images or --images, "

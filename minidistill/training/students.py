@@ -97,7 +97,7 @@ def choose_method(args: argparse.Namespace) -> None:
 
 
 def choose_steps(args: argparse.Namespace) -> None:
-    """Fill in ``args.sample_steps``, ``args.stride`` and ``args.spacing``, which depend on ``args.student_steps``.
+    """Fill in the settings of the teacher's trajectories that depend on ``args.student_steps``.
 
     Raises ValueError for flags that contradict each other.
     """
@@ -111,6 +111,8 @@ def choose_steps(args: argparse.Namespace) -> None:
         raise ValueError(f"--student-steps is at most {MOST_FEW_STEPS}, not {few}.")
     args.spacing = "trailing" if few else None  # the model's own
     args.stride = args.stride or (1 if few else 3)
+    whole = args.source == "trajectories" and not few  # nine states of each to learn from, otherwise fewer
+    args.trajectories = args.trajectories or (240 if whole else 480)
     args.sample_steps = args.sample_steps or (few * max(1, round(24 / few)) if few else 25)
     if few and args.sample_steps % few:
         raise ValueError(f"--sample-steps {args.sample_steps} must be a multiple of --student-steps {few}.")
