@@ -43,6 +43,8 @@ def main() -> None:
     options = sampling_options(args, student)
 
     sd = load(args.model, **cli.load_options(args))
+    if args.interval:
+        cli.check_interval(args.interval, sd.schedule.timesteps(options["steps"], args.spacing))
     for style in styles:
         merge_file(sd.unet, style)
     if student is None:
@@ -174,7 +176,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", **n, help="DDIM steps; with a LoRA of few steps the student's (default: as many as it was taught, "
         "else 25)")
     add("--spacing", choices=SPACINGS, help="of the steps: leading, as Stable Diffusion has it, or trailing, which is "
-        "better for few steps (default: as the LoRA was taught, else leading)")
+        "better for few steps (default: as the LoRA was taught, else the model's own)")
     add("--batch", **n, default=8, help="images sampled at once (default: %(default)s)")
     # fmt: on
     args = parser.parse_args(argv)

@@ -98,7 +98,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     update = UpdateGraph(update, can_record(args, ranks, source, sd.device))  # recorded and replayed on one GPU
     sampling = sampling_options(args)
     progress = Progress(
-        out, losses, sd.unet, trained, optimizer, recorded, ranks, steps=args.steps, peak=peak,
+        out, losses, sd.unet, trained, optimizer, recorded, ranks, parts=args.accumulate, steps=args.steps, peak=peak,
         # With few steps, the way from any state to the next may be guided.
         interval=None if args.student_steps else args.interval, save_every=args.save_every, before_saving=update.forget,
         preview=None if args.no_report else partial(write_preview, sd, out, spread(source.held_out, 8), **sampling),
@@ -160,8 +160,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--teacher-lora", type=cli.ScaledFile.parse, metavar="FILE[:SCALE]", help="a style for the "
         "teacher: a LoRA file that has not learned guidance, merged into W")
     add("--sample-steps", **n, help="DDIM steps from noise to image (default: 25; with --student-steps about 24)")
-    add("--stride", **n, help="use every N-th DDIM step, for more images per minute (default: 3, or 1 with "
-        "--student-steps)")
+    add("--stride", **n, help="use every N-th DDIM step, for more images per minute (default: 3; less for "
+        "few --sample-steps, and 1 with --student-steps)")
     add("--sample-batch", **n, help="images sampled at once (default: as many as --batch)")
     add("--trajectories", **n, help="images the teacher samples; the student learns from the states on the way "
         "(default: 240; 480 with --student-steps or --source noised)")
@@ -211,7 +211,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     less_memory = (
         "Try, in this order: --memory low, which takes more time; --accumulate with the number of --batch; "
-        "--dtype bfloat16; a smaller --batch; a lower --rank."
+        "--sample-batch 1; --dtype bfloat16; a smaller --batch; a lower --rank."
     )
     with cli.one_line_errors("train.py", "stopped. Continue with the same command and --resume.", less_memory):
         args = parse()

@@ -9,16 +9,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from minidistill.formats.files import atomic_write
+from minidistill.formats.files import atomic_write, digest
 from minidistill.formats.tensor_files import sort_header
+from minidistill.schedule import Schedule
 
 
 def fingerprint(*networks: nn.Module) -> str:
     """A hash of the frozen weights, bit for bit: other weights make other trajectories."""
-    digest = hashlib.sha256()
+    sha = hashlib.sha256()
     for weight in (p for network in networks for p in network.parameters() if not p.requires_grad):
-        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())  # flat: 1x1 kernels on a GPU
-    return digest.hexdigest()[:16]
+        sha.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())  # flat: 1x1 kernels on a GPU
+    return sha.hexdigest()[:16]
+
+
+def schedule_fingerprint(schedule: Schedule) -> str:
+    """A hash of the noise levels, the spacing of the steps, and what the UNet predicts."""
+    levels = [schedule.alphas_cumprod.tolist(), schedule.final_alpha.item()]
+    return digest(f"{levels} {schedule.steps_offset} {schedule.spacing} {schedule.prediction}".encode())
 
 
 def write_shard(file: Path, tensors: dict[str, Tensor], made_with: str) -> None:
@@ -40,8 +47,8 @@ def read_shard(file: Path) -> tuple[dict[str, Tensor], str] | None:
 
 def checksum(tensors: Mapping[str, Tensor], made_with: str) -> str:
     """A hash of everything in a shard: safetensors itself does not notice a flipped bit."""
-    digest = hashlib.sha256(made_with.encode())
+    sha = hashlib.sha256(made_with.encode())
     for name, x in sorted(tensors.items()):
-        digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
-        digest.update(x.view(torch.uint8).numpy())
-    return digest.hexdigest()
+        sha.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        sha.update(x.view(torch.uint8).numpy())
+    return sha.hexdigest()

@@ -91,7 +91,7 @@ def run(args: Namespace) -> None:
     if args.write:
         write_dial(file, [(row["guidance"], row["measured"]["strength"]) for row in rows])
 
-    report = args.provenance | {"prompts": args.prompts, "seed": EVALUATION_SEED, "learned": learned}
+    report = args.provenance | {"prompts": len(held_out), "seed": EVALUATION_SEED, "learned": learned}
     write_json(args.out / "dial.json", report | {"rows": rows})
     plot(rows, nominal, args.out / "dial.png")
     with atomic_write(args.out / "dial-pictures.png") as temporary:

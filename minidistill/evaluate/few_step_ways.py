@@ -26,6 +26,7 @@ from minidistill.data.trajectories import generate
 from minidistill.distill import ddim_coefficients, learning_rate
 from minidistill.evaluate.metrics import EVALUATION_SEED
 from minidistill.evaluate.quality import model_stamp
+from minidistill.formats.files import digest
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import LoRAFile, read_lora
 from minidistill.formats.lora_io import add_student, merge_file, save_lora
@@ -93,7 +94,12 @@ class Lesson:
 
 
 def read_lesson(sd: StableDiffusion, captions: list[str], args: Namespace, steps: int) -> Lesson:
-    """Have the teacher sample what is missing, as train.py --student-steps does, and read all of it."""
+    """Have the teacher sample what is missing, as train.py --student-steps does, and read all of it.
+
+    Raises ValueError for W in 8 bits.
+    """
+    if args.weights:
+        raise ValueError(f"--weights {args.weights} does not allow what is done here, merging LoRAs: leave it out.")
     count = args.trajectories
     stored = generate(
         sd, captions, args.out / f"states-{steps}", count=count, steps=args.teacher_steps, guidance=args.guidance,
@@ -295,8 +301,8 @@ def learned(name: str, steps: int, lesson: Lesson, one_pass: LoRAFile | None, ar
     sd = load(args.model, **load_options(args))
     made_with = (
         f"{args.updates} updates, rank {args.rank}, {args.trajectories} trajectories of {args.teacher_steps} steps, "
-        f"guidance {args.guidance:g}, {sd.schedule.prediction}, {sd.width}x{sd.height}, "
-        f"{model_stamp(sd, args)['networks']}, {way.needs_one_pass and one_pass.path}"
+        f"guidance {args.guidance:g}, "
+        f"{model_stamp(sd, args)}, {way.needs_one_pass and digest(one_pass.path.read_bytes())}"
     )
     if not file.exists():
         start = time.perf_counter()

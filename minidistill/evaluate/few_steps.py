@@ -67,6 +67,7 @@ def run(args: Namespace) -> None:
     stamp = model_stamp(sd, args) | dict(prompts=prompts, steps=args.teacher_steps, guidance=args.guidance)
     teacher = pil_images(cached(args.out / "teacher.safetensors", stamp, teacher_images)["images"])
     measures = measuring(sd, prompts, args)
+    report = args.provenance | {"prompts": len(prompts) // args.each, "each": args.each}
 
     def compare(N: int) -> None:
         rows, drawn = [], []
@@ -75,7 +76,7 @@ def run(args: Namespace) -> None:
             row = {"way": name, "calls": calls, "seconds of learning": float(seconds)}
             rows.append(row | {"measures": measures(images, teacher)})
             drawn.append(Drawn(name, images[:: args.each], calls, 0.0))
-            write_json(args.out / f"few-steps-{N}.json", args.provenance | {"prompts": len(prompts), "rows": rows})
+            write_json(args.out / f"few-steps-{N}.json", report | {"rows": rows})
             print(table(rows).splitlines()[-1], flush=True)
 
         def add_lora(name: str, *loras: LoRAFile) -> None:

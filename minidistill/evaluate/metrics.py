@@ -125,8 +125,9 @@ def noise_error_share(
         states = cache(f"{first:06d}", partial(teacher_states, sd, some, seeds, **teacher))
         z_t, eps_hat, eps_cond = (states[name].to(sd.device) for name in ("z_t", "eps_hat", "eps_cond"))
         eps = predict_each(student(sd.unet, sd.encode_prompt(some)), z_t, timesteps)
-        e, g = eps.double() - eps_cond, eps_hat.double() - eps_cond
-        parts.append([x.sum((2, 3, 4)).cpu() for x in ((e - g).square(), g.square(), e * g)])
+        eps, eps_hat, eps_cond = (x.cpu().double() for x in (eps, eps_hat, eps_cond))  # Apple's GPUs have no float64
+        e, g = eps - eps_cond, eps_hat - eps_cond
+        parts.append([x.sum((2, 3, 4)) for x in ((e - g).square(), g.square(), e * g)])
     return ErrorShare(*(torch.cat(x) for x in zip(*parts)))
 
 

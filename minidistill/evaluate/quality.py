@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from minidistill.data.prompts import prompt_split, read_prompts, spread
-from minidistill.data.shards import fingerprint, read_shard, write_shard
+from minidistill.data.shards import fingerprint, read_shard, schedule_fingerprint, write_shard
 from minidistill.evaluate import metrics
 from minidistill.evaluate.figures import figure_file
 from minidistill.evaluate.image_grid import comparison_grid
@@ -34,17 +34,18 @@ from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write, digest, write_json
 from minidistill.formats.float8 import merge_to_sample
 from minidistill.formats.load_model import load
-from minidistill.guidance import Interval
 from minidistill.pipeline import StableDiffusion, pil_images
 from minidistill.training.command_line import (
     DEFAULT_GUIDANCE,
     ScaledFile,
     add_model_flags,
+    check_interval,
     finite,
     fraction,
     load_options,
     positive_int,
 )
+from minidistill.training.command_line import interval as read_interval
 
 POSITIONAL = "[RUN_OR_LORA[:SCALE] ...] "
 Row = dict[str, Estimate]  # the measures of one method
@@ -83,6 +84,7 @@ def run(args: Namespace) -> None:
     each = -(-args.pictures // len(prompts))
     repeated = [prompt for prompt in prompts for _ in range(each)]
     options = dict(steps=args.steps, batch=args.batch, **teacher._asdict())
+    intervals = [read_interval(ends) for ends in dict.fromkeys(map(tuple, args.interval))]
     print(f"{len(prompts)} prompts, {each} images of each, {teacher}, {args.steps} DDIM steps")
     for label, student in students.items():
         if student.few_steps:
@@ -124,8 +126,13 @@ def run(args: Namespace) -> None:
     for share in dict.fromkeys(args.selective):
         label = f"guided but for the last {100 * share:g}%"
         rows.append(images(sd, "teacher", label, selective=share, interval=None))
-    for low, high in dict.fromkeys(map(tuple, args.interval)):
-        rows.append(images(sd, "teacher", f"guided at t from {low:g} to {high:g}", interval=Interval(low, high)))
+    for interval in intervals:
+        check_interval(interval, sd.schedule.timesteps(args.steps))
+        rows.append(images(sd, "teacher", f"guided at t from {interval.low:g} to {interval.high:g}", interval=interval))
+    teachers = {}  # of the students of few steps: theirs took other steps
+    for many in dict.fromkeys(student.few_steps[1] for student in students.values() if student.few_steps):
+        rows.append(images(sd, "teacher", f"teacher, {many} trailing steps", steps=many, spacing="trailing"))
+        teachers[many] = rows[-1]
     shares: dict[str, dict[str, ErrorShare]] = {}
     for label, student in students.items():
         sd = load(args.model, **load_options(args))
@@ -139,16 +146,14 @@ def run(args: Namespace) -> None:
         merge_to_sample(sd.unet)
         rows.append(images(sd, "student", label, learned, **student.sampling))
 
-    references = {}  # features [N, D] of the sets of images to compare with
-    if clip:
-        references["teacher"] = clip.embed_images(rows[0].images)
-    if clip and truth:
-        references["rendered"] = clip.embed_images(truth)
+    rendered = clip.embed_images(truth) if clip and truth else None  # [N, D]
     measures: dict[str, Row] = {}
     for row in rows:
         print(f"measuring: {row.method}", flush=True)
         errors = {name: metrics.interval(x.errors, x.gaps) for name, x in shares.get(row.method, {}).items()}
-        measures[row.method] = errors | measure(row, rows[0], repeated, each, clip, judge, references)
+        few_steps = row.method in students and students[row.method].few_steps
+        own_teacher = teachers[few_steps[1]] if few_steps else rows[0]
+        measures[row.method] = errors | measure(row, own_teacher, repeated, each, clip, judge, rendered)
 
     write_results(args, rows, measures, shares, sd.schedule.timesteps(args.steps), prompts, each)
 
@@ -162,10 +167,10 @@ def read_judge(name: str | None) -> ModuleType | None:
 
 
 def model_stamp(sd: StableDiffusion, args: Namespace) -> dict[str, object]:
-    """What images depend on beside prompts and guidance: weights, what the UNet predicts, device, dtype and size."""
+    """What images depend on beside prompts and guidance: weights, schedule, device, dtype and size."""
     return {
         "networks": [fingerprint(part) for part in (sd.unet, sd.vae, sd.text_encoder)],
-        "prediction": sd.schedule.prediction,
+        "schedule": schedule_fingerprint(sd.schedule),
         "where": f"{args.device} {args.dtype} {sd.width}x{sd.height}",
     }
 
@@ -188,13 +193,13 @@ def measure(
     each: int,
     clip: ClipScore | None,
     judge: ModuleType | None,
-    references: Mapping[str, Tensor],
+    rendered: Tensor | None,
 ) -> Row:
-    """Compare one method's images with the teacher's, the prompts and the ``references``.
+    """Compare one method's images with its teacher's, with the prompts, and with the features [N, D] of rendered ones.
 
     Each prompt has ``each`` consecutive images.
     """
-    by_image = {}
+    by_image, references = {}, {}
     if row is not teacher:
         by_image["PSNR"] = metrics.psnr(row.images, teacher.images)
         if find_spec("skimage"):  # a development extra
@@ -203,13 +208,15 @@ def measure(
         features = clip.embed_images(row.images)
         by_image["CLIP score"] = 100 * (features * clip.embed_prompts(prompts)).sum(-1)
     if clip and row is not teacher:
+        references["teacher"] = clip.embed_images(teacher.images)
         by_image["CLIP similarity"] = 100 * (features * references["teacher"]).sum(-1)
+    if rendered is not None:
+        references["rendered"] = rendered
     if judge:
         by_image |= judge.measures(pixels(row.images), prompts)
     estimates = {name: metrics.interval(values.view(-1, each)) for name, values in by_image.items()}
     for name, others in references.items():
-        if not (name == "teacher" and row is teacher):
-            estimates[f"Fréchet to {name}"] = metrics.frechet_interval(features, others, each)
+        estimates[f"Fréchet to {name}"] = metrics.frechet_interval(features, others, each)
     return estimates
 
 

@@ -42,6 +42,7 @@ def run(args: Namespace) -> None:
     lesson, measures = read_lesson(sd, captions, args, N), measuring(sd, prompts, args)
     coupled, steps = (learned(way, N, lesson, one_pass, args) for way in ("train.py", "on top of the one-pass student"))
 
+    report = args.provenance | {"prompts": len(prompts) // args.each, "each": args.each}
     rows, drawn = [], []
     for w in args.scales:
         guidance = one_pass.scaled(one_pass.dial.strength(w))
@@ -56,7 +57,7 @@ def run(args: Namespace) -> None:
             row = {"way": f"w = {w:g}: {name}", "calls": calls, "measures": measures(sampled, teacher)}
             rows.append(row | {"guidance": w, "seconds of learning": 0.0})
             drawn.append(Drawn(rows[-1]["way"], sampled[:: args.each], calls, 0.0))
-        write_json(args.out / f"steering-{N}.json", args.provenance | {"prompts": len(prompts), "rows": rows})
+        write_json(args.out / f"steering-{N}.json", report | {"rows": rows})
     with atomic_write(args.out / f"steering-{N}.png") as temporary:
         comparison_grid(drawn, prompts[:: args.each], columns=6, side=96).save(temporary, "png")
     print(f"{table(rows)}\n\nImages and JSON: {args.out}")

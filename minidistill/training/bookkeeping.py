@@ -40,7 +40,8 @@ class Progress:
     Args:
         out: the run's folder.  losses: those of earlier updates; the run continues after them.
         unet: teacher and student.  trained: its parameters that learn.  settings: go into checkpoints.
-        steps: updates of the whole run.  peak: learning rate.  save_every: updates between checkpoints.
+        parts: in which a batch is computed.  steps: updates of the whole run.  peak: learning rate.
+        save_every: updates between checkpoints.
         interval: of the teacher's guidance.  before_saving: called before the student is checked and saved.
         preview: called with the number of updates after each checkpoint; None for no preview.
     """
@@ -55,6 +56,7 @@ class Progress:
         settings: dict[str, str],
         ranks: Ranks,
         *,
+        parts: int,
         steps: int,
         peak: float,
         save_every: int,
@@ -64,7 +66,7 @@ class Progress:
     ):
         self.out, self.losses, self.settings, self.ranks = out, losses, settings, ranks
         self.unet, self.trained, self.optimizer = unet, trained, optimizer
-        self.interval, self.total, self.peak, self.save_every = interval, steps, peak, save_every
+        self.parts, self.interval, self.total, self.peak, self.save_every = parts, interval, steps, peak, save_every
         self.preview, self.before_saving = preview, before_saving
         self.recent: deque[Batch] = deque()  # the last ENOUGH_EXAMPLES or more, with their targets
         self.unread: list[Tensor] = []  # loss and gradient norm of the last updates, still on the device
@@ -87,7 +89,7 @@ class Progress:
 
     def remember(self, batch: Batch, target: Tensor) -> None:
         """Keep the last examples and targets, to check before a checkpoint that the student has not diverged."""
-        self.recent.append(replace(batch, target=target))
+        self.recent.extend(replace(batch, target=target).split(self.parts))
         while sum(map(len, self.recent)) - len(self.recent[0]) >= ENOUGH_EXAMPLES:
             self.recent.popleft()
 

@@ -27,7 +27,8 @@ from minidistill.distill import Batch
 
 @dataclass(frozen=True)
 class Ranks:
-    """This is process ``rank`` of ``world``, and it computes on ``device``. Only rank 0 writes and prints."""
+    """This is process ``rank`` of ``world``, and it computes on ``device``. Only rank 0 prints, and writes
+    anything but shards."""
 
     rank: int = 0
     world: int = 1

@@ -13,7 +13,7 @@ from typing import IO
 import torch
 from torch import nn
 
-from minidistill.data.shards import fingerprint
+from minidistill.data.shards import fingerprint, schedule_fingerprint
 from minidistill.formats.files import atomic_write, digest
 from minidistill.pipeline import StableDiffusion
 from minidistill.training.cuda_graph import load_moments
@@ -108,9 +108,7 @@ def flag_fingerprints(
 ) -> dict[str, str]:
     """Fingerprints for ``fixed_settings``: of the model, whose UNet and text encoder have the fingerprint ``weights``,
     of the teacher's style, and of the words that --tokenizer knows."""
-    schedule = sd.schedule
-    levels = [schedule.prediction, schedule.spacing, *schedule.alphas_cumprod.tolist(), schedule.final_alpha.item()]
-    found = {"model": digest(f"{weights} {fingerprint(sd.vae)} {levels}".encode())}
+    found = {"model": digest(f"{weights} {fingerprint(sd.vae)} {schedule_fingerprint(sd.schedule)}".encode())}
     found |= {flag: digest(file_and_scale.encode()) for flag, file_and_scale in style.items()}
     if args.tokenizer:
         found["tokenizer"] = digest(str(sorted(sd.tokenizer.get_vocab().items())).encode())

@@ -1,11 +1,12 @@
 """What the student learns from (``train.py --source``): the teacher's trajectories, its images, or your own."""
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 from minidistill.data import images
 from minidistill.data.examples import Examples, NoisedLatents, StoredStates, prompts_of
-from minidistill.data.prompts import every_tenth_held_out, prompt_split
+from minidistill.data.prompts import prompt_split
 from minidistill.data.trajectories import Trajectories, generate
 from minidistill.formats.files import digest
 from minidistill.pipeline import StableDiffusion
@@ -74,13 +75,17 @@ class FromImages(FromNoised):
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.images, self.left_out = images.read_folder(args.images)
-        self.captions, self.held_out = every_tenth_held_out(image.caption for image in self.images)
+        captions = [caption for caption, _ in Counter(image.caption for image in self.images).most_common()]
+        held_out = captions[9::10]  # of ten captions, the one with the fewest images
+        self.captions = [caption for caption in captions if caption not in set(held_out)]
+        self.held_out = held_out or captions
         self.stamp = {"images": images.version(self.images)}
 
     def latents(self, sd: StableDiffusion, folder: Path, weights: str, ranks: Ranks) -> images.ImageLatents:
         latents, unusable = images.encode(sd, self.images, self.captions, folder, ranks.rank, ranks.wait)
         for file, reason in (self.left_out | unusable).items():
             print(f"Left out: {file}: {reason}.")
+        print(f"Learning from {len(latents)} images.")
         return latents
 
 

@@ -110,10 +110,12 @@ def choose_steps(args: argparse.Namespace) -> None:
     if few and few > MOST_FEW_STEPS:
         raise ValueError(f"--student-steps is at most {MOST_FEW_STEPS}, not {few}.")
     args.spacing = "trailing" if few else None  # the model's own
-    args.stride = args.stride or (1 if few else 3)
     whole = args.source == "trajectories" and not few  # nine states of each to learn from, otherwise fewer
     args.trajectories = args.trajectories or (240 if whole else 480)
     args.sample_steps = args.sample_steps or (few * max(1, round(24 / few)) if few else 25)
+    args.stride = args.stride or (1 if few else min(3, max(1, args.sample_steps // 8)))
+    if args.stride >= max(args.sample_steps, 2):
+        raise ValueError(f"--stride {args.stride} must be less than --sample-steps, which is {args.sample_steps}.")
     if few and args.sample_steps % few:
         raise ValueError(f"--sample-steps {args.sample_steps} must be a multiple of --student-steps {few}.")
 

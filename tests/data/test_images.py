@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from minidistill import StableDiffusion
 from minidistill.data.images import ImageLatents, encode, read_folder, read_image
 from minidistill.formats.lora_formats import read_lora
+from minidistill.training.sources import FromImages
 
 SIDE = 16  # of the tiny model's images
 
@@ -281,6 +283,18 @@ def test_flags_that_contradict_images_are_refused(
 ):
     result = command("train.py", *flags(tiny_model, folder, tmp_path / "run", *more))
     assert message in result.complaint and len(result.lines) == 1 and not (tmp_path / "run").exists()
+
+
+def test_of_ten_captions_the_rarest_is_held_out(tmp_path: Path):
+    """Not the most frequent, which most of the images may have."""
+    for i in range(12):
+        write(tmp_path / f"{i:02}.png", i, "a dog" if i < 3 else f"a dog {i}")
+    source = FromImages(Namespace(images=tmp_path))
+    assert len(source.captions) == 9 and source.captions[0] == "a dog" and source.held_out == ["a dog 11"]
+    for i in range(3, 12):
+        (tmp_path / f"{i:02}.png").unlink()
+    source = FromImages(Namespace(images=tmp_path))
+    assert source.captions == source.held_out == ["a dog"]
 
 
 def test_a_folder_without_captions_leaves_nothing(command, tiny_model: Path, tmp_path: Path):

@@ -75,11 +75,11 @@ def test_a_run_restores_the_signal_handlers(changes: dict, succeeds: bool, comma
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def remembered(sizes: list[int], out: Path) -> Iterator[list[Batch]]:
+def remembered(sizes: list[int], out: Path, parts: int = 1) -> Iterator[list[Batch]]:
     """What is kept after each of some batches of one pixel, whose z_t is the batch's number and t counts from 0."""
     progress = Progress(
-        out, [], None, [], None, {}, Ranks(), steps=9, peak=1, save_every=9, interval=None, preview=None,
-        before_saving=print,
+        out, [], None, [], None, {}, Ranks(), parts=parts, steps=9, peak=1, save_every=9, interval=None,
+        preview=None, before_saving=print,
     )  # fmt: skip
     for i, size in enumerate(sizes):
         z_t, weight = torch.full((size, 1), float(i)), torch.ones(size, 1)
@@ -94,6 +94,12 @@ def test_the_student_is_judged_by_its_last_examples(tmp_path: Path):
         assert sum(sizes[1:]) < ENOUGH_EXAMPLES and (sum(sizes) >= ENOUGH_EXAMPLES or i < 2)
         assert all(torch.equal(batch.target, batch.z_t + 1) for batch in batches)
         assert batches[-1].z_t[0] == i
+
+
+def test_the_last_examples_are_judged_in_parts_as_they_were_learned(tmp_path: Path):
+    """A card that has room for one example at a time has none for the whole batch."""
+    *_, batches = remembered([8, 8, 8], tmp_path, parts=4)
+    assert {len(batch) for batch in batches} == {2} and sum(map(len, batches)) >= ENOUGH_EXAMPLES
 
 
 def test_an_interval_run_is_saved_while_its_last_examples_are_unguided(command, flags, tmp_path: Path):

@@ -110,6 +110,14 @@ def test_contradicting_flags_are_refused(changes: dict, named: str, command, fla
 def test_defaults(student_steps: int | None, steps: int, stride: int, train):
     args = train.parse(["--student-steps", str(student_steps)] if student_steps else [])
     assert (args.sample_steps, args.stride) == (steps, stride)
+    assert args.trajectories == (480 if student_steps else 240)
+
+
+@pytest.mark.parametrize("steps, stride", [(3, 1), (10, 1), (16, 2), (50, 3)])
+def test_few_steps_of_the_teacher_are_not_thinned_out(steps: int, stride: int, train):
+    assert train.parse(["--sample-steps", str(steps)]).stride == stride
+    with pytest.raises(ValueError, match="--stride 60 must be less than --sample-steps"):
+        train.parse(["--sample-steps", str(steps), "--stride", "60"])
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_the_student_learns_from_the_styled_teacher(
     sd = load(tiny_model)
     merge_file(sd.unet, read_lora(style, 0.5))
     captions, _ = prompt_split(tiny_model, prompts_file)
-    generate(sd, captions, tmp_path / "expected", count=8, steps=3, guidance=4.0, batch=4, stride=3)
+    generate(sd, captions, tmp_path / "expected", count=8, steps=3, guidance=4.0, batch=4)
     expected = {file.name: load_file(file) for file in (tmp_path / "expected").iterdir()}
     for name, tensors in expected.items():
         actual = load_file(tmp_path / "run/states" / name)
