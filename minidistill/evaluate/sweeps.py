@@ -1,6 +1,6 @@
 """Measure what matters when training a student: vary one setting of train.py at a time, all others alike.
 
-  python -m minidistill.evaluate sweeps                   all of them, in short runs: 75 minutes on two CPU cores
+  python -m minidistill.evaluate sweeps                   all of them, in short runs: an hour or two on two CPU cores
   python -m minidistill.evaluate sweeps rank --updates 400 --out runs/longer
 
 Run from the repository root. Each value is a run of train.py in --runs, measured by the noise error share on held-out
