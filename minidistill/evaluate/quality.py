@@ -86,10 +86,6 @@ def run(args: Namespace) -> None:
     options = dict(steps=args.steps, batch=args.batch, **teacher._asdict())
     intervals = [read_interval(ends) for ends in dict.fromkeys(map(tuple, args.interval))]
     print(f"{len(prompts)} prompts, {each} images of each, {teacher}, {args.steps} DDIM steps")
-    for label, student in students.items():
-        if student.few_steps:
-            few, many = student.few_steps
-            print(f"{label} takes {few} steps; it learned from a teacher of {many} with trailing spacing.")
 
     sd = load(args.model, **load_options(args))
     clip = ClipScore(args.clip, CLIPTokenizer.from_pretrained(args.clip)) if args.clip else ClipScore.in_model(sd)
