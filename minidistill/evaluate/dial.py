@@ -9,6 +9,7 @@ keeps the strengths in the header of the LoRA, where `sample.py --guidance` and 
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from torch import Tensor
@@ -88,15 +89,14 @@ def run(args: Namespace) -> None:
             }
         rows.append(row)
         print(table([row]).splitlines()[-1], flush=True)
-    if args.write:
-        write_dial(file, [(row["guidance"], row["measured"]["strength"]) for row in rows])
-
     report = args.provenance | {"prompts": len(held_out), "seed": EVALUATION_SEED, "learned": learned}
     write_json(args.out / "dial.json", report | {"rows": rows})
     plot(rows, nominal, args.out / "dial.png")
     with atomic_write(args.out / "dial-pictures.png") as temporary:
         comparison_grid(images, held_out, columns=COLUMNS, side=96).save(temporary, "png")
     print(f"\n{table(rows)}\n\nFigure, images and JSON: {args.out}")
+    if args.write:
+        write_dial(file, [(row["guidance"], row["measured"]["strength"]) for row in rows])
 
 
 def remembered(states: dict[str, dict[str, Tensor]]):
@@ -127,10 +127,18 @@ def nearest_strength(sd: StableDiffusion, prompts: Sequence[str], strength: floa
 
 
 def write_dial(file: LoRAFile, points: Sequence[tuple[float, float]]) -> None:
-    """Write the measured (guidance, strength) into the header of the LoRA, beside those that were measured before."""
+    """Write the measured (guidance, strength) into the header of the LoRA, beside those that were measured before.
+
+    Raises ValueError for strengths that do not grow with guidance: no dial can be read off them.
+    """
+    measured = {w: strength for w, strength in file.dial.points if w not in (1, file.guidance)} | dict(points)
+    strengths = [strength for _, strength in Dial.through(file.guidance, list(measured.items())).points]
+    if any(following <= one for one, following in pairwise(strengths)):
+        raise ValueError(
+            f"{file.path}: these strengths do not grow with guidance, so they were not written: train longer."
+        )
     tensors, metadata = read_tensors(file.path)
-    before = {w: strength for w, strength in file.dial.points if w not in (1, file.guidance)}
-    dial = " ".join(f"{w:g}:{strength:.4g}" for w, strength in sorted((before | dict(points)).items()))
+    dial = " ".join(f"{w:g}:{strength:.4g}" for w, strength in sorted(measured.items()))
     write_tensors(file.path, tensors, metadata | {"dial": dial})
     print(f"Wrote the dial into {file.path}")
 

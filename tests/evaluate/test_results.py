@@ -20,9 +20,10 @@ from minidistill.bench.__main__ import COMMANDS as BENCH_COMMANDS
 from minidistill.data.prompts import prompt_split, spread
 from minidistill.data.trajectories import generate
 from minidistill.distill import few_step_weight
-from minidistill.evaluate import few_step_ways, noise_error_share, spectrum, sweeps
+from minidistill.evaluate import dial, few_step_ways, noise_error_share, spectrum, sweeps
 from minidistill.evaluate.__main__ import COMMANDS, main
 from minidistill.evaluate.summary import MEASURES, summary
+from minidistill.formats.lora_formats import read_lora
 from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
 from minidistill.formats.tensor_files import read_tensors, write_tensors
 from minidistill.lora import lora_layers, lora_parameters
@@ -32,7 +33,11 @@ LEARNED = dict(base="tiny", guidance="3", negative_prompt="a cat", method="traje
 
 @pytest.fixture
 def lora(sd: StableDiffusion, tmp_path: Path) -> Path:
-    save_lora(fill_up(inject_lora(sd.unet, rank=2)), tmp_path / "lora.safetensors", LEARNED)
+    """It leads a little towards the guided prediction: its negative leads away."""
+    unet = fill_up(inject_lora(sd.unet, rank=2))
+    for layer in lora_layers(unet).values():
+        layer.lora_up.data.neg_()
+    save_lora(unet, tmp_path / "lora.safetensors", LEARNED)
     return tmp_path / "lora.safetensors"
 
 
@@ -72,6 +77,14 @@ def test_the_dial(lora: Path, tiny_model: Path, tmp_path: Path):
     tensors, metadata = read_tensors(lora)
     assert metadata == before[1] | {"dial": f"2:{strength:.4g}"}
     assert tensors.keys() == before[0].keys() and all(torch.equal(tensors[name], before[0][name]) for name in tensors)
+
+
+def test_a_dial_that_goes_back_is_not_written(lora: Path):
+    before = lora.read_bytes()
+    for points in ([(2, -0.1)], [(1.5, 0.4), (2, 0.3)], [(2, 1.1)]):
+        with pytest.raises(ValueError, match="do not grow with guidance"):
+            dial.write_dial(read_lora(lora), points)
+    assert lora.read_bytes() == before
 
 
 def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, capsys):
