@@ -83,9 +83,10 @@ class FromImages(FromNoised):
 
     def latents(self, sd: StableDiffusion, folder: Path, weights: str, ranks: Ranks) -> images.ImageLatents:
         latents, unusable = images.encode(sd, self.images, self.captions, folder, ranks.rank, ranks.wait)
-        for file, reason in (self.left_out | unusable).items():
-            print(f"Left out: {file}: {reason}.")
-        print(f"Learning from {len(latents)} images.")
+        if ranks.first:
+            for file, reason in (self.left_out | unusable).items():
+                print(f"Left out: {file}: {reason}.")
+            print(f"Learning from {len(latents)} images.")
         return latents
 
 
