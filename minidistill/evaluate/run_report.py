@@ -65,7 +65,8 @@ def write_report(
     plot_loss(losses, out / "loss.png")
     with atomic_write(out / "report.md") as file:
         file.write_text(
-            f"# Teacher and student on {len(prompts)} held-out prompt{'s' * (len(prompts) > 1)}\n\n{table}\n\n{memory}\n\n"
+            f"# Teacher and student on {len(prompts)} held-out prompt{'s' * (len(prompts) > 1)}\n\n"
+            f"{table}\n\n{memory}\n\n"
             f"Guidance {guidance:g}{where}, {steps} DDIM steps{few}, {len(losses)} updates. The noise error share is "
             f"the student's squared error in {on}, on the teacher's guided trajectories, divided by that of the model "
             "without guidance. PSNR compares images of the same prompt and seed.\n\n"
