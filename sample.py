@@ -43,8 +43,8 @@ def main() -> None:
     options = sampling_options(args, student)
 
     sd = load(args.model, **cli.load_options(args))
-    if args.interval:
-        cli.check_interval(args.interval, sd.schedule.timesteps(options["steps"], args.spacing))
+    spacing = args.spacing or ("trailing" if options["student_steps"] else None)
+    cli.check_interval(args.interval, sd.schedule.timesteps(options["steps"], spacing))
     for style in styles:
         merge_file(sd.unet, style)
     if student is None:

@@ -202,7 +202,7 @@ INSTEAD = (
     Step("instead of low: recompute norms, activations and sums", Case("noised", below=100)),
     Step("instead of low: recompute whole blocks", Case("noised", below=math.inf)),
 )
-CAPTIONS = 480  # as many as train.py has trajectories at most
+CAPTIONS = 480  # train.py's default number of images with the teacher in the loop
 
 
 def step_peak(step: Step, size: Size, rank: int = 16) -> int:

@@ -82,9 +82,11 @@ def generate(
     if student_steps and (steps % student_steps or stride > 1 or not keep_states):
         raise ValueError(f"{student_steps} student steps need whole trajectories of a multiple of as many steps.")
     schedule, every_t = sd.schedule, sd.schedule.timesteps(steps, "trailing" if student_steps else None)
-    few = schedule.timesteps(student_steps, "trailing") if student_steps else []
-    if few and every_t[:: steps // student_steps] != few:  # where rounding differs
-        raise ValueError(f"{steps} steps do not visit the times of {student_steps}: choose another number of steps.")
+    student_t = schedule.timesteps(student_steps, "trailing") if student_steps else []
+    if student_t and every_t[:: steps // student_steps] != student_t:  # rounded differently
+        raise ValueError(
+            f"The teacher's {steps} steps miss a time of the student's {student_steps}: choose other --sample-steps."
+        )
     levels = [schedule.alphas_cumprod.tolist(), schedule.final_alpha.item(), every_t]
     tokens = [sd.tokenizer(captions).input_ids, sd.tokenizer.pad_token_id]
     settings = dict(
@@ -130,7 +132,7 @@ def generate(
             require_finite(z_0, sd.unet)
             if student_steps:
                 z_t, target = few_step_states(schedule, z_t, z_0, student_steps)
-                timesteps = few
+                timesteps = student_t
             tensors = {"z_0": z_0, "z_t": z_t, "target": target} if keep_states else {"z_0": z_0}
             # Half precision rounds by 1/2000 of a value, far below what any student misses, and halves the disk space.
             tensors = {name: x.half().cpu().contiguous() for name, x in tensors.items()}

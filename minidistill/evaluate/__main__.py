@@ -3,7 +3,7 @@
 python -m minidistill.evaluate [quality] runs/NAME [runs/OTHER ...]   images, predictions and cost, in one table
 python -m minidistill.evaluate dial runs/NAME                         the LoRA's strength as a guidance dial
 python -m minidistill.evaluate spectrum runs/FULL runs/NAME           how many ranks the change of each layer has
-python -m minidistill.evaluate few-steps                              ways to teach a student few steps
+python -m minidistill.evaluate few-steps --one-pass LORA              ways to teach a student few steps
 python -m minidistill.evaluate steering --one-pass LORA               few steps at other guidance scales
 python -m minidistill.evaluate sweeps [rank ...]                      what matters when training a student
 python -m minidistill.evaluate summary                                results/summary.json from the other results

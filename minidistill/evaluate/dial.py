@@ -135,7 +135,8 @@ def write_dial(file: LoRAFile, points: Sequence[tuple[float, float]]) -> None:
     strengths = [strength for _, strength in Dial.through(file.guidance, list(measured.items())).points]
     if any(following <= one for one, following in pairwise(strengths)):
         raise ValueError(
-            f"{file.path}: these strengths do not grow with guidance, so they were not written: train longer."
+            f"{file.path}: with these, the strengths do not grow with guidance ({measured}), so nothing was written: "
+            "measure all scales again, or train longer."
         )
     tensors, metadata = read_tensors(file.path)
     dial = " ".join(f"{w:g}:{strength:.4g}" for w, strength in sorted(measured.items()))

@@ -41,7 +41,7 @@ from minidistill.training.students import LoRAStudent
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    """What is learned, from what, and measured on what."""
+    """The flags that few-steps and steering share."""
     flag, number = parser.add_argument, dict(type=positive_int, metavar="N")
     flag("--guidance", type=positive, default=DEFAULT_GUIDANCE, metavar="X",
          help="the teacher's (default: %(default)s)")  # fmt: skip
@@ -292,7 +292,7 @@ WAYS = {
 }
 
 
-def learned(name: str, steps: int, lesson: Lesson, one_pass: LoRAFile | None, args: Namespace) -> LoRAFile:
+def train_way(name: str, steps: int, lesson: Lesson, one_pass: LoRAFile | None, args: Namespace) -> LoRAFile:
     """The LoRA of a way that takes ``steps``, kept in --out and trained unless it is there.
 
     Raises ValueError if one is there that was trained with other settings.
@@ -315,7 +315,7 @@ def learned(name: str, steps: int, lesson: Lesson, one_pass: LoRAFile | None, ar
     return lora
 
 
-def with_loras(loras: Iterable[LoRAFile], args: Namespace) -> StableDiffusion:
+def load_merged(loras: Iterable[LoRAFile], args: Namespace) -> StableDiffusion:
     """The model with all of these merged into W."""
     sd = load(args.model, **load_options(args))
     for lora in loras:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minidistill.data.prompts import prompt_split, spread
 from minidistill.evaluate import few_step_ways
-from minidistill.evaluate.few_step_ways import WAYS, learned, read_lesson, sample_renoised, with_loras
+from minidistill.evaluate.few_step_ways import WAYS, load_merged, read_lesson, sample_renoised, train_way
 from minidistill.evaluate.image_grid import comparison_grid
 from minidistill.evaluate.metrics import EVALUATION_SEED, ClipScore, Estimate, interval, pixels, psnr
 from minidistill.evaluate.quality import FORMATS, cached, model_stamp, read_judge
@@ -66,7 +66,7 @@ def run(args: Namespace) -> None:
 
     stamp = model_stamp(sd, args) | dict(prompts=prompts, steps=args.teacher_steps, guidance=args.guidance)
     teacher = pil_images(cached(args.out / "teacher.safetensors", stamp, teacher_images)["images"])
-    measures = measuring(sd, prompts, args)
+    measures = make_measures(sd, prompts, args)
     report = args.provenance | {"prompts": len(prompts) // args.each, "each": args.each}
 
     def compare(N: int) -> None:
@@ -80,7 +80,7 @@ def run(args: Namespace) -> None:
             print(table(rows).splitlines()[-1], flush=True)
 
         def add_lora(name: str, *loras: LoRAFile) -> None:
-            images = with_loras(loras, args).sample(prompts, steps=N, guidance=1, **SAMPLING)
+            images = load_merged(loras, args).sample(prompts, steps=N, guidance=1, **SAMPLING)
             add(name, images, N, loras[-1].metadata.get("seconds", "0"))
 
         add(f"teacher, {args.teacher_steps} steps", teacher, 2 * args.teacher_steps)
@@ -92,9 +92,9 @@ def run(args: Namespace) -> None:
                 add_lora(lora.path.stem, lora)
         for name in args.ways:
             way = WAYS[name]
-            lora = learned(name, way.steps or N, lesson, one_pass, args)
+            lora = train_way(name, way.steps or N, lesson, one_pass, args)
             if way.renoise:
-                images = sample_renoised(with_loras([lora], args), prompts, N)
+                images = sample_renoised(load_merged([lora], args), prompts, N)
                 add(name, images, N, lora.metadata["seconds"])
             else:
                 add_lora(name, *([one_pass, lora] if way.on_top else [lora]))
@@ -107,7 +107,7 @@ def run(args: Namespace) -> None:
     print(f"Images and JSON: {args.out}")
 
 
-def measuring(
+def make_measures(
     sd: StableDiffusion, prompts: Sequence[str], args: Namespace
 ) -> Callable[[list[Image.Image], list[Image.Image]], dict[str, dict]]:
     """A function of images and the teacher's images that returns each measure with its interval."""

@@ -88,6 +88,8 @@ def run(args: Namespace) -> None:
     print(f"{len(prompts)} prompts, {each} images of each, {teacher}, {args.steps} DDIM steps")
 
     sd = load(args.model, **load_options(args))
+    for interval in intervals:
+        check_interval(interval, sd.schedule.timesteps(args.steps))
     clip = ClipScore(args.clip, CLIPTokenizer.from_pretrained(args.clip)) if args.clip else ClipScore.in_model(sd)
     judge = read_judge(args.judge)
     truth = judge.rendered(repeated, sd.height) if judge else None
@@ -123,7 +125,6 @@ def run(args: Namespace) -> None:
         label = f"guided but for the last {100 * share:g}%"
         rows.append(images(sd, "teacher", label, selective=share, interval=None))
     for interval in intervals:
-        check_interval(interval, sd.schedule.timesteps(args.steps))
         rows.append(images(sd, "teacher", f"guided at t from {interval.low:g} to {interval.high:g}", interval=interval))
     teachers = {}  # of the students of few steps: theirs took other steps
     for many in dict.fromkeys(student.few_steps[1] for student in students.values() if student.few_steps):
@@ -142,14 +143,16 @@ def run(args: Namespace) -> None:
         merge_to_sample(sd.unet)
         rows.append(images(sd, "student", label, learned, **student.sampling))
 
-    rendered = clip.embed_images(truth) if clip and truth else None  # [N, D]
+    features = {row.method: clip.embed_images(row.images) for row in rows} if clip else {}  # [N, D] each
+    rendered = clip.embed_images(truth) if clip and truth else None
     measures: dict[str, Row] = {}
     for row in rows:
         print(f"measuring: {row.method}", flush=True)
         errors = {name: metrics.interval(x.errors, x.gaps) for name, x in shares.get(row.method, {}).items()}
         few_steps = row.method in students and students[row.method].few_steps
         own_teacher = teachers[few_steps[1]] if few_steps else rows[0]
-        measures[row.method] = errors | measure(row, own_teacher, repeated, each, clip, judge, rendered)
+        compared = measure(row, own_teacher, repeated, each, clip, features, rendered, judge)
+        measures[row.method] = errors | compared
 
     write_results(args, rows, measures, shares, sd.schedule.timesteps(args.steps), prompts, each)
 
@@ -188,12 +191,14 @@ def measure(
     prompts: Sequence[str],
     each: int,
     clip: ClipScore | None,
-    judge: ModuleType | None,
+    features: Mapping[str, Tensor],
     rendered: Tensor | None,
+    judge: ModuleType | None,
 ) -> Row:
-    """Compare one method's images with its teacher's, with the prompts, and with the features [N, D] of rendered ones.
+    """Compare one method's images with its teacher's, with the prompts, and with rendered images.
 
-    Each prompt has ``each`` consecutive images.
+    Each prompt has ``each`` consecutive images. ``features`` [N, D] are the images' by method, ``rendered`` those of
+    rendered images.
     """
     by_image, references = {}, {}
     if row is not teacher:
@@ -201,18 +206,17 @@ def measure(
         if find_spec("skimage"):  # a development extra
             by_image["SSIM"] = metrics.ssim(row.images, teacher.images)
     if clip:
-        features = clip.embed_images(row.images)
-        by_image["CLIP score"] = 100 * (features * clip.embed_prompts(prompts)).sum(-1)
+        by_image["CLIP score"] = 100 * (features[row.method] * clip.embed_prompts(prompts)).sum(-1)
     if clip and row is not teacher:
-        references["teacher"] = clip.embed_images(teacher.images)
-        by_image["CLIP similarity"] = 100 * (features * references["teacher"]).sum(-1)
+        references["teacher"] = features[teacher.method]
+        by_image["CLIP similarity"] = 100 * (features[row.method] * features[teacher.method]).sum(-1)
     if rendered is not None:
         references["rendered"] = rendered
     if judge:
         by_image |= judge.measures(pixels(row.images), prompts)
     estimates = {name: metrics.interval(values.view(-1, each)) for name, values in by_image.items()}
     for name, others in references.items():
-        estimates[f"Fréchet to {name}"] = metrics.frechet_interval(features, others, each)
+        estimates[f"Fréchet to {name}"] = metrics.frechet_interval(features[row.method], others, each)
     return estimates
 
 

@@ -1,10 +1,11 @@
-"""Can a LoRA that has learned few steps still be steered to other guidance scales?
+"""Can a LoRA that has learned few steps still sample at other guidance scales?
 
   python -m minidistill.evaluate steering --student-steps 4 --one-pass weights/pocket-emoji/guidance-lora.safetensors
 
-At each guidance w two answers stand beside the teacher at w in all its steps. "coupled": one LoRA learned guidance and
-steps together, and its strength is scaled to (w - 1) / (s - 1), where s is the guidance that it learned. "added": the
-guidance LoRA, at the strength that its dial has for w, and a LoRA of steps learned on top of it, at full strength.
+At each guidance w two methods are compared with the teacher, which takes all its steps at w. "coupled": one LoRA has
+learned guidance and steps together, and its strength is scaled to (w - 1) / (s - 1), where s is what it has learned.
+"added": the guidance LoRA, at the strength that its dial has for w, and a LoRA of steps learned on top of it, at full
+strength.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -12,8 +13,8 @@ from pathlib import Path
 
 from minidistill.data.prompts import prompt_split, spread
 from minidistill.evaluate import few_step_ways
-from minidistill.evaluate.few_step_ways import learned, read_lesson, with_loras
-from minidistill.evaluate.few_steps import SAMPLING, measuring, table
+from minidistill.evaluate.few_step_ways import load_merged, read_lesson, train_way
+from minidistill.evaluate.few_steps import SAMPLING, make_measures, table
 from minidistill.evaluate.image_grid import comparison_grid
 from minidistill.evaluate.sampling import Drawn
 from minidistill.formats.files import atomic_write, write_json
@@ -36,11 +37,15 @@ def add_flags(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     N, one_pass = args.student_steps, read_lora(args.one_pass)
     if one_pass.dial is None or one_pass.guidance != args.guidance:
-        raise ValueError(f"--one-pass {one_pass.path}: name a LoRA with a dial that has learned --guidance.")
+        raise ValueError(
+            f"--one-pass {one_pass.path}: it must be a one-pass student that has learned guidance {args.guidance:g}."
+        )
     sd, (captions, held_out) = load(args.model, **load_options(args)), prompt_split(args.model)
     prompts = [prompt for prompt in spread(held_out, args.prompts) for _ in range(args.each)]
-    lesson, measures = read_lesson(sd, captions, args, N), measuring(sd, prompts, args)
-    coupled, steps = (learned(way, N, lesson, one_pass, args) for way in ("train.py", "on top of the one-pass student"))
+    lesson, measures = read_lesson(sd, captions, args, N), make_measures(sd, prompts, args)
+    coupled, steps = (
+        train_way(way, N, lesson, one_pass, args) for way in ("train.py", "on top of the one-pass student")
+    )
 
     report = args.provenance | {"prompts": len(prompts) // args.each, "each": args.each}
     rows, drawn = [], []
@@ -52,7 +57,7 @@ def run(args: Namespace) -> None:
         images = {f"teacher, {args.teacher_steps} steps": (teacher, 2 * args.teacher_steps)}
         images["teacher"] = sd.sample(prompts, steps=N, guidance=w, **SAMPLING), 2 * N
         for name, loras in pairs.items():
-            images[name] = with_loras(loras, args).sample(prompts, steps=N, guidance=1, **SAMPLING), N
+            images[name] = load_merged(loras, args).sample(prompts, steps=N, guidance=1, **SAMPLING), N
         for name, (sampled, calls) in images.items():
             row = {"way": f"w = {w:g}: {name}", "calls": calls, "measures": measures(sampled, teacher)}
             rows.append(row | {"guidance": w, "seconds of learning": 0.0})

@@ -19,7 +19,7 @@ from minidistill.formats.model_folder import (
 
 CLIP = "openai/clip-vit-large-patch14"  # OpenCLIP, in SD 2.x, has the same vocabulary
 TOKENIZER = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"]
-TOKENIZER.append("added_tokens.json")  # of learned words, in older folders
+TOKENIZER += ["added_tokens.json"]  # words that older folders have learned
 CONFIGS = ["model_index.json", "scheduler/*.json", *(f"{part}/config.json" for part in XL_STEMS)]
 
 

@@ -366,8 +366,8 @@ def peft_alphas(path: Path, parts: Parts, config: dict) -> dict[str, float]:
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(CHANGED_W):
         raise CheckpointError(
-            f"{path} began as {start}, which changes W too: save it for the unchanged W, in peft by save_pretrained("
-            "..., path_initial_model_for_weight_conversion=...)."
+            f'{path} was initialised by "{start}", which also changes W: convert it for the original W, in peft by '
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
     ranks = {name: len(part["down"]) for name, part in parts.items()}
     alphas = {name: float(config.get("lora_alpha", rank)) for name, rank in ranks.items()}

@@ -288,6 +288,8 @@ def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
     with reading(file):
         check_fixed(contents, SCHEDULE_FIXED, file)
         kind, spacing = contents.get("_class_name"), contents.get("timestep_spacing")
+        if kind in ("DDIMScheduler", "PNDMScheduler") and spacing != "trailing":  # others have spacings of their own
+            check_fixed(contents, {"timestep_spacing": "leading"}, file)
         published = contents.get("prediction_type", "epsilon")
         if published not in list(PREDICTIONS):  # a list, because the value may be unhashable
             raise CheckpointError(f'{file}: prediction_type is "{published}"; known are {", ".join(PREDICTIONS)}.')
@@ -296,7 +298,7 @@ def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
             prediction=prediction or PREDICTIONS[published],
             steps_offset=1,  # the official pipeline overrides any other value for Stable Diffusion
             set_alpha_to_one=contents.get("set_alpha_to_one", kind == "DDIMScheduler"),
-            spacing="trailing" if spacing == "trailing" else "leading",  # others are for samplers other than DDIM
+            spacing="trailing" if spacing == "trailing" else "leading",
         )
         if config.beta_schedule not in ("scaled_linear", "linear"):
             raise CheckpointError(

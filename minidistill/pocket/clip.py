@@ -120,19 +120,19 @@ def tune_image_encoder(
 
 
 def minimise(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, steps: int, name: str) -> Iterator[None]:
-    """Yields after each update. Warm-up and cosine, gradients clipped at norm 1."""
+    """Update by ``loss()`` ``steps`` times, with warm-up and cosine, gradients clipped at norm 1; yields after each."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     progress = tqdm(range(steps), desc=name, unit="step", mininterval=1)
     for step in progress:
         set_learning_rate(optimizer, learning_rate(step, steps, LEARNING_RATE, WARMUP))
-        now = loss()
-        now.backward()
+        value = loss()
+        value.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         yield
         if step % 20 == 0:
-            progress.set_postfix(loss=f"{now.item():.3f}")
+            progress.set_postfix(loss=f"{value.item():.3f}")
 
 
 @torch.no_grad()

@@ -21,7 +21,9 @@ from tqdm import tqdm
 from minidistill.formats.files import user_path
 from minidistill.guidance import Interval
 
-DEFAULT_MODEL = Path(os.path.relpath(Path(__file__).parents[2] / "weights/pocket-emoji"))
+DEFAULT_MODEL = Path(__file__).parents[2] / "weights/pocket-emoji"
+if DEFAULT_MODEL.parents[1] == Path.cwd():
+    DEFAULT_MODEL = DEFAULT_MODEL.relative_to(Path.cwd())  # shorter to read
 DEFAULT_GUIDANCE = 4.0  # within what is usual; that model's images are right about as often from 1 to 5
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -27,8 +27,10 @@ from minidistill.distill import Batch
 
 @dataclass(frozen=True)
 class Ranks:
-    """This is process ``rank`` of ``world``, and it computes on ``device``. Only rank 0 prints, and writes
-    anything but shards."""
+    """This is process ``rank`` of ``world``, and it computes on ``device``. Only rank 0 prints.
+
+    It writes all files except shards, which every rank writes.
+    """
 
     rank: int = 0
     world: int = 1

@@ -24,7 +24,7 @@ except ImportError:  # on Windows, where two runs in one folder go unnoticed
     fcntl = None
 
 # Flags that do not change what is learned, or that are recorded elsewhere: --student and --source as --method, the
-# spacing by --student-steps, --sample-batch in the shards.
+# spacing by --student-steps and --model, --sample-batch in the shards.
 FREE = {"out", "states", "resume", "no_report", "save_every", "device", "kernel", "memory", "accumulate", "compile"}
 FREE |= {"no_graph", "batched_teacher", "student", "source", "spacing", "sample_batch"}
 CONTENTS = re.compile(r".*( \([0-9a-f]{16}\))", re.DOTALL)  # a flag with the fingerprint of what it names

@@ -76,17 +76,15 @@ class FromImages(FromNoised):
         self.args = args
         self.images, self.left_out = images.read_folder(args.images)
         captions = [caption for caption, _ in Counter(image.caption for image in self.images).most_common()]
-        held_out = captions[9::10]  # of ten captions, the one with the fewest images
-        self.captions = [caption for caption in captions if caption not in set(held_out)]
-        self.held_out = held_out or captions
+        self.held_out = captions[9::10] or captions[-1:]  # of ten captions, the one with the fewest images
+        self.captions = [caption for caption in captions if caption not in set(self.held_out)] or self.held_out
         self.stamp = {"images": images.version(self.images)}
 
     def latents(self, sd: StableDiffusion, folder: Path, weights: str, ranks: Ranks) -> images.ImageLatents:
         latents, unusable = images.encode(sd, self.images, self.captions, folder, ranks.rank, ranks.wait)
-        if ranks.first:
-            for file, reason in (self.left_out | unusable).items():
-                print(f"Left out: {file}: {reason}.")
-            print(f"Learning from {len(latents)} images.")
+        for file, reason in (self.left_out | unusable).items():
+            print(f"Left out: {file}: {reason}.")
+        print(f"Learning from {len(latents)} images.")
         return latents
 
 

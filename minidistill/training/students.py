@@ -110,8 +110,8 @@ def choose_steps(args: argparse.Namespace) -> None:
     if few and few > MOST_FEW_STEPS:
         raise ValueError(f"--student-steps is at most {MOST_FEW_STEPS}, not {few}.")
     args.spacing = "trailing" if few else None  # the model's own
-    whole = args.source == "trajectories" and not few  # nine states of each to learn from, otherwise fewer
-    args.trajectories = args.trajectories or (240 if whole else 480)
+    thinned = args.source == "trajectories" and not few  # nine states of each are stored, otherwise fewer
+    args.trajectories = args.trajectories or (240 if thinned else 480)
     args.sample_steps = args.sample_steps or (few * max(1, round(24 / few)) if few else 25)
     args.stride = args.stride or (1 if few else min(3, max(1, args.sample_steps // 8)))
     if args.stride >= max(args.sample_steps, 2):

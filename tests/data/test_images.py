@@ -291,7 +291,11 @@ def test_of_ten_captions_the_rarest_is_held_out(tmp_path: Path):
         write(tmp_path / f"{i:02}.png", i, "a dog" if i < 3 else f"a dog {i}")
     source = FromImages(Namespace(images=tmp_path))
     assert len(source.captions) == 9 and source.captions[0] == "a dog" and source.held_out == ["a dog 11"]
-    for i in range(3, 12):
+    for i in range(5, 12):
+        (tmp_path / f"{i:02}.png").unlink()
+    source = FromImages(Namespace(images=tmp_path))
+    assert source.captions == ["a dog", "a dog 3"] and source.held_out == ["a dog 4"]
+    for i in range(3, 5):
         (tmp_path / f"{i:02}.png").unlink()
     source = FromImages(Namespace(images=tmp_path))
     assert source.captions == source.held_out == ["a dog"]

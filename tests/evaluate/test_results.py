@@ -33,7 +33,7 @@ LEARNED = dict(base="tiny", guidance="3", negative_prompt="a cat", method="traje
 
 @pytest.fixture
 def lora(sd: StableDiffusion, tmp_path: Path) -> Path:
-    """It leads a little towards the guided prediction: its negative leads away."""
+    """A LoRA that leads a little towards the guided prediction; with the other sign it leads away."""
     unet = fill_up(inject_lora(sd.unet, rank=2))
     for layer in lora_layers(unet).values():
         layer.lora_up.data.neg_()
@@ -116,6 +116,8 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
     assert again[3]["way"] == "taught" and again[3]["measures"] == rows["train.py"]["measures"]
     with pytest.raises(ValueError, match="taught.safetensors has not learned 4 steps at guidance 4"):
         main([*flags, *more, "--student-steps", "4", "--ways", "train.py"])
+    with pytest.raises(ValueError, match="--weights float8"):
+        main([*flags, "--weights", "float8"])
     with pytest.raises(ValueError, match="3 steps must divide both 8"):
         main([*flags, "--student-steps", "3", "4", "--ways", "one LoRA for 1, 2, 4 and 8 steps"])
 
@@ -141,7 +143,7 @@ def test_steering_few_steps(lora: Path, tiny_model: Path, tmp_path: Path):
 def test_the_first_way_is_train_pys(sd: StableDiffusion, tmp_path: Path):
     """From z_t to the stored z_s: its gradient is that of the loss in train.py, but for a factor."""
     captions, steps = ["a cat", "a dog"], torch.tensor([0, 1])
-    args = Namespace(trajectories=2, teacher_steps=4, guidance=3.0, updates=1, rank=2, out=tmp_path)
+    args = Namespace(trajectories=2, teacher_steps=4, guidance=3.0, updates=1, rank=2, weights=None, out=tmp_path)
     lesson = few_step_ways.read_lesson(sd, captions, args, steps=2)
     unet = fill_up(inject_lora(sd.unet, rank=2))
     stored = generate(sd, captions, tmp_path / "states-2", count=2, steps=4, guidance=3.0, student_steps=2)

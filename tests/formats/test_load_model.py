@@ -392,7 +392,11 @@ def test_a_text_encoder_that_is_a_whole_clip(folder: Path) -> None:
     assert torch.equal(load(folder).encode_prompt(["an apple"]).tokens, expected)
 
 
-@pytest.mark.parametrize("changes", [dict(timestep_spacing="trailing"), dict(beta_end=5), dict(beta_start=1)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [dict(timestep_spacing="trailing"), dict(timestep_spacing="linspace"), dict(beta_end=5), dict(beta_start=1)],
+    ids=str,
+)
 def test_other_schedules(changes: dict, folder: Path) -> None:
     file = folder / "scheduler/scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "DDIMScheduler"} | changes))

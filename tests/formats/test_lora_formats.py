@@ -337,7 +337,7 @@ def test_a_peft_adapter_that_changed_w_is_refused(start: str, tmp_path: Path):
     key = SPELLINGS["peft"](LAYER)
     save_file(dict(zip((key, up_key(key)), pair(4))), tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(dict(r=4, lora_alpha=4, init_lora_weights=start)))
-    with pytest.raises(CheckpointError, match=f"began as {start}.*path_initial_model_for_weight_conversion"):
+    with pytest.raises(CheckpointError, match=f'initialised by "{start}".*path_initial_model_for_weight_conversion'):
         read_lora(tmp_path)
 
 

@@ -113,11 +113,15 @@ def test_defaults(student_steps: int | None, steps: int, stride: int, train):
     assert args.trajectories == (480 if student_steps else 240)
 
 
-@pytest.mark.parametrize("steps, stride", [(3, 1), (10, 1), (16, 2), (50, 3)])
-def test_few_steps_of_the_teacher_are_not_thinned_out(steps: int, stride: int, train):
-    assert train.parse(["--sample-steps", str(steps)]).stride == stride
-    with pytest.raises(ValueError, match="--stride 60 must be less than --sample-steps"):
-        train.parse(["--sample-steps", str(steps), "--stride", "60"])
+@pytest.mark.parametrize("steps", [1, 3, 8, 10, 16, 25, 50])
+def test_the_default_stride_leaves_eight_steps(steps: int, train):
+    stride = train.parse(["--sample-steps", str(steps)]).stride
+    assert len(range(0, steps, stride)) >= min(steps, 8)
+
+
+def test_a_stride_past_the_end_is_refused(train):
+    with pytest.raises(ValueError, match="--stride 4 must be less than --sample-steps"):
+        train.parse(["--sample-steps", "4", "--stride", "4"])
 
 
 @pytest.mark.parametrize(
