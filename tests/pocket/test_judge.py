@@ -71,8 +71,8 @@ def test_teacher_and_students_are_sampled_as_they_were_taught(sampled):
     rows, calls = sampled(None, (2, 24), teacher=Teacher(3.0, "blurry"))
     assert rows == ["teacher, guidance 3", "no guidance", "student, run 0", "student, run 1"]
     # The students have learned to avoid the negative prompt: they are not told again.
-    assert calls[:2] == [(25, 3, False, "blurry", "leading"), (25, 1, False, "blurry", "leading")]
-    assert calls[2:] == [(25, None, True, None, "leading"), (2, None, True, None, "trailing")]
+    assert calls[:2] == [(25, 3, False, "blurry", None), (25, 1, False, "blurry", None)]
+    assert calls[2:] == [(25, None, True, None, None), (2, None, True, None, "trailing")]
 
 
 def test_guidance_without_a_lora(sampled):
