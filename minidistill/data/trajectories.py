@@ -85,7 +85,7 @@ def generate(
     student_t = schedule.timesteps(student_steps, "trailing") if student_steps else []
     if student_t and every_t[:: steps // student_steps] != student_t:  # rounded differently
         raise ValueError(
-            f"The teacher's {steps} steps miss a time of the student's {student_steps}: choose other --sample-steps."
+            f"The teacher's {steps} steps skip a time of the student's {student_steps}: choose another --sample-steps."
         )
     levels = [schedule.alphas_cumprod.tolist(), schedule.final_alpha.item(), every_t]
     tokens = [sd.tokenizer(captions).input_ids, sd.tokenizer.pad_token_id]

@@ -99,7 +99,7 @@ def read_lesson(sd: StableDiffusion, captions: list[str], args: Namespace, steps
     Raises ValueError for W in 8 bits.
     """
     if args.weights:
-        raise ValueError(f"--weights {args.weights} does not allow what is done here, merging LoRAs: leave it out.")
+        raise ValueError(f"LoRAs cannot be merged into --weights {args.weights}, as is done here: leave it out.")
     count = args.trajectories
     stored = generate(
         sd, captions, args.out / f"states-{steps}", count=count, steps=args.teacher_steps, guidance=args.guidance,
@@ -299,10 +299,10 @@ def train_way(name: str, steps: int, lesson: Lesson, one_pass: LoRAFile | None, 
     """
     way, file = WAYS[name], args.out / f"{steps}-{re.sub('[^a-z0-9]+', '-', name.lower())}.safetensors"
     sd = load(args.model, **load_options(args))
+    start_of = way.needs_one_pass and digest(one_pass.path.read_bytes())
     made_with = (
         f"{args.updates} updates, rank {args.rank}, {args.trajectories} trajectories of {args.teacher_steps} steps, "
-        f"guidance {args.guidance:g}, "
-        f"{model_stamp(sd, args)}, {way.needs_one_pass and digest(one_pass.path.read_bytes())}"
+        f"guidance {args.guidance:g}, {model_stamp(sd, args)}, {start_of}"
     )
     if not file.exists():
         start = time.perf_counter()

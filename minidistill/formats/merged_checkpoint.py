@@ -152,13 +152,17 @@ def file_to_file(
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMA)}
     tensors |= {model.unet.name_in_file(name): tensor for name, tensor in change(model.unet.tensors).items()}
     predicts = stated or metadata.get("prediction")
+    said = state_prediction(tensors, predicts, xl=bool(model.text_2)) if predicts else {}
+    write_tensors(out, tensors, {**header, **said, **metadata})
+
+
+def state_prediction(tensors: dict[str, Tensor], predicts: str, xl: bool) -> dict[str, str]:
+    """Mark a single file's ``tensors`` with what the UNet predicts; returns the line of its header that says so."""
     if predicts == "eps":
         tensors.pop(V_PREDICTION, None)
-    elif predicts == "v" and model.text_2:
+    elif xl:
         tensors[V_PREDICTION] = torch.zeros(0)  # how other tools know an XL that predicts v
-    if predicts:
-        header = header | {"modelspec.prediction_type": MODELSPEC[predicts]}
-    write_tensors(out, tensors, {**header, **metadata})
+    return {"modelspec.prediction_type": MODELSPEC[predicts]}
 
 
 def folder_to_file(
@@ -180,9 +184,7 @@ def folder_to_file(
         unet, model.unet_config, model.vae.tensors, model.vae_config, model.text.tensors, model.text_config,
         model.text_2 and model.text_2.tensors, model.text_config_2,
     )  # fmt: skip
-    if model.text_2 and model.schedule.prediction == "v":
-        tensors[V_PREDICTION] = torch.zeros(0)  # how other tools know an XL that predicts v
     if model.schedule.zero_terminal_snr:
         tensors[ZERO_SNR] = torch.zeros(0)
-    said = {"modelspec.prediction_type": MODELSPEC[model.schedule.prediction]}  # no tensor shows it
+    said = state_prediction(tensors, model.schedule.prediction, xl=bool(model.text_2))
     write_tensors(out, tensors, {**metadata, **said})

@@ -80,7 +80,7 @@ def refuse_other_schedules(folder: Path) -> None:
         schedule.get("timestep_spacing") == "trailing" and not schedule.get("rescale_betas_zero_snr")
     ):
         raise CheckpointError(
-            f"{file} is that of a model that takes a few steps without guidance, like Turbo and Lightning: there is "
+            f"{file} belongs to a model that takes a few steps without guidance, like Turbo and Lightning: there is "
             "nothing to distil. Use the model that it was made from."
         )
 
