@@ -128,7 +128,9 @@ def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict
     guidance = guidance if args.guidance is None else args.guidance
     few_steps = student and student.few_steps
     student_steps, steps = few_steps or (None, args.steps or 25)
-    if student and student.skips_steps:
+    if few_steps and not student.skips_steps:  # it takes the steps that its teacher takes
+        steps = args.steps or steps
+    elif few_steps:
         if args.spacing == "leading":
             raise ValueError(f"{student.path} was taught with trailing spacing: leave out --spacing leading.")
         if args.steps not in (None, student_steps):

@@ -52,7 +52,7 @@ class Schedule:
         return len(self.alphas_cumprod)
 
     def to(self, device: torch.device | str) -> "Schedule":
-        """With its table on ``device``: time steps that are there too are looked up without waiting for a GPU."""
+        """A copy with its table on ``device``, so that a lookup there does not synchronize."""
         table = dict(alphas_cumprod=self.alphas_cumprod.to(device), final_alpha=self.final_alpha.to(device))
         return replace(self, **table)
 
@@ -62,8 +62,8 @@ class Schedule:
         Below 0 is the end of sampling, which has ``final_alpha``.
         """
         wide = torch.promote_types(like.dtype, torch.float32)
-        levels = torch.cat([self.alphas_cumprod, self.final_alpha.view(1)])  # the last one is that of t = -1
-        alpha_bar = levels[t.to(levels.device).clamp(min=-1)].view(-1, 1, 1, 1).to(wide)
+        levels = torch.cat([self.final_alpha.view(1), self.alphas_cumprod])  # the first one is that of t = -1
+        alpha_bar = levels[t.to(levels.device).clamp(min=-1) + 1].view(-1, 1, 1, 1).to(wide)
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
     def timesteps(self, steps: int, spacing: str | None = None) -> list[int]:

@@ -123,6 +123,14 @@ def test_compare_shows_teacher_and_student(sample, calls: list[int], lora: Path,
     assert Image.open(file).size[0] > 2 * 100
 
 
+def test_compare_takes_as_many_steps_with_both(sample, calls: list[int], tiny_model: Path, tmp_path: Path):
+    """Unless the student was taught to take fewer steps than its teacher."""
+    taught = METADATA | dict(student_steps="4", teacher_steps="4")
+    save_lora(inject_lora(load(tiny_model).unet, rank=2), tmp_path / "lora.safetensors", taught)
+    assert sample(APPLE, "--compare", "--lora", tmp_path / "lora.safetensors", "--steps", 3).code == 0
+    assert len(calls) == 2 + 6 + 3
+
+
 def test_compare_uses_the_lora_beside_the_model(sample, lora: Path, tmp_path: Path):
     model = write_tiny(tmp_path / "model")
     (model / "guidance-lora.safetensors").write_bytes(lora.read_bytes())

@@ -81,6 +81,11 @@ def test_below_zero_is_the_end_of_sampling():
         assert (alpha**2 + sigma**2).flatten().tolist() == pytest.approx([1] * 3)
 
 
+def test_a_time_step_above_the_last_is_refused():
+    with pytest.raises(IndexError):
+        schedule().alpha_sigma(torch.tensor([1000]), torch.empty(0))
+
+
 def test_timesteps_without_offset():
     assert schedule(steps_offset=0).timesteps(4) == [750, 500, 250, 0]
 

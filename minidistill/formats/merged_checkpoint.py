@@ -1,6 +1,7 @@
 """Write a checkpoint with a changed UNet, such as W + (alpha / rank) lora_up lora_down: a model like any other."""
 
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -179,6 +180,9 @@ def folder_to_file(
     usual, fields = ScheduleConfig(), ("train_steps", "beta_start", "beta_end", "beta_schedule")
     if any(getattr(model.schedule, field) != getattr(usual, field) for field in fields):
         raise ValueError(f"{source} has noise levels that a single file cannot state: write a folder, not {out}.")
+    read_back = dict(set_alpha_to_one=False, spacing="trailing" if model.schedule.zero_terminal_snr else "leading")
+    if any(getattr(model.schedule, field) != value for field, value in read_back.items()):
+        warnings.warn(f"{out} cannot state how {source} spaces its steps or ends them.", stacklevel=2)
     unet = change(model.unet.tensors)
     tensors = to_single_file(
         unet, model.unet_config, model.vae.tensors, model.vae_config, model.text.tensors, model.text_config,

@@ -344,6 +344,15 @@ def test_noise_levels_that_no_single_file_can_state(student_of_it: Path, ordinar
     assert (tmp_path / "folder/unet").is_dir() and not (tmp_path / "one.safetensors").exists()
 
 
+def test_a_last_step_that_no_single_file_can_state(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    model = shutil.copytree(ordinary, tmp_path / "model")
+    file = model / "scheduler/scheduler_config.json"
+    write_json(file, read_json(file) | dict(set_alpha_to_one=True))
+    flags = ["--to", "checkpoint", "--model", str(model), "--out", str(tmp_path / "one.safetensors")]
+    with pytest.warns(UserWarning, match="cannot state how .*model spaces its steps or ends them"):
+        export.main([str(student_of_it), *flags])
+
+
 def test_a_variant_stays_one(student_of_it: Path, ordinary: Path, tmp_path: Path):
     """The output loads with the same --variant, although a .bin becomes a .safetensors."""
     model = Path(shutil.copytree(ordinary, tmp_path / "model"))
