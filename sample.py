@@ -166,7 +166,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora", type=cli.ScaledFile.parse, action="append", metavar="RUN_OR_LORA[:SCALE]", help="a "
         "distilled LoRA (default with --compare: the one beside the model) or a style; give the flag once for each")
     add("--lora-scale", type=cli.positive, default=1.0, metavar="X", help="strength of the student's LoRA, a "
-        "dial: 0.5 samples roughly as guidance 1 + 0.5 (s - 1) would; --guidance is more exact (default: %(default)s)")
+        "dial: 0.5 stands roughly for guidance 1 + 0.5 (s - 1); --guidance is more exact (default: %(default)s)")
     add = parser.add_argument_group("how to sample").add_argument
     add("--guidance", type=cli.finite, metavar="X", help="guidance scale; 7.5 is usual for large models, and exactly 1 "
         f"is none, with one UNet call a step (default: {cli.DEFAULT_GUIDANCE:g}; with a LoRA the scale it has learned: "
@@ -177,7 +177,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "time steps t from LOW to HIGH (default: at every step; with --compare the LoRA's own)")
     add("--steps", **n, help="DDIM steps; with a LoRA of few steps the student's (default: as many as it was taught, "
         "else 25)")
-    add("--spacing", choices=SPACINGS, help="of the steps: leading, as Stable Diffusion has it, or trailing, which is "
+    add("--spacing", choices=SPACINGS, help="of the time steps: leading, Stable Diffusion's own, or trailing, which is "
         "better for few steps (default: as the LoRA was taught, else the model's own)")
     add("--batch", **n, default=8, help="images sampled at once (default: %(default)s)")
     # fmt: on

@@ -169,8 +169,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--student", choices=STUDENTS, help="what learns: a LoRA, or a full copy of the UNet (default: lora)")
     add("--source", choices=SOURCES, help="learn from the teacher's trajectories, or from its images or --images, "
         "noised afresh with the teacher in the loop (default: trajectories; with --images: images)")
-    add("--student-steps", **n, help="teach the student to sample in N steps, from trajectories of --sample-steps; its "
-        "header says so, and sample.py follows it (default: as many as the teacher)")
+    add("--student-steps", **n, help="teach the student to sample in N steps, from trajectories of --sample-steps; the "
+        "LoRA file says so, and sample.py follows it (default: as many as the teacher)")
     add("--method", choices=METHODS, help="short for --student and --source; trajectories, noised: a LoRA from them; "
         "full: a full copy from trajectories")
     add("--rank", **n, default=16, help="rank of the LoRA (default: %(default)s)")

@@ -52,7 +52,7 @@ class ScheduleConfig:
     steps_offset: int = 1
     spacing: str = "leading"  # of the steps of a sampler; or "trailing"
     zero_terminal_snr: bool = False  # rescaled, so that nothing of z_0 is left at the last t
-    set_alpha_to_one: bool = False  # the step before t=0 has alpha_bar 1, not alpha_bar of t=0
+    set_alpha_to_one: bool = False  # sampling ends at alpha_bar 1, not at that of t=0
 
 
 SD15_UNET = UNetConfig()

@@ -126,7 +126,7 @@ def student(unet: Callable[..., Tensor], cond: Conditioning) -> Predictor:
 def normalized_guidance(
     positive: Tensor, negative: Tensor, scale: float = 5.0, limit: float = 2.5, share: float = 0.25
 ) -> Tensor:
-    """Lead what attention has read from the prompt away from what it has read from another. All are [B, L, C].
+    """Push what attention reads from the prompt away from what it reads from the negative prompt. All are [B, L, C].
 
     "Normalized Attention Guidance", arXiv 2505.21179, section 3. Of each token, with phi ``scale``, tau ``limit`` and
     alpha ``share``:
@@ -142,7 +142,7 @@ def normalized_guidance(
 
 @contextmanager
 def away_from(unet: nn.Module, negative: Conditioning) -> Iterator[None]:
-    """In the block, lead cross-attention of ``unet`` away from ``negative``, one prompt. A step is still one call."""
+    """Within the ``with`` block, push cross-attention of ``unet`` away from one prompt. A step is still one call."""
 
     def led(read: Callable[[Tensor, Tensor], Tensor], q: Tensor, context: Tensor) -> Tensor:
         return normalized_guidance(read(q, context), read(q, negative.tokens.expand(len(q), -1, -1)))

@@ -126,7 +126,7 @@ class StableDiffusion:
         return cond
 
     def stated_negative(self, negative_prompt: str | None) -> str | None:
-        """What a file says of ``negative_prompt``: no prompt and the empty one differ for SDXL alone."""
+        """``negative_prompt`` as a LoRA's header records it: only SDXL tells None from the empty prompt."""
         return negative_prompt if self.force_zeros else negative_prompt or ""
 
     def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:

@@ -18,7 +18,7 @@ SPACINGS = ("leading", "trailing")
 
 @dataclass(frozen=True)
 class Schedule:
-    """``alphas_cumprod`` is [train_steps] float32; ``final_alpha`` takes its place for the step before t=0."""
+    """``alphas_cumprod`` is [train_steps] float32; ``final_alpha`` is where sampling ends, after t=0."""
 
     alphas_cumprod: Tensor
     final_alpha: Tensor

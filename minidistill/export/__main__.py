@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     model.add_argument("--variant", metavar="TEXT", help='which weights of a folder or hub id, for example "fp16"')
     model.add_argument("--ema", action="store_true", help="merge into the UNet's EMA weights, for a single file")
-    model.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts, if the model says otherwise")
+    model.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts, if not what the model says")
     model.add_argument(
         "--stochastic",
         type=seed_number,
