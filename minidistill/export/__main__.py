@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minidistill.formats.lora_formats import LoRAFile, is_xl, kohya_tensors, peft_tensors, read_lora
+from minidistill.formats.lora_formats import LoRAFile, context_widths, is_xl, kohya_tensors, peft_tensors, read_lora
 from minidistill.formats.lora_io import student_and_styles
 from minidistill.formats.merged_checkpoint import with_loras, write_checkpoint
 from minidistill.formats.tensor_files import write_tensors
 from minidistill.lora import SURVIVING, Squares, surviving_change, warn_of_lost_change
 from minidistill.training.command_line import DEFAULT_MODEL, ScaledFile, new_parser, one_line_errors, seed_number
+
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,9 +67,14 @@ def main(argv: list[str] | None = None) -> None:
     files = [read_lora(path, scale) for path, scale in args.lora]
     first = files[0].path
     suffix = "" if args.to == "checkpoint" and not args.model.is_file() else ".safetensors"
-    if args.stochastic is not None and args.to != "checkpoint":
-        raise ValueError("--stochastic is how a merge is rounded: give it with --to checkpoint.")
+    merges = args.variant, args.ema or None, args.prediction, args.stochastic
+    if args.to != "checkpoint" and any(flag is not None for flag in merges):
+        raise ValueError(
+            "--variant, --ema, --prediction and --stochastic are for a merge: give them with --to checkpoint."
+        )
     out = args.out or first.with_name(f"{first.stem}-{args.to}{suffix}")
+    if out.suffix in PICKLES or (args.to != "checkpoint" and out.is_dir()):
+        raise ValueError(f"--out {out}: name a new .safetensors file{' or folder' * (args.to == 'checkpoint')}.")
     if out.resolve() in [path.resolve() for path in (args.model, *(file.path for file in files))]:
         raise ValueError(f"--out {out} would be written over what it is made from: name another.")
     if args.to == "checkpoint":
@@ -98,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 HINT = "guidance scale (CFG) exactly 1, no negative prompt"
+HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # of the tensors before the export
 
 
 def plain_metadata(file: LoRAFile) -> dict[str, str]:
@@ -106,7 +114,7 @@ def plain_metadata(file: LoRAFile) -> dict[str, str]:
     The guidance is adjusted to the strength of the LoRA: half a student of guidance 4 is a student of 2.5. Its dial was
     measured at full strength.
     """
-    without = {"alpha", "lora_adapter_metadata"} | ({"dial"} if file.scale != 1 else set())
+    without = {"alpha", "lora_adapter_metadata", *HASHES} | ({"dial"} if file.scale != 1 else set())
     metadata = {key: value for key, value in file.metadata.items() if key not in without}
     if not file.is_student:
         return metadata
@@ -133,8 +141,7 @@ def kohya_metadata(file: LoRAFile, tensors: dict[str, Tensor]) -> dict[str, str]
         header["ss_sd_model_name"] = file.metadata["base"]
     if is_xl(file.layers):
         return header | {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}
-    widths = {pair.down.shape[1] for name, pair in file.layers.items() if name.endswith("attn2.to_k")}
-    if version := SD_VERSIONS.get(max(widths, default=0)):
+    if version := SD_VERSIONS.get(max(context_widths(file.layers), default=0)):
         v = "_v" if file.metadata.get("prediction") == "v" else ""
         header |= {"ss_base_model_version": version + v, "ss_v2": str(version == "sd_v2")}
     return header

@@ -20,10 +20,10 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turn any error while reading untrusted contents into a CheckpointError that names ``file``."""
+    """Turn any error that untrusted contents cause while they are read into a CheckpointError that names ``file``."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, PermissionError):
         raise
     except Exception as error:
         reason = traceback.format_exception_only(error)[-1].splitlines()[0]  # str(error) may itself fail

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minidistill.config import SDXL_UNET
+from minidistill.config import SD21_BASE_UNET, SDXL_UNET
 from minidistill.distill import Dial
 from minidistill.formats.files import CheckpointError, read_json, reading, user_path
 from minidistill.formats.model_folder import squeeze_kernel
@@ -145,12 +145,21 @@ def is_xl(layers: Mapping[str, Pair]) -> bool:
     or of one convolution. A LoRA with none of these gets the names of SD 1.x.
     """
     conv = layers.get(XL_CONV)
-    contexts = [pair.down.shape[1] for name, pair in layers.items() if name.endswith(("attn2.to_k", "attn2.to_v"))]
     return (
         any(".transformer_blocks.1." in name for name in layers)
-        or SDXL_UNET.context_width in contexts
+        or SDXL_UNET.context_width in context_widths(layers)
         or bool(conv and conv.down.shape[1] == XL_WIDTH)
     )
+
+
+def context_widths(layers: Mapping[str, Pair]) -> set[int]:
+    """The widths of the prompt's embeddings that the layers were made for: one, or none without cross-attention."""
+    return {pair.down.shape[1] for name, pair in layers.items() if name.endswith(("attn2.to_k", "attn2.to_v"))}
+
+
+def has_linear_projections(layers: Mapping[str, Pair]) -> bool:
+    """True for layers of SD 2.x and SDXL, as far as they show it."""
+    return is_xl(layers) or SD21_BASE_UNET.context_width in context_widths(layers)
 
 
 # Writing
@@ -166,8 +175,10 @@ def peft_tensors(file: LoRAFile) -> dict[str, Tensor]:
         raise ValueError(f"{file.path} has the layer names of the original code, which peft lacks: export --to kohya.")
     tensors = {}
     for name, pair in file.layers.items():
-        tensors[f"unet.{name}.lora_A.weight"] = pair.down
-        tensors[f"unet.{name}.lora_B.weight"] = pair.scale * pair.up
+        down, up = pair.down, pair.scale * pair.up
+        if name.endswith(("proj_in", "proj_out")) and has_linear_projections(file.layers):
+            down, up = squeeze_kernel(down), squeeze_kernel(up)  # kohya's scripts train them as 1x1 convolutions
+        tensors[f"unet.{name}.lora_A.weight"], tensors[f"unet.{name}.lora_B.weight"] = down, up
     return tensors
 
 
@@ -278,7 +289,7 @@ def peft_config(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     """What peft says of its adapter, in the header (as diffusers writes it) or in the JSON beside it."""
     if "lora_adapter_metadata" in metadata:
         return json.loads(metadata["lora_adapter_metadata"])
-    if not any(key.startswith("base_model.model.") for key in tensors):
+    if not any("base_model.model." in key for key in tensors):
         return None
     if (path.parent / ADAPTER).exists():
         return read_json(path.parent / ADAPTER)
@@ -377,7 +388,9 @@ def peft_alphas(path: Path, parts: Parts, config: dict) -> dict[str, float]:
             raise CheckpointError(
                 f"{path} gives an alpha for {pattern}, and minidistill reads plain names only: save it again."
             )
-        alphas |= {name: float(alpha) for name in ranks if f".{name}".endswith(f".{ending}")}
+        whole = pattern.startswith("^")
+        found = [name for name in ranks if (name == ending if whole else f".{name}".endswith(f".{ending}"))]
+        alphas |= dict.fromkeys(found, float(alpha))
     if config.get("use_rslora"):  # scaled by alpha / sqrt(rank)
         alphas = {name: alpha * ranks[name] ** 0.5 for name, alpha in alphas.items()}
     return alphas

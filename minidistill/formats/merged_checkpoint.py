@@ -121,9 +121,10 @@ def folder_to_folder(
         # Only the parts of the pipeline: people keep other weights next to them, which would not be merged.
         for part in source.iterdir():
             if part.is_dir() and part.name in index and part.name != "unet":
-                shutil.copytree(part, temporary / part.name)
+                shutil.copytree(part, temporary / part.name, copy_function=shutil.copyfile)
+                (temporary / part.name).chmod(0o755)  # the source may be read-only
         (temporary / "unet").mkdir()
-        shutil.copy(source / "unet/config.json", temporary / "unet/config.json")
+        shutil.copyfile(source / "unet/config.json", temporary / "unet/config.json")
         infix = next((f".{v}" for v in (variant, "fp16") if v and f".{v}." in unet.file.name), "")  # as in the source
         write_tensors(temporary / "unet" / f"{STEMS['unet']}{infix}.safetensors", tensors, metadata)
         if prediction:

@@ -95,6 +95,7 @@ VERSIONS = (
 XL = VERSIONS[-1]
 XL_SECOND = replace(XL, text="conditioner.embedders.1.model.", text_names=openclip_names, activation="gelu")
 TEXT_HEAD_WIDTH = 64
+TEXT_LAYERS = {768: 12, 1024: 23, 1280: 32}  # by width, of SD 1.x, 2.x (without its last one) and XL's second encoder
 
 # Other models that come as one file, by a part of some tensor's name.
 OTHERS = {
@@ -110,7 +111,7 @@ OTHERS = {
 XL_TOO = ("conditioner.embedders.", "label_emb.")
 PARTS = {"UNet": UNET, "VAE": VAE, "text encoder": tuple(version.text for version in VERSIONS)}
 PIECES = {  # the same, for files without an original UNet
-    "lora_": "a LoRA, which goes on top of a model",
+    "lora": "a LoRA, which goes on top of a model",
     "down_blocks.": "one network of a folder: name the whole folder",
     "emb_params": "a textual inversion, words for a text encoder",
 }
@@ -230,10 +231,9 @@ def network(tensors: Tensors, prefix: str, names: Table, path: Path) -> Network:
 def ema_weights(tensors: Tensors, path: Path) -> dict[str, Tensor]:
     """The UNet's EMA weights, by the names of the weights they average. Their own names have lost the dots."""
     names = {f"{EMA}{name.removeprefix('model.').replace('.', '')}": name for name in tensors if name.startswith(UNET)}
-    weights = {name: tensors[copy] for copy, name in names.items() if copy in tensors}
-    if not weights:
+    if not any(copy in tensors for copy in names):
         raise CheckpointError(f"{path} has no EMA copy of the UNet: leave --ema out.")
-    return weights
+    return {name: tensors.get(copy, tensors[name]) for copy, name in names.items()}  # frozen weights have no copy
 
 
 def text_network(tensors: Tensors, version: Version, path: Path) -> Network:
@@ -356,6 +356,12 @@ def to_single_file(
             f"No single file has a text encoder with activation {kind[0]} and a UNet with "
             f"{'linear' if kind[1] else 'convolutional'} projections. Write a folder."
         )
+    for config in filter(None, (text_config, text_config_2)):
+        if config.num_hidden_layers != (usual := TEXT_LAYERS.get(config.hidden_size, config.num_hidden_layers)):
+            raise ValueError(
+                f"Programs that read single files expect {usual} layers of this text encoder, which has "
+                f"{config.num_hidden_layers}. Write a folder."
+            )
     names = unet_names(unet_config)
     tensors = {UNET + translate(name, names): tensor for name, tensor in unet.items()}
     names = vae_names(vae_config)

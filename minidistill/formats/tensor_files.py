@@ -11,6 +11,7 @@ import pickletools
 import re
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -180,19 +181,23 @@ def check_archive(path: Path) -> None:
 def check_nesting(file: BinaryIO) -> None:
     """Raise if hashing or printing a container in the next pickle could crash or occupy Python.
 
-    Tuples may be nested deeply; and containers that hold one another twice each, over and over, double at every level.
+    Tuples may be nested deeply; and containers that hold one another twice each, over and over, double at every level:
+    the product of their uses says how large they can grow.
     """
-    memo: dict[int, str] = {}
-    tuples = shared = 0
-    before = ""
+    memo: dict[int, int] = {}  # key -> index into ``uses``
+    uses: list[int] = []  # how often each container in the memo is taken from it
+    tuples, before = 0, ""
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[argument] = before
-        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
-            shared += memo.get(argument, "").endswith(CONTAINERS)
+            memo.pop(argument, None)
+            if before.endswith(CONTAINERS):
+                memo[argument] = len(uses)
+                uses.append(0)
+        elif opcode.name in ("GET", "BINGET", "LONG_BINGET") and argument in memo:
+            uses[memo[argument]] += 1
         tuples += opcode.name.startswith("TUPLE")
         before = opcode.name
-    if tuples > 50_000 or shared > 20:
+    if tuples > 50_000 or math.prod(1 + times for times in uses) > 2**20:
         raise ValueError("it nests lists, dicts or tuples too deeply")
 
 
@@ -246,8 +251,14 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     with atomic_write(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, temporary, {**metadata, "format": "pt"})
+        storages = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+        tensors = {  # safetensors refuses tensors that share memory
+            name: tensor.clone() if storages[tensor.untyped_storage().data_ptr()] > 1 else tensor
+            for name, tensor in tensors.items()
+        }
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {**metadata, "format": "pt"}
+        )
         sort_header(temporary)
         temporary.chmod(mode)  # safetensors would leave it readable by its owner only
 

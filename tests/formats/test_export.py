@@ -344,6 +344,53 @@ def test_noise_levels_that_no_single_file_can_state(student_of_it: Path, ordinar
     assert (tmp_path / "folder/unet").is_dir() and not (tmp_path / "one.safetensors").exists()
 
 
+def test_a_text_encoder_that_other_programs_would_misread(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    model = Path(shutil.copytree(ordinary, tmp_path / "model"))
+    config = CLIPTextConfig.from_pretrained(model / "text_encoder")
+    config.hidden_size, config.intermediate_size, config.num_attention_heads = 768, 32, 12
+    CLIPTextModel(config).save_pretrained(model / "text_encoder")
+    flags = ["--to", "checkpoint", "--model", str(model), "--out", str(tmp_path / "x.safetensors")]
+    with pytest.raises(ValueError, match="expect 12 layers.*Write a folder"):
+        export.main([str(student_of_it), *flags])
+
+
+def test_a_read_only_folder(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    model = Path(shutil.copytree(ordinary, tmp_path / "model"))
+    for path in model.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    export.main([str(student_of_it), "--to", "checkpoint", "--model", str(model), "--out", str(tmp_path / "out")])
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "out").rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "flags", [["kohya", "--out", "x.ckpt"], ["checkpoint", "--out", "x.ckpt"], ["peft", "--out", "."]]
+)
+def test_out_has_the_right_kind_of_name(flags: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="name a new .safetensors file"):
+        export.main([str(run), "--to", *flags])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("flags", [["--ema"], ["--variant", "fp16"], ["--prediction", "v"], ["--stochastic"]])
+def test_flags_of_a_merge(flags: list[str], run: Path):
+    with pytest.raises(ValueError, match="give them with --to checkpoint"):
+        export.main([str(run), "--to", "kohya", *flags])
+
+
+def test_hashes_of_other_tensors_are_left_out(tmp_path: Path):
+    style = write_lora(tmp_path / "style.safetensors", {"sshs_model_hash": "abc", "modelspec.hash_sha256": "0xabc"})
+    export.main([f"{style}:0.5", "--to", "kohya", "--out", str(tmp_path / "half.safetensors")])
+    assert not {"sshs_model_hash", "modelspec.hash_sha256"} & set(metadata(tmp_path / "half.safetensors"))
+
+
+def test_tensors_that_share_memory(tmp_path: Path):
+    x = torch.arange(4.0)
+    write_tensors(tmp_path / "x.safetensors", {"a": x, "b": x, "c": x[:2]}, {})
+    found = load_file(tmp_path / "x.safetensors")
+    assert torch.equal(found["a"], found["b"]) and found["c"].tolist() == [0, 1]
+
+
 def test_a_last_step_that_no_single_file_can_state(student_of_it: Path, ordinary: Path, tmp_path: Path):
     model = shutil.copytree(ordinary, tmp_path / "model")
     file = model / "scheduler/scheduler_config.json"

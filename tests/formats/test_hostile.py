@@ -376,3 +376,11 @@ def test_the_damage_is_done_to_bytes() -> None:
 
     look()
     assert sum(changed) > len(changed) / 2
+
+
+def test_an_optimizer_with_many_groups(tmp_path: Path) -> None:
+    """All groups of AdamW hold one tuple of betas: used often, it doubles nothing."""
+    betas = (0.9, 0.999)
+    groups = [{"params": [i], "betas": betas} for i in range(200)]
+    torch.save({"state_dict": {"x": torch.ones(2)}, "optimizer_states": groups}, tmp_path / "model.ckpt")
+    assert read_tensors(tmp_path / "model.ckpt")[0]["x"].tolist() == [1, 1]

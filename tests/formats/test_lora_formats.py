@@ -134,6 +134,7 @@ def test_ranks_and_alphas_that_differ(tmp_path: Path):
         ({"lora_alpha": 6}, 6),
         ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"to_q": 3}}, 3),
         ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"^" + LAYER: 3}}, 3),
+        ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"^to_q": 3}}, 6),
         ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"to_q": 3, LAYER: 4}}, 3),  # the first match
         ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"to_v": 3}}, 6),
         ({"unet.lora_alpha": 6, "unet.use_rslora": True}, 12),
@@ -213,6 +214,33 @@ def test_other_spellings(kind: str, tmp_path: Path):
     merge_file(unet, read_lora(tmp_path / "x.safetensors"))
     for name, layer in lora_layers(student).items():
         assert torch.equal(unet.get_submodule(name).weight, layer.weight + layer.delta()), name
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "unet.base_model.model."])
+def test_alpha_of_a_peft_adapter(prefix: str, tmp_path: Path):
+    """The second prefix is that of diffusers' ``save_lora_weights`` with the state dict of a peft model."""
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 1}')
+    key = f"{prefix}{LAYER}.lora_A.weight"
+    save_file({key: pair()[0], up_key(key): pair()[1]}, tmp_path / "x.safetensors")
+    assert read_lora(tmp_path / "x.safetensors").layers[LAYER].alpha == 1
+
+
+@pytest.mark.parametrize("context, shape", [(1024, (2, 64)), (768, (2, 64, 1, 1))])
+def test_projections_that_kohya_trains_as_convolutions(context: int, shape: tuple, tmp_path: Path):
+    """SD 2.x has matrices there, and diffusers wants a LoRA of the same shape."""
+    down, up = randn(2, 64, 1, 1), randn(64, 2, 1, 1)
+    block = "down_blocks.0.attentions.0"
+    tensors = {f"{block}.proj_in.lora_down.weight": down, f"{block}.proj_in.lora_up.weight": up}
+    key = f"{block}.transformer_blocks.0.attn2.to_k"
+    tensors |= {f"{key}.lora_down.weight": randn(2, context), f"{key}.lora_up.weight": randn(64, 2)}
+    save_file(
+        {
+            f"lora_unet_{k.partition('.lora')[0].replace('.', '_')}.lora{k.partition('.lora')[2]}": t
+            for k, t in tensors.items()
+        },
+        tmp_path / "x.safetensors",
+    )
+    assert peft_tensors(read_lora(tmp_path / "x.safetensors"))[f"unet.{block}.proj_in.lora_A.weight"].shape == shape
 
 
 def test_the_original_names_cannot_become_pefts(tmp_path: Path):
