@@ -8,6 +8,8 @@ teacher and student both sample in it.
 """
 
 import argparse
+import io
+import itertools
 import re
 import warnings
 from pathlib import Path
@@ -47,21 +49,24 @@ def main() -> None:
     cli.check_interval(args.interval, sd.schedule.timesteps(options["steps"], spacing))
     for style in styles:
         merge_file(sd.unet, style)
-    if student is None:
-        images = draw(sd, "teacher", args.prompt, **options).images
-    else:
+    if student:
         add_student(sd, student)
-        if args.compare:
-            sd.sample(args.prompt[:1], steps=1)  # not timed: the first calls of everything are slower
-        rows = [draw(sd, "teacher", args.prompt, **options)] if args.compare else []
+    (args.out.parent if is_png(args.out) else args.out).mkdir(parents=True, exist_ok=True)
+    if args.compare:
+        sd.sample(args.prompt[:1], steps=1)  # not timed: the first calls of everything are slower
+        teacher = draw(sd, "teacher", args.prompt, **options)
         merge_to_sample(sd.unet)
-        rows.append(draw(sd, "student", args.prompt, **options))
-        images = [comparison_grid(rows, args.prompt, columns=len(args.prompt))] if args.compare else rows[0].images
-
-    prompts = ["\n".join(args.prompt)] if args.compare else args.prompt
-    for i, (image, prompt) in enumerate(zip(images, prompts)):
-        name = f"{'compare-' if args.compare else ''}{args.seed + i}-{words_for_name(prompt)}.png"
-        save(image, args.out if is_png(args.out) else args.out / name)
+        rows = [teacher, draw(sd, "student", args.prompt, **options)]
+        words = words_for_name("\n".join(args.prompt))
+        save(comparison_grid(rows, args.prompt, columns=len(args.prompt)), args.out, f"compare-{args.seed}-{words}")
+        return
+    if student:
+        merge_to_sample(sd.unet)
+    for first in range(0, len(args.prompt), args.batch):  # saved as they come
+        prompts, seed = args.prompt[first : first + args.batch], args.seed + first
+        images = draw(sd, "student" if student else "teacher", prompts, **options | dict(seed=seed)).images
+        for i, (image, prompt) in enumerate(zip(images, prompts)):
+            save(image, args.out, f"{seed + i}-{words_for_name(prompt)}")
 
 
 def words_for_name(prompt: str) -> str:
@@ -82,14 +87,15 @@ def is_png(out: Path) -> bool:
 
 def at_strength(student: LoRAFile, args: argparse.Namespace) -> LoRAFile:
     """The student at the strength that --lora-scale gives, or that stands for --guidance."""
-    if args.guidance is None:
-        return student.scaled(args.lora_scale)
-    if args.lora_scale != 1:
+    if args.guidance is not None and args.lora_scale != 1:
         raise ValueError("--guidance and --lora-scale turn the same dial: give one of them.")
+    if args.guidance in (None, student.guidance):
+        return student.scaled(args.lora_scale)
     if student.scale != 1 or student.dial is None:
         raise ValueError(
             f"{student.path} at strength {student.scale:g} samples only at the guidance it has learned: leave out "
-            "--guidance. It needs a student at strength 1 that takes as many steps as its teacher."
+            "--guidance. Other scales take a student of more than guidance 1, at strength 1, that takes as many steps "
+            "as its teacher."
         )
     return student.scaled(student.dial.strength(args.guidance))
 
@@ -142,9 +148,15 @@ def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict
     )  # fmt: skip
 
 
-def save(image: Image.Image, path: Path) -> None:
+def save(image: Image.Image, out: Path, name: str) -> None:
+    """Write the image to the file ``out``, or by its name into the folder ``out``, next to others of that name."""
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    names = (f"{name}{'' if n == 1 else f'-{n}'}.png" for n in itertools.count(1))
+    free = (path for path in map(out.joinpath, names) if not path.exists() or path.read_bytes() == buffer.getvalue())
+    path = out if is_png(out) else next(free)
     with atomic_write(path) as temporary:
-        image.save(temporary, "png")
+        temporary.write_bytes(buffer.getvalue())
     print(f"Wrote {path}")
 
 

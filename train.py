@@ -63,8 +63,9 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     recorded = fixed_settings(args, flag_fingerprints(args, sd, weights, style) | source.stamp)
     losses = resume(out, trained, optimizer, recorded)  # empty in a new run
     result = student.result(out, args)
-    if args.student == "full" and result.exists() and not losses:  # a whole model is never written over
+    if result.exists() and not losses:
         raise ValueError(f"{out} holds a result, and no checkpoint to continue from: name another --out.")
+    complete = result.exists() and len(losses) == args.steps  # only the report is missing
     ranks.broadcast([p.data for p in trained])  # GPUs of two kinds may draw different random numbers
 
     # The teacher samples its trajectories, or your images are encoded; both are kept in a folder that runs may share.
@@ -114,9 +115,9 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
         return
     if sd.device.type == "cuda":
         print(f"Peak GPU memory in tensors: {torch.cuda.max_memory_allocated(sd.device) / 1e9:.2f} GB.")
-    metadata = header(args, name, sd.schedule.prediction) | style
-    student.save(sd, result, args, metadata)
-    print(f"Wrote {result}")
+    if not complete:
+        student.save(sd, result, args, header(args, name, sd.schedule.prediction) | style)
+        print(f"Wrote {result}")
     if not args.no_report:
         write_report(sd, out, spread(source.held_out, report_prompts(sd)), losses, **sampling)
 
@@ -187,8 +188,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "backward pass instead of keeping them (default: %(default)s)")
     add("--batched-teacher", action="store_true", help="in the loop, guide by one call on a batch of twice the size")
     add("--compile", action="store_true", help="compile the UNet for the loop: minutes at first, then faster")
-    add("--no-graph", action="store_true", help="launch every operation of an update from Python, where one GPU would "
-        "replay a CUDA graph of them")
+    add("--no-graph", action="store_true", help="launch the operations of an update from Python, without a CUDA graph")
     add("--kernel", default="auto", choices=("auto", "fused", "torch"), help="compute LoRA layers with one CUDA kernel "
         "(on a GPU, in bfloat16) or with PyTorch; auto: with what was measured to be faster (default: %(default)s)")
     add = parser.add_argument_group("the run itself").add_argument

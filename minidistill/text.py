@@ -12,7 +12,7 @@ from minidistill.conditioning import Conditioning
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     """Prompts -> int64 ids [N, L], padded to the model's L tokens; warns about what had to be cut off."""
     length = tokenizer.model_max_length
-    for ids in tokenizer(prompts).input_ids:
+    for ids in tokenizer(prompts, verbose=False).input_ids:  # our own warning instead
         if len(ids) > length:
             cut = tokenizer.decode(ids[length - 1 : -1])
             warnings.warn(

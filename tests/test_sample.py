@@ -503,6 +503,27 @@ def test_no_image_is_written_over_that_of_another_prompt(sample, tmp_path: Path)
     assert len(list((tmp_path / "out").iterdir())) == len(prompts) and (tmp_path / "out/0-a-cat.png").exists()
 
 
+def test_no_image_is_written_over_a_different_one(sample, tmp_path: Path):
+    """Of the same prompt and seed. The same image again stays one file."""
+    for guidance in (2, 8, 2):
+        assert sample(APPLE, "--guidance", guidance).code == 0
+    assert [file.name for file in sorted((tmp_path / "out").iterdir())] == ["0-a-red-apple-2.png", "0-a-red-apple.png"]
+
+
+def test_images_are_saved_as_they_come(sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    original, batches = StableDiffusion.sample, []
+
+    def stopped(self, prompts, **options):
+        if batches:
+            raise KeyboardInterrupt
+        batches.append(prompts)
+        return original(self, prompts, **options)
+
+    monkeypatch.setattr(StableDiffusion, "sample", stopped)
+    assert sample(APPLE, ROCKET, "--batch", 1).code != 0
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["0-a-red-apple.png"]
+
+
 def test_no_comparison_is_written_over_another(sample, lora: Path, tmp_path: Path):
     for prompts in (["a cat"], ["a cat", "a dog"], ["a cat", "a pig"]):
         assert sample(*prompts, "--compare", "--lora", lora, "--steps", 1).code == 0

@@ -16,8 +16,11 @@ def add_out_flag(parser: ArgumentParser, default: str) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device called ``name``. Raises ValueError for a CUDA device on a machine without one."""
-    device = torch.device(name)
+    """The device called ``name``. Raises ValueError for no device, and for a CUDA device on a machine without one."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("There is no CUDA device here: use --device cpu.")
     return device

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from minidistill.formats.files import reading
+from minidistill.formats.files import reading, user_path
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
     Raises FileNotFoundError if there is no such file, ValueError if it is not UTF-8 text or has no prompt.
     """
-    path, advice = Path(path), "give a UTF-8 text file with one prompt per line"
+    path, advice = user_path(path), "give a UTF-8 text file with one prompt per line"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file: {advice}")
     data = path.read_bytes()

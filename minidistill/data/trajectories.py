@@ -88,7 +88,7 @@ def generate(
             f"The teacher's {steps} steps skip a time of the student's {student_steps}: choose another --sample-steps."
         )
     levels = [schedule.alphas_cumprod.tolist(), schedule.final_alpha.item(), every_t]
-    tokens = [sd.tokenizer(captions).input_ids, sd.tokenizer.pad_token_id]
+    tokens = [sd.tokenizer(captions, verbose=False).input_ids, sd.tokenizer.pad_token_id]
     settings = dict(
         weights=weights or fingerprint(sd.unet, sd.text_encoder),
         prediction=schedule.prediction,

@@ -33,5 +33,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors("minidistill.evaluate", "stopped. The same command continues with what is missing."):
+    with one_line_errors("minidistill.evaluate", "stopped. The same command reuses what it has kept."):
         main()

@@ -67,7 +67,7 @@ def run(args: Namespace) -> None:
     training, held_out = (spread(prompts, args.prompts) for prompts in prompt_split(args.model))
     teacher = dict(negative_prompt=file.metadata.get("negative_prompt"), interval=file.interval)
     student_steps = file.few_steps and file.few_steps[0]  # a student with a dial takes as many as its teacher
-    teacher |= dict(steps=student_steps or args.steps, student_steps=student_steps, batch=args.batch)
+    teacher |= dict(steps=student_steps or args.steps, student_steps=student_steps, batch=args.batch, progress=True)
 
     rows, images = [], []
     for w in sorted(scales):

@@ -47,6 +47,7 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
+    read_judge(args.judge)  # raises now rather than after the teacher has sampled
     if args.one_pass is None and any(WAYS[name].needs_one_pass for name in args.ways):
         raise ValueError("--ways: some begin from a student that takes as many steps as its teacher: give --one-pass.")
     one_pass, finished = args.one_pass and read_lora(args.one_pass), [read_lora(path) for path in args.loras]

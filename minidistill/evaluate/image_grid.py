@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from minidistill.data.prompts import spread
 from minidistill.evaluate.sampling import Drawn
@@ -29,6 +29,6 @@ def comparison_grid(rows: Sequence[Drawn], prompts: Sequence[str], columns: int 
         pen.multiline_text((6, y + side // 3), "\n".join(name), "black", font=font, spacing=4)
         pen.multiline_text((6, y + side // 3 + 18 * len(name)), cost, "dimgray", font=small, spacing=2)
         for column, i in enumerate(chosen):
-            image = drawn.images[i].resize((side, side), Image.Resampling.BICUBIC)
+            image = ImageOps.pad(drawn.images[i], (side, side), Image.Resampling.BICUBIC, color="white")
             sheet.paste(image, (left + column * (side + gap), y))
     return sheet

@@ -93,7 +93,7 @@ def run(args: Namespace) -> None:
     clip = ClipScore(args.clip, CLIPTokenizer.from_pretrained(args.clip)) if args.clip else ClipScore.in_model(sd)
     judge = read_judge(args.judge)
     truth = judge.rendered(repeated, sd.height) if judge else None
-    tokens = sd.tokenizer([*repeated, teacher.negative_prompt or ""]).input_ids
+    tokens = sd.tokenizer([*repeated, teacher.negative_prompt or ""], verbose=False).input_ids
     stamp = options | model_stamp(sd, args) | {"tokens": digest(json.dumps(tokens).encode())}
 
     def cache(name: str, make: Make, **made_with: object) -> dict[str, Tensor]:
@@ -158,11 +158,15 @@ def run(args: Namespace) -> None:
 
 
 def read_judge(name: str | None) -> ModuleType | None:
-    """Import a module with ``measures(pixels, prompts)`` and ``rendered(prompts, side)``."""
+    """Import a module with ``measures(pixels, prompts)`` and ``rendered(prompts, side)``. Raises ValueError."""
+    if not name:
+        return None
     try:
-        return importlib.import_module(name) if name else None
-    except ImportError as error:
+        judge = importlib.import_module(name)
+        _ = judge.measures, judge.rendered
+    except (ImportError, AttributeError) as error:
         raise ValueError(f"--judge {name}: {error}") from error
+    return judge
 
 
 def model_stamp(sd: StableDiffusion, args: Namespace) -> dict[str, object]:
@@ -215,7 +219,7 @@ def measure(
     if judge:
         by_image |= judge.measures(pixels(row.images), prompts)
     estimates = {name: metrics.interval(values.view(-1, each)) for name, values in by_image.items()}
-    for name, others in references.items():
+    for name, others in references.items() if len(row.images) > 1 else ():  # one image has no covariance
         estimates[f"Fréchet to {name}"] = metrics.frechet_interval(features[row.method], others, each)
     return estimates
 

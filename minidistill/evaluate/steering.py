@@ -40,6 +40,8 @@ def run(args: Namespace) -> None:
         raise ValueError(
             f"--one-pass {one_pass.path}: it must be a one-pass student that has learned guidance {args.guidance:g}."
         )
+    if any(w <= 1 for w in args.scales):
+        raise ValueError("--scales: name guidance scales above 1, which is none.")
     sd, (captions, held_out) = load(args.model, **load_options(args)), prompt_split(args.model)
     prompts = [prompt for prompt in spread(held_out, args.prompts) for _ in range(args.each)]
     lesson, measures = read_lesson(sd, captions, args, N), make_measures(sd, prompts, args)

@@ -5,13 +5,12 @@
 The last step of results/make.sh: reads the other results and writes summary.json beside them.
 """
 
-import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
-from minidistill.formats.files import write_json
+from minidistill.formats.files import read_json, write_json
 
 POSITIONAL = ""
 STUDENT = "guidance-lora"  # the one that ships
@@ -35,10 +34,14 @@ def run(args: Namespace) -> None:
 
 def summary(results: Path) -> dict:
     """The contents of summary.json for a folder of results."""
-    quality, memory = read(results / "evaluation/results.json"), read(results / "memory.json")
-    measured = {size: read(results / f"memory-{size}.json") for size in ("pocket", "sd15")}
-    benches = {size: read(results / f"bench-{size}.json") for size in ("pocket", "sd15")}
+    quality, memory = read_json(results / "evaluation/results.json"), read_json(results / "memory.json")
+    measured = {size: read_json(results / f"memory-{size}.json") for size in ("pocket", "sd15")}
+    benches = {size: read_json(results / f"bench-{size}.json") for size in ("pocket", "sd15")}
     methods = {row["method"]: row for row in quality["rows"]}
+    if STUDENT not in methods or not set(MEASURES.values()) <= set(methods[STUDENT]):
+        raise ValueError(
+            f"{results}/evaluation needs a row {STUDENT} with {', '.join(MEASURES.values())}: add --judge."
+        )
     for method, share in (("teacher", 0.0), ("no guidance", 1.0)):  # by definition
         methods[method]["noise error share"] = dict(value=share, low=share, high=share)
     report = {
@@ -73,7 +76,3 @@ def peer_ratios(rows: Mapping[str, dict]) -> dict[str, dict]:
 
 def source(report: Mapping) -> dict[str, str]:
     return {name: report[name] for name in ("command", "commit")}
-
-
-def read(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8"))

@@ -7,7 +7,6 @@ Run from the repository root. Each value is a run of train.py in --runs, measure
 prompts. Runs with the same teacher share its trajectories. Finished runs are not repeated.
 """
 
-import json
 import shlex
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from minidistill.data.shards import fingerprint
 from minidistill.evaluate.figures import figure_file
 from minidistill.evaluate.metrics import Estimate, interval, noise_error_share
 from minidistill.evaluate.tables import markdown_table
-from minidistill.formats.files import write_json
+from minidistill.formats.files import read_json, write_json
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import read_lora
 from minidistill.formats.lora_io import add_student
@@ -69,7 +68,7 @@ def run(args: Namespace) -> None:
     if unknown := set(args.sweeps) - set(VALUES):
         raise ValueError(f"There is no sweep called {', '.join(sorted(unknown))}: choose from {', '.join(VALUES)}.")
     file = args.out / "sweeps.json"
-    report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    report = read_json(file) if file.exists() else {}
     sd = load(args.model)
     teacher = fingerprint(sd.unet, sd.text_encoder)  # the same path may hold other weights than before
     done = {tuple(map(row.get, STAMP)): row for sweep in report.values() for row in sweep["rows"]}

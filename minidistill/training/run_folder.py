@@ -141,12 +141,12 @@ def resume(
         state = torch.load(file, weights_only=True, map_location="cpu")  # ignores the digest at the end
         saved = state["settings"]
         differing = [
-            f"--{name.replace('_', '-')} {saved.get(name)}"
-            for name in settings
+            f"without {flag}" if saved.get(name, "None") in ("None", "False", "") else f"with {flag} {saved[name]}"
+            for name, flag in ((name, f"--{name.replace('_', '-')}") for name in settings)
             if contents(settings[name]) != contents(saved.get(name, "None"))  # None: newer than the checkpoint
         ]
         if differing:
-            raise ValueError(f"{file} was made with {', '.join(differing)}: give the same, or another --out.")
+            raise ValueError(f"{file} was made {', '.join(differing)}: do the same, or name another --out.")
         with torch.no_grad():
             for p, value in zip(trained, state["trained"], strict=True):
                 p.copy_(value)

@@ -54,10 +54,9 @@ class FullCopy:
 
     @staticmethod
     def save(sd: StableDiffusion, result: Path, args: argparse.Namespace, metadata: dict[str, str]) -> None:
-        if not result.exists():  # it exists if a run is resumed that was stopped during its report
-            change = replaced_by(sd.unet.student)
-            which = dict(variant=args.variant, ema=args.ema, prediction=args.prediction)
-            write_checkpoint(args.model, change, result, metadata, **which)
+        change = replaced_by(sd.unet.student)
+        which = dict(variant=args.variant, ema=args.ema, prediction=args.prediction)
+        write_checkpoint(args.model, change, result, metadata, **which)
 
 
 MOST_FEW_STEPS = 500  # with more, the last step starts at t = 0, where DDIM has nothing left to do
@@ -92,7 +91,11 @@ def choose_method(args: argparse.Namespace) -> None:
         )
     if args.weights:
         args.kernel = "torch"  # the kernel reads W itself, not codes and scales
+    if args.student == "full" and (args.alpha or args.targets):
+        raise ValueError("--alpha and --targets are for a LoRA: leave them out, or --student full (--method full).")
     noised = args.source != "trajectories"
+    if args.batched_teacher and not noised:
+        raise ValueError("--batched-teacher is for a teacher in the loop: add --source noised.")
     args.method = {"lora": ["trajectories", "noised"], "full": ["full", "full noised"]}[args.student][noised]
 
 

@@ -353,6 +353,25 @@ def test_a_student_of_few_steps(run: Path, evaluate: Callable[..., Path], tiny_m
         main(["dial", str(run), "--model", str(tiny_model)])
 
 
+def test_one_image_has_no_distance_between_distributions(run: Path, evaluate: Callable[..., Path]):
+    rows = json.loads((evaluate(run, "--pictures", 1) / "results.json").read_text())["rows"]
+    assert "PSNR" in rows[1] and not any(name.startswith("Fréchet") for row in rows for name in row)
+
+
+def test_a_judge_that_is_none(run: Path, evaluate: Callable[..., Path]):
+    with pytest.raises(ValueError, match="--judge minidistill.pocket: .*measures"):
+        evaluate(run, "--judge", "minidistill.pocket")
+
+
+def test_images_keep_their_shape_in_the_grid():
+    """A wide image gets white above and below."""
+    wide = Image.new("RGB", (64, 32), "black")
+    cell = np.asarray(
+        comparison_grid([SimpleNamespace(method="wide", images=[wide], unet_calls=1, seconds=0.0)], ["x"], side=64)
+    )[52:116, 128:192]
+    assert (cell[:15] == 255).all() and (cell[17:47] == 0).all() and (cell[49:] == 255).all()
+
+
 def test_images_are_cached(run: Path, evaluate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     results = [(evaluate(run) / "results.json").read_text()]
     with monkeypatch.context() as patched:

@@ -21,6 +21,7 @@ from tiny import ROOT, UPDATES, listing, same_result
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from minidistill.data import shards
+from minidistill.evaluate.dial import write_dial
 from minidistill.formats.files import read_json, write_json
 from minidistill.formats.lora_formats import read_lora
 from minidistill.training.run_folder import lock, resume, save_checkpoint
@@ -122,7 +123,29 @@ def test_resume_of_a_finished_run_changes_nothing(whole_run, command, flags, tmp
     assert same_result(tmp_path / "run", whole_run[0])
 
 
+def test_resume_of_a_finished_run_keeps_its_dial(command, flags, tmp_path: Path):
+    run = [*flags(tmp_path / "run"), "--no-report"]
+    command("train.py", *run)
+    write_dial(read_lora(tmp_path / "run"), [(2, 0.4)])
+    assert command("train.py", *run, "--resume").code == 0
+    assert (2, 0.4) in read_lora(tmp_path / "run").dial.points
+
+
 # What is refused
+
+
+def test_a_result_without_its_checkpoints_is_refused(command, flags, tmp_path: Path):
+    command("train.py", *flags(tmp_path / "run"), "--no-report")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    before = (tmp_path / "run/lora.safetensors").read_bytes()
+    result = command("train.py", *flags(tmp_path / "run", rank=3), "--no-report", "--resume")
+    assert "no checkpoint to continue from" in result.complaint
+    assert (tmp_path / "run/lora.safetensors").read_bytes() == before
+
+
+def test_what_a_resumed_run_lacks_is_named(command, flags, tmp_path: Path):
+    command("train.py", *flags(tmp_path / "run"), "--no-report")
+    assert "was made without --lr:" in command("train.py", *flags(tmp_path / "run", lr=1), "--resume").complaint
 
 
 def test_a_second_run_in_the_same_folder_is_refused(whole_run, command, flags):

@@ -57,6 +57,9 @@ def test_flags_choose_student_and_source(flags: str, student: str, source: str, 
         ("--images I --method trajectories", "--method"),
         ("--images I --method full", "--method"),
         ("--images I --prompts P", "--prompts"),
+        ("--student full --alpha 4", "--alpha"),
+        ("--method full --targets conv_in", "--targets"),
+        ("--batched-teacher", "--batched-teacher"),
     ],
 )
 def test_contradicting_flags_are_refused(contradiction: str, named: str, command, tmp_path: Path):
