@@ -125,10 +125,11 @@ def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict
         guided_elsewhere = interval not in (None, student.interval) or (args.selective and student.interval)
         another_negative = student_negative == "" or (student_negative and learned)
         if args.compare and (another_negative or guided_elsewhere):
+            away = "no negative prompt" if learned is None else f'negative prompt "{learned}"'
             where = f", interval {student.interval.low:g} to {student.interval.high:g}" if student.interval else ""
             raise ValueError(
-                f"{student.path} has learned guidance {guidance:g} with negative prompt "
-                f'"{learned or ""}"{where}: the teacher beside it must have the same.'
+                f"{student.path} has learned guidance {guidance:g} with {away}{where}: the teacher beside it must have "
+                "the same."
             )
         interval = student.interval
     guidance = guidance if args.guidance is None else args.guidance

@@ -30,8 +30,10 @@ from minidistill.bench.output import device_name, find_device, megabytes, new_re
 from minidistill.bench.peak_memory import in_fresh_process, peak_bytes
 from minidistill.bench.workloads import GUIDANCE, SIZES, Networks, Setup, Size, Update, attention, decode, lora_student
 from minidistill.config import UNetConfig
+from minidistill.data.trajectories import PROMPTS_AT_ONCE
 from minidistill.evaluate.tables import markdown_table
 from minidistill.guidance import guided_noise
+from minidistill.text import TwoTextEncoders, encode_tokens
 from minidistill.training.command_line import positive_int
 from minidistill.training.recompute import LOW_MEMORY, low_memory
 from minidistill.vae import VAE
@@ -299,15 +301,18 @@ def card_peaks(card: Card, size: Size, rank: int = 16) -> dict[str, int]:
     training, sample = (ledger(what, size, rank, True) for what in (case, Case("sampling", float8=card.float8)))
     with FakeTensorMode(), Live() as decoding:
         decode(Setup(size, torch.device("cpu"), torch.bfloat16, rank), "ours")()  # one image
-    with torch.device("meta"):
-        encoders = [CLIPTextModel(size.text), *([CLIPTextModelWithProjection(size.text_2)] if size.text_2 else [])]
-    text = 2 * sum(p.numel() for encoder in encoders for p in encoder.parameters())  # in bfloat16
+    with FakeTensorMode(allow_non_fake_inputs=True), Live() as encoding:
+        encoder = CLIPTextModel._from_config(size.text, dtype=torch.bfloat16)
+        if size.text_2:
+            second = CLIPTextModelWithProjection._from_config(size.text_2, dtype=torch.bfloat16)
+            encoder = TwoTextEncoders(encoder, second)
+        encode_tokens(encoder, torch.zeros(PROMPTS_AT_ONCE, size.tokens, dtype=torch.int64))
     resident = training["weights"] + training["optimizer"]
     return {
         "training": training["peak"],
         "sampling": resident + sample["peak"] - sample["weights"],
         "decoding": resident + decoding.peak,
-        "prompts": resident + text,  # the text encoders' activations are small beside them
+        "prompts": resident + encoding.peak,
     }
 
 

@@ -144,11 +144,14 @@ def generate(
     return Trajectories(list(files.values()), count)
 
 
+PROMPTS_AT_ONCE = 8  # of 64, SDXL's encoders would keep 0.6 GB of hidden states
+
+
 def encode_prompts(sd: StableDiffusion, prompts: Sequence[str]) -> Conditioning:
     """The embeddings of N prompts, on the CPU, as those of many prompts would fill a small GPU."""
+    starts = range(0, len(prompts), PROMPTS_AT_ONCE)
     with on_device(sd.text_encoder, sd.device):  # moved once, for all of them
-        parts = [sd.encode_prompt(list(prompts[i : i + 64])).to("cpu") for i in range(0, len(prompts), 64)]
-    return cat(parts)
+        return cat([sd.encode_prompt(list(prompts[i : i + PROMPTS_AT_ONCE])).to("cpu") for i in starts])
 
 
 def is_shard(file: Path, made_with: str, size: int) -> bool:

@@ -22,6 +22,7 @@ from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import write_json
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import read_lora
+from minidistill.formats.lora_io import fit
 from minidistill.lora import low_rank
 from minidistill.training.command_line import add_model_flags
 
@@ -42,8 +43,8 @@ def run(args: Namespace) -> None:
     path = full_student(args.full)
     if path is None:
         raise ValueError(f"{args.full} is no run of --method full: it holds no student/ and no student.safetensors.")
-    pairs = read_lora(args.lora, 1.0).layers
     teacher = load(args.model, variant=args.variant, ema=args.ema).unet.state_dict()
+    pairs = fit(read_lora(args.lora), teacher)
     student = read_full(path, args.variant).state_dict()
     rows = []
     for name, pair in tqdm(pairs.items(), desc="layers", unit="layer"):

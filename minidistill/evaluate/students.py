@@ -29,7 +29,8 @@ class Teacher(NamedTuple):
 
     def __str__(self) -> str:
         where = f" for {self.interval.low:g} <= t <= {self.interval.high:g}" if self.interval else ""
-        return f'guidance {self.guidance:g}{where}, negative prompt "{self.negative_prompt or ""}"'
+        away = "no negative prompt" if self.negative_prompt is None else f'negative prompt "{self.negative_prompt}"'
+        return f"guidance {self.guidance:g}{where}, {away}"
 
 
 class Student(NamedTuple):

@@ -14,7 +14,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -123,11 +123,14 @@ class LoRAFile:
             return 1 + self.scale * (float(self.metadata["guidance"]) - 1)
 
 
-def xl_names(layers: Iterable[str]) -> dict[str, str]:
+def xl_names(layers: Mapping[str, Pair]) -> dict[str, str]:
     """The names of an SDXL's layers, with a dot at the end -> those of single files, which number blocks consecutively.
 
-    If all residual blocks have a LoRA, their names tell how many there are at each level; otherwise two, as in SDXL.
+    A smaller model has its own width of prompts. If all its residual blocks have a LoRA, their names tell how many
+    there are at each level; otherwise two, as in SDXL.
     """
+    if SDXL_UNET.context_width in context_widths(layers):
+        return unet_names(SDXL_UNET)
     down, up = (
         {int(block[1]) for name in layers if (block := re.match(rf"{side}_blocks\.\d+\.resnets\.(\d+)\.", name))}
         for side in ("down", "up")

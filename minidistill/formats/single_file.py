@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from minidistill.config import ScheduleConfig, UNetConfig, VAEConfig
+from minidistill.config import SDXL_UNET, ScheduleConfig, UNetConfig, VAEConfig
 from minidistill.formats.files import CheckpointError, reading
 from minidistill.formats.model_configs import OTHER_INPUTS, Description, Network, checked
 from minidistill.formats.model_folder import PROJECTION, match_text_names, squeeze_kernel
@@ -109,6 +109,7 @@ OTHERS = {
     "edm_vpred.": "a model with EDM's noise levels",
 }
 XL_TOO = ("conditioner.embedders.", "label_emb.")
+LABELS, XL_LABELS = "label_emb.0.0.weight", SDXL_UNET.pooled_width + 6 * SDXL_UNET.size_width  # the refiner has fewer
 PARTS = {"UNet": UNET, "VAE": VAE, "text encoder": tuple(version.text for version in VERSIONS)}
 PIECES = {  # the same, for files without an original UNet
     "lora": "a LoRA, which goes on top of a model",
@@ -157,6 +158,8 @@ def read_single_file(path: Path, prediction: str | None = None, ema: bool = Fals
             encoders = [version, XL_SECOND] if version is XL else [version]
             texts = [text_network(tensors, encoder, path) for encoder in encoders]
             text_configs = [text_shapes(text.tensors, encoder) for text, encoder in zip(texts, encoders)]
+            if version is XL and not text_configs[1].projection_dim:
+                raise KeyError(f"{XL_SECOND.text}text_projection")
         except KeyError as error:
             raise CheckpointError(f"{path} lacks {error}: it is incomplete; fetch it again.") from error
     unet = network(ema_weights(tensors, path) if ema else tensors, UNET, unet_names(unet_config), path)
@@ -194,7 +197,12 @@ def detect_version(tensors: Tensors, path: Path) -> Version:
     """SD 1.x, 2.x or XL. Raises CheckpointError for anything else."""
     conv_in, projection = (tensors.get(UNET + n) for n in ("input_blocks.0.0.weight", "middle_block.1.proj_in.weight"))
     markers = OTHERS if any(name.startswith(UNET) for name in tensors) else OTHERS | PIECES
-    if all(any(name.startswith(encoder.text) for name in tensors) for encoder in (XL, XL_SECOND)):
+    labels = tensors.get(UNET + LABELS, tensors.get(LABELS))
+    if (
+        labels is not None
+        and labels.shape[-1] == XL_LABELS
+        or all(any(name.startswith(encoder.text) for name in tensors) for encoder in (XL, XL_SECOND))
+    ):
         markers = {marker: kind for marker, kind in markers.items() if marker not in XL_TOO}
     other = next((kind for marker, kind in markers.items() if any(marker in name for name in tensors)), None)
     if other is None and conv_in is not None and conv_in.ndim == 4:

@@ -140,6 +140,22 @@ def test_the_refiner_in_a_single_file(tensors: dict[str, Tensor], tmp_path: Path
         load(tmp_path / "model.safetensors")
 
 
+@pytest.mark.parametrize("prefix", ["", UNET])
+def test_an_unet_alone(prefix: str, tmp_path: Path) -> None:
+    """The width of what it adds to the embedding of t tells SDXL's from the refiner's and from unCLIP's."""
+    shapes = {"label_emb.0.0.weight": (4, 2816), "input_blocks.0.0.weight": (320, 4, 3, 3)}
+    save_file({prefix + name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is not a whole Stable Diffusion.*no VAE and no text encoder"):
+        load(tmp_path / "model.safetensors")
+
+
+def test_a_missing_projection_is_named(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    left = {name: tensor for name, tensor in tensors.items() if not name.endswith("text_projection")}
+    save_file(left, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="lacks 'conditioner.embedders.1.model.text_projection'"):
+        load(tmp_path / "model.safetensors")
+
+
 @pytest.mark.parametrize("variant, shards", [(None, "1GB"), ("fp16", "1GB"), (None, "2MB"), ("fp16", "500KB")])
 def test_folder(variant: str | None, shards: str, tmp_path: Path) -> None:
     pipe = small_xl().to(torch.float16 if variant else torch.float64)

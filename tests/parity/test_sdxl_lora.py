@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minidistill import load, load_lora
+from minidistill import inject_lora, load, load_lora
+from minidistill.config import SDXL_UNET
 from minidistill.export import __main__ as export
-from minidistill.formats.lora_formats import read_lora
+from minidistill.formats.lora_formats import LoRAFile, Pair, kohya_tensors, read_lora
 from minidistill.formats.lora_io import merge_file
+from minidistill.formats.original_names import translate, unet_names
 from minidistill.lora import lora_layers
+from minidistill.unet import UNet
 
 from . import test_lora_formats as lora_formats
 from .helpers import PROMPTS, diffusers, randn, small_xl
@@ -129,3 +132,14 @@ def test_a_style_by_kohyas_scripts(folder: Path, tmp_path: Path) -> None:
     ours = levels(sd.sample(PROMPTS, steps=5, seed=3, guidance=1, height=SIDE, width=SIDE))
     assert np.abs(ours - draw_theirs(pipeline(folder, tmp_path / "unet.safetensors"), folder)).max() <= 1
     assert np.abs(ours - without_lora(folder)).max() > 8
+
+
+def test_names_at_full_size_do_not_depend_on_the_layers_that_have_a_lora() -> None:
+    """Even if only the first residual block of each level has one."""
+    targets = ["down_blocks.*.resnets.0.*", "up_blocks.*.resnets.[01].*", "*.attn2.to_k"]
+    with torch.device("meta"):
+        unet = inject_lora(UNet(SDXL_UNET), 1, targets=targets)
+    layers = {name: Pair(x.lora_down, x.lora_up, 1.0) for name, x in lora_layers(unet).items()}
+    keys = {name.partition(".")[0] for name in kohya_tensors(LoRAFile(Path("x"), layers, {}))}
+    names = unet_names(SDXL_UNET)
+    assert keys == {"lora_unet_" + translate(f"{name}.", names)[:-1].replace(".", "_") for name in layers}
