@@ -45,6 +45,7 @@ def main() -> None:
     options = sampling_options(args, student)
 
     sd = load(args.model, **cli.load_options(args))
+    cli.prepare(sd.device, compiled=False)
     spacing = args.spacing or ("trailing" if options["student_steps"] else None)
     cli.check_interval(args.interval, sd.schedule.timesteps(options["steps"], spacing))
     for style in styles:

@@ -18,8 +18,13 @@ from tiny import ROOT, UPDATES, write_tiny, write_tiny_xl
 from minidistill import StableDiffusion, load
 
 
-def pytest_configure() -> None:
-    """With ``pytest -n 2`` each worker has one core, and so have the processes it starts."""
+def pytest_configure(config: pytest.Config) -> None:
+    """With ``pytest -n 2`` each worker has one core, and so have the processes it starts.
+
+    Only tests/gpu, named on the command line, sees a GPU: the other tests compare with float32, and it has TF32.
+    """
+    if not any("gpu" in word for word in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)

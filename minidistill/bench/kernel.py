@@ -8,6 +8,7 @@ one, and in a CUDA graph, where launching costs nothing. Times are medians of CU
 are against float64. "base" is the frozen layer in cuBLAS, "r = 0" the fused kernel with a LoRA of rank 0.
 """
 
+import faulthandler
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from itertools import product
@@ -32,6 +33,7 @@ from minidistill.training.command_line import positive_int
 from minidistill.unet import UNet
 
 INNER = 20  # calls between two readings of the clock
+SECONDS_A_LAYER = 300
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -249,7 +251,9 @@ def run(args: Namespace) -> None:
     report["rows"] = []
     shapes = dict.fromkeys([*STUDY, *layer_shapes()])
     for shape, rank in tqdm(list(product(shapes, args.rank)), "layers"):
+        faulthandler.dump_traceback_later(SECONDS_A_LAYER, exit=True)  # a kernel that hangs would hold the GPU for ever
         report["rows"] += measure(shape, rank, dtype, args.repeats, not args.no_compile)
+        faulthandler.cancel_dump_traceback_later()
         write_json(args.out, report)
     print(markdown(report["rows"]))
     limit = f"{report['operations_per_second'] / 1e12:.0f} TFLOP/s, {report['bytes_per_second'] / 1e12:.2f} TB/s"

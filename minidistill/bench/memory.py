@@ -32,6 +32,7 @@ from minidistill.bench.workloads import GUIDANCE, SIZES, Networks, Setup, Size, 
 from minidistill.config import UNetConfig
 from minidistill.data.trajectories import PROMPTS_AT_ONCE
 from minidistill.evaluate.tables import markdown_table
+from minidistill.formats.files import write_json
 from minidistill.guidance import guided_noise
 from minidistill.text import TwoTextEncoders, encode_tokens
 from minidistill.training.command_line import positive_int
@@ -176,7 +177,8 @@ def run_ledger(args: Namespace) -> None:
                 how = (case, size, device, args.rank, args.keep_attention)
                 row["measured"] = in_fresh_process(measured, *how, **RETURN_FREED_MEMORY)
             rows[key] = {"row": case.row, "dtype": case.dtype, "recompute": case.below > 0} | row
-        report["sizes"][name] = {"batch": size.batch, "rows": rows}
+            report["sizes"][name] = {"batch": size.batch, "rows": rows}
+            write_json(out, report)
         print(f"\n{markdown(name, rows)}\n\nMB, batch {size.batch}.\n", flush=True)
         save_report(report, out)
     print(NOTES)

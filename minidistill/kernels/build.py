@@ -1,5 +1,6 @@
 """Compiles the CUDA kernel on first use. PyTorch caches the result in TORCH_EXTENSIONS_DIR or its own cache folder."""
 
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -34,11 +35,19 @@ def nvcc_flags(capability: tuple[int, int]) -> list[str]:
 @cache
 def build(capability: tuple[int, int]) -> str | None:
     """Compile and load the kernel, once per process. Return None, or the reason for a failure."""
-    from torch.utils import cpp_extension  # searches for compilers when imported
-
+    name = "minidistill_kernels_{}{}".format(*capability)  # machines with other GPUs may share the cache folder
     try:
+        from torch.utils import cpp_extension  # searches for compilers when imported; needs setuptools
+
+        folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+        if (folder / "lock").exists() or not (folder / f"{name}.so").exists():
+            print(
+                f"Compiling the fused kernel, once; this takes minutes. If it never ends, a process that was compiling "
+                f"it has been killed: delete {folder / 'lock'}.",
+                file=sys.stderr,
+            )
         cpp_extension.load(
-            "minidistill_kernels_{}{}".format(*capability),  # machines with other GPUs may share the cache folder
+            name,
             [str(CSRC / name) for name in SOURCES],
             extra_cflags=["-O3"],
             extra_cuda_cflags=["-O3", *nvcc_flags(capability)],

@@ -192,6 +192,21 @@ def test_a_missing_compiler_is_a_reason_and_not_an_exception(monkeypatch):
     assert build.build.__wrapped__((8, 0)) == "the fused kernel could not be built (CUDA_HOME is not set.)"
 
 
+def test_setuptools_may_be_missing(monkeypatch):
+    for module in ("torch.utils.cpp_extension", "setuptools"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delattr(torch.utils, "cpp_extension", raising=False)
+    assert "could not be built" in build.build.__wrapped__((8, 0))
+
+
+def test_a_long_build_says_what_it_waits_for(monkeypatch, tmp_path, capsys):
+    """PyTorch waits without a word and for ever where a process was killed while it compiled."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr("torch.utils.cpp_extension.load", lambda *args, **kwargs: None)
+    assert build.build.__wrapped__((8, 0)) is None
+    assert f"delete {tmp_path}" in capsys.readouterr().err
+
+
 def test_the_reason_is_the_compilers_error_line():
     output = "Error building extension:\n[1/4] c++ -MMD -O3\nlaunch.h:3:10: fatal error: no such file\nninja: stopped"
     assert build.first_error(RuntimeError(output)) == "launch.h:3:10: fatal error: no such file"
