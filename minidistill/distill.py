@@ -80,7 +80,7 @@ def stored_target(frozen: UNetCall, batch: Batch) -> Tensor:
 
 
 def guided_target(uncond: Conditioning, guidance: float, interval: Interval | None, batched: bool) -> Target:
-    """The guided prediction for latents the teacher has not seen: two calls now. ``uncond`` is one prompt."""
+    """The guided prediction for latents the teacher has not seen: it is asked now. ``uncond`` is one prompt."""
 
     @torch.no_grad()
     def target(frozen: UNetCall, batch: Batch) -> Tensor:

@@ -105,8 +105,8 @@ class LoRALinear(LoRALayer, nn.Linear):
         y = super().forward(x)  # W x + b
         if not self.active:
             return y
-        low_rank = F.linear(F.linear(x, self.lora_down.to(x.dtype)), self.lora_up.to(x.dtype))
-        return torch.add(y, low_rank, alpha=self.scale)
+        down = F.linear(x, self.lora_down.to(x.dtype))  # [..., rank]
+        return torch.add(y, F.linear(down, self.lora_up.to(x.dtype)), alpha=self.scale)
 
 
 class LoRAConv(LoRALayer, nn.Conv2d):

@@ -105,13 +105,13 @@ def clean_and_noise(kind: str, prediction: Tensor, z_t: Tensor, alpha: Tensor, s
     return alpha * z_t - sigma * prediction, alpha * prediction + sigma * z_t
 
 
-def min_snr_weight(schedule: Schedule, t: Tensor, most: float) -> Tensor:
-    """Loss weights at time steps t [B], [B, 1, 1, 1] ("Min-SNR", arXiv 2303.09556): ``most`` is the paper's gamma.
+def min_snr_weight(schedule: Schedule, t: Tensor, gamma: float) -> Tensor:
+    """Loss weights at time steps t [B], [B, 1, 1, 1] ("Min-SNR", arXiv 2303.09556).
 
-    min(SNR, most) / SNR for eps, and / (SNR + 1) for v, with SNR = alpha_bar / (1 - alpha_bar): in terms of z_0, the
-    squared error is weighted by min(SNR, most). Without a cap the many, easy steps of little noise take most of the
+    min(SNR, gamma) / SNR for eps, and / (SNR + 1) for v, with SNR = alpha_bar / (1 - alpha_bar): in terms of z_0, the
+    squared error is weighted by min(SNR, gamma). Without a cap the many, easy steps of little noise take most of the
     gradient.
     """
     alpha_bar = schedule.alphas_cumprod[t.to(schedule.alphas_cumprod.device)].view(-1, 1, 1, 1)
     snr = alpha_bar / (1 - alpha_bar)
-    return snr.clamp(max=most) / (snr if schedule.prediction == "eps" else snr + 1)
+    return snr.clamp(max=gamma) / (snr if schedule.prediction == "eps" else snr + 1)

@@ -48,7 +48,7 @@ def pad_with_zeros(ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_tokens(encoder: CLIPTextModel | TwoTextEncoders, ids: Tensor) -> Conditioning:
-    """Token ids [N, L] -> embeddings [N, L, D]: the last hidden state, after the final norm; for SDXL as above.
+    """Token ids [N, L] -> embeddings [N, L, D]: the last hidden state, after the final norm, or what SDXL has instead.
 
     Padding tokens are attended to like any other, because Stable Diffusion was trained that way.
     """

@@ -18,7 +18,7 @@ MIN_SNR = 5.0  # gamma of --weighting min-snr, as in its paper
 
 @dataclass
 class Examples:
-    """What stored states and noised latents share.
+    """What stored states and noised latents share; each adds ``len()`` and ``batch(step)``, which is on the CPU.
 
     Attributes:
         latents: the stored trajectories or encoded images.
@@ -42,13 +42,6 @@ class Examples:
         if self.weighting == "min-snr":
             return min_snr_weight(self.schedule, t, MIN_SNR)
         return torch.ones(len(t), 1, 1, 1)
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def batch(self, step: int) -> Batch:
-        """The batch of update ``step``, on the CPU."""
-        raise NotImplementedError
 
 
 class StoredStates(Examples):

@@ -65,13 +65,18 @@ def add_student(sd: StableDiffusion, file: LoRAFile) -> None:
     Raises CheckpointError, with the model unchanged, as ``load_lora`` does, and if the student learned from a model
     that predicts something else: its layers may look the same.
     """
-    prediction = sd.schedule.prediction
-    if (learned := file.metadata.get("prediction", prediction)) != prediction:
-        raise CheckpointError(
-            f"{file.path} learned from a model that predicts {learned}, and this one predicts {prediction}: give "
-            f"--model the one it was made for, or add --prediction {learned} if this is it."
-        )
+    check_prediction(file.metadata, sd.schedule.prediction, sd.path)
     sd.unet = inject_file(sd.unet, file)
+
+
+def check_prediction(metadata: Mapping[str, str], predicts: str | None, source: Path | str) -> None:
+    """Raises CheckpointError if a student learned from a model that predicts something else than ``source`` says."""
+    learned = metadata.get("prediction")
+    if learned and predicts and learned != predicts:
+        raise CheckpointError(
+            f"The student learned from a model that predicts {learned}, and {source} says that it predicts {predicts}: "
+            f"give --model the one it was made for, or add --prediction {learned} if this is it."
+        )
 
 
 @torch.no_grad()

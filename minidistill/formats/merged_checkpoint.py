@@ -12,7 +12,7 @@ from minidistill.config import ScheduleConfig
 from minidistill.formats.files import CheckpointError, atomic_folder, read_json, write_json
 from minidistill.formats.hub import find_model
 from minidistill.formats.lora_formats import LoRAFile
-from minidistill.formats.lora_io import fit
+from minidistill.formats.lora_io import check_prediction, fit
 from minidistill.formats.model_configs import MODEL_INDEX, PUBLISHED, XL_INDEX, read_schedule_config
 from minidistill.formats.model_folder import STEMS, XL_STEMS, read_index, read_model_folder, read_weights, stems
 from minidistill.formats.single_file import (
@@ -57,16 +57,6 @@ def write_checkpoint(
         folder_to_file(source, change, out, metadata, variant, prediction)
     else:
         folder_to_folder(source, change, out, metadata, variant, prediction)
-
-
-def check_prediction(metadata: Mapping[str, str], predicts: str | None, source: Path) -> None:
-    """Raises CheckpointError if a student learned from a model that predicts something else than ``source`` says."""
-    learned = metadata.get("prediction")
-    if learned and predicts and learned != predicts:
-        raise CheckpointError(
-            f"The student learned from a model that predicts {learned}, and {source} says that it predicts {predicts}: "
-            f"give --model the one it was made for, or add --prediction {learned} if this is it."
-        )
 
 
 def with_loras(files: Sequence[LoRAFile], squares: Squares, generator: torch.Generator | None = None) -> Change:
