@@ -13,8 +13,6 @@
 #   python -m minidistill.evaluate few-steps ...           few-steps/, by the commands in results/README.md
 #   python -m minidistill.evaluate quality "runs/front/student.safetensors" "runs/front/student of two steps.safetensors" \
 #     --pictures 8 --out runs/front                         the README's image; these are copies of the LoRAs that ship
-#   python -m minidistill.evaluate quality --interval 200 800 --pictures 512 --judge minidistill.pocket.judge \
-#     --work runs/interval --out results/interval
 #   python -m minidistill.pocket.judge --lora weights/pocket-emoji/{guidance,fewstep}-lora.safetensors --limit 256 --seeds 2 \
 #     --out results/pocket.json
 set -euo pipefail
@@ -49,8 +47,9 @@ step "a full copy" train.py --method full --out runs/all/full --states runs/all/
 
 # How good they are, beside the student that ships.
 step "quality" -m minidistill.evaluate quality $student runs/all/trajectories runs/all/noised runs/all/full \
-  --selective 0.2 0.5 --judge minidistill.pocket.judge --pictures 256 --work runs/all/evaluation --out results/evaluation
-step "the dial" -m minidistill.evaluate dial $student --out results/dial
+  weights/pocket-emoji/fewstep-lora.safetensors --selective 0.2 0.5 --interval 200 800 --judge minidistill.pocket.judge \
+  --pictures 256 --work runs/all/evaluation --out results/evaluation
+step "the dial" -m minidistill.evaluate dial $student --guidance 1.25 1.5 2 3 --out results/dial
 step "what was learned" -m minidistill.evaluate spectrum runs/all/full runs/all/trajectories --out results/spectrum
 
 # What they cost.
