@@ -50,6 +50,9 @@ class Float8Weight(Tensor):
     def nbytes(self) -> int:
         return self.code.nbytes + self.scale.nbytes
 
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"{type(self).__name__}({list(self.shape)}, dtype={self.dtype})"  # no values: torch.compile has none yet
+
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
         return ["code", "scale"], self.dtype
 
