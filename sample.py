@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 from PIL import Image
+from tqdm import tqdm
 
 from minidistill import load
 from minidistill.evaluate import comparison_grid, draw
@@ -59,11 +60,13 @@ def main() -> None:
         merge_to_sample(sd.unet)
         rows = [teacher, draw(sd, "student", args.prompt, **options)]
         words = words_for_name("\n".join(args.prompt))
-        save(comparison_grid(rows, args.prompt, columns=len(args.prompt)), args.out, f"compare-{args.seed}-{words}")
+        out = args.out if is_png(args.out) else args.out / f"compare-{args.seed}-{words}.png"
+        save(comparison_grid(rows, args.prompt, columns=len(args.prompt)), out, "")  # replaces an older comparison
         return
     if student:
         merge_to_sample(sd.unet)
-    for first in range(0, len(args.prompt), args.batch):  # saved as they come
+    options["progress"] = len(args.prompt) <= args.batch
+    for first in tqdm(range(0, len(args.prompt), args.batch), unit="batch", disable=options["progress"]):
         prompts, seed = args.prompt[first : first + args.batch], args.seed + first
         images = draw(sd, "student" if student else "teacher", prompts, **options | dict(seed=seed)).images
         for i, (image, prompt) in enumerate(zip(images, prompts)):
@@ -95,8 +98,8 @@ def at_strength(student: LoRAFile, args: argparse.Namespace) -> LoRAFile:
     if student.scale != 1 or student.dial is None:
         raise ValueError(
             f"{student.path} at strength {student.scale:g} samples only at the guidance it has learned: leave out "
-            "--guidance. Other scales take a student of more than guidance 1, at strength 1, that takes as many steps "
-            "as its teacher."
+            "--guidance. Other scales need a student that has learned guidance above 1, at strength 1, with as many "
+            "steps as its teacher."
         )
     return student.scaled(student.dial.strength(args.guidance))
 
@@ -151,7 +154,7 @@ def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict
 
 
 def save(image: Image.Image, out: Path, name: str) -> None:
-    """Write the image to the file ``out``, or by its name into the folder ``out``, next to others of that name."""
+    """Write the image to the file ``out``, or into the folder ``out`` as NAME.png, NAME-2.png if another has that."""
     buffer = io.BytesIO()
     image.save(buffer, "png")
     names = (f"{name}{'' if n == 1 else f'-{n}'}.png" for n in itertools.count(1))
@@ -159,7 +162,7 @@ def save(image: Image.Image, out: Path, name: str) -> None:
     path = out if is_png(out) else next(free)
     with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
-    print(f"Wrote {path}")
+    tqdm.write(f"Wrote {path}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -173,8 +176,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "student in cross-attention (default: none beyond what the student has learned)")
     add("--seed", type=cli.seed_number, default=0, metavar="N", help="seed of the first image's noise; each "
         "further image has the next (default: %(default)s)")
-    add("--out", type=Path, default=Path("samples"), metavar="PATH", help="folder for the images, or one .png file "
-        "(default: %(default)s)")
+    add("--out", type=Path, default=Path("samples"), metavar="PATH", help="folder for the images, where another one of "
+        "the same name gets a number, or one .png file (default: %(default)s)")
     add("--compare", action="store_true", help="teacher beside student, same seeds, with what each cost")
     add = cli.add_model_flags(parser).add_argument
     add("--lora", type=cli.ScaledFile.parse, action="append", metavar="RUN_OR_LORA[:SCALE]", help="a "

@@ -63,7 +63,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     recorded = fixed_settings(args, flag_fingerprints(args, sd, weights, style) | source.stamp)
     losses = resume(out, trained, optimizer, recorded)  # empty in a new run
     result = student.result(out, args)
-    if result.exists() and not losses:
+    if result.exists() and not losses and (args.student == "full" or not checkpoint_files(out)):
         raise ValueError(f"{out} holds a result, and no checkpoint to continue from: name another --out.")
     complete = result.exists() and len(losses) == args.steps  # only the report is missing
     ranks.broadcast([p.data for p in trained])  # GPUs of two kinds may draw different random numbers
@@ -180,7 +180,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--alpha", **x, help="the LoRA is scaled by alpha / rank (default: the rank)")
     add("--steps", **n, default=300, help="updates of the student (default: %(default)s)")
     add("--batch", **n, default=16, help="global batch size, split evenly across processes (default: %(default)s)")
-    add("--lr", **x, help="peak learning rate (default: 0.128 / the UNet's first width; for a full copy 0.02 / that)")
+    add("--lr", **x, help="peak learning rate (default: 0.128 / the UNet's first width; for a full copy 0.0064 / that)")
     add("--weighting", default="even", choices=("even", "min-snr"), help="weight of the squared error at each time "
         "step: the same everywhere, or min-SNR-5 (default: %(default)s)")
     add("--accumulate", **n, default=1, help="compute a batch in N parts, in less memory (default: %(default)s)")

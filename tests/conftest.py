@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Only tests/gpu, named on the command line, sees a GPU: the other tests compare with float32, and it has TF32.
     """
-    if not any("gpu" in word for word in config.args):
+    if not any("tests/gpu" in Path(word.partition("::")[0]).resolve().as_posix() for word in config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"

@@ -33,7 +33,7 @@ from minidistill.training.command_line import positive_int
 from minidistill.unet import UNet
 
 INNER = 20  # calls between two readings of the clock
-SECONDS_A_LAYER = 300
+SECONDS_A_LAYER = 900  # with its compilation
 
 
 def add_flags(parser: ArgumentParser) -> None:

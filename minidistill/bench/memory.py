@@ -169,6 +169,7 @@ def run_ledger(args: Namespace) -> None:
     out = args.out or Path("results/memory.json")
     for name in args.size or ("sd15", "sd21", "pocket"):
         size, rows = SIZES[name], {}
+        report["sizes"][name] = {"batch": size.batch, "rows": rows}
         for key, case in tqdm([item for item in CASES.items() if item[1].dtype in args.dtype], name):
             with attention(fused=not args.keep_attention):
                 row = ledger(case, size, args.rank, foreach=device.type == "cuda")
@@ -177,7 +178,6 @@ def run_ledger(args: Namespace) -> None:
                 how = (case, size, device, args.rank, args.keep_attention)
                 row["measured"] = in_fresh_process(measured, *how, **RETURN_FREED_MEMORY)
             rows[key] = {"row": case.row, "dtype": case.dtype, "recompute": case.below > 0} | row
-            report["sizes"][name] = {"batch": size.batch, "rows": rows}
             write_json(out, report)
         print(f"\n{markdown(name, rows)}\n\nMB, batch {size.batch}.\n", flush=True)
         save_report(report, out)

@@ -144,7 +144,7 @@ def generate(
     return Trajectories(list(files.values()), count)
 
 
-PROMPTS_AT_ONCE = 8  # of 64, SDXL's encoders would keep 0.6 GB of hidden states
+PROMPTS_AT_ONCE = 8  # with 64, SDXL's encoders would keep 0.6 GB of hidden states
 
 
 def encode_prompts(sd: StableDiffusion, prompts: Sequence[str]) -> Conditioning:

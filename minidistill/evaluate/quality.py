@@ -219,7 +219,9 @@ def measure(
     if judge:
         by_image |= judge.measures(pixels(row.images), prompts)
     estimates = {name: metrics.interval(values.view(-1, each)) for name, values in by_image.items()}
-    for name, others in references.items() if len(row.images) > 1 else ():  # one image has no covariance
+    if len(row.images) == 1:
+        return estimates  # without a Fréchet distance: one image has no covariance
+    for name, others in references.items():
         estimates[f"Fréchet to {name}"] = metrics.frechet_interval(features[row.method], others, each)
     return estimates
 

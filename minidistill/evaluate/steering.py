@@ -41,7 +41,7 @@ def run(args: Namespace) -> None:
             f"--one-pass {one_pass.path}: it must be a one-pass student that has learned guidance {args.guidance:g}."
         )
     if any(w <= 1 for w in args.scales):
-        raise ValueError("--scales: name guidance scales above 1, which is none.")
+        raise ValueError("--scales: each must be above 1, which is no guidance.")
     sd, (captions, held_out) = load(args.model, **load_options(args)), prompt_split(args.model)
     prompts = [prompt for prompt in spread(held_out, args.prompts) for _ in range(args.each)]
     lesson, measures = read_lesson(sd, captions, args, N), make_measures(sd, prompts, args)

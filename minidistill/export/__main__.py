@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> None:
             "--variant, --ema, --prediction and --stochastic are for a merge: give them with --to checkpoint."
         )
     out = args.out or first.with_name(f"{first.stem}-{args.to}{suffix}")
-    if out.suffix in PICKLES or (args.to != "checkpoint" and out.is_dir()):
-        raise ValueError(f"--out {out}: name a new .safetensors file{' or folder' * (args.to == 'checkpoint')}.")
+    if out.suffix.lower() in PICKLES or (args.to != "checkpoint" and out.is_dir()):
+        raise ValueError(f"--out {out}: name a .safetensors file{' or a folder' * (args.to == 'checkpoint')}.")
     if out.resolve() in [path.resolve() for path in (args.model, *(file.path for file in files))]:
         raise ValueError(f"--out {out} would be written over what it is made from: name another.")
     if args.to == "checkpoint":

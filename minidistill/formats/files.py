@@ -91,6 +91,8 @@ def read_json(file: Path) -> dict:
         contents = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing: fetch the whole model folder.") from None
+    except PermissionError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not readable JSON ({error}): fetch it again.") from error
     if not isinstance(contents, dict):

@@ -176,10 +176,10 @@ def peft_tensors(file: LoRAFile) -> dict[str, Tensor]:
     """
     if any(name.startswith(ORIGINAL) for name in file.layers):
         raise ValueError(f"{file.path} has the layer names of the original code, which peft lacks: export --to kohya.")
-    tensors = {}
+    tensors, linear = {}, has_linear_projections(file.layers)
     for name, pair in file.layers.items():
         down, up = pair.down, pair.scale * pair.up
-        if name.endswith(("proj_in", "proj_out")) and has_linear_projections(file.layers):
+        if linear and name.endswith(("proj_in", "proj_out")):
             down, up = squeeze_kernel(down), squeeze_kernel(up)  # kohya's scripts train them as 1x1 convolutions
         tensors[f"unet.{name}.lora_A.weight"], tensors[f"unet.{name}.lora_B.weight"] = down, up
     return tensors

@@ -65,16 +65,18 @@ def add_student(sd: StableDiffusion, file: LoRAFile) -> None:
     Raises CheckpointError, with the model unchanged, as ``load_lora`` does, and if the student learned from a model
     that predicts something else: its layers may look the same.
     """
-    check_prediction(file.metadata, sd.schedule.prediction, sd.path)
+    check_prediction(file.metadata, sd.schedule.prediction, sd.path, student=str(file.path))
     sd.unet = inject_file(sd.unet, file)
 
 
-def check_prediction(metadata: Mapping[str, str], predicts: str | None, source: Path | str) -> None:
+def check_prediction(
+    metadata: Mapping[str, str], predicts: str | None, source: Path | str, student: str = "The student"
+) -> None:
     """Raises CheckpointError if a student learned from a model that predicts something else than ``source`` says."""
     learned = metadata.get("prediction")
     if learned and predicts and learned != predicts:
         raise CheckpointError(
-            f"The student learned from a model that predicts {learned}, and {source} says that it predicts {predicts}: "
+            f"{student} learned from a model that predicts {learned}, and {source} says that it predicts {predicts}: "
             f"give --model the one it was made for, or add --prediction {learned} if this is it."
         )
 

@@ -112,7 +112,7 @@ def folder_to_folder(
         for part in source.iterdir():
             if part.is_dir() and part.name in index and part.name != "unet":
                 shutil.copytree(part, temporary / part.name, copy_function=shutil.copyfile)
-                (temporary / part.name).chmod(0o755)  # the source may be read-only
+                (temporary / part.name).chmod(part.stat().st_mode | 0o700)  # the source may be read-only
         (temporary / "unet").mkdir()
         shutil.copyfile(source / "unet/config.json", temporary / "unet/config.json")
         infix = next((f".{v}" for v in (variant, "fp16") if v and f".{v}." in unet.file.name), "")  # as in the source

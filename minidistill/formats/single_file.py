@@ -239,9 +239,13 @@ def network(tensors: Tensors, prefix: str, names: Table, path: Path) -> Network:
 def ema_weights(tensors: Tensors, path: Path) -> dict[str, Tensor]:
     """The UNet's EMA weights, by the names of the weights they average. Their own names have lost the dots."""
     names = {f"{EMA}{name.removeprefix('model.').replace('.', '')}": name for name in tensors if name.startswith(UNET)}
-    if not any(copy in tensors for copy in names):
+    frozen = [name for copy, name in names.items() if copy not in tensors]  # the average has only what was trained
+    if len(frozen) == len(names):
         raise CheckpointError(f"{path} has no EMA copy of the UNet: leave --ema out.")
-    return {name: tensors.get(copy, tensors[name]) for copy, name in names.items()}  # frozen weights have no copy
+    if frozen:
+        few = f"{len(frozen)} of the UNet's {len(names)} weights"
+        warnings.warn(f"{path} has no EMA copy of {few}: they are used as they are.", stacklevel=3)
+    return {name: tensors.get(copy, tensors[name]) for copy, name in names.items()}
 
 
 def text_network(tensors: Tensors, version: Version, path: Path) -> Network:

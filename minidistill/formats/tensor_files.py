@@ -33,7 +33,9 @@ MISTAKEN = {
 # What compiling and distributed training put into the names of a network that is saved without taking them off.
 WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|^module\.")
 # A .ckpt that names one of these was made to run code. Any other class or function gets a harmless stand-in.
-CONTAINERS = ("LIST", "DICT", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")  # pickle's instructions that make one
+# pickle's instructions that leave a list, dict or tuple on the stack
+CONTAINERS = ("LIST", "DICT", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS")
+NEW = object()
 ATTACKS = ("os.", "posix.", "nt.", "sys.", "subprocess.", "builtins.eval", "builtins.exec")
 
 
@@ -186,17 +188,22 @@ def check_nesting(file: BinaryIO) -> None:
     """
     memo: dict[int, int] = {}  # key -> index into ``uses``
     uses: list[int] = []  # how often each container in the memo is taken from it
-    tuples, before = 0, ""
+    tuples, top = 0, None  # what lies on top of the stack: the index of a container, NEW for one that has none, or None
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
             memo.pop(argument, None)
-            if before.endswith(CONTAINERS):
-                memo[argument] = len(uses)
+            if top is NEW:
+                top = len(uses)
                 uses.append(0)
-        elif opcode.name in ("GET", "BINGET", "LONG_BINGET") and argument in memo:
-            uses[memo[argument]] += 1
+            if top is not None:
+                memo[argument] = top
+        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            top = memo.get(argument)
+            if top is not None:
+                uses[top] += 1
+        else:
+            top = NEW if opcode.name.endswith(CONTAINERS) else None
         tuples += opcode.name.startswith("TUPLE")
-        before = opcode.name
     if tuples > 50_000 or math.prod(1 + times for times in uses) > 2**20:
         raise ValueError("it nests lists, dicts or tuples too deeply")
 
@@ -253,12 +260,10 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         mode = temporary.stat().st_mode
         storages = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
         tensors = {  # safetensors refuses tensors that share memory
-            name: tensor.clone() if storages[tensor.untyped_storage().data_ptr()] > 1 else tensor
+            name: (tensor.clone() if storages[tensor.untyped_storage().data_ptr()] > 1 else tensor).contiguous()
             for name, tensor in tensors.items()
         }
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {**metadata, "format": "pt"}
-        )
+        save_file(tensors, temporary, {**metadata, "format": "pt"})
         sort_header(temporary)
         temporary.chmod(mode)  # safetensors would leave it readable by its owner only
 

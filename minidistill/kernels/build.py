@@ -40,7 +40,7 @@ def build(capability: tuple[int, int]) -> str | None:
         from torch.utils import cpp_extension  # searches for compilers when imported; needs setuptools
 
         folder = Path(cpp_extension._get_build_directory(name, verbose=False))
-        if (folder / "lock").exists() or not (folder / f"{name}.so").exists():
+        if cpp_extension.CUDA_HOME and ((folder / "lock").exists() or not (folder / f"{name}.so").exists()):
             print(
                 f"Compiling the fused kernel, once; this takes minutes. If it never ends, a process that was compiling "
                 f"it has been killed: delete {folder / 'lock'}.",
@@ -48,7 +48,7 @@ def build(capability: tuple[int, int]) -> str | None:
             )
         cpp_extension.load(
             name,
-            [str(CSRC / name) for name in SOURCES],
+            [str(CSRC / source) for source in SOURCES],
             extra_cflags=["-O3"],
             extra_cuda_cflags=["-O3", *nvcc_flags(capability)],
             is_python_module=False,

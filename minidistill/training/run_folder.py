@@ -140,13 +140,14 @@ def resume(
             continue
         state = torch.load(file, weights_only=True, map_location="cpu")  # ignores the digest at the end
         saved = state["settings"]
-        differing = [
-            f"without {flag}" if saved.get(name, "None") in ("None", "False", "") else f"with {flag} {saved[name]}"
-            for name, flag in ((name, f"--{name.replace('_', '-')}") for name in settings)
-            if contents(settings[name]) != contents(saved.get(name, "None"))  # None: newer than the checkpoint
-        ]
+        differing = []
+        for name in settings:
+            before = saved.get(name, "None")  # None: newer than the checkpoint
+            if contents(settings[name]) != contents(before):
+                absent = " (without it)" * (before in ("None", "False", ""))
+                differing.append(f"--{name.replace('_', '-')} {before}{absent}".removesuffix(" True"))
         if differing:
-            raise ValueError(f"{file} was made {', '.join(differing)}: do the same, or name another --out.")
+            raise ValueError(f"{file} was made with {', '.join(differing)}: give the same, or another --out.")
         with torch.no_grad():
             for p, value in zip(trained, state["trained"], strict=True):
                 p.copy_(value)

@@ -40,7 +40,7 @@ class LoRAStudent:
 class FullCopy:
     """A second network, all of whose weights learn: plain distillation, for comparison."""
 
-    learning_rate = 0.02
+    learning_rate = 0.0064
 
     @staticmethod
     def make(unet: UNet, args: argparse.Namespace) -> FullStudent:
@@ -54,9 +54,10 @@ class FullCopy:
 
     @staticmethod
     def save(sd: StableDiffusion, result: Path, args: argparse.Namespace, metadata: dict[str, str]) -> None:
-        change = replaced_by(sd.unet.student)
-        which = dict(variant=args.variant, ema=args.ema, prediction=args.prediction)
-        write_checkpoint(args.model, change, result, metadata, **which)
+        if not result.exists():  # a whole model is never written over
+            change = replaced_by(sd.unet.student)
+            which = dict(variant=args.variant, ema=args.ema, prediction=args.prediction)
+            write_checkpoint(args.model, change, result, metadata, **which)
 
 
 MOST_FEW_STEPS = 500  # with more, the last step starts at t = 0, where DDIM has nothing left to do

@@ -315,6 +315,19 @@ def test_the_averaged_copy_of_a_single_file(student_of_it: Path, ordinary: Path,
         export.main([str(student_of_it), *flags, str(ordinary), "--ema"])
 
 
+def test_frozen_weights_have_no_averaged_copy(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    """The average of a fine-tune has only what was trained; the rest is as it was."""
+    plain, flags = tmp_path / "plain.safetensors", ["--to", "checkpoint", "--model"]
+    export.main([f"{student_of_it}:0", *flags, str(ordinary), "--out", str(plain)])
+    tensors = load_file(plain)
+    trained = "model.diffusion_model.out.2.weight"
+    save_file(tensors | {f"model_ema.{trained.removeprefix('model.').replace('.', '')}": 2 * tensors[trained]}, plain)
+    with pytest.warns(UserWarning, match="no EMA copy of"):
+        averaged = load(plain, dtype=torch.float16, ema=True, tokenizer=ordinary / "tokenizer").unet
+    assert torch.equal(averaged.conv_out.weight, 2 * tensors[trained])
+    assert torch.equal(averaged.conv_in.weight, tensors["model.diffusion_model.input_blocks.0.0.weight"])
+
+
 def test_a_folder_needs_a_folder(student_of_it: Path, ordinary: Path, tmp_path: Path):
     flags = ["--to", "checkpoint", "--model"]
     export.main([str(student_of_it), *flags, str(ordinary), "--out", str(tmp_path / "x.safetensors")])
@@ -367,7 +380,7 @@ def test_a_read_only_folder(student_of_it: Path, ordinary: Path, tmp_path: Path)
 )
 def test_out_has_the_right_kind_of_name(flags: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="name a new .safetensors file"):
+    with pytest.raises(ValueError, match="name a .safetensors file"):
         export.main([str(run), "--to", *flags])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

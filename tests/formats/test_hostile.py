@@ -110,6 +110,7 @@ HOSTILE = {
     "deep name": b"}" + text("a") + deep(180_000) + b"\x93K\x01s.",
     "deep kind": b"(" + text("storage") + text("a") + deep(2000) + b"\x93" + text("0") + text("cpu") + b"K\x10tQ.",
     "doubling key": b"})q\x00" + b"h\x00\x86q\x00" * 60 + b"K\x01s.",
+    "doubling under other names": b"})q\x00" + b"h\x00q\x01h\x01q\x02h\x02\x86q\x00" * 60 + b"K\x01s.",
     "itself": b"]q\x00h\x00a.",
     "its own state dict": b"}q\x00X\x0a\x00\x00\x00state_dicth\x00s.",
     "long names": b"(" + b"X\x00\x00\x10\x00" + b"a" * 2**20 + b"q\x00" + b"h\x00h\x00\x93" * 20_000 + b"l.",

@@ -203,6 +203,7 @@ def test_a_long_build_says_what_it_waits_for(monkeypatch, tmp_path, capsys):
     """PyTorch waits without a word and for ever where a process was killed while it compiled."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr("torch.utils.cpp_extension.load", lambda *args, **kwargs: None)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/usr/local/cuda")
     assert build.build.__wrapped__((8, 0)) is None
     assert f"delete {tmp_path}" in capsys.readouterr().err
 
