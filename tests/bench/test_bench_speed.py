@@ -16,6 +16,7 @@ from tiny import TINY_XL_UNET, error
 
 from minidistill.bench import __main__ as bench
 from minidistill.bench import speed, timing, workloads
+from minidistill.bench.output import find_device
 from minidistill.bench.peak_memory import in_fresh_process
 from minidistill.bench.workloads import IMAGES, PEERS, ROWS, SIZES, Setup
 from minidistill.config import POCKET_UNET
@@ -224,6 +225,11 @@ def test_bad_flags(argv: list[str], message: str, capsys) -> None:
 def test_without_a_gpu_it_says_so(command: str) -> None:
     with pytest.raises(ValueError, match="no CUDA device here: use --device cpu"):
         bench.main([command, "--device", "cuda", *(["--measure"] if command == "memory" else [])])
+
+
+def test_an_unknown_device_is_named() -> None:
+    with pytest.raises(ValueError, match="--device gpu: "):
+        find_device("gpu")
 
 
 @needs_peers

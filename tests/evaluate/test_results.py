@@ -127,6 +127,8 @@ def test_steering_few_steps(lora: Path, tiny_model: Path, tmp_path: Path):
     flags = ["--model", str(tiny_model), "--one-pass", str(lora), "--out", str(tmp_path), "--student-steps", "2"]
     for name, value in dict(teacher_steps=4, trajectories=8, updates=2, rank=2, prompts=2, each=2, guidance=3).items():
         flags += [f"--{name.replace('_', '-')}", str(value)]
+    with pytest.raises(ValueError, match="--scales: each must be above 1"):
+        main(["steering", *flags, "--scales", "1", "3"])
     main(["steering", *flags, "--scales", "2", "3"])
     rows = json.loads((tmp_path / "steering-2.json").read_text())["rows"]
     names = ["teacher, 4 steps", "teacher", "coupled", "added", "one-pass student"]
@@ -356,5 +358,13 @@ SUMMARY = ROOT / "results/summary.json"
 
 
 @pytest.mark.skipif(not SUMMARY.exists(), reason="results/ has no summary")
+def test_a_summary_needs_the_student_and_its_measures(tmp_path: Path):
+    rows = [{"method": name} for name in ("teacher", "no guidance", "guidance-lora")]
+    for name in ("evaluation/results", "memory", "memory-pocket", "memory-sd15", "bench-pocket", "bench-sd15"):
+        write(tmp_path, f"{name}.json", {"rows": rows, "sizes": {}})
+    with pytest.raises(ValueError, match="guidance-lora with .*identity by template"):
+        summary(tmp_path)
+
+
 def test_summary_json_fits_the_files_beside_it():
     assert json.loads(SUMMARY.read_text()) == summary(ROOT / "results")

@@ -141,5 +141,9 @@ def test_names_at_full_size_do_not_depend_on_the_layers_that_have_a_lora() -> No
         unet = inject_lora(UNet(SDXL_UNET), 1, targets=targets)
     layers = {name: Pair(x.lora_down, x.lora_up, 1.0) for name, x in lora_layers(unet).items()}
     keys = {name.partition(".")[0] for name in kohya_tensors(LoRAFile(Path("x"), layers, {}))}
+    assert {
+        "lora_unet_input_blocks_7_1_transformer_blocks_0_attn2_to_k",
+        "lora_unet_output_blocks_1_0_out_layers_3",
+    } <= keys
     names = unet_names(SDXL_UNET)
     assert keys == {"lora_unet_" + translate(f"{name}.", names)[:-1].replace(".", "_") for name in layers}
