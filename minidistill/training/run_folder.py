@@ -140,14 +140,14 @@ def resume(
             continue
         state = torch.load(file, weights_only=True, map_location="cpu")  # ignores the digest at the end
         saved = state["settings"]
-        differing = []
-        for name in settings:
-            before = saved.get(name, "None")  # None: newer than the checkpoint
-            if contents(settings[name]) != contents(before):
-                absent = " (without it)" * (before in ("None", "False", ""))
-                differing.append(f"--{name.replace('_', '-')} {before}{absent}".removesuffix(" True"))
+        differing = [
+            f"--{name.replace('_', '-')} {saved.get(name)}".removesuffix(" True")
+            for name in settings
+            if contents(settings[name]) != contents(saved.get(name, "None"))  # None: newer than the checkpoint
+        ]
         if differing:
-            raise ValueError(f"{file} was made with {', '.join(differing)}: give the same, or another --out.")
+            left_out = " None is a flag that was left out." * any(flag.endswith(" None") for flag in differing)
+            raise ValueError(f"{file} was made with {', '.join(differing)}: give the same, or another --out.{left_out}")
         with torch.no_grad():
             for p, value in zip(trained, state["trained"], strict=True):
                 p.copy_(value)
