@@ -32,10 +32,10 @@ MISTAKEN = {
 }
 # What compiling and distributed training put into the names of a network that is saved without taking them off.
 WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|^module\.")
-# A .ckpt that names one of these was made to run code. Any other class or function gets a harmless stand-in.
-# pickle's instructions that leave a list, dict or tuple on the stack
+# Pickle's instructions that leave a list, dict or tuple on the stack, by the ends of their names.
 CONTAINERS = ("LIST", "DICT", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS")
-NEW = object()
+NEW = object()  # stands for such a container that is not in the memo
+# A .ckpt that names one of these was made to run code. Any other class or function gets a harmless stand-in.
 ATTACKS = ("os.", "posix.", "nt.", "sys.", "subprocess.", "builtins.eval", "builtins.exec")
 
 
@@ -184,11 +184,11 @@ def check_nesting(file: BinaryIO) -> None:
     """Raise if hashing or printing a container in the next pickle could crash or occupy Python.
 
     Tuples may be nested deeply; and containers that hold one another twice each, over and over, double at every level:
-    the product of their uses says how large they can grow.
+    the product of their uses says how large they can grow. Its logarithm is bounded, as it may itself be huge.
     """
     memo: dict[int, int] = {}  # key -> index into ``uses``
     uses: list[int] = []  # how often each container in the memo is taken from it
-    tuples, top = 0, None  # what lies on top of the stack: the index of a container, NEW for one that has none, or None
+    tuples, top = 0, None  # on top of the stack: a container's index, NEW, or None for anything else
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
             memo.pop(argument, None)
@@ -204,7 +204,7 @@ def check_nesting(file: BinaryIO) -> None:
         else:
             top = NEW if opcode.name.endswith(CONTAINERS) else None
         tuples += opcode.name.startswith("TUPLE")
-    if tuples > 50_000 or math.prod(1 + times for times in uses) > 2**20:
+    if tuples > 50_000 or sum(math.log2(1 + times) for times in uses) > 20:
         raise ValueError("it nests lists, dicts or tuples too deeply")
 
 
