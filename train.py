@@ -26,7 +26,7 @@ from minidistill.training.cuda_graph import UpdateGraph, adamw, can_record
 from minidistill.training.distributed import Ranks, process_group
 from minidistill.training.run_folder import checkpoint_files, fixed_settings, flag_fingerprints, lock, resume
 from minidistill.training.sources import SOURCES
-from minidistill.training.students import METHODS, STUDENTS, choose_method, choose_steps, header, merge_style
+from minidistill.training.students import METHODS, STUDENTS, choose_method, choose_steps, header, prepare_teacher
 
 
 def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     # With --student lora there is one network: W alone is the teacher; W with its LoRA switched on is the student.
     sd = load(args.model, **cli.load_options(args))
     cli.prepare(sd.device, args.compile)
-    style = merge_style(sd.unet, args.teacher_lora)
+    style = prepare_teacher(sd, args.teacher_lora)
     source, student = SOURCES[args.source](args), STUDENTS[args.student]
     torch.manual_seed(args.seed)
     sd.unet = unet = student.make(sd.unet, args)

@@ -22,7 +22,9 @@ from minidistill.samplers import ddim_sample
 from minidistill.schedule import Schedule
 from minidistill.vae import VAE
 
-FRESH_NOISE = 1 << 32  # added to an image's seed for the noise of eta > 0, since the seed itself gave z_T
+# Added to an image's seed for the noise of eta > 0, since the seed itself gave z_T. A CPU's generator knows only the
+# lowest 32 bits of a seed.
+FRESH_NOISE = 1 << 31
 
 
 @contextmanager
@@ -50,6 +52,7 @@ class StableDiffusion:
         height, width: of its images, in pixels; by default the size that it was trained on.
         force_zeros: with no negative prompt, guidance leads away from embeddings of zeros, as in the training of SDXL.
             Otherwise it leads away from the empty prompt.
+        learned_guidance: the guidance scale that a student merged into the model has learned, if it is there.
     """
 
     unet: nn.Module
@@ -61,6 +64,7 @@ class StableDiffusion:
     height: int | None = None
     width: int | None = None
     force_zeros: bool = False
+    learned_guidance: str | None = None
 
     def __post_init__(self) -> None:
         self.height, self.width = self.height or self.trained_side, self.width or self.trained_side
@@ -233,13 +237,18 @@ class StableDiffusion:
         Raises:
             ValueError: a guidance that the student cannot sample at, an image that is not finite, more steps than DDIM
                 can take, a size that is not a whole number of latents, ``selective`` or ``eta`` outside 0 to 1, or both
-                ``selective`` and ``interval``.
+                ``selective`` and ``interval``; a model that has learned guidance is to be guided again.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         noise = self.starting_noise(range(seed, seed + len(prompts)), height, width)
         uncond = self.encode_negative(negative_prompt, height, width)
         if selective and interval:
             raise ValueError("selective is an interval of its own: give one of selective and interval.")
+        if self.learned_guidance and (lora_enabled or guidance != 1):
+            raise ValueError(
+                f"{self.path} has learned guidance {self.learned_guidance}: sample it with guidance 1 "
+                "(--guidance 1), and without a student's LoRA."
+            )
         interval = interval or selective_interval(self.schedule, steps, selective, spacing)
         strength = self.strength(guidance) if lora_enabled else 1.0
         clock = clock or nullcontext()

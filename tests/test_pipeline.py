@@ -15,8 +15,8 @@ from minidistill import CheckpointError, StableDiffusion, inject_lora, load, loa
 from minidistill.conditioning import Conditioning
 from minidistill.guidance import Interval, away_from, guided
 from minidistill.guidance import student as student_model
-from minidistill.pipeline import on_device, to_images
-from minidistill.samplers import ddim_sample, ddim_step
+from minidistill.pipeline import FRESH_NOISE, on_device, to_images
+from minidistill.samplers import ddim_sample, ddim_step, fresh_noise
 
 APPLE, ROCKET = "a red apple", "a rocket on a purple background"
 
@@ -242,6 +242,14 @@ def test_fresh_noise_depends_on_the_images_seed_alone(sd: StableDiffusion):
         assert np.abs(np.asarray(image, dtype=int) - np.asarray(alone, dtype=int)).max() <= 1
     plain = sd.sample([APPLE], steps=3, seed=4)[0]
     assert np.abs(np.asarray(together[0], dtype=int) - np.asarray(plain, dtype=int)).max() > 1
+
+
+def test_fresh_noise_is_not_the_starting_noise(sd: StableDiffusion):
+    z_T = sd.starting_noise([4])
+    fresh = fresh_noise(z_T.double(), [torch.Generator().manual_seed(FRESH_NOISE + 4)])
+    assert fresh.dtype == torch.float64 and (fresh * z_T).mean().abs() < 0.3
+    narrow = fresh_noise(z_T.bfloat16(), [torch.Generator().manual_seed(FRESH_NOISE + 4)])
+    assert torch.equal(narrow, fresh.bfloat16())  # the same image in every dtype
 
 
 def test_sampling_leaves_the_global_generator_alone(sd: StableDiffusion):

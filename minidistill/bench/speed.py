@@ -56,7 +56,7 @@ def contestants(rows: Sequence[str], peers: bool = True) -> list[tuple[str, str]
 
 def chosen_rows(args: Namespace) -> list[str]:
     """In the table's order. Images need the decoder's time as well."""
-    rows = args.row or [row for row in ROWS if args.compile or row != "unet_compiled"]
+    rows = [*(args.row or [row for row in ROWS if row != "unet_compiled"]), *["unet_compiled"] * args.compile]
     return [row for row in ROWS if row in rows or row == "decode" and set(rows) & set(IMAGES)]
 
 

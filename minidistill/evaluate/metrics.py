@@ -191,7 +191,8 @@ def frechet_distance(features: Tensor, references: Tensor) -> float:
     covariances = [x.double().T.cov() for x in (features, references)]
     roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp_min(0).sqrt()
     distance = (means[0] - means[1]).square().sum()
-    return (distance + covariances[0].trace() + covariances[1].trace() - 2 * roots.sum()).item()
+    distance = distance + covariances[0].trace() + covariances[1].trace() - 2 * roots.sum()
+    return max(0.0, distance.item())  # rounding may leave a little less than 0
 
 
 def frechet_interval(features: Tensor, references: Tensor, each: int) -> Estimate:

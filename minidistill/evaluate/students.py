@@ -65,6 +65,8 @@ def read_student(path: Path, scale: float, args: Namespace) -> Student:
         learned = read_lora(path, scale)
         install = partial(add_student, file=learned)
     check_student(learned)
+    if learned.guidance == 1:
+        raise ValueError(f"{learned.path} at strength {scale:g} stands for no guidance: name another strength.")
     teacher = Teacher(learned.guidance, learned.metadata.get("negative_prompt"), learned.interval)
     return Student(learned.path, teacher, install, learned.few_steps)
 

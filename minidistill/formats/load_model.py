@@ -86,6 +86,7 @@ def load(
         height=height,
         width=width,
         force_zeros=model.force_zeros,
+        learned_guidance=model.unet.learned_guidance,
     )
 
 
@@ -144,7 +145,7 @@ def build(
 
 def check(module: nn.Module, network: Network) -> None:
     """Raise CheckpointError that lists every tensor, by the file's own name, that does not fit the module."""
-    expected, (tensors, _, original) = module.state_dict(), network
+    expected, tensors, original = module.state_dict(), network.tensors, network.name_in_file
     problems = [f"missing: {original(name)} {list(expected[name].shape)}" for name in expected if name not in tensors]
     for name, tensor in tensors.items():
         if name not in expected:

@@ -63,21 +63,36 @@ def add_student(sd: StableDiffusion, file: LoRAFile) -> None:
     """Inject the LoRA of a student into ``sd.unet``.
 
     Raises CheckpointError, with the model unchanged, as ``load_lora`` does, and if the student learned from a model
-    that predicts something else: its layers may look the same.
+    that predicts something else (its layers may look the same), or if the model has learned guidance already.
     """
-    check_prediction(file.metadata, sd.schedule.prediction, sd.path, student=str(file.path))
+    check_source(file.metadata, sd.schedule.prediction, sd.learned_guidance, sd.path, student=str(file.path))
     sd.unet = inject_file(sd.unet, file)
 
 
-def check_prediction(
-    metadata: Mapping[str, str], predicts: str | None, source: Path | str, student: str = "The student"
+def check_source(
+    metadata: Mapping[str, str],
+    predicts: str | None,
+    learned_guidance: str | None,
+    source: Path,
+    student: str = "The student",
 ) -> None:
-    """Raises CheckpointError if a student learned from a model that predicts something else than ``source`` says."""
+    """Raises CheckpointError if ``source`` predicts something else than the student learned, or learned guidance."""
+    if "guidance" in metadata:
+        refuse_second_guidance(learned_guidance, source)
     learned = metadata.get("prediction")
     if learned and predicts and learned != predicts:
         raise CheckpointError(
             f"{student} learned from a model that predicts {learned}, and {source} says that it predicts {predicts}: "
             f"give --model the one it was made for, or add --prediction {learned} if this is it."
+        )
+
+
+def refuse_second_guidance(learned: str | None, source: Path) -> None:
+    """Raises CheckpointError if a student is merged into the model ``source``, whose UNet has ``learned`` guidance."""
+    if learned is not None:
+        raise CheckpointError(
+            f"{source} has learned guidance {learned}, which must not be learned twice: name the model that it was "
+            "made from."
         )
 
 

@@ -12,7 +12,7 @@ from minidistill.config import ScheduleConfig
 from minidistill.formats.files import CheckpointError, atomic_folder, read_json, write_json
 from minidistill.formats.hub import find_model
 from minidistill.formats.lora_formats import LoRAFile
-from minidistill.formats.lora_io import check_prediction, fit
+from minidistill.formats.lora_io import check_source, fit
 from minidistill.formats.model_configs import MODEL_INDEX, PUBLISHED, XL_INDEX, read_schedule_config
 from minidistill.formats.model_folder import STEMS, XL_STEMS, read_index, read_model_folder, read_weights, stems
 from minidistill.formats.single_file import (
@@ -103,8 +103,8 @@ def folder_to_folder(
     """Everything but the UNet's weights is copied unchanged, and the prediction if it is corrected."""
     scheduler = "scheduler/scheduler_config.json"
     schedule = read_schedule_config(source / scheduler, prediction)
-    check_prediction(metadata, schedule.prediction, source)
     unet = read_weights(source / "unet", STEMS["unet"], variant)
+    check_source(metadata, schedule.prediction, unet.learned_guidance, source)
     tensors = change(unet.tensors)
     index = read_index(source) or (XL_INDEX if stems(source) is XL_STEMS else MODEL_INDEX)
     with atomic_folder(out) as temporary:
@@ -116,7 +116,8 @@ def folder_to_folder(
         (temporary / "unet").mkdir()
         shutil.copyfile(source / "unet/config.json", temporary / "unet/config.json")
         infix = next((f".{v}" for v in (variant, "fp16") if v and f".{v}." in unet.file.name), "")  # as in the source
-        write_tensors(temporary / "unet" / f"{STEMS['unet']}{infix}.safetensors", tensors, metadata)
+        file = temporary / "unet" / f"{STEMS['unet']}{infix}.safetensors"
+        write_tensors(file, tensors, {**unet.metadata, **metadata})
         if prediction:
             contents = read_json(source / scheduler)
             write_json(temporary / scheduler, contents | {"prediction_type": PUBLISHED[prediction]})
@@ -140,7 +141,7 @@ def file_to_file(
     model = read_single_file(source, prediction="eps", ema=ema)  # the tensors do not depend on the prediction
     tensors, header = read_tensors(source)
     stated = prediction or stated_prediction(tensors, header, source)
-    check_prediction(metadata, stated, source)
+    check_source(metadata, stated, model.unet.learned_guidance, source)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMA)}
     tensors |= {model.unet.name_in_file(name): tensor for name, tensor in change(model.unet.tensors).items()}
     predicts = stated or metadata.get("prediction")
@@ -167,7 +168,7 @@ def folder_to_file(
 ) -> None:
     """UNet, VAE and text encoder go into one file, under the names that such files use."""
     model = read_model_folder(source, prediction, variant)
-    check_prediction(metadata, model.schedule.prediction, source)
+    check_source(metadata, model.schedule.prediction, model.unet.learned_guidance, source)
     usual, fields = ScheduleConfig(), ("train_steps", "beta_start", "beta_end", "beta_schedule")
     if any(getattr(model.schedule, field) != getattr(usual, field) for field in fields):
         raise ValueError(f"{source} has noise levels that a single file cannot state: write a folder, not {out}.")
@@ -182,4 +183,4 @@ def folder_to_file(
     if model.schedule.zero_terminal_snr:
         tensors[ZERO_SNR] = torch.zeros(0)
     said = state_prediction(tensors, model.schedule.prediction, xl=bool(model.text_2))
-    write_tensors(out, tensors, {**metadata, **said})
+    write_tensors(out, tensors, {**model.unet.metadata, **metadata, **said})

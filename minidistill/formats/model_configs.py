@@ -1,7 +1,7 @@
 """The configurations of a Stable Diffusion: the JSON files of the official folder layout, read and written."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -19,6 +19,13 @@ class Network(NamedTuple):
     tensors: dict[str, Tensor]
     file: Path
     name_in_file: Callable[[str], str] = str  # our name -> the file's
+    metadata: Mapping[str, str] = {}  # of a .safetensors file
+
+    @property
+    def learned_guidance(self) -> str | None:
+        """The guidance scale of a student that was merged into a UNet, as its header says."""
+        guidance = self.metadata.get("guidance")
+        return guidance if guidance != "1" else None
 
 
 @dataclass(frozen=True)

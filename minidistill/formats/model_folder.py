@@ -154,7 +154,8 @@ def read_weights(folder: Path, stem: str, variant: str | None = None) -> Network
         )
     if wanted is None and variant:
         warnings.warn(f"{folder} has no weights of variant {variant}: reading {file.name} instead.", stacklevel=2)
-    network = Network(read_shards(file) if file.suffix == ".json" else read_tensors(file)[0], file)
+    tensors, metadata = (read_shards(file), {}) if file.suffix == ".json" else read_tensors(file)
+    network = Network(tensors, file, metadata=metadata)
     if inside := next((name for name in network.tensors if LORA_INSIDE.search(name)), None):
         raise CheckpointError(
             f"{file} was saved with a LoRA inside that is not merged ({inside}): merge or unload it where it was made "

@@ -163,6 +163,7 @@ def read_single_file(path: Path, prediction: str | None = None, ema: bool = Fals
         except KeyError as error:
             raise CheckpointError(f"{path} lacks {error}: it is incomplete; fetch it again.") from error
     unet = network(ema_weights(tensors, path) if ema else tensors, UNET, unet_names(unet_config), path)
+    unet = unet._replace(metadata=metadata)
     vae = network(tensors, VAE, vae_names(vae_config), path)
     vae.tensors.update({n: squeeze_kernel(t) for n, t in vae.tensors.items() if ".attentions.0." in n})
     text = texts[0]._replace(tensors=match_text_names(texts[0].tensors))

@@ -1,6 +1,7 @@
 """The training loop of VAE and UNet, which averages the weights and resumes where it was stopped."""
 
 import copy
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -102,5 +103,7 @@ def fit(
                 rng = {"rng": torch.get_rng_state()}
                 if on_gpu(device):
                     rng["cuda_rng"] = torch.cuda.get_rng_state(device)
-                torch.save(now | rng | {"step": step + 1}, temporary)
+                buffer = io.BytesIO()
+                torch.save(now | rng | {"step": step + 1}, buffer)
+                temporary.write_bytes(buffer.getvalue())  # here a full disk is an OSError
     return average

@@ -29,11 +29,11 @@ DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads flags with ``type=Path`` by ``user_path``, and those without a type by ``text``."""
+    """Reads flags with ``type=Path`` as paths of a user, and those without a type as ``text``."""
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        self.register("type", Path, user_path)
+        self.register("type", Path, lambda argument: user_path(text(argument)))
         self.register("type", None, text)
 
 
@@ -142,10 +142,10 @@ class ScaledFile(NamedTuple):
     scale: float = 1.0
 
     @classmethod
-    def parse(cls, text: str) -> "ScaledFile":
+    def parse(cls, argument: str) -> "ScaledFile":
         """An argparse type. A number after the last colon is the scale, unless there is a file of that name."""
-        path, colon, scale = text.rpartition(":")
-        whole = user_path(text)
+        path, colon, scale = text(argument).rpartition(":")
+        whole = user_path(argument)
         try:
             file = cls(user_path(path), float(scale)) if colon and not whole.exists() else cls(whole)
         except ValueError:

@@ -23,8 +23,8 @@ try:
 except ImportError:  # on Windows, where two runs in one folder go unnoticed
     fcntl = None
 
-# Flags that do not change what is learned, or that are recorded elsewhere: --student and --source as --method, the
-# spacing by --student-steps and --model, --sample-batch in the shards.
+# Flags that do not change what is learned, or that are recorded otherwise: --student and --source as --method, the
+# spacing by --student-steps and --model, --sample-batch where the teacher samples what the student learns from.
 FREE = {"out", "states", "resume", "no_report", "save_every", "device", "kernel", "memory", "accumulate", "compile"}
 FREE |= {"no_graph", "batched_teacher", "student", "source", "spacing", "sample_batch"}
 CONTENTS = re.compile(r".*( \([0-9a-f]{16}\))", re.DOTALL)  # a flag with the fingerprint of what it names
@@ -100,6 +100,8 @@ def fixed_settings(args: argparse.Namespace, fingerprints: Mapping[str, str]) ->
     and the same ones under another.
     """
     settings = {flag: str(value) for flag, value in vars(args).items() if flag not in FREE}
+    if args.source != "images":  # the batch decides which states of a trajectory are stored
+        settings["sample_batch"] = str(args.sample_batch)
     return settings | {flag: f"{settings[flag]} ({fingerprint})" for flag, fingerprint in fingerprints.items()}
 
 

@@ -4,11 +4,9 @@ import argparse
 from copy import deepcopy
 from pathlib import Path
 
-from torch import nn
-
 from minidistill.distill import FullStudent
 from minidistill.formats.lora_formats import read_lora
-from minidistill.formats.lora_io import merge_file, save_lora
+from minidistill.formats.lora_io import merge_file, refuse_second_guidance, save_lora
 from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
 from minidistill.lora import DEFAULT_TARGETS, LoRAModel, inject_lora
 from minidistill.pipeline import StableDiffusion
@@ -136,11 +134,13 @@ def header(args: argparse.Namespace, base: str, prediction: str) -> dict[str, st
     return said
 
 
-def merge_style(unet: nn.Module, lora: ScaledFile | None) -> dict[str, str]:
+def prepare_teacher(sd: StableDiffusion, lora: ScaledFile | None) -> dict[str, str]:
     """Merge the LoRA of a style into W, for teacher and student alike; returns the metadata that says so.
 
-    Raises ValueError for a LoRA that has learned guidance, and CheckpointError as ``read_lora`` and ``merge_file`` do.
+    Raises ValueError for a model or a LoRA that has learned guidance, and CheckpointError as ``read_lora`` and
+    ``merge_file`` do.
     """
+    refuse_second_guidance(sd.learned_guidance, sd.path)
     if lora is None:
         return {}
     file = read_lora(*lora)
@@ -148,5 +148,5 @@ def merge_style(unet: nn.Module, lora: ScaledFile | None) -> dict[str, str]:
         raise ValueError(
             f"--teacher-lora {lora.path} has learned guidance, which must not be learned twice: name a style."
         )
-    merge_file(unet, file)
+    merge_file(sd.unet, file)
     return {"teacher_lora": f"{file.path.name}:{lora.scale:g}"}

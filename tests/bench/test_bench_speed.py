@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -93,6 +94,10 @@ def test_chosen_rows(flags: list[str], expected: list[str], tmp_path: Path) -> N
     peers = all(map(find_spec, PEERS)) and "--no-peers" not in flags
     assert all((row["peer_s"] is not None) == (peers and name in WITH_PEER) for name, row in rows.items())
     assert ("guided" in rows) == any(row["to_guided"] is not None for row in rows.values())
+
+
+def test_compile_adds_its_row() -> None:
+    assert speed.chosen_rows(Namespace(row=["unet"], compile=True)) == ["unet", "unet_compiled"]
 
 
 @needs_peers

@@ -21,6 +21,7 @@ from minidistill.conditioning import Conditioning
 from minidistill.evaluate import ClipScore, comparison_grid, draw, interval, metrics, noise_error_share, psnr
 from minidistill.evaluate.__main__ import main
 from minidistill.evaluate.metrics import EVALUATION_SEED, frechet_distance, ssim
+from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
 from minidistill.formats.tensor_files import write_tensors
 from minidistill.guidance import Interval
@@ -114,6 +115,10 @@ def test_ssim():
     assert math.isclose(found[1], (2 * 100 * 110 + c1) / (100**2 + 110**2 + c1), abs_tol=1e-4)
 
 
+def test_a_cell_with_a_bar_stays_one_cell():
+    assert markdown_table([["a|b", "c"]]) == "| a\\|b | c |"
+
+
 def test_frechet_distance():
     """For Gaussians whose covariances commute it is |m1 - m2|^2 + |s1 - s2|^2."""
     torch.manual_seed(0)
@@ -124,6 +129,8 @@ def test_frechet_distance():
     expected = shift.square().sum() + (s1 - s2).square().sum()
     assert math.isclose(frechet_distance(x * s1 @ turned, (x * s2 + shift) @ turned), expected, rel_tol=1e-9)
     assert abs(frechet_distance(x, x)) < 1e-9
+    few = torch.randn(4, 64)
+    assert 0 <= frechet_distance(few, few) < 1e-3  # rounding must not make it negative
 
 
 def test_interval_resamples_prompts():

@@ -144,6 +144,34 @@ def test_the_checkpoint_is_the_merged_student(run: Path, tiny_model: Path):
     assert np.array_equal(one, other)
 
 
+@pytest.mark.parametrize("kind", ["folder", "file of a folder", "file"])
+def test_a_merged_student_is_not_guided_again(kind: str, student_of_it: Path, ordinary: Path, command, tmp_path: Path):
+    source, out = ordinary, tmp_path / ("merged" if kind == "folder" else "merged.safetensors")
+    merge = ["--to", "checkpoint", "--out"]
+    if kind == "file":
+        source = tmp_path / "source.safetensors"
+        write_checkpoint(ordinary, lambda tensors: tensors, source, {})
+    assert load(source).learned_guidance is None
+    export.main([str(student_of_it), *merge, str(out), "--model", str(source)])
+    styled = out.with_stem("styled")  # a style does not hide what the model has learned
+    style = tmp_path / "style.safetensors"
+    write_tensors(style, load_file(student_of_it), {"rank": "2", "alpha": "3"})
+    export.main([str(style), *merge, str(styled), "--model", str(out)])
+    for merged in (out, styled):
+        sd = load(merged, tokenizer=ordinary / "tokenizer")
+        assert sd.learned_guidance == "4"
+        assert sd.sample(["an apple"], steps=1, guidance=1)
+        for how in (dict(), dict(guidance=3), dict(guidance=1, lora_enabled=True)):
+            with pytest.raises(
+                ValueError, match=re.escape(f"{merged} has learned guidance 4: sample it with guidance 1")
+            ):
+                sd.sample(["an apple"], steps=1, **how)
+        with pytest.raises(CheckpointError, match="must not be learned twice"):
+            export.main([str(student_of_it), *merge, str(tmp_path / "twice.safetensors"), "--model", str(merged)])
+        run = command("train.py", "--model", str(merged), "--tokenizer", str(ordinary / "tokenizer"), "--out", "run")
+        assert "must not be learned twice" in run.complaint
+
+
 def test_the_rest_of_the_folder_is_copied(run: Path, tiny_model: Path):
     shutil.copytree(tiny_model, run / "model")
     (run / "model/unet/diffusion_pytorch_model.fp16.safetensors").touch()  # not merged, like the next

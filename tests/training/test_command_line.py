@@ -147,7 +147,9 @@ def test_a_colon_in_a_path(tmp_path: Path):
     assert ScaledFile.parse(str(tmp_path / "run 12:30:0.5")) == (tmp_path / "run 12:30", 0.5)
 
 
-@pytest.mark.parametrize("flag", [["\udcff"], ["x", "--negative-prompt", "\udcff"]])
+@pytest.mark.parametrize(
+    "flag", [["\udcff"], *(["x", flag, "\udcff"] for flag in ("--negative-prompt", "--out", "--lora"))]
+)
 def test_prompts_in_another_encoding(flag: list[str], command):
     result = command("sample.py", *flag)
     assert result.code == 2 and "not text in this terminal's encoding" in result.lines[-1]

@@ -150,6 +150,13 @@ def test_what_a_resumed_run_lacks_is_named(command, flags, tmp_path: Path):
     )
 
 
+def test_a_resumed_run_cannot_learn_from_other_states(command, flags, tmp_path: Path):
+    """The teacher's batch decides at which times its trajectories are stored."""
+    command("train.py", *flags(tmp_path / "run", states=tmp_path / "a", steps=2, save_every=1), "--no-report")
+    others = flags(tmp_path / "run", states=tmp_path / "b", steps=2, sample_batch=1)
+    assert "--sample-batch None" in command("train.py", *others, "--no-report", "--resume").complaint
+
+
 def test_a_second_run_in_the_same_folder_is_refused(whole_run, command, flags):
     before = listing(whole_run[0])
     complaint = command("train.py", *flags(whole_run[0])).complaint
