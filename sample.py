@@ -42,7 +42,8 @@ def main() -> None:
             f"{styles[0].path} is a style, and nothing can be merged into --weights {args.weights}: merge it into the "
             "model first (python -m minidistill.export STYLE --to checkpoint --model MODEL)."
         )
-    student = student and at_strength(student, args)
+    if student:
+        student = at_strength(student, args)
     options = sampling_options(args, student)
 
     sd = load(args.model, **cli.load_options(args))
@@ -65,10 +66,11 @@ def main() -> None:
         return
     if student:
         merge_to_sample(sd.unet)
-    options["progress"] = len(args.prompt) <= args.batch
-    for first in tqdm(range(0, len(args.prompt), args.batch), unit="batch", disable=options["progress"]):
+    one_batch = len(args.prompt) <= args.batch  # its bar counts steps; the bar of several batches counts batches
+    for first in tqdm(range(0, len(args.prompt), args.batch), unit="batch", disable=one_batch):
         prompts, seed = args.prompt[first : first + args.batch], args.seed + first
-        images = draw(sd, "student" if student else "teacher", prompts, **options | dict(seed=seed)).images
+        options |= dict(seed=seed, progress=one_batch)
+        images = draw(sd, "student" if student else "teacher", prompts, **options).images
         for i, (image, prompt) in enumerate(zip(images, prompts)):
             save(image, args.out, f"{seed + i}-{words_for_name(prompt)}")
 
@@ -137,18 +139,19 @@ def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict
             )
         interval = student.interval
     guidance = guidance if args.guidance is None else args.guidance
-    few_steps = student and student.few_steps
-    student_steps, steps = few_steps or (None, args.steps or 25)
-    if few_steps and not student.skips_steps:  # it takes the steps that its teacher takes
-        steps = args.steps or steps
-    elif few_steps:
-        if args.spacing == "leading":
+    steps, student_steps = args.steps or 25, None
+    if student and student.few_steps:
+        student_steps, steps = student.few_steps
+        if not student.skips_steps:  # it takes the steps that its teacher takes
+            steps = args.steps or steps
+        elif args.spacing == "leading":
             raise ValueError(f"{student.path} was taught with trailing spacing: leave out --spacing leading.")
-        if args.steps not in (None, student_steps):
+        elif args.steps not in (None, student_steps):
             warnings.warn(f"{student.path} has learned {student_steps} steps, not {args.steps}.", stacklevel=2)
+        student_steps = args.steps or student_steps
     return dict(
-        steps=steps, student_steps=few_steps and (args.steps or student_steps), guidance=guidance,
-        spacing=args.spacing, negative_prompt=negative_prompt, student_negative=student_negative,
+        steps=steps, student_steps=student_steps, guidance=guidance, spacing=args.spacing,
+        negative_prompt=negative_prompt, student_negative=student_negative,
         interval=interval, selective=args.selective, seed=args.seed, batch=args.batch, progress=True,
     )  # fmt: skip
 
@@ -194,12 +197,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "time steps t from LOW to HIGH (default: at every step; with --compare the LoRA's own)")
     add("--steps", **n, help="DDIM steps; with a LoRA of few steps the student's (default: as many as it was taught, "
         "else 25)")
-    add("--spacing", choices=SPACINGS, help="of the time steps: leading, Stable Diffusion's own, or trailing, which is "
-        "better for few steps (default: as the LoRA was taught, else the model's own)")
+    add("--spacing", choices=SPACINGS, help="how time steps are spaced: leading, Stable Diffusion's own, or trailing, "
+        "which is better for few steps (default: as the LoRA was taught, else the model's own)")
     add("--batch", **n, default=8, help="images sampled at once (default: %(default)s)")
     # fmt: on
     args = parser.parse_args(argv)
-    args.interval = cli.interval(args.interval)
+    args.interval = cli.read_interval(args.interval)
     if args.interval and args.selective:
         raise ValueError("--selective is an interval of its own: give one of --selective and --interval.")
     if is_png(args.out) and len(args.prompt) > 1 and not args.compare:

@@ -24,7 +24,7 @@ from minidistill.training import command_line as cli
 from minidistill.training.bookkeeping import Progress
 from minidistill.training.cuda_graph import UpdateGraph, adamw, can_record
 from minidistill.training.distributed import Ranks, process_group
-from minidistill.training.run_folder import checkpoint_files, fixed_settings, flag_fingerprints, lock, resume
+from minidistill.training.run_folder import checkpoint_files, fixed_settings, lock, resume
 from minidistill.training.sources import SOURCES
 from minidistill.training.students import METHODS, STUDENTS, choose_method, choose_steps, header, prepare_teacher
 
@@ -54,13 +54,13 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     if ranks.first:
         resources.enter_context(lock(out))
     ranks.wait()
-    print(describe(name, args, sd.unet))
+    print(describe(name, args, sd.unet, trained))
 
     # Adam's steps are about equally large for every weight, so a layer's output changes more the wider its input.
     peak = args.lr or student.learning_rate / sd.unet_config.widths[0]
     optimizer = adamw(trained, peak)
     weights = fingerprint(sd.unet, sd.text_encoder)
-    recorded = fixed_settings(args, flag_fingerprints(args, sd, weights, style) | source.stamp)
+    recorded = fixed_settings(args, sd, weights, style, source.stamp)
     losses = resume(out, trained, optimizer, recorded)  # empty in a new run
     result = student.result(out, args)
     if result.exists() and not losses and (args.student == "full" or not checkpoint_files(out)):
@@ -80,7 +80,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     if args.compile:  # a graph for each way of calling it; sampling uses sd.unet, which is not compiled
         unet = torch.compile(unet, fullgraph=True, dynamic=False)
 
-    def update(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def teach(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Teach the student one batch; returns the loss, the gradient's norm, and the target for a later check."""
         batch_loss, targets = 0.0, []
         for part in batch.split(args.accumulate):
@@ -90,13 +90,13 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
             loss.backward()
             batch_loss += loss.detach()
             targets.append(target)
-        (batch_loss,) = ranks.average_gradients(trained, batch_loss)
+        batch_loss = ranks.average_gradients(trained, batch_loss)
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return batch_loss, norm, torch.cat(targets)
 
-    update = UpdateGraph(update, can_record(args, ranks, source, sd.device))  # recorded and replayed on one GPU
+    update = UpdateGraph(teach, can_record(args, ranks, source, sd.device))  # recorded and replayed on one GPU
     sampling = sampling_options(args)
     progress = Progress(
         out, losses, sd.unet, trained, optimizer, recorded, ranks, parts=args.accumulate, steps=args.steps, peak=peak,
@@ -130,14 +130,13 @@ def sampling_options(args: argparse.Namespace) -> dict:
     )  # fmt: skip
 
 
-def describe(name: str, args: argparse.Namespace, unet: nn.Module) -> str:
+def describe(name: str, args: argparse.Namespace, unet: nn.Module, trained: list[nn.Parameter]) -> str:
     """What is frozen, what learns, and where the memory goes."""
-    learning = [p for p in unet.parameters() if p.requires_grad]
-    frozen, trained = (sum(p.numel() for p in ps) for ps in (set(unet.parameters()) - set(learning), learning))
-    dtype, stored = str(learning[0].dtype).removeprefix("torch."), args.weights or args.dtype
+    every, learning = (sum(p.numel() for p in ps) for ps in (unet.parameters(), trained))
+    dtype, stored = str(trained[0].dtype).removeprefix("torch."), args.weights or args.dtype
     kept = {"normal": "all activations", "low": "only activations that are expensive to compute again"}[args.memory]
     return (
-        f"{name}: {frozen:,} frozen parameters, {trained:,} to train.\nMemory {args.memory}: W in {stored}, "
+        f"{name}: {every - learning:,} frozen parameters, {learning:,} to train.\nMemory {args.memory}: W in {stored}, "
         f"what learns in {dtype}; {kept} kept for the backward pass; text encoder and VAE on the CPU until used."
     )
 
@@ -202,7 +201,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.guidance == 1:
         raise ValueError("--guidance 1 is no guidance: one UNet call is already enough, so there is nothing to distil.")
-    args.interval = cli.interval(args.interval)
+    args.interval = cli.read_interval(args.interval)
     choose_method(args)
     choose_steps(args)
     return args

@@ -19,8 +19,8 @@ class UNetConfig:
     upcast_attention: bool = False  # compute attention in at least float32
     groups: int = 32
     sample_size: int = 64  # height and width of the latents it was trained on
-    pooled_width: int = 0  # SDXL is told a vector of the whole prompt, of this width, and six sizes; 0: neither
-    size_width: int = 256  # of the sinusoids of each size
+    pooled_width: int = 0  # SDXL: width of a vector for the whole prompt, which comes with six sizes; 0: neither
+    size_width: int = 256  # width of the sinusoidal embedding of each size
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ScheduleConfig:
     beta_schedule: str = "scaled_linear"  # linear in sqrt(beta); or "linear"
     prediction: str = "eps"  # what the UNet returns: "eps" or "v"
     steps_offset: int = 1
-    spacing: str = "leading"  # of the steps of a sampler; or "trailing"
+    spacing: str = "leading"  # of a sampler's time steps; or "trailing"
     zero_terminal_snr: bool = False  # rescaled, so that nothing of z_0 is left at the last t
     set_alpha_to_one: bool = False  # sampling ends at alpha_bar 1, not at that of t=0
 

@@ -3,6 +3,9 @@
 The loss is mean(weight * (eps_student(z_t, t, cond) - eps_hat)^2), with eps_hat guided at one scale s. The student is
 not told s, so there is one LoRA per guidance scale. "LoRA-Enhanced Distillation on Guided Diffusion Models", arXiv
 2312.06899.
+
+The method comes first: batches, targets and the learning rate. Variants and checks follow: a full copy as the student,
+students of few steps, how to tell that a student has diverged, and the dial from guidance scales to strengths.
 """
 
 import math
@@ -19,23 +22,6 @@ from minidistill.guidance import Interval, UNetCall, interval_noise
 from minidistill.lora import LoRAModel
 from minidistill.schedule import Schedule
 
-ENOUGH_EXAMPLES = 10  # to tell whether a student has diverged
-
-
-class FullStudent(nn.Module):
-    """Plain distillation: a second UNet, ``student``, is trained in full beside the frozen teacher ``base``.
-
-    Called like a :class:`~minidistill.lora.LoRAModel`: ``lora_enabled`` selects the student.
-    """
-
-    def __init__(self, base: nn.Module, student: nn.Module):
-        super().__init__()
-        self.base, self.student = base, student
-
-    def forward(self, z_t: Tensor, t: Tensor, cond: Conditioning | Tensor, lora_enabled: bool = False) -> Tensor:
-        unet = self.student if lora_enabled else self.base  # the student is in float32, the teacher may be in bfloat16
-        return unet(z_t, t, cond.to(next(unet.parameters()).dtype))
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -43,7 +29,7 @@ class Batch:
 
     Attributes:
         z_t: noisy latents [B, 4, h, w].  t: time steps [B].  cond: prompts.
-        weight: of each example in the loss, [B, 1, 1, 1].
+        weight: the weight of each example in the loss, [B, 1, 1, 1].
         target: the teacher's prediction [B, 4, h, w], where it was stored with the latents; otherwise None.
     """
 
@@ -61,7 +47,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.t)
 
-    def __getitem__(self, index: slice) -> "Batch":
+    def __getitem__(self, index: slice | Tensor) -> "Batch":
         return self.map(lambda x: x[index])
 
     def split(self, parts: int) -> list["Batch"]:
@@ -91,6 +77,26 @@ def guided_target(uncond: Conditioning, guidance: float, interval: Interval | No
     return target
 
 
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """The smaller of a linear warm-up and half a cosine that falls from ``peak`` to zero over all ``steps``."""
+    return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+class FullStudent(nn.Module):
+    """Plain distillation: a second UNet, ``student``, is trained in full beside the frozen teacher ``base``.
+
+    Called like a :class:`~minidistill.lora.LoRAModel`: ``lora_enabled`` selects the student.
+    """
+
+    def __init__(self, base: nn.Module, student: nn.Module):
+        super().__init__()
+        self.base, self.student = base, student
+
+    def forward(self, z_t: Tensor, t: Tensor, cond: Conditioning | Tensor, lora_enabled: bool = False) -> Tensor:
+        unet = self.student if lora_enabled else self.base  # the student is in float32, the teacher may be in bfloat16
+        return unet(z_t, t, cond.to(next(unet.parameters()).dtype))
+
+
 def few_step_states(schedule: Schedule, z_t: Tensor, z_0: Tensor, student_steps: int) -> tuple[Tensor, Tensor]:
     """The states of the teacher that N ``student_steps`` visit, and the prediction that leads from each to the next.
 
@@ -113,13 +119,45 @@ def few_step_weight(schedule: Schedule, student_steps: int) -> Tensor:
 
 
 def ddim_coefficients(schedule: Schedule, steps: int) -> tuple[Tensor, Tensor]:
-    """k and q in z_s = k z_t + q prediction, for ``steps`` with trailing spacing: [N, 1, 1, 1] each, float64."""
+    """k and q in z_s = k z_t + q prediction, for ``steps`` with trailing spacing: [N, 1, 1, 1] each, float64.
+
+    They follow from z_s = alpha_s z_0 + sigma_s eps, with the z_0 and eps that the prediction implies at z_t.
+    """
     t = torch.tensor([*schedule.timesteps(steps, "trailing"), -1])
-    alpha, sigma = (x.double() for x in schedule.alpha_sigma(t, torch.empty(0)))  # rounded to float32 as in ddim_step
-    alpha_t, sigma_t, alpha_s, sigma_s = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
+    alpha, sigma = (x.double() for x in schedule.alpha_sigma(t, like=torch.empty(0)))  # rounded as in ddim_step
+    (alpha_t, alpha_s), (sigma_t, sigma_s) = (alpha[:-1], alpha[1:]), (sigma[:-1], sigma[1:])
     if schedule.prediction == "eps":
-        return alpha_s / alpha_t, sigma_s - alpha_s / alpha_t * sigma_t
+        k = alpha_s / alpha_t
+        return k, sigma_s - k * sigma_t
     return alpha_s * alpha_t + sigma_s * sigma_t, sigma_s * alpha_t - alpha_s * sigma_t  # v
+
+
+ENOUGH_EXAMPLES = 10  # to tell whether a student has diverged
+
+
+@torch.no_grad()
+def error_and_limit(
+    unet: LoRAModel | FullStudent, batches: Sequence[Batch], interval: Interval | None = None
+) -> tuple[float, float]:
+    """The student's loss on ``batches`` with targets, and the most it can be without having diverged.
+
+    A student has diverged if it is further from the teacher than a prediction of zeros, or twice as far (four times the
+    squared error) as W alone, where it started. The second test needs ``ENOUGH_EXAMPLES``, because the effect of
+    guidance depends strongly on t. It uses only examples inside the teacher's ``interval``: elsewhere W alone is right.
+    """
+    guided = [b[interval.includes(b.t)] for b in batches] if interval else batches
+    guided = [batch for batch in guided if len(batch)]
+    enough = sum(map(len, guided)) >= ENOUGH_EXAMPLES
+    batches = guided if enough else batches
+
+    def squared_error(lora_enabled: bool) -> Tensor:
+        predictions = [unet(b.z_t, b.t, b.cond, lora_enabled=lora_enabled) for b in batches]
+        return sum((b.weight * (p - b.target).square()).mean() for b, p in zip(batches, predictions)) / len(batches)
+
+    limit = sum((b.weight * b.target.square()).mean() for b in batches) / len(batches)
+    if enough:
+        limit = min(limit, 4 * squared_error(lora_enabled=False))
+    return squared_error(lora_enabled=True).item(), limit.item()
 
 
 @dataclass(frozen=True)
@@ -159,33 +197,3 @@ class Dial:
         lines = list(pairwise(self.points))
         (w_0, low), (w_1, high) = next((line for line in lines if guidance <= line[1][0]), lines[-1])
         return low + (guidance - w_0) / (w_1 - w_0) * (high - low)
-
-
-@torch.no_grad()
-def error_and_limit(
-    unet: LoRAModel | FullStudent, batches: Sequence[Batch], interval: Interval | None = None
-) -> tuple[float, float]:
-    """The student's loss on ``batches`` with targets, and the most it can be without having diverged.
-
-    A student has diverged if it is further from the teacher than a prediction of zeros, or twice as far (four times the
-    squared error) as W alone, where it started. The second test needs ``ENOUGH_EXAMPLES``, because the effect of
-    guidance depends strongly on t. It uses only examples inside the teacher's ``interval``: elsewhere W alone is right.
-    """
-    guided = [b[interval.includes(b.t)] for b in batches] if interval else batches
-    guided = [batch for batch in guided if len(batch)]
-    enough = sum(map(len, guided)) >= ENOUGH_EXAMPLES
-    batches = guided if enough else batches
-
-    def squared_error(lora_enabled: bool) -> Tensor:
-        predictions = [unet(b.z_t, b.t, b.cond, lora_enabled=lora_enabled) for b in batches]
-        return sum((b.weight * (p - b.target).square()).mean() for b, p in zip(batches, predictions)) / len(batches)
-
-    limit = sum((b.weight * b.target.square()).mean() for b in batches) / len(batches)
-    if enough:
-        limit = min(limit, 4 * squared_error(lora_enabled=False))
-    return squared_error(lora_enabled=True).item(), limit.item()
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """The smaller of a linear warm-up and half a cosine that falls from ``peak`` to zero over all ``steps``."""
-    return peak * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))

@@ -126,30 +126,31 @@ def student(unet: Callable[..., Tensor], cond: Conditioning) -> Predictor:
 def normalized_guidance(
     positive: Tensor, negative: Tensor, scale: float = 5.0, limit: float = 2.5, share: float = 0.25
 ) -> Tensor:
-    """Push what attention reads from the prompt away from what it reads from the negative prompt. All are [B, L, C].
+    """Push what attention reads from the prompt (Z+) away from what it reads from the negative prompt (Z-).
 
-    "Normalized Attention Guidance", arXiv 2505.21179, section 3. Of each token, with phi ``scale``, tau ``limit`` and
-    alpha ``share``:
+    All are [B, L, C]. "Normalized Attention Guidance", arXiv 2505.21179, section 3, for each token, with phi ``scale``,
+    tau ``limit`` and alpha ``share``:
 
         Z~ = Z- + phi (Z+ - Z-)
         Z^ = Z~ min(|Z~|_1, tau |Z+|_1) / |Z~|_1
         alpha Z^ + (1 - alpha) Z+
     """
-    led = guide(positive, negative, scale)
-    size, allowed = led.norm(p=1, dim=-1, keepdim=True), limit * positive.norm(p=1, dim=-1, keepdim=True)
-    return torch.lerp(positive, led * (allowed / size).clamp(max=1), share)
+    extrapolated = guide(positive, negative, scale)  # Z~
+    norm, norm_positive = (x.norm(p=1, dim=-1, keepdim=True) for x in (extrapolated, positive))  # [B, L, 1]
+    normalized = extrapolated * (limit * norm_positive / norm).clamp(max=1)  # Z^
+    return torch.lerp(positive, normalized, share)
 
 
 @contextmanager
 def away_from(unet: nn.Module, negative: Conditioning) -> Iterator[None]:
     """Within the ``with`` block, push cross-attention of ``unet`` away from one prompt. A step is still one call."""
 
-    def led(read: Callable[[Tensor, Tensor], Tensor], q: Tensor, context: Tensor) -> Tensor:
+    def read_away(read: Callable[[Tensor, Tensor], Tensor], q: Tensor, context: Tensor) -> Tensor:
         return normalized_guidance(read(q, context), read(q, negative.tokens.expand(len(q), -1, -1)))
 
     layers = [layer for name, layer in unet.named_modules() if name.endswith(".attn2")]
     for layer in layers:
-        layer.read = partial(led, layer.read)
+        layer.read = partial(read_away, layer.read)
     try:
         yield
     finally:

@@ -152,7 +152,7 @@ def inject_lora(
     """Add a low-rank pair to linear layers and convolutions of ``model``, in place, and freeze everything else.
 
     Args:
-        rank: of every pair.  alpha: the pair is scaled by alpha / rank; default ``rank``.
+        rank: the rank of every pair.  alpha: every pair is scaled by alpha / rank; default ``rank``.
         targets: shell-style patterns that select layers by their dotted names.
 
     Returns:
@@ -222,15 +222,42 @@ SURVIVING = 0.9  # the share of a change below which we warn
 Squares = dict[str, Tensor]  # by layer, [2]: the squared norms of what was added to W and of what should have been
 
 
+def merge_lora(model: nn.Module, generator: torch.Generator | None = None) -> float:
+    """W <- W + scale lora_up lora_down, in place: the student at the cost of the plain network.
+
+    Until ``unmerge_lora`` the switch has no effect and the teacher is gone. A second call does nothing. The state dict
+    of a merged model has a ``merged`` entry for each layer. A ``generator`` rounds stochastically (``add_to_weight``).
+
+    Returns how much of the change survives the rounding to W's dtype, 1 being all; warns below 0.9.
+    """
+    return warn_of_lost_change(_set_merged(model, True, generator))
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """W <- W - scale lora_up lora_down: back to the teacher's weights, up to rounding."""
+    _set_merged(model, False)
+
+
+@torch.no_grad()
+def _set_merged(model: nn.Module, merged: bool, generator: torch.Generator | None = None) -> Squares:
+    """Add every pair to its W, or subtract it again. Layers that are in this state already stay as they are."""
+    squares: Squares = {}
+    for name, layer in lora_layers(model).items():
+        if layer.merged != merged:
+            delta = layer.delta() if merged else -layer.delta()
+            layer.weight.copy_(add_to_weight(name, layer.weight, delta, squares, generator))
+            layer.merged = merged
+    return squares
+
+
 def add_to_weight(
     name: str, weight: Tensor, delta: Tensor, squares: Squares, generator: torch.Generator | None = None
 ) -> Tensor:
     """W + delta, rounded once to the dtype of W: to the nearest value or, with a ``generator``, stochastically.
 
-    To the nearest, a change of less than half a step of W's dtype is lost. Stochastically, a sum that lies a quarter of
-    a step above the value below it is rounded up in a quarter of the cases: the change is kept on average, at the
-    price of noise. What was added is counted in ``squares`` if W has 16 bits. Raises ValueError for a sum that is not
-    finite.
+    Rounding to nearest loses a change of less than half a step of W's dtype. Stochastic rounding keeps it on average,
+    at the price of noise: a sum a quarter of a step above the value below it is rounded up in a quarter of the
+    cases. ``squares`` records what was added if W has 16 bits. Raises ValueError for a sum that is not finite.
     """
     exact = weight + delta
     merged = exact.to(weight.dtype)
@@ -258,6 +285,7 @@ def surviving_change(squares: Squares) -> tuple[float, str]:
 
 
 def ratio_of_norms(squares: Tensor) -> float:
+    """[2] squared norms, of what was added and of what should have been -> how much of the change survives."""
     added, wanted = squares.tolist()
     return math.sqrt(added / wanted) if wanted else 1.0
 
@@ -269,29 +297,3 @@ def warn_of_lost_change(squares: Squares) -> float:
         advice = "Keep W in float32, keep the LoRA beside it, or round stochastically (export --stochastic)."
         warnings.warn(f"{sentence} {advice}", stacklevel=3)
     return share
-
-
-@torch.no_grad()
-def _add_to_weights(model: nn.Module, sign: int, generator: torch.Generator | None = None) -> Squares:
-    squares: Squares = {}
-    for name, layer in lora_layers(model).items():
-        if layer.merged != (sign > 0):
-            layer.weight.copy_(add_to_weight(name, layer.weight, sign * layer.delta(), squares, generator))
-            layer.merged = sign > 0
-    return squares
-
-
-def merge_lora(model: nn.Module, generator: torch.Generator | None = None) -> float:
-    """W <- W + scale lora_up lora_down, in place: the student at the cost of the plain network.
-
-    Until ``unmerge_lora`` the switch has no effect and the teacher is gone. A second call does nothing. The state dict
-    of a merged model has a ``merged`` entry for each layer. A ``generator`` rounds stochastically (``add_to_weight``).
-
-    Returns how much of the change survives the rounding to W's dtype, 1 being all; warns below 0.9.
-    """
-    return warn_of_lost_change(_add_to_weights(model, +1, generator))
-
-
-def unmerge_lora(model: nn.Module) -> None:
-    """W <- W - scale lora_up lora_down: back to the teacher's weights, up to rounding."""
-    _add_to_weights(model, -1)

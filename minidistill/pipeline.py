@@ -49,10 +49,10 @@ class StableDiffusion:
         schedule: how much noise there is at each time step.
         read_tokenizer: returns the tokenizer.
         path: the folder or single file the model was loaded from.
-        height, width: of its images, in pixels; by default the size that it was trained on.
-        force_zeros: with no negative prompt, guidance leads away from embeddings of zeros, as in the training of SDXL.
-            Otherwise it leads away from the empty prompt.
-        learned_guidance: the guidance scale that a student merged into the model has learned, if it is there.
+        height, width: size of its images in pixels; by default the size that it was trained on.
+        force_zeros: whether guidance without a negative prompt leads away from zeros, as SDXL was trained, or from the
+            empty prompt.
+        learned_guidance: the guidance scale that a student merged into the model has learned, if it has one.
     """
 
     unet: nn.Module
@@ -92,14 +92,14 @@ class StableDiffusion:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the VAE's weights, and of the other networks' (but for SDXL in float16, see ``load``)."""
+        """The dtype of the VAE, which the other networks share (except for SDXL in float16, see ``load``)."""
         return self.vae.post_quant_conv.weight.dtype
 
     def encode_prompt(self, prompts: list[str], height: int | None = None, width: int | None = None) -> Conditioning:
         """N ``prompts`` -> their embeddings, tokens [N, L, D]; warns about prompts longer than L tokens.
 
-        SDXL also has a pooled vector, and is told the ``height`` and ``width`` of the image, in pixels, as those of the
-        original image too; ``dataclasses.replace(cond, sizes=...)`` tells it otherwise.
+        For SDXL also a pooled vector and sizes: ``height`` and ``width`` in pixels, both for the image to make and for
+        the original image. ``dataclasses.replace(cond, sizes=...)`` sets others.
         Raises CheckpointError if the model has no tokenizer.
         """
         return self.encode_tokens(text.tokenize(self.tokenizer, prompts), height, width)
@@ -130,7 +130,7 @@ class StableDiffusion:
         return cond
 
     def stated_negative(self, negative_prompt: str | None) -> str | None:
-        """``negative_prompt`` as a LoRA's header records it: only SDXL tells None from the empty prompt."""
+        """``negative_prompt`` as a LoRA's header records it: None becomes "" unless it means zeros (SDXL)."""
         return negative_prompt if self.force_zeros else negative_prompt or ""
 
     def latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
@@ -156,9 +156,9 @@ class StableDiffusion:
         return torch.stack(noise).to(self.device, torch.promote_types(self.dtype, torch.float32))
 
     def run_vae(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """``function(x)``, of ``vae.encode`` or ``vae.decode``.
+        """Call ``function``, which is ``vae.encode`` or ``vae.decode``, on x.
 
-        If the GPU's memory runs out, it runs again while the UNet waits on the CPU.
+        If the GPU's memory runs out, try again with the UNet on the CPU.
         """
         try:
             return function(x)
@@ -179,9 +179,9 @@ class StableDiffusion:
         return dial.strength(guidance)
 
     def decode(self, z: Tensor) -> Tensor:
-        """``vae.decode``, in float32 from now on if the VAE overflows in its own dtype, as some do in float16.
+        """Latents z -> images, by ``vae.decode``. A VAE that overflows in float16 is converted to float32 for good.
 
-        Raises ValueError for an image that is not finite all the same.
+        Raises ValueError if the images still are not finite.
         """
         x = self.run_vae(self.vae.decode, z.to(self.dtype))
         if self.dtype == torch.float16 and not x.isfinite().all():
@@ -226,8 +226,8 @@ class StableDiffusion:
             height, width: in pixels; by default ``self.height`` and ``self.width``.
             batch: images sampled at once.
             eta: 0 is deterministic DDIM; 1 adds as much fresh noise in each step as DDPM.
-            spacing: of the steps, "leading" or "trailing", which is better for few steps; by default the model's own,
-                which is "leading" for almost all.
+            spacing: of the time steps: "leading", the default of almost every model, or "trailing", which is better
+                for few steps.
             progress: show a progress bar.
             clock: entered for the DDIM steps and for the decoding, not while networks move to the device.
 

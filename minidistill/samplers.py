@@ -24,19 +24,23 @@ def ddim_step(
     eta: float = 0.0,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Step from t to t_next, towards the image or away from it (DDIM, eq. 12). Below 0 is the end of sampling.
+    """Step from t to t_next, towards the image or away from it. Times below 0 are the end of sampling.
 
-    ``eta`` scales the fresh ``noise`` (same shape as z_t): 0 is deterministic, 1 has DDPM's variance (DDIM, eq. 16).
+    With z_0 and eps as the prediction implies them at z_t (DDIM, eq. 12 and 16):
+
+        z_next = sqrt(alpha_bar_next) z_0 + sqrt(1 - alpha_bar_next - sigma_eta^2) eps + sigma_eta noise
+        sigma_eta = eta sqrt((1 - alpha_bar_next) / (1 - alpha_bar)) sqrt(1 - alpha_bar / alpha_bar_next)
+
+    ``eta`` 0 is deterministic, 1 has DDPM's variance. ``noise`` is standard normal, in the shape of z_t.
     """
-    alpha_bar = schedule.alphas_cumprod[t] if t >= 0 else schedule.final_alpha
-    alpha_bar_next = schedule.alphas_cumprod[t_next] if t_next >= 0 else schedule.final_alpha
+    alpha_bar, alpha_bar_next = (schedule.alphas_cumprod[s] if s >= 0 else schedule.final_alpha for s in (t, t_next))
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # they stay on the CPU, so that a GPU never waits for them
     z_0, eps = clean_and_noise(schedule.prediction, prediction, z_t, alpha, sigma)
-    variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
-    spread = eta * variance.sqrt() if eta else torch.zeros(())  # the variance is negative when going back to noise
-    direction = (1 - alpha_bar_next - spread**2).sqrt()
-    z_next = alpha_bar_next.sqrt() * z_0 + direction * eps
-    return z_next + spread * noise if eta else z_next
+    sigma_eta = torch.zeros(())
+    if eta:  # not on the way back to noise, where the variance would be negative
+        sigma_eta = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
+    z_next = alpha_bar_next.sqrt() * z_0 + (1 - alpha_bar_next - sigma_eta**2).sqrt() * eps
+    return z_next + sigma_eta * noise if eta else z_next
 
 
 def fresh_noise(z_t: Tensor, generator: Generator | Sequence[Generator] | None) -> Tensor:
@@ -60,7 +64,7 @@ def ddim_loop(
     """Take ``steps``, pairs (t, t_next), from z_t [B, 4, h, w].
 
     Yields (z, prediction, t) after each step: the latents at t_next, and what the model predicted at t.
-    ``ddim_sample`` has the meaning of the other arguments.
+    The other arguments are those of ``ddim_sample``.
     """
     for t, t_next in steps:
         prediction = model(z_t, torch.full((len(z_t),), max(t, 0), device=z_t.device))

@@ -18,13 +18,13 @@ SPACINGS = ("leading", "trailing")
 
 @dataclass(frozen=True)
 class Schedule:
-    """``alphas_cumprod`` is [train_steps] float32; ``final_alpha`` is where sampling ends, after t=0."""
+    """``alphas_cumprod`` is alpha_bar, [train_steps] float32; ``final_alpha`` the alpha_bar where sampling ends."""
 
     alphas_cumprod: Tensor
     final_alpha: Tensor
     prediction: str = "eps"  # what the UNet returns: "eps" or "v"
     steps_offset: int = 1
-    spacing: str = "leading"  # of the steps, unless another is asked for
+    spacing: str = "leading"  # of a sampler's time steps, unless another is asked for
 
     @classmethod
     def from_config(cls, config: ScheduleConfig) -> "Schedule":
@@ -59,7 +59,7 @@ class Schedule:
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at time steps t [B], each [B, 1, 1, 1] in the dtype and on the device of ``like``.
 
-        Below 0 is the end of sampling, which has ``final_alpha``.
+        A t below 0 is the end of sampling, with ``final_alpha``.
         """
         wide = torch.promote_types(like.dtype, torch.float32)
         levels = torch.cat([self.final_alpha.view(1), self.alphas_cumprod])  # the first one is that of t = -1

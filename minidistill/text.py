@@ -43,7 +43,7 @@ class TwoTextEncoders(nn.Module):
 def pad_with_zeros(ids: Tensor) -> Tensor:
     """[N, L], padded with the end token as for the first encoder -> padded with 0, as for the second."""
     trailing = (ids == ids[:, -1:]).flip(1).cumprod(1).flip(1).bool()  # the last run of end tokens
-    return torch.cat([ids[:, :1], ids[:, 1:].masked_fill(trailing[:, :-1], 0)], dim=1)  # its first is no padding
+    return torch.cat([ids[:, :1], ids[:, 1:].masked_fill(trailing[:, :-1], 0)], dim=1)  # but its first ends the prompt
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from minidistill.config import UNetConfig
 
 
 def run(block: Callable[..., Tensor], *args: Tensor | torch.Size) -> Tensor:
-    """Call a part of the network. To save memory, training/recompute.py puts another function in its place."""
+    """Call a part of the network. To save memory, training/recompute.py replaces ``UNet.run_block``, which is this."""
     return block(*args)
 
 
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         return self.to_out(self.read(self.to_q(x), x if context is None else context))
 
     def read(self, q: Tensor, context: Tensor) -> Tensor:
-        """What the queries [B, L, C] find in ``context`` [B, L', D]: [B, L, C]."""
+        """Attention of the queries [B, L, C] over ``context`` [B, L', D]; guidance.away_from wraps it."""
         k, v = self.to_k(context), self.to_v(context)
         if self.upcast:
             wide = torch.promote_types(q.dtype, torch.float32)
@@ -158,7 +158,6 @@ class Level(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock(c, width, config.groups, 1e-5, time_width) for c in in_channels)
         if depth:
             self.attentions = nn.ModuleList(SpatialTransformer(width, heads, depth, config) for _ in in_channels)
-        self.attends = depth > 0
 
 
 class MidBlock(nn.Module):
@@ -208,12 +207,12 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    run_block = staticmethod(run)
+    run_block = staticmethod(run)  # how the network calls its blocks
 
     def run_layer(self, level: Level, i: int, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         """The i-th residual block of a level, and the transformer after it if there is one."""
         x = self.run_block(level.resnets[i], x, emb)
-        return self.run_block(level.attentions[i], x, context) if level.attends else x
+        return self.run_block(level.attentions[i], x, context) if hasattr(level, "attentions") else x
 
     def embed_prompt_and_sizes(self, cond: Conditioning) -> Tensor:
         """What SDXL adds to the time embedding, [B, 4 * widths[0]]: pooled vector and sizes, through two layers."""

@@ -7,7 +7,7 @@
 # that is finished is not repeated, unless its command or the student that ships has changed; delete runs/all to start
 # over.
 # Made separately, because they take long or rarely change:
-#   python -m minidistill.evaluate sweeps                  (an hour or two)
+#   python -m minidistill.evaluate sweeps                  (about 50 minutes on one core)
 #   python -m minidistill.bench updates --repeats 3        bench-train.json
 #   python -m minidistill.bench loading                    load.json
 #   python -m minidistill.evaluate few-steps ...           few-steps/, by the commands in results/README.md

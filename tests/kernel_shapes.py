@@ -1,4 +1,6 @@
-"""The shapes of layers that have a LoRA, for the kernel's tests on a GPU; tests/parity checks that none is missing."""
+"""Shapes and memory layouts for the kernel's tests; tests/parity checks that no layer of SD 1.5 or SDXL is missing."""
+
+import torch
 
 # Linear layers and 1x1 convolutions of SDXL: (M, K, N) for [M, K] -> [M, N]
 SDXL = [  # at 1024 x 1024 pixels, batch size 1
@@ -19,3 +21,14 @@ CONVS = [
     *((C, 1280, side) for C in (640, 1280, 1920, 2560) for side in (16, 32)),
     *((C, 1280, 8) for C in (1280, 2560)),
 ]
+
+VIEWS = {  # memory layouts of x
+    "strided": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],  # a stride longer than the rows
+    "odd stride": lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],  # a stride that is no multiple of 16 bytes
+    "unaligned": lambda x: torch.cat([x[:, :8], x], dim=1)[:, 1 : x.shape[1] + 1],  # allowed stride, unaligned start
+    "columns": lambda x: x.T.contiguous().T,
+    "transposed dimensions": lambda x: x.view(3, len(x) // 3, -1).transpose(0, 1),
+    "expanded": lambda x: x[:1].expand(len(x), -1),
+    "one row": lambda x: x[0],
+    "empty": lambda x: x[:0],
+}

@@ -1,6 +1,6 @@
 """How fast the fused kernel is on a GPU: one LoRA layer computed in several ways, then a whole training step.
 
-  python -m minidistill.bench kernel                        ten shapes of a study and all of SD 1.5, four ranks
+  python -m minidistill.bench kernel                        ten chosen shapes and all of SD 1.5, four ranks
   python -m minidistill.bench kernel --rank 16 --no-compile
 
 Each way is timed with its forward pass alone, and with the backward pass for x, A and B; with calls launched one by
@@ -26,7 +26,7 @@ from minidistill.config import SD15_UNET, UNetConfig
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import write_json
 from minidistill.kernels.build import obstacle
-from minidistill.kernels.dispatch import LoRAFunction, addmm_chain
+from minidistill.kernels.dispatch import addmm_chain
 from minidistill.kernels.linear import lora_linear
 from minidistill.lora import inject_lora, lora_layers
 from minidistill.training.command_line import positive_int
@@ -54,7 +54,7 @@ class Shape(NamedTuple):
     N: int
 
 
-STUDY = [
+STUDY = [  # few rows and many, narrow and wide
     *(Shape(64, 1280, 1280), Shape(1024, 640, 640), Shape(4096, 320, 320), Shape(16384, 320, 320)),
     *(Shape(4096, 640, 640), Shape(1024, 1280, 1280), Shape(4096, 1280, 1280), Shape(16384, 320, 2560)),
     *(Shape(4096, 5120, 1280), Shape(16384, 1280, 1280)),
@@ -81,6 +81,7 @@ def layer_shapes(config: UNetConfig = SD15_UNET, batch: int = 1, tokens: int = 7
 
 
 # The ways to compute a layer: (x, W, b, A, B, scale) -> y.
+Way = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 def base(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -90,7 +91,7 @@ def base(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float) ->
 
 def eager(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """As LoRALinear.forward does it."""
-    return F.linear(x, W, b) + F.linear(F.linear(x, A.to(x.dtype)), (scale * B).to(x.dtype))
+    return torch.add(F.linear(x, W, b), F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)), alpha=scale)
 
 
 def stacked(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -104,7 +105,7 @@ def merged(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float) 
     return F.linear(x, torch.addmm(W, B.to(x.dtype), A.to(x.dtype), alpha=scale), b)
 
 
-WAYS: dict[str, LoRAFunction] = {
+WAYS: dict[str, Way] = {
     "base": base,
     "r = 0": lora_linear,  # on a layer of that rank
     "eager": eager,
@@ -143,11 +144,11 @@ class Layer(NamedTuple):
         return Layer(*tensors, self.scale)
 
 
-def forward(function: LoRAFunction, layer: Layer) -> Callable[[], tuple[Tensor, ...]]:
+def forward(function: Way, layer: Layer) -> Callable[[], tuple[Tensor, ...]]:
     return torch.no_grad()(lambda: (function(*layer),))
 
 
-def backward(function: LoRAFunction, layer: Layer) -> Callable[[], tuple[Tensor, ...]]:
+def backward(function: Way, layer: Layer) -> Callable[[], tuple[Tensor, ...]]:
     """Forward and backward pass: y, and the gradients of x, A and B for one dy."""
     g = torch.Generator(layer.x.device).manual_seed(1)
     size = len(layer.x), len(layer.W)
@@ -199,10 +200,12 @@ def limits(dtype: torch.dtype) -> tuple[float, float]:
     return 2 * 8192**3 / matmul, 2 * 2**30 / copy
 
 
-def measure(shape: Shape, rank: int, dtype: torch.dtype, repeats: int, compiled: bool) -> list[dict]:
+def measure(
+    shape: Shape, rank: int, dtype: torch.dtype, repeats: int, compiled: bool, device: str = "cuda"
+) -> list[dict]:
     """Seconds and errors of every way; one row for each pass, in a CUDA graph and without."""
     torch._dynamo.reset()  # it compiles a function for a limited number of shapes
-    layer, base_alone = (Layer.random(shape, r, dtype, "cuda") for r in (rank, 0))
+    layer, base_alone = (Layer.random(shape, r, dtype, device) for r in (rank, 0))
     names = [name for name in WAYS if name != "compile" or compiled]
     rows = []
     for which, make in PASSES.items():
@@ -224,7 +227,6 @@ def markdown(rows: list[dict]) -> str:
     for which, in_graph in product(PASSES, (False, True)):
         how = "in a CUDA graph" if in_graph else "launched one by one"
         lines = [["M x K -> N", "rank", *names, "fused error", "addmm error"]]
-        lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
         for row in (row for row in rows if row["pass"] == which and row["graph"] == in_graph):
             times = {name: f"{1e6 * time:.1f}" for name, time in row["seconds"].items()}
             fastest = min(set(times) - set(WITHOUT_LORA), key=row["seconds"].get)

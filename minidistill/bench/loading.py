@@ -41,12 +41,17 @@ def add_flags(parser: ArgumentParser) -> None:
     add_out_flag(parser, "results/load.json")
 
 
-def write_files(folder: Path, dtype: torch.dtype, size: Size = SIZES["sd15"]) -> list[Path]:
-    """The same random weights as .safetensors and as .ckpt."""
-    setup = Setup(size, torch.device("cpu"), dtype, rank=1)
+def random_tensors(setup: Setup) -> dict[str, Tensor]:
+    """A Stable Diffusion of random weights, as a single file holds it."""
+    size = setup.size
     makes = (lambda: UNet(size.unet), lambda: VAE(size.vae), lambda: CLIPTextModel(size.text))
     unet, vae, text = (setup.random_weights(make, torch.contiguous_format) for make in makes)
-    tensors = to_single_file(unet, size.unet, vae, size.vae, text, size.text)
+    return to_single_file(unet, size.unet, vae, size.vae, text, size.text)
+
+
+def write_files(folder: Path, dtype: torch.dtype, size: Size = SIZES["sd15"]) -> list[Path]:
+    """The same random weights as .safetensors and as .ckpt."""
+    tensors = random_tensors(Setup(size, torch.device("cpu"), dtype, rank=1))
     save_file(tensors, folder / "model.safetensors")
     torch.save({"state_dict": tensors}, folder / "model.ckpt")
     return [folder / "model.safetensors", folder / "model.ckpt"]
@@ -96,14 +101,13 @@ def measure(held: str, asked: str, repeats: int) -> list[dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    titles = ["SD 1.5", "stored as", "loaded as", "ours", "load_file", "peak MB", "/ weights", "its peak MB"]
-    lines = [titles, ["---"] * 3 + ["---:"] * 5]
+    lines = [["SD 1.5", "stored as", "loaded as", "ours", "load_file", "peak MB", "/ weights", "its peak MB"]]
     for row in rows:
         reference = row["reference"]
         line = [row["form"], row["held"], row["asked"], f"{row['seconds']:.2f} s", f"{reference['seconds']:.2f} s"]
         line += [megabytes(row["peak"]), f"{row['peak'] / row['weights']:.2f}", megabytes(reference["peak"])]
         lines.append(line)
-    return markdown_table(lines)
+    return markdown_table(lines, text_columns=3)
 
 
 def run(args: Namespace) -> None:

@@ -116,7 +116,10 @@ class Case(NamedTuple):
     def update(self, size: Size, device: torch.device, rank: int, foreach: bool) -> Update:
         part = replace(size, batch=size.batch // self.parts)
         setup = Setup(part, device, getattr(torch, self.dtype), rank, float8=self.float8)
-        return Update(*ROWS[self.row].make(setup), self.below, foreach)
+        update = Update(*ROWS[self.row].make(setup), self.below)
+        if update.trained:  # PyTorch's default: all tensors at once (foreach) on CUDA, one by one on a CPU
+            update.optimizer = torch.optim.AdamW(update.trained, foreach=foreach)
+        return update
 
 
 CASES = {
@@ -151,15 +154,14 @@ def measured(case: Case, size: Size, device: torch.device, rank: int, keep_atten
 def markdown(size: str, rows: dict[str, dict]) -> str:
     """Megabytes; the peak is compared with full fine-tuning's, as in the paper."""
     columns = ("weights", "gradients", "optimizer", "saved", "peak")
-    titles = [size, "dtype", "recompute", *columns, "to full", "measured", "to ledger"]
-    lines = [titles, ["---"] * 3 + ["---:"] * (len(columns) + 3)]
+    lines = [[size, "dtype", "recompute", *columns, "to full", "measured", "to ledger"]]
     for key, row in rows.items():
         baseline = rows[key.replace(row["row"], "full")]["peak"]
         line = [ROWS[row["row"]].label, row["dtype"], "yes" if row["recompute"] else "no"]
         line += [*(megabytes(row[column]) for column in columns), f"{row['peak'] / baseline - 1:+.0%}"]
         peak = row["measured"]
         lines.append([*line, megabytes(peak), f"{peak / row['peak'] - 1:+.0%}"] if peak else [*line, "", ""])
-    return markdown_table(lines)
+    return markdown_table(lines, text_columns=3)
 
 
 def run_ledger(args: Namespace) -> None:
@@ -234,8 +236,7 @@ def recomputed(size: Size, below: float) -> float:
 
 def steps_markdown(rows: list[dict], batches: list[int]) -> str:
     """Megabytes; after each peak what the step saved."""
-    titles = ["", *(title for batch in batches for title in (f"batch {batch}", "saves")), "recomputed"]
-    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1)]
+    lines = [["", *(title for batch in batches for title in (f"batch {batch}", "saves")), "recomputed"]]
     for before, row in zip([None, *rows], rows):
         line = [row["label"]]
         for batch in map(str, batches):
@@ -331,8 +332,7 @@ def print_cards(cards: Sequence[Card], names: list[str], rank: int, side: int) -
         lines.append([f"{card.gigabytes} GB", f"`{card}`", *(f"{peak / 1e9:.2f}" for peak in peaks.values())])
         titles[2:] = peaks
     if lines:
-        lines = [titles, ["---"] * 2 + ["---:"] * (len(titles) - 2), *lines]
-        print(f"\n{markdown_table(lines)}\n\nGB, at {side}x{side}, LoRA rank {rank}.")
+        print(f"\n{markdown_table([titles, *lines], text_columns=2)}\n\nGB, at {side}x{side}, LoRA rank {rank}.")
 
 
 def run(args: Namespace) -> None:

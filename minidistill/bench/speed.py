@@ -150,7 +150,7 @@ def markdown(size: str, result: dict) -> str:
     """The table, without columns that hold no measurement, and how to read it."""
     rows = list(result["rows"].values())
     columns = {title: c for title, c in COLUMNS.items() if any(row.get(c[0]) is not None for row in rows)}
-    lines = [[size, *columns], ["---", *["---:"] * len(columns)]]
+    lines = [[size, *columns]]
     for row in rows:
         cells = ["" if row.get(key) is None else text(row[key]) for key, text in columns.values()]
         lines.append([row["label"], *cells])

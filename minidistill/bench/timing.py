@@ -1,21 +1,19 @@
 """The clock that all benchmarks share."""
 
-import time
 from collections.abc import Callable, Hashable, Mapping
-from functools import partial
 
 import torch
 from tqdm import tqdm
 
+from minidistill.evaluate.sampling import Stopwatch
+
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
     """Seconds that ``run()`` takes, until the device has finished."""
-    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - start
+    clock = Stopwatch(device)
+    with clock:
+        run()
+    return clock.seconds
 
 
 def take_turns(

@@ -153,8 +153,7 @@ def measure(setup: Setup, repeats: int, number: int, compiled: bool) -> dict[str
 
 def markdown(size: str, rows: dict[str, dict[str, dict]]) -> str:
     """Milliseconds of an update, and their ratio to the plain loop's."""
-    lines = [[size], ["---", *["---:"] * 2 * len(METHODS)]]
-    lines[0] += [title for method in METHODS.values() for title in (method, "/ plain")]
+    lines = [[size, *(title for method in METHODS.values() for title in (method, "/ plain"))]]
     for name in WAYS:
         cells = [rows[method].get(name) for method in METHODS]
         if any(cells):

@@ -22,6 +22,7 @@ from minidistill.guidance import student as student_predictor
 from minidistill.lora import LoRAModel, inject_lora, lora_layers, merge_lora
 from minidistill.samplers import ddim_sample
 from minidistill.schedule import Schedule
+from minidistill.training.cuda_graph import adamw
 from minidistill.training.recompute import low_memory, recompute
 from minidistill.unet import UNet
 from minidistill.vae import VAE
@@ -184,12 +185,12 @@ def error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 Workload = Callable[[], tuple[Tensor, ...]]
 
 
-def forward(setup: Setup, who: str, alike: bool = False, compiled: bool = False) -> Workload:
+def forward(setup: Setup, who: str, alike: bool = False, compiled: bool = False, batch: int = 1) -> Workload:
     """One call of the UNet. Each side uses its own memory layout; with ``alike`` both use channels_last."""
     unet = setup.unet() if who == "ours" else setup.peer_unet(channels_last=alike)
     unet = torch.compile(unet) if compiled else unet
     model = unet if who == "ours" else partial(peer_call, unet)
-    inputs = setup.latents(1), torch.tensor([621], device=setup.device), setup.contexts(1)[0]
+    inputs = setup.latents(batch), torch.full((batch,), 621, device=setup.device), setup.contexts(batch)[0]
     return torch.no_grad()(lambda: (model(*inputs),))
 
 
@@ -223,17 +224,13 @@ class Update:
         networks: all their weights that require gradients are trained. If none does, a call only computes ``loss``.
         loss: computes the loss from the arguments of the call.
         below: the backward pass recomputes numbers that took fewer multiply-adds than this.
-        foreach: whether AdamW handles all tensors at once; by default it does so on CUDA alone.
     """
 
-    def __init__(
-        self, networks: list[nn.Module], loss: Callable[..., Tensor], below: float = 0, foreach: bool | None = None
-    ):
+    def __init__(self, networks: list[nn.Module], loss: Callable[..., Tensor], below: float = 0):
         self.loss = loss
         self.weights = [p for network in networks for p in network.parameters()]
         self.trained = [p for p in self.weights if p.requires_grad]
-        adamw = partial(torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, foreach=foreach)
-        self.optimizer = adamw(self.trained) if self.trained else None
+        self.optimizer = adamw(self.trained, peak=1e-4) if self.trained else None
         for network in networks if below else ():
             recompute(network, below)
 

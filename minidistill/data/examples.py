@@ -18,14 +18,14 @@ MIN_SNR = 5.0  # gamma of --weighting min-snr, as in its paper
 
 @dataclass
 class Examples:
-    """What stored states and noised latents share; each adds ``len()`` and ``batch(step)``, which is on the CPU.
+    """The base of StoredStates and NoisedLatents, which add ``len()`` and ``batch(step)``. Batches are on the CPU.
 
     Attributes:
         latents: the stored trajectories or encoded images.
         prompts: embeddings of the distinct prompts; on the CPU, as those of many prompts would fill a small GPU.
         prompt_of: for each trajectory or image, its row in ``prompts``.
         batch_size: examples per update, over all processes.  weighting: "even" or "min-snr".
-        student_steps: how many steps the student is to take; None: as many as the teacher.
+        student_steps: how many steps the student learns to take; None: as many as the teacher.
     """
 
     latents: Trajectories | ImageLatents
@@ -38,7 +38,7 @@ class Examples:
     student_steps: int | None = None
 
     def weight(self, t: Tensor) -> Tensor:
-        """Of each example in the loss, [B, 1, 1, 1]."""
+        """The weight of each example in the loss, [B, 1, 1, 1]."""
         if self.weighting == "min-snr":
             return min_snr_weight(self.schedule, t, MIN_SNR)
         return torch.ones(len(t), 1, 1, 1)

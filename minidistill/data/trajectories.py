@@ -71,10 +71,11 @@ def generate(
     it stopped and a run that asks for more adds to them; damaged shards are made again. ``world`` processes, of which
     this is number ``rank``, share the missing shards, and meet at ``wait()``; a shard does not depend on who makes it.
 
-    The states of one trajectory are much alike. With ``stride`` n the teacher takes the first step, then every n-th
-    only, at offsets that shift from shard to shard: n times as many images in the same time, and over n shards every t.
-    Without ``keep_states`` only the ends z_0 are stored. With ``student_steps`` the teacher's steps have trailing
-    spacing, and only the states that so many steps visit are stored, each with the prediction that leads to the next.
+    The states of one trajectory are much alike. With ``stride`` n the teacher takes only the first step and every n-th,
+    which gives n times as many images in the same time; the offset shifts from shard to shard, so n shards together
+    have every t. Without ``keep_states`` only the ends z_0 are stored. With ``student_steps`` the teacher's
+    steps have trailing spacing, and only the states that the student will visit are stored, each with the prediction
+    that leads to the next.
     ``weights`` is the fingerprint of UNet and text encoder, if it is known already.
 
     Raises ValueError when the folder holds shards made with other settings, and for ``student_steps`` that do not fit.
@@ -101,28 +102,27 @@ def generate(
         batch=batch,
         stride=stride,
         keep_states=keep_states,
-        **({"interval": interval} if interval else {}),
-        **({"student_steps": student_steps} if student_steps else {}),
-        **({"size": [sd.height, sd.width]} if {sd.height, sd.width} != {sd.trained_side} else {}),
     )
-    made_with = json.dumps(settings)
-    order = torch.cat([
-        torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed + i))
-        for i in range(-(-count // len(captions)))
-    ])[:count]  # fmt: skip
+    size = [sd.height, sd.width] if {sd.height, sd.width} != {sd.trained_side} else None
+    optional = dict(interval=interval, student_steps=student_steps, size=size)
+    made_with = json.dumps(settings | {name: value for name, value in optional.items() if value})
+    epochs = range(-(-count // len(captions)))
+    shuffles = [torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed + i)) for i in epochs]
+    order = torch.cat(shuffles)[:count]  # the caption of each trajectory
     uncond = sd.encode_negative(negative_prompt)
+    # Everything below is by shard, and a shard goes by the number of its first trajectory.
     files = {first: folder / f"trajectories-{first:06d}.safetensors" for first in range(0, count, batch)}
-    chosen = dict(zip(files, order.split(batch)))
-    missing = [first for first, file in files.items() if not is_shard(file, made_with, len(chosen[first]))]
+    captions_of = dict(zip(files, order.split(batch)))
+    missing = [first for first, file in files.items() if not is_shard(file, made_with, len(captions_of[first]))]
     wait()  # every process must know what is missing before any of it is made
-    existing = count - sum(len(chosen[first]) for first in missing)
+    existing = count - sum(len(captions_of[first]) for first in missing)
     mine = missing[rank::world]
-    used = torch.cat([order[:0], *(chosen[first] for first in mine)]).unique()
+    used = torch.cat([order[:0], *(captions_of[first] for first in mine)]).unique()
     prompts = encode_prompts(sd, [captions[i] for i in used]) if mine else None
     bar = tqdm(initial=existing, total=count, desc="teacher trajectories", unit="trajectory", disable=rank > 0)
-    for first in missing:
+    for first in missing:  # the bar counts what other processes make as if it went at the same pace
         if first in mine:
-            cond = prompts[torch.searchsorted(used, chosen[first])].to(sd.device)
+            cond = prompts[torch.searchsorted(used, captions_of[first])].to(sd.device)
             z_T = sd.starting_noise(range(seed + first, seed + first + len(cond)))
             offset = first // batch % stride
             timesteps = [t for i, t in enumerate(every_t) if i == 0 or i % stride == offset]
@@ -136,9 +136,9 @@ def generate(
             tensors = {"z_0": z_0, "z_t": z_t, "target": target} if keep_states else {"z_0": z_0}
             # Half precision rounds by 1/2000 of a value, far below what any student misses, and halves the disk space.
             tensors = {name: x.half().cpu().contiguous() for name, x in tensors.items()}
-            tensors |= {"prompt": chosen[first], "t": torch.tensor(timesteps)}
+            tensors |= {"prompt": captions_of[first], "t": torch.tensor(timesteps)}
             write_shard(files[first], tensors, made_with)
-        bar.update(len(chosen[first]))
+        bar.update(len(captions_of[first]))
     bar.close()
     wait()
     return Trajectories(list(files.values()), count)
@@ -180,27 +180,28 @@ class Trajectories:
 
     def __init__(self, files: list[Path], count: int):
         self.shards = [load_file(file) for file in files]
-        self.where = [(s, row) for s, shard in enumerate(self.shards) for row in range(len(shard["prompt"]))][:count]
-        steps = [range(len(self.shards[s]["t"])) for s, _ in self.where]
+        self.rows = [(s, row) for s, shard in enumerate(self.shards) for row in range(len(shard["prompt"]))][:count]
+        steps = [range(len(self.shards[s]["t"])) for s, _ in self.rows]
         self.examples = torch.tensor([(i, step) for i, steps_of_one in enumerate(steps) for step in steps_of_one])
 
     def __len__(self) -> int:
-        return len(self.where)
+        return len(self.rows)
 
     def prompts(self, trajectories: Tensor) -> Tensor:
         """The prompt number of each trajectory, [B]."""
-        return torch.stack([self.shards[s]["prompt"][row] for s, row in self._rows(trajectories)])
+        return torch.stack([self.shards[s]["prompt"][row] for s, row in self.rows_of(trajectories)])
 
     def ends(self, trajectories: Tensor) -> Tensor:
         """z_0 of each trajectory, [B, 4, h, w] float32."""
-        return torch.stack([self.shards[s]["z_0"][row] for s, row in self._rows(trajectories)]).float()
+        return torch.stack([self.shards[s]["z_0"][row] for s, row in self.rows_of(trajectories)]).float()
 
     def states(self, trajectories: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z_t and its guided prediction at one step of each trajectory, [B, 4, h, w] float32, and t [B]."""
-        rows = list(zip(self._rows(trajectories), steps.tolist()))
+        rows = list(zip(self.rows_of(trajectories), steps.tolist()))
         z_t = torch.stack([self.shards[s]["z_t"][row, step] for (s, row), step in rows])
         target = torch.stack([self.shards[s]["target"][row, step] for (s, row), step in rows])
         return z_t.float(), target.float(), torch.stack([self.shards[s]["t"][step] for (s, _), step in rows])
 
-    def _rows(self, trajectories: Tensor) -> list[tuple[int, int]]:
-        return [self.where[i] for i in trajectories.tolist()]
+    def rows_of(self, trajectories: Tensor) -> list[tuple[int, int]]:
+        """The shard of each trajectory and its row there."""
+        return [self.rows[i] for i in trajectories.tolist()]

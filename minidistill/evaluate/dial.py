@@ -148,14 +148,14 @@ def table(rows: Sequence[dict]) -> str:
     """A line for each guidance, with 95% intervals."""
     columns = ("strength", "share", "PSNR, dB")
     heads = ["guidance", *(f"{name} {column}" for name in ("nominal", "measured") for column in columns)]
-    lines = [heads, ["---:"] * len(heads)]
+    lines = [heads]
     for row in rows:
         cells = [f"{row['guidance']:g}"]
         for found in (row["nominal"], row["measured"]):
             share, distance = Estimate(**found["noise error share"]), Estimate(**found["PSNR"])
             cells += [f"{found['strength']:.3f}", f"{share:.3f}", f"{distance:.1f}"]
         lines.append(cells)
-    return markdown_table(lines)
+    return markdown_table(lines, text_columns=0)
 
 
 def plot(rows: Sequence[dict], nominal: Dial, path: Path) -> None:

@@ -134,7 +134,7 @@ def sharpness(images: Sequence[Image.Image]) -> Tensor:
 def table(rows: Sequence[dict]) -> str:
     """A line for each way, with 95% intervals."""
     names = list(dict.fromkeys(name for row in rows for name in row["measures"]))
-    lines = [["", "UNet calls", *names, "seconds of learning"], ["---", *["---:"] * (len(names) + 2)]]
+    lines = [["", "UNet calls", *names, "seconds of learning"]]
     for row in rows:
         measures = {name: Estimate(**value) for name, value in row["measures"].items()}
         cells = [format(measures[name], FORMATS.get(name, ".1%")) if name in measures else "" for name in names]

@@ -44,8 +44,8 @@ from minidistill.training.command_line import (
     fraction,
     load_options,
     positive_int,
+    read_interval,
 )
-from minidistill.training.command_line import interval as read_interval
 
 POSITIONAL = "[RUN_OR_LORA[:SCALE] ...] "
 Row = dict[str, Estimate]  # the measures of one method
@@ -266,7 +266,7 @@ def results_table(rows: Sequence[Drawn], measures: Mapping[str, Row]) -> str:
     """A line for each method; each value with its 95% interval."""
     names = list(dict.fromkeys(name for row in measures.values() for name in row))
     heads = ["PSNR, dB" if name == "PSNR" else name for name in names]
-    lines = [["", "UNet calls", *heads], ["---", "---:", *["---:"] * len(names)]]
+    lines = [["", "UNet calls", *heads]]
     for row in rows:
         cells = measures[row.method]
         texts = (format(cells[name], FORMATS.get(name, ".1%")) if name in cells else "" for name in names)

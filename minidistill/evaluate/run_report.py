@@ -82,7 +82,7 @@ def report_table(
     """The cost of an image, the distance to the teacher and, if the model has a CLIP, agreement with the prompt."""
     clip = ClipScore.in_model(sd)
     heads = ["", "UNet calls", "s / image", "noise error share", "PSNR to teacher", *(["CLIP score"] if clip else [])]
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
+    lines = [heads]
     for row in rows:
         distance = "" if row.method == "teacher" else f"{psnr(row.images, rows[0].images).mean():.1f} dB"
         cells = [row.method, str(row.unet_calls), f"{row.seconds:.3f}", f"{shares[row.method]:.2f}", distance]

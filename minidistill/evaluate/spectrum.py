@@ -85,12 +85,12 @@ def quantiles(rows: Sequence[Mapping], student: str) -> Tensor:
 
 def table(rows: Sequence[Mapping]) -> str:
     """Medians over the layers, and the middle 80% of them."""
-    lines = [["rank", "full student", "LoRA"], ["---:"] * 3]
+    lines = [["rank", "full student", "LoRA"]]
     for rank, *both in zip(RANKS, quantiles(rows, "full").T, quantiles(rows, "lora").T):
         lines.append([str(rank), *(f"{median:.0%} ({low:.0%} to {high:.0%})" for low, median, high in both)])
     low, median, high = torch.tensor([row["cosine"] for row in rows]).quantile(QUANTILES)
-    text = f"Medians over {len(rows)} layers, and the middle 80% of them."
-    return f"{markdown_table(lines)}\n\n{text} Cosine between the two changes: {median:.2f} ({low:.2f} to {high:.2f})."
+    text = f"Medians over {len(rows)} layers, and the middle 80% of them. Cosine between the two changes:"
+    return f"{markdown_table(lines, text_columns=0)}\n\n{text} {median:.2f} ({low:.2f} to {high:.2f})."
 
 
 def plot(rows: Sequence[Mapping], path: Path) -> None:

@@ -1,6 +1,6 @@
 """Measure what matters when training a student: vary one setting of train.py at a time, all others alike.
 
-  python -m minidistill.evaluate sweeps                   all of them, in short runs: an hour or two on two CPU cores
+  python -m minidistill.evaluate sweeps                   all of them, in short runs: about 50 minutes on one CPU core
   python -m minidistill.evaluate sweeps rank --updates 400 --out runs/longer
 
 Run from the repository root. Each value is a run of train.py in --runs, measured by the noise error share on held-out
@@ -120,7 +120,7 @@ def train_and_measure(args: Namespace, command: Sequence[str]) -> dict:
 
 def table(report: Mapping[str, Mapping]) -> str:
     """A line for each run."""
-    lines = [["sweep", "value", "trained parameters", "noise error share"], ["---", "---:", "---:", "---:"]]
+    lines = [["sweep", "value", "trained parameters", "noise error share"]]
     for sweep in report:
         for row in report[sweep]["rows"]:
             share = Estimate(**row["noise error share"])

@@ -79,27 +79,25 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--out {out} would be written over what it is made from: name another.")
     if args.to == "checkpoint":
         student, styles = student_and_styles(files)
-        metadata = plain_metadata(student) if student else {}
+        metadata, files = (plain_metadata(student), [*styles, student]) if student else ({}, styles)
         squares: Squares = {}
         generator = torch.Generator().manual_seed(args.stochastic) if args.stochastic is not None else None
-        change = with_loras([*styles, *([student] if student else [])], squares, generator)
         which = dict(variant=args.variant, ema=args.ema, prediction=args.prediction)
-        write_checkpoint(args.model, change, out, metadata, **which)
+        write_checkpoint(args.model, with_loras(files, squares, generator), out, metadata, **which)
         share, sentence = surviving_change(squares)
         if generator:  # what was added is the change and independent noise, whose squares add up
             noise = max(share**2 - 1, 0) ** 0.5
             print(f"The change survives on average, with noise of {noise:.0%} of its norm.")
-        elif warn_of_lost_change(squares) >= SURVIVING:  # the warning says it otherwise
+        elif warn_of_lost_change(squares) >= SURVIVING:  # otherwise the warning says it
             print(sentence)
     elif len(files) > 1:
         raise ValueError(f"--to {args.to} takes one LoRA: give them one by one, or merge them with --to checkpoint.")
-    elif args.to == "peft":
-        write_tensors(out, peft_tensors(files[0]), plain_metadata(files[0]))
     else:
-        tensors = kohya_tensors(files[0])
-        write_tensors(out, tensors, plain_metadata(files[0]) | kohya_metadata(files[0], tensors))
+        metadata = plain_metadata(files[0])
+        tensors = peft_tensors(files[0]) if args.to == "peft" else kohya_tensors(files[0])
+        write_tensors(out, tensors, metadata | (kohya_metadata(files[0], tensors) if args.to == "kohya" else {}))
     print(f"Wrote {out}")
-    if args.to != "checkpoint" and "dial" in plain_metadata(files[0]):
+    if args.to != "checkpoint" and "dial" in metadata:
         strengths = ", ".join(f"{strength:g} ({guidance:g})" for guidance, strength in files[0].dial.points)
         print(f"Strengths of the LoRA, each with the guidance that it stands for: {strengths}")
 

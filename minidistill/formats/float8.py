@@ -1,4 +1,4 @@
-"""W in 8 bits (``--weights float8``): half the memory of bfloat16, for a W that does not learn.
+"""W in 8 bits (``--weights float8``): half the memory of bfloat16, for a frozen W.
 
     W ~ scale * code,   code: float8_e4m3fn, with 3 bits of mantissa and values up to 448
                         scale: one power of two a layer, so that the product is exact (in float16 if W is not tiny)
@@ -16,7 +16,7 @@ from minidistill.lora import merge_lora
 
 BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 aten = torch.ops.aten
-LIKEWISE = {aten.detach.default, aten.alias.default, aten.t.default}  # views that apply to the code as to W
+VIEWS = {aten.detach.default, aten.alias.default, aten.t.default}  # views that apply to the code as to W
 
 
 class Float8Weight(Tensor):
@@ -64,7 +64,7 @@ class Float8Weight(Tensor):
     def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         first = args[0]
-        if operator in LIKEWISE:
+        if operator in VIEWS:
             return cls(operator(first.code), first.scale, first.dtype)
         if operator in (aten._to_copy.default, aten.clone.default):
             dtype, layout = kwargs.pop("dtype", None), kwargs.pop("memory_format", None)

@@ -35,7 +35,7 @@ def find_model(path: str | Path, variant: str | None = None, ema: bool = False) 
         if path.parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             raise CheckpointError(f"There is no {path}: name a Stable Diffusion folder, a single file or a hub id.")
         path = fetch_model(str(path), variant)
-    path = newest_snapshot(Path(path))
+    path = newest_snapshot(path)
     flag = "--ema" if ema and path.is_dir() else "--variant" if variant and path.is_file() else None
     if flag:
         raise CheckpointError(f"{path} is a {'folder' if path.is_dir() else 'single file'}: leave {flag} out.")
@@ -74,8 +74,7 @@ def fetch_model(repo: str, variant: str | None = None) -> Path:
                 if has_weights(folder / part, stem, variant) or has_weights(folder / part, stem, wanted):
                     continue
                 names = [name for name in candidates(stem, wanted) if f".{suffix}" in name]
-                files = [name.removesuffix(f".{suffix}") for name in names if name.endswith(suffix)]
-                names += [f"{name}-*-of-*.{suffix}" for name in files]  # shards
+                names.append(f"{names[0].removesuffix(f'.{suffix}')}-*-of-*.{suffix}")  # shards
                 folder = fetch(repo, [f"{part}/{name}" for name in names])
     return folder
 

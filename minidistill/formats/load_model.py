@@ -67,13 +67,12 @@ def load(
         schedule = Schedule.from_config(model.schedule)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    unet = build(lambda: UNet(model.unet_config), model.unet, dtype, to_float8 if weights else None)
-    overflows = model.text_2 is not None and dtype == torch.float16
-    vae = build(lambda: VAE(model.vae_config), model.vae, torch.float32 if overflows else dtype)
-    text_encoder = build(lambda: CLIPTextModel(model.text_config), model.text, dtype)
-    if model.text_2:
-        second = build(lambda: CLIPTextModelWithProjection(model.text_config_2), model.text_2, dtype)
-        text_encoder = TwoTextEncoders(text_encoder, second)
+    unet, vae, *texts = parts(model)
+    unet = build(*unet, dtype, to_float8 if weights else None)
+    overflows = model.is_xl and dtype == torch.float16
+    vae = build(*vae, torch.float32 if overflows else dtype)
+    encoders = [build(*text, dtype) for text in texts]
+    text_encoder = TwoTextEncoders(*encoders) if model.is_xl else encoders[0]
     fill_positions(text_encoder)
     folder = Path(tokenizer) if tokenizer else path / "tokenizer" if is_folder else None
     return StableDiffusion(
@@ -81,7 +80,7 @@ def load(
         vae=place(vae, device),
         text_encoder=place(text_encoder, device),
         schedule=schedule,
-        read_tokenizer=partial(read_tokenizer, folder, model.text_config, model.pad_token),
+        read_tokenizer=partial(read_tokenizer, folder, model.text_configs[0], model.pad_token),
         path=path,
         height=height,
         width=width,
@@ -90,12 +89,31 @@ def load(
     )
 
 
+def parts(model: Description) -> list[tuple[Callable[[], nn.Module], Network]]:
+    """UNet, VAE and each text encoder: what makes the module, and its tensors."""
+    encoders = zip((CLIPTextModel, CLIPTextModelWithProjection), model.text_configs, model.texts)
+    return [
+        (partial(UNet, model.unet_config), model.unet),
+        (partial(VAE, model.vae_config), model.vae),
+        *((partial(encoder, config), text) for encoder, config, text in encoders),
+    ]
+
+
+def check_tensors(model: Description) -> None:
+    """Raise CheckpointError, as ``load`` does, if any part is incomplete, does not fit its configuration or has NaN."""
+    for make, network in parts(model):
+        check(skeleton(make, network.file), network)
+        for name, tensor in network.tensors.items():
+            check_finite({network.name_in_file(name): tensor}, network.file)
+            release_pages(tensor)
+
+
 def check_parts(model: Description, path: Path) -> None:
     """Raise CheckpointError if parts that are whole by themselves come from different models."""
-    unet, texts = model.unet_config, [config for config in (model.text_config, model.text_config_2) if config]
+    unet, texts = model.unet_config, model.text_configs
     for part, gives, reads in (
         ("text encoder gives embeddings", sum(text.hidden_size for text in texts), unet.context_width),
-        ("text encoder gives pooled vectors", texts[1].projection_dim if model.text_2 else 0, unet.pooled_width),
+        ("text encoder gives pooled vectors", texts[1].projection_dim if model.is_xl else 0, unet.pooled_width),
         ("VAE gives latents", model.vae_config.latent_channels, unet.in_channels),
     ):
         if gives != reads:
@@ -118,13 +136,7 @@ def build(
     It is made without memory of its own, so weights that need no conversion stay mapped from the file. Raises
     CheckpointError that lists every missing, unexpected and misshapen tensor.
     """
-    try:
-        with torch.device("meta"):
-            module = make()
-    except Exception as error:  # the configuration comes from a file, and may ask for anything
-        raise CheckpointError(
-            f"{network.file} comes with a configuration that no network can have ({error}): fetch it again."
-        ) from error
+    module = skeleton(make, network.file)
     check(module, network)
     with reading(network.file):
         weights = {}
@@ -141,6 +153,17 @@ def build(
             release_pages(weights[name])
     module.load_state_dict(weights, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def skeleton(make: Callable[[], nn.Module], file: Path) -> nn.Module:
+    """The module that ``make`` returns, on the meta device. Raises CheckpointError for an impossible configuration."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except Exception as error:  # the configuration comes from a file, and may ask for anything
+        raise CheckpointError(
+            f"{file} comes with a configuration that no network can have ({error}): fetch it again."
+        ) from error
 
 
 def check(module: nn.Module, network: Network) -> None:

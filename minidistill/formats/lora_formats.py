@@ -160,11 +160,6 @@ def context_widths(layers: Mapping[str, Pair]) -> set[int]:
     return {pair.down.shape[1] for name, pair in layers.items() if name.endswith(("attn2.to_k", "attn2.to_v"))}
 
 
-def has_linear_projections(layers: Mapping[str, Pair]) -> bool:
-    """True for layers of SD 2.x and SDXL, as far as they show it."""
-    return is_xl(layers) or SD21_BASE_UNET.context_width in context_widths(layers)
-
-
 # Writing
 
 
@@ -176,7 +171,8 @@ def peft_tensors(file: LoRAFile) -> dict[str, Tensor]:
     """
     if any(name.startswith(ORIGINAL) for name in file.layers):
         raise ValueError(f"{file.path} has the layer names of the original code, which peft lacks: export --to kohya.")
-    tensors, linear = {}, has_linear_projections(file.layers)
+    linear = is_xl(file.layers) or SD21_BASE_UNET.context_width in context_widths(file.layers)  # SDXL's, SD 2.x's
+    tensors = {}
     for name, pair in file.layers.items():
         down, up = pair.down, pair.scale * pair.up
         if linear and name.endswith(("proj_in", "proj_out")):
@@ -210,7 +206,7 @@ def kohya_tensors(file: LoRAFile) -> dict[str, Tensor]:
 PART = re.compile(r"[._]lora(?:_linear_layer)?[._](down|mid|up|A|B)(?:(?:\.\w+)?\.weight)?$|\.(alpha)$")
 PART_NAMES = {"A": "down", "B": "up"}  # as peft calls them
 PREFIXES = re.compile(r"^(?:(?:base_model\.)?model\.|diffusion_model[._]|unet[._]|lora_|lycoris_)+")
-OTHERS = re.compile(  # what programs change beside the UNet: text encoders, and embeddings of new words
+NOT_UNET = re.compile(  # what programs train besides the UNet: text encoders, and embeddings of new words
     r"^(?:base_model\.model\.|lora_|lycoris_)*(?:text_encoder|text_model|te\d?[._]|clip_[lg][._]|bundle_emb|.*string_to_param)"
 )
 UNDERSCORED = re.compile(
@@ -308,7 +304,7 @@ def group_by_layer(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Parts, in
     parts: dict[str, dict[str, Tensor]] = {}
     others, unknown = 0, []
     for key, tensor in tensors.items():
-        if OTHERS.match(key):
+        if NOT_UNET.match(key):
             others += 1
         elif match := PART.search(key):
             layer, part = layer_name(key[: match.start()]), match[1] or match[2]
@@ -335,17 +331,13 @@ def group_by_layer(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Parts, in
             f"{path} has layers whose lora_down and lora_up are missing, do not fit each other, or are not floats of "
             f"16 bits or more: {', '.join(wrong)}. The file is damaged: make or fetch it again."
         )
-    parts = {name: {key: widen(tensor) for key, tensor in part.items()} for name, part in parts.items()}
+    for part in parts.values():  # to float32 at least: products of narrower numbers would lose digits
+        part |= {key: convert(x, torch.promote_types(x.dtype, torch.float32)) for key, x in part.items()}
     check_finite({f"{n}.lora_{key}": x for n, part in parts.items() for key, x in part.items() if key != "alpha"}, path)
     for part in parts.values():
         if "mid" in part:  # LyCORIS: a 1x1 convolution, one with the kernel [rank, rank, k, k], and another 1x1
             part["down"] = torch.einsum("srkl,ri->sikl", part.pop("mid"), part["down"].flatten(1))
     return parts, others
-
-
-def widen(tensor: Tensor) -> Tensor:
-    """To float32 at least: products of narrower numbers would lose digits."""
-    return convert(tensor, torch.float64 if tensor.dtype == torch.float64 else torch.float32)
 
 
 def is_pair(part: Mapping[str, Tensor]) -> bool:
@@ -370,7 +362,7 @@ def our_alphas(path: Path, parts: Parts, metadata: Mapping[str, str]) -> dict[st
     return dict.fromkeys(parts, alpha)
 
 
-# Ways to begin a LoRA that take out of W what they put into it.
+# Initialisations that subtract the pair from W, so that W is no longer the original.
 CHANGED_W = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -385,14 +377,12 @@ def peft_alphas(path: Path, parts: Parts, config: dict) -> dict[str, float]:
         )
     ranks = {name: len(part["down"]) for name, part in parts.items()}
     alphas = {name: float(config.get("lora_alpha", rank)) for name, rank in ranks.items()}
-    for pattern, alpha in reversed((config.get("alpha_pattern") or {}).items()):  # peft applies the first that matches
-        ending = pattern.removeprefix("^")
-        if not re.fullmatch(r"[\w.]+", ending):
+    for pattern, alpha in reversed(config.get("alpha_pattern", {}).items()):  # peft applies the first that matches
+        if not re.fullmatch(r"\^?[\w.]+", pattern):
             raise CheckpointError(
                 f"{path} gives an alpha for {pattern}, and minidistill reads plain names only: save it again."
             )
-        whole = pattern.startswith("^")
-        found = [name for name in ranks if (name == ending if whole else f".{name}".endswith(f".{ending}"))]
+        found = [name for name in ranks if re.fullmatch(rf"(.*\.)?({pattern})", name)]  # as peft does; ^: a whole name
         alphas |= dict.fromkeys(found, float(alpha))
     if config.get("use_rslora"):  # scaled by alpha / sqrt(rank)
         alphas = {name: alpha * ranks[name] ** 0.5 for name, alpha in alphas.items()}

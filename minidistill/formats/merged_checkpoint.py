@@ -3,23 +3,25 @@
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from minidistill.config import ScheduleConfig
 from minidistill.formats.files import CheckpointError, atomic_folder, read_json, write_json
 from minidistill.formats.hub import find_model
+from minidistill.formats.load_model import check_parts, check_tensors
 from minidistill.formats.lora_formats import LoRAFile
 from minidistill.formats.lora_io import check_source, fit
-from minidistill.formats.model_configs import MODEL_INDEX, PUBLISHED, XL_INDEX, read_schedule_config
-from minidistill.formats.model_folder import STEMS, XL_STEMS, read_index, read_model_folder, read_weights, stems
+from minidistill.formats.model_configs import MODEL_INDEX, PUBLISHED, XL_INDEX
+from minidistill.formats.model_folder import STEMS, XL_STEMS, read_index, read_model_folder, stems
 from minidistill.formats.single_file import (
     EMA,
     MODELSPEC,
     V_PREDICTION,
     ZERO_SNR,
+    file_schedule,
     read_single_file,
     stated_prediction,
     to_single_file,
@@ -93,18 +95,15 @@ def replaced_by(unet: nn.Module) -> Change:
 
 
 def folder_to_folder(
-    source: Path,
-    change: Change,
-    out: Path,
-    metadata: Mapping[str, str],
-    variant: str | None,
-    prediction: str | None,
+    source: Path, change: Change, out: Path, metadata: Mapping[str, str], variant: str | None, prediction: str | None
 ) -> None:
     """Everything but the UNet's weights is copied unchanged, and the prediction if it is corrected."""
     scheduler = "scheduler/scheduler_config.json"
-    schedule = read_schedule_config(source / scheduler, prediction)
-    unet = read_weights(source / "unet", STEMS["unet"], variant)
-    check_source(metadata, schedule.prediction, unet.learned_guidance, source)
+    model = read_model_folder(source, prediction, variant)
+    check_tensors(model)
+    check_parts(model, source)
+    unet = model.unet
+    check_source(metadata, model.schedule.prediction, unet.learned_guidance, source)
     tensors = change(unet.tensors)
     index = read_index(source) or (XL_INDEX if stems(source) is XL_STEMS else MODEL_INDEX)
     with atomic_folder(out) as temporary:
@@ -126,12 +125,9 @@ def folder_to_folder(
 
 def drop_absent_parts(index: dict, folder: Path) -> dict:
     """The pipeline's index without the parts that ``folder`` lacks: we download only what we need from the hub."""
-
-    def lacks(name: str) -> bool:
-        return isinstance(index.get(name), list) and not (folder / name).is_dir()
-
-    index = {name: [None, None] if lacks(name) else entry for name, entry in index.items()}
-    return index | ({"requires_safety_checker": False} if lacks("safety_checker") else {})
+    absent = [name for name, entry in index.items() if isinstance(entry, list) and not (folder / name).is_dir()]
+    checker = {"requires_safety_checker": False} if "safety_checker" in absent else {}
+    return index | dict.fromkeys(absent, [None, None]) | checker
 
 
 def file_to_file(
@@ -139,13 +135,15 @@ def file_to_file(
 ) -> None:
     """Everything but the UNet's weights stays as it is. EMA copies are left out, since nothing was merged into them."""
     model = read_single_file(source, prediction="eps", ema=ema)  # the tensors do not depend on the prediction
+    check_tensors(model)
+    check_parts(model, source)
     tensors, header = read_tensors(source)
     stated = prediction or stated_prediction(tensors, header, source)
     check_source(metadata, stated, model.unet.learned_guidance, source)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMA)}
     tensors |= {model.unet.name_in_file(name): tensor for name, tensor in change(model.unet.tensors).items()}
     predicts = stated or metadata.get("prediction")
-    said = state_prediction(tensors, predicts, xl=bool(model.text_2)) if predicts else {}
+    said = state_prediction(tensors, predicts, model.is_xl) if predicts else {}
     write_tensors(out, tensors, {**header, **said, **metadata})
 
 
@@ -159,28 +157,23 @@ def state_prediction(tensors: dict[str, Tensor], predicts: str, xl: bool) -> dic
 
 
 def folder_to_file(
-    source: Path,
-    change: Change,
-    out: Path,
-    metadata: Mapping[str, str],
-    variant: str | None,
-    prediction: str | None,
+    source: Path, change: Change, out: Path, metadata: Mapping[str, str], variant: str | None, prediction: str | None
 ) -> None:
     """UNet, VAE and text encoder go into one file, under the names that such files use."""
     model = read_model_folder(source, prediction, variant)
-    check_source(metadata, model.schedule.prediction, model.unet.learned_guidance, source)
-    usual, fields = ScheduleConfig(), ("train_steps", "beta_start", "beta_end", "beta_schedule")
-    if any(getattr(model.schedule, field) != getattr(usual, field) for field in fields):
+    check_tensors(model)
+    schedule = model.schedule
+    check_source(metadata, schedule.prediction, model.unet.learned_guidance, source)
+    read_back = file_schedule(schedule.prediction, schedule.zero_terminal_snr)
+    if replace(schedule, spacing=read_back.spacing, set_alpha_to_one=read_back.set_alpha_to_one) != read_back:
         raise ValueError(f"{source} has noise levels that a single file cannot state: write a folder, not {out}.")
-    read_back = dict(set_alpha_to_one=False, spacing="trailing" if model.schedule.zero_terminal_snr else "leading")
-    if any(getattr(model.schedule, field) != value for field, value in read_back.items()):
+    if schedule != read_back:
         warnings.warn(f"{out} cannot state how {source} spaces its steps or ends them.", stacklevel=2)
+    texts = [x for text, config in zip(model.texts, model.text_configs) for x in (text.tensors, config)]
     unet = change(model.unet.tensors)
-    tensors = to_single_file(
-        unet, model.unet_config, model.vae.tensors, model.vae_config, model.text.tensors, model.text_config,
-        model.text_2 and model.text_2.tensors, model.text_config_2,
-    )  # fmt: skip
-    if model.schedule.zero_terminal_snr:
+    tensors = to_single_file(unet, model.unet_config, model.vae.tensors, model.vae_config, *texts)
+    check_parts(model, source)
+    if schedule.zero_terminal_snr:
         tensors[ZERO_SNR] = torch.zeros(0)
-    said = state_prediction(tensors, model.schedule.prediction, xl=bool(model.text_2))
+    said = state_prediction(tensors, schedule.prediction, model.is_xl)
     write_tensors(out, tensors, {**model.unet.metadata, **metadata, **said})

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -34,15 +34,17 @@ class Description:
 
     unet_config: UNetConfig
     vae_config: VAEConfig
-    text_config: CLIPTextConfig
+    text_configs: list[CLIPTextConfig]  # SDXL has two text encoders
     schedule: ScheduleConfig
     unet: Network
     vae: Network
-    text: Network
-    pad_token: str | None = None  # None: as the tokenizer's own files say
-    text_config_2: CLIPTextConfig | None = None  # of SDXL's second text encoder
-    text_2: Network | None = None
-    force_zeros: bool = False  # with no negative prompt, its embeddings are zeros
+    texts: list[Network]
+    pad_token: str | None  # None: as the tokenizer's own files say
+    force_zeros: bool  # with no negative prompt, its embeddings are zeros
+
+    @property
+    def is_xl(self) -> bool:
+        return len(self.texts) == 2
 
 
 MODEL_INDEX = {
@@ -154,26 +156,30 @@ def check_fixed(contents: dict, fixed: dict, file: Path) -> None:
 
 
 Config = TypeVar("Config", UNetConfig, VAEConfig, ScheduleConfig)
-MOST = {"layers": 4, "depth": 10, "mid_depth": 10}  # any more would build modules without end
-LEAST = {"depth": 0, "pooled_width": 0}
+LARGEST = {"layers": 4, "depth": 10, "mid_depth": 10, "num_hidden_layers": 64}  # more would build modules without end
+SMALLEST = dict.fromkeys(("depth", "pooled_width", "bos_token_id", "eos_token_id", "pad_token_id"), 0)
 
 
-def plausible(value: object, like: object, least: int = 1, most: int = 2**16) -> bool:
+def is_plausible(value: object, like: object, least: int, most: int) -> bool:
     """True if the value has the type of ``like``, and its integers, also those in a tuple, lie in [least, most]."""
     if isinstance(like, tuple):
         is_levels = isinstance(value, tuple) and 0 < len(value) <= 8
-        return is_levels and all(plausible(v, like[0], least, most) for v in value)
+        return is_levels and all(is_plausible(v, like[0], least, most) for v in value)
     if isinstance(like, float):
         return type(value) in (int, float) and math.isfinite(value) and value > 0
     return type(value) is type(like) and (type(like) is not int or least <= value <= most)
 
 
-def checked(config: Config, file: Path) -> Config:
-    """The configuration itself. Raises CheckpointError if a value has the wrong type or an impossible size."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if not plausible(value, field.default, LEAST.get(field.name, 1), MOST.get(field.name, 2**16)):
-            raise CheckpointError(f"{file} is damaged: {value!r} cannot be its {field.name}. Fetch it again.")
+def check_values(values: dict, defaults: object, file: Path) -> None:
+    """Raise CheckpointError if a value has another type than the default, or an impossible size."""
+    for name, value in values.items():
+        if not is_plausible(value, getattr(defaults, name), SMALLEST.get(name, 1), LARGEST.get(name, 2**16)):
+            raise CheckpointError(f"{file} is damaged: {value!r} cannot be its {name}. Fetch it again.")
+
+
+def check_config(config: Config, file: Path) -> Config:
+    """The configuration itself, after ``check_values``."""
+    check_values(vars(config), type(config)(), file)
     return config
 
 
@@ -211,7 +217,7 @@ def read_unet_config(file: Path) -> UNetConfig:
         version = str(contents.get("_diffusers_version", "1.0")).split(".")[:2]
         if side == 32 and [int(number) for number in version] < [0, 9]:
             side = 64  # early converters wrote 32 for every SD 1.x; diffusers replaces it with 64 too
-        return checked(UNetConfig(**values | {"sample_size": side}), file)
+        return check_config(UNetConfig(**values | {"sample_size": side}), file)
 
 
 def published_unet(config: UNetConfig) -> dict:
@@ -240,7 +246,7 @@ def read_vae_config(file: Path) -> VAEConfig:
     contents = read_json(file)
     with reading(file):
         check_fixed(contents, VAE_FIXED, file)
-        return checked(VAEConfig(**pick(contents, VAE_KEYS)), file)
+        return check_config(VAEConfig(**pick(contents, VAE_KEYS)), file)
 
 
 def published_vae(config: VAEConfig, side: int) -> dict:
@@ -257,18 +263,12 @@ def published_vae(config: VAEConfig, side: int) -> dict:
     )
 
 
-# All that we take from a text encoder's configuration, with the largest sizes allowed. Transformers would obey
-# anything else in the file too, even the name of code to download and run.
-TEXT_SIZES = {
-    "vocab_size": 2**16,
-    "hidden_size": 2**16,
-    "intermediate_size": 2**16,
-    "projection_dim": 2**16,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 2**16,
-    "max_position_embeddings": 2**16,
-}
-TEXT_OTHERS = ("hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id")
+# All that we take from a text encoder's configuration. Transformers would obey anything else in the file too, even the
+# name of code to download and run.
+TEXT_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings", "hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
 
 
 def read_text_config(file: Path) -> CLIPTextConfig:
@@ -276,12 +276,8 @@ def read_text_config(file: Path) -> CLIPTextConfig:
     with reading(file):
         if contents.get("model_type", "clip_text_model") != "clip_text_model":
             raise CheckpointError(f"{file} does not describe a CLIP text encoder of Stable Diffusion.")
-        known = {name: contents[name] for name in (*TEXT_SIZES, *TEXT_OTHERS) if contents.get(name) is not None}
-        default = CLIPTextConfig()
-        for name, value in known.items():
-            least = 1 if name in TEXT_SIZES else 0
-            if not plausible(value, getattr(default, name), least, TEXT_SIZES.get(name, 2**16)):
-                raise CheckpointError(f"{file} is damaged: {value!r} cannot be its {name}. Fetch it again.")
+        known = {name: contents[name] for name in TEXT_KEYS if contents.get(name) is not None}
+        check_values(known, CLIPTextConfig(), file)
         return CLIPTextConfig(**known, attn_implementation="sdpa")
 
 
@@ -311,7 +307,7 @@ def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
             raise CheckpointError(
                 f'{file}: beta_schedule is "{config.beta_schedule}"; known are scaled_linear, linear.'
             )
-        config = checked(config, file)
+        config = check_config(config, file)
         if max(config.beta_start, config.beta_end) >= 1:
             raise CheckpointError(f"{file} is damaged: its betas must lie between 0 and 1. Fetch it again.")
         return config

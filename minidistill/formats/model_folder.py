@@ -3,12 +3,10 @@
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from torch import Tensor
+from transformers import CLIPTextConfig
 
 from minidistill.formats.files import CheckpointError, read_json, reading
 from minidistill.formats.model_configs import (
@@ -47,26 +45,19 @@ def read_model_folder(folder: Path, prediction: str | None = None, variant: str 
         raise CheckpointError(
             f"{folder} is not a complete Stable Diffusion folder: it has no {', '.join(missing)}. {advice(folder)}"
         )
-    configs = (
-        read_unet_config(folder / "unet/config.json"),
-        read_vae_config(folder / "vae/config.json"),
-        read_text_config(folder / "text_encoder/config.json"),
-        read_schedule_config(folder / "scheduler/scheduler_config.json", prediction),
-    )
+    xl = parts is XL_STEMS
+    unet_config = read_unet_config(folder / "unet/config.json")
+    vae_config = read_vae_config(folder / "vae/config.json")
+    text_configs = [read_text_config(folder / part / "config.json") for part in parts if "text" in part]
+    schedule = read_schedule_config(folder / "scheduler/scheduler_config.json", prediction)
     require_variant(folder, variant)
     unet, vae, *texts = (read_weights(folder / part, stem, variant) for part, stem in parts.items())
     vae = vae._replace(tensors=rename_old_attention(vae.tensors))
-    text = texts[0]._replace(tensors=skip_last_layers(match_text_names(texts[0].tensors), configs[2], texts[0].file))
-    model = Description(*configs, unet, vae, text)
-    if parts is STEMS:
-        return model
-    return replace(
-        model,
-        pad_token="<|endoftext|>",
-        text_config_2=read_text_config(folder / "text_encoder_2/config.json"),
-        text_2=texts[1]._replace(tensors=match_text_names(texts[1].tensors, CLIPTextModelWithProjection)),
-        force_zeros=bool(read_index(folder).get("force_zeros_for_empty_prompt", True)),
-    )
+    texts = [text._replace(tensors=match_text_names(text.tensors, projects=i > 0)) for i, text in enumerate(texts)]
+    texts[0] = texts[0]._replace(tensors=skip_last_layers(texts[0].tensors, text_configs[0], texts[0].file))
+    pad_token = "<|endoftext|>" if xl else None
+    force_zeros = xl and bool(read_index(folder).get("force_zeros_for_empty_prompt", True))
+    return Description(unet_config, vae_config, text_configs, schedule, unet, vae, texts, pad_token, force_zeros)
 
 
 def refuse_other_schedules(folder: Path) -> None:
@@ -198,22 +189,22 @@ def squeeze_kernel(tensor: Tensor) -> Tensor:
     return tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) else tensor
 
 
-def match_text_names(tensors: dict[str, Tensor], kind: type[nn.Module] = CLIPTextModel) -> dict[str, Tensor]:
-    """The text encoder's tensors under the names this version of transformers uses, with or without ``text_model.``."""
-    with torch.device("meta"):
-        encoder = kind(CLIPTextConfig(num_hidden_layers=1))
-    prefix = "text_model." if next(iter(encoder.state_dict())).startswith("text_model.") else ""
+def match_text_names(tensors: dict[str, Tensor], projects: bool = False) -> dict[str, Tensor]:
+    """The text encoder's tensors under the names of transformers 5, from files with and without ``text_model.``.
+
+    ``projects``: for CLIPTextModelWithProjection, SDXL's second, which has that prefix and a projection.
+    """
     bare = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     bare.pop("embeddings.position_ids", None)  # 0, 1, 2, ...: in older files only
-    if kind is CLIPTextModel:  # some hold all of a CLIP
-        others = (PROJECTION, "logit_scale", "visual_projection.", "vision_model.")
-        bare = {name: tensor for name, tensor in bare.items() if not name.startswith(others)}
-    return {name if name == PROJECTION else prefix + name: tensor for name, tensor in bare.items()}
+    if projects:
+        return {name if name == PROJECTION else f"text_model.{name}": tensor for name, tensor in bare.items()}
+    others = (PROJECTION, "logit_scale", "visual_projection.", "vision_model.")  # some files hold all of a CLIP
+    return {name: tensor for name, tensor in bare.items() if not name.startswith(others)}
 
 
 def skip_last_layers(tensors: dict[str, Tensor], config: CLIPTextConfig, file: Path) -> dict[str, Tensor]:
     """Without the layers that the configuration leaves out. "Clip skip" is often written that way."""
-    numbers = {name: re.match(r"(?:text_model\.)?encoder\.layers\.(\d+)\.", name) for name in tensors}
+    numbers = {name: re.match(r"encoder\.layers\.(\d+)\.", name) for name in tensors}
     skipped = {name for name, match in numbers.items() if match and int(match[1]) >= config.num_hidden_layers}
     if skipped:
         warnings.warn(

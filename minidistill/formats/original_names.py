@@ -48,11 +48,7 @@ def translate(name: str, table: Table) -> str:
     return name
 
 
-def inverse(table: Table) -> Table:
-    return {theirs: ours for ours, theirs in table.items()}
-
-
-def below(ours: str, theirs: str, table: Table) -> Table:
+def submodule(ours: str, theirs: str, table: Table) -> Table:
     """``table`` for a submodule that we call ``ours`` and they call ``theirs``."""
     return {ours + a: theirs + b for a, b in table.items()}
 
@@ -60,20 +56,20 @@ def below(ours: str, theirs: str, table: Table) -> Table:
 def unet_names(config: UNetConfig) -> Table:
     """They number blocks across all levels: ``layers`` blocks per level, then one more for the downsampling."""
     table = dict(OUTER)
-    table |= below("mid_block.resnets.0.", "middle_block.0.", RESNET)
-    table |= below("mid_block.resnets.1.", "middle_block.2.", RESNET)
+    table |= submodule("mid_block.resnets.0.", "middle_block.0.", RESNET)
+    table |= submodule("mid_block.resnets.1.", "middle_block.2.", RESNET)
     n = config.layers + 1
     for i, depth in enumerate(config.depth):
         for j in range(config.layers):
             block = f"input_blocks.{1 + i * n + j}."
-            table |= below(f"down_blocks.{i}.resnets.{j}.", f"{block}0.", RESNET)
+            table |= submodule(f"down_blocks.{i}.resnets.{j}.", f"{block}0.", RESNET)
             if depth:
                 table[f"down_blocks.{i}.attentions.{j}."] = f"{block}1."
         table[f"down_blocks.{i}.downsamplers.0.conv."] = f"input_blocks.{(i + 1) * n}.0.op."
     for i, depth in enumerate(reversed(config.depth)):
         for j in range(n):
             block = f"output_blocks.{i * n + j}."
-            table |= below(f"up_blocks.{i}.resnets.{j}.", f"{block}0.", RESNET)
+            table |= submodule(f"up_blocks.{i}.resnets.{j}.", f"{block}0.", RESNET)
             if depth:
                 table[f"up_blocks.{i}.attentions.{j}."] = f"{block}1."
         table[f"up_blocks.{i}.upsamplers.0."] = f"{block}{2 if depth else 1}."  # the end of the level's last block
@@ -97,14 +93,13 @@ def vae_names(config: VAEConfig) -> Table:
     for side in ("encoder.", "decoder."):
         table[f"{side}mid_block.resnets.0."] = f"{side}mid.block_1."
         table[f"{side}mid_block.resnets.1."] = f"{side}mid.block_2."
-        table |= below(f"{side}mid_block.attentions.0.", f"{side}mid.attn_1.", PIXEL_ATTENTION)
+        table |= submodule(f"{side}mid_block.attentions.0.", f"{side}mid.attn_1.", PIXEL_ATTENTION)
         table[f"{side}conv_norm_out."] = f"{side}norm_out."
     return table
 
 
-def clip_names(layers: int) -> Table:
-    """The text encoder of SD 1.x, the first of XL, with the names of older transformers."""
-    return {"embeddings.": "text_model.embeddings.", "encoder.": "text_model.encoder.", "final_": "text_model.final_"}
+# The text encoder of SD 1.x, the first of XL, with the names of older transformers.
+CLIP_NAMES = {"embeddings.": "text_model.embeddings.", "encoder.": "text_model.encoder.", "final_": "text_model.final_"}
 
 
 def openclip_names(layers: int) -> Table:
@@ -116,5 +111,5 @@ def openclip_names(layers: int) -> Table:
         "text_projection.weight": "text_projection",  # transposed
     }
     for i in range(layers):
-        table |= below(f"encoder.layers.{i}.", f"transformer.resblocks.{i}.", CLIP_LAYER)
+        table |= submodule(f"encoder.layers.{i}.", f"transformer.resblocks.{i}.", CLIP_LAYER)
     return table

@@ -6,24 +6,23 @@ everything else is a constant of the version.
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig
 
 from minidistill.config import SDXL_UNET, ScheduleConfig, UNetConfig, VAEConfig
 from minidistill.formats.files import CheckpointError, reading
-from minidistill.formats.model_configs import OTHER_INPUTS, Description, Network, checked
-from minidistill.formats.model_folder import PROJECTION, match_text_names, squeeze_kernel
+from minidistill.formats.model_configs import OTHER_INPUTS, Description, Network, check_config
+from minidistill.formats.model_folder import PROJECTION, match_text_names, rename_old_attention
 from minidistill.formats.original_names import (
+    CLIP_NAMES,
     FUSED,
     Table,
-    clip_names,
-    inverse,
     openclip_names,
     translate,
     unet_names,
@@ -35,80 +34,68 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 EMA = "model_ema."
 MODELSPEC = {"eps": "epsilon", "v": "v"}  # our prediction -> modelspec.prediction_type in a .safetensors header
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # tensors, empty, by which ComfyUI and others mark v and zero terminal SNR
-# Where headers say what the UNet predicts, in ModelSpec and as ComfyUI writes it, and how; else the architecture tells.
-STATED_BY = ("modelspec.prediction_type", "modelspec.predict_key")
-STATED = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v"}
+# What the UNet predicts is in the header, under ModelSpec's key or ComfyUI's; otherwise the architecture says it.
+PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+PREDICTION_VALUES = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v"}
 ARCHITECTURES = {"stable-diffusion-v2-512": "eps", "stable-diffusion-v2-768-v": "v"}
 Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Version:
-    """The constants of SD 1.x, 2.x or XL that no tensor shape tells."""
+    """The constants of SD 1.x, 2.x or XL that no tensor shape tells. The defaults are those of 1.x."""
 
     name: str
     text: str  # prefix of the text encoder
-    text_names: Callable[[int], Table]
-    activation: str
-    linear_projection: bool
-    head_width: int | None  # in the UNet; None: 8 heads at every width
-    prediction: str  # unless the file or the user says otherwise
-    pad_token: str
+    openclip: bool = False  # whose text encoder it is, with its names and activation: OpenCLIP's or CLIP's
+    linear_projection: bool = False  # in the UNet, as its heads of width 64; without it, 8 heads at every width
+    prediction: str = "eps"  # unless the file or the user says otherwise
+    pad_token: str = "<|endoftext|>"
     sample_size: int = 64
     scaling_factor: float = 0.18215
 
+    @property
+    def activation(self) -> str:
+        return "gelu" if self.openclip else "quick_gelu"
 
-VERSIONS = (
-    Version(
-        name="Stable Diffusion 1.x",
-        text="cond_stage_model.transformer.",
-        text_names=clip_names,
-        activation="quick_gelu",
-        linear_projection=False,
-        head_width=None,
-        prediction="eps",
-        pad_token="<|endoftext|>",
-    ),
-    Version(
-        name="Stable Diffusion 2.x",
-        text="cond_stage_model.model.",
-        text_names=openclip_names,
-        activation="gelu",
-        linear_projection=True,
-        head_width=64,
-        prediction="v",
-        pad_token="!",
-    ),
-    Version(
-        name="Stable Diffusion XL",
-        text="conditioner.embedders.0.transformer.",
-        text_names=clip_names,
-        activation="quick_gelu",
-        linear_projection=True,
-        head_width=64,
-        prediction="eps",
-        pad_token="<|endoftext|>",
-        sample_size=128,
-        scaling_factor=0.13025,
-    ),
+    def text_names(self, layers: int) -> Table:
+        return openclip_names(layers) if self.openclip else CLIP_NAMES
+
+
+SD1 = Version("Stable Diffusion 1.x", "cond_stage_model.transformer.")
+SD2 = Version(
+    "Stable Diffusion 2.x",
+    "cond_stage_model.model.",
+    openclip=True,
+    linear_projection=True,
+    prediction="v",
+    pad_token="!",
 )
-XL = VERSIONS[-1]
-XL_SECOND = replace(XL, text="conditioner.embedders.1.model.", text_names=openclip_names, activation="gelu")
-TEXT_HEAD_WIDTH = 64
+XL = Version(
+    "Stable Diffusion XL",
+    "conditioner.embedders.0.transformer.",
+    linear_projection=True,
+    sample_size=128,
+    scaling_factor=0.13025,
+)
+VERSIONS = (SD1, SD2, XL)
+XL_SECOND = replace(XL, text="conditioner.embedders.1.model.", openclip=True)
+HEAD_WIDTH = 64  # of text encoders, and of the UNets with linear projections
 TEXT_LAYERS = {768: 12, 1024: 23, 1280: 32}  # by width, of SD 1.x, 2.x (without its last one) and XL's second encoder
 
 # Other models that come as one file, by a part of some tensor's name.
-OTHERS = {
+OTHER_MODELS = {
     "edm_mean": "Playground 2.5",
-    "conditioner.embedders.": "the SDXL refiner, or SD 2.x in a newer layout",
     "joint_blocks.": "Stable Diffusion 3",
     "double_blocks.": "Flux",
     "control_model.": "a ControlNet",
     "depth_model.": "a depth-to-image model",
-    "label_emb.": "an unCLIP or upscaling model",
     "edm_vpred.": "a model with EDM's noise levels",
 }
-XL_TOO = ("conditioner.embedders.", "label_emb.")
+NOT_XL = {  # SDXL has these too
+    "conditioner.embedders.": "the SDXL refiner, or SD 2.x in a newer layout",
+    "label_emb.": "an unCLIP or upscaling model",
+}
 LABELS, XL_LABELS = "label_emb.0.0.weight", SDXL_UNET.pooled_width + 6 * SDXL_UNET.size_width  # the refiner has fewer
 PARTS = {"UNet": UNET, "VAE": VAE, "text encoder": tuple(version.text for version in VERSIONS)}
 PIECES = {  # the same, for files without an original UNet
@@ -117,15 +104,11 @@ PIECES = {  # the same, for files without an original UNet
     "emb_params": "a textual inversion, words for a text encoder",
 }
 
-# Tensors in these files that serve training or other tools, not sampling.
+# Tensors in these files that serve training or other tools, not sampling. See also ``match_text_names``.
 NOT_NEEDED = re.compile(
-    r"cond_stage_model\..*position_ids"
-    r"|cond_stage_model\.((model|transformer)\.)?(text_projection|logit_scale)(\.weight)?"
-    r"|cond_stage_model\.model\.(attn_mask|visual\..*)"
-    r"|cond_stage_model\.transformer\.(vision_model|visual_projection)\..*"
-    r"|conditioner\.embedders\..*position_ids"
-    r"|conditioner\.embedders\.0\.transformer\.(text_projection|logit_scale)(\.weight)?"
-    r"|conditioner\.embedders\.1\.model\.(logit_scale|attn_mask|visual\..*)"
+    r"(cond_stage_model|conditioner)\..*position_ids"
+    r"|cond_stage_model\.model\.text_projection(\.weight)?"  # XL's second encoder uses its own
+    r"|(cond_stage_model|conditioner\.embedders\.1)\.model\.(logit_scale|attn_mask|visual\..*)"
     r"|first_stage_model\.(loss|model_ema)\..*"
 )
 
@@ -153,8 +136,8 @@ def read_single_file(path: Path, prediction: str | None = None, ema: bool = Fals
     prediction = stated or version.prediction
     with reading(path):
         try:
-            unet_config = checked(unet_shapes(tensors, version, prediction), path)
-            vae_config = checked(vae_shapes(tensors, version), path)
+            unet_config = check_config(unet_shapes(tensors, version, prediction), path)
+            vae_config = check_config(vae_shapes(tensors, version), path)
             encoders = [version, XL_SECOND] if version is XL else [version]
             texts = [text_network(tensors, encoder, path) for encoder in encoders]
             text_configs = [text_shapes(text.tensors, encoder) for text, encoder in zip(texts, encoders)]
@@ -165,27 +148,28 @@ def read_single_file(path: Path, prediction: str | None = None, ema: bool = Fals
     unet = network(ema_weights(tensors, path) if ema else tensors, UNET, unet_names(unet_config), path)
     unet = unet._replace(metadata=metadata)
     vae = network(tensors, VAE, vae_names(vae_config), path)
-    vae.tensors.update({n: squeeze_kernel(t) for n, t in vae.tensors.items() if ".attentions.0." in n})
-    text = texts[0]._replace(tensors=match_text_names(texts[0].tensors))
-    zero_snr = ZERO_SNR in tensors  # sampling has to start at the last t, where it is zero
+    vae = vae._replace(tensors=rename_old_attention(vae.tensors))
+    schedule = file_schedule(prediction, zero_snr=ZERO_SNR in tensors)
+    texts[1:] = [text._replace(tensors=match_text_names(text.tensors, projects=True)) for text in texts[1:]]
+    pad_token, force_zeros = version.pad_token, version is XL
+    return Description(unet_config, vae_config, text_configs, schedule, unet, vae, texts, pad_token, force_zeros)
+
+
+def file_schedule(prediction: str, zero_snr: bool) -> ScheduleConfig:
+    """The noise schedule of a single file: with zero terminal SNR, sampling has to start at the last t."""
     spacing = "trailing" if zero_snr else "leading"
-    schedule = ScheduleConfig(prediction=prediction, zero_terminal_snr=zero_snr, spacing=spacing)
-    model = Description(unet_config, vae_config, text_configs[0], schedule, unet, vae, text, version.pad_token)
-    if version is not XL:
-        return model
-    text_2 = texts[1]._replace(tensors=match_text_names(texts[1].tensors, CLIPTextModelWithProjection))
-    return replace(model, text_config_2=text_configs[1], text_2=text_2, force_zeros=True)
+    return ScheduleConfig(prediction=prediction, zero_terminal_snr=zero_snr, spacing=spacing)
 
 
 def stated_prediction(tensors: Tensors, metadata: Mapping[str, str], path: Path) -> str | None:
     """What the file says the UNet predicts, "eps" or "v": by an empty tensor, or in its header."""
     if V_PREDICTION in tensors:
         return "v"
-    said = [metadata[key] for key in STATED_BY if metadata.get(key)]
-    if said and said[0] not in STATED:
+    said = [metadata[key] for key in PREDICTION_KEYS if metadata.get(key)]
+    if said and said[0] not in PREDICTION_VALUES:
         raise CheckpointError(f'{path} says that it predicts "{said[0]}"; known are epsilon and v (--prediction).')
     architecture = metadata.get("modelspec.architecture")
-    return STATED[said[0]] if said else ARCHITECTURES.get(architecture)
+    return PREDICTION_VALUES[said[0]] if said else ARCHITECTURES.get(architecture)
 
 
 def likely_prediction(tensors: Tensors) -> str:
@@ -196,27 +180,26 @@ def likely_prediction(tensors: Tensors) -> str:
 
 def detect_version(tensors: Tensors, path: Path) -> Version:
     """SD 1.x, 2.x or XL. Raises CheckpointError for anything else."""
+
+    def has(prefix: str | tuple[str, ...]) -> bool:
+        return any(name.startswith(prefix) for name in tensors)
+
     conv_in, projection = (tensors.get(UNET + n) for n in ("input_blocks.0.0.weight", "middle_block.1.proj_in.weight"))
-    markers = OTHERS if any(name.startswith(UNET) for name in tensors) else OTHERS | PIECES
     labels = tensors.get(UNET + LABELS, tensors.get(LABELS))
-    if (
-        labels is not None
-        and labels.shape[-1] == XL_LABELS
-        or all(any(name.startswith(encoder.text) for name in tensors) for encoder in (XL, XL_SECOND))
-    ):
-        markers = {marker: kind for marker, kind in markers.items() if marker not in XL_TOO}
+    is_xl = labels is not None and labels.shape[-1] == XL_LABELS or (has(XL.text) and has(XL_SECOND.text))
+    markers = OTHER_MODELS | ({} if is_xl else NOT_XL) | ({} if has(UNET) else PIECES)
     other = next((kind for marker, kind in markers.items() if any(marker in name for name in tensors)), None)
     if other is None and conv_in is not None and conv_in.ndim == 4:
         other = OTHER_INPUTS.get(conv_in.shape[1])
     if other:
         raise CheckpointError(f"{path} is {other}; minidistill reads Stable Diffusion 1.x, 2.x and XL, text to image.")
-    missing = [part for part, prefix in PARTS.items() if not any(name.startswith(prefix) for name in tensors)]
+    missing = [part for part, prefix in PARTS.items() if not has(prefix)]
     if missing:
         raise CheckpointError(
             f"{path} is not a whole Stable Diffusion 1.x, 2.x or XL: it has no {' and no '.join(missing)}. Use a "
             "version of the model that has all parts in one file, or a folder."
         )
-    versions = [version for version in VERSIONS if any(name.startswith(version.text) for name in tensors)]
+    versions = [version for version in VERSIONS if has(version.text)]
     mixed = projection is not None and (projection.ndim == 2) != versions[0].linear_projection
     if len(versions) > 1 or mixed:
         raise CheckpointError(
@@ -228,9 +211,9 @@ def detect_version(tensors: Tensors, path: Path) -> Version:
 
 def network(tensors: Tensors, prefix: str, names: Table, path: Path) -> Network:
     """The tensors under ``prefix``, by our names."""
-    ours = inverse(names)
+    inverse = {theirs: ours for ours, theirs in names.items()}
     selected = {
-        translate(name.removeprefix(prefix), ours): tensor
+        translate(name.removeprefix(prefix), inverse): tensor
         for name, tensor in tensors.items()
         if name.startswith(prefix) and not NOT_NEEDED.fullmatch(name)
     }
@@ -255,8 +238,8 @@ def text_network(tensors: Tensors, version: Version, path: Path) -> Network:
     numbered = (re.match(rf"{version.text}.*?(?:layers|resblocks)\.(\d+)\.", name) for name in needed)
     blocks = len({match[1] for match in numbered if match})
     text = network(tensors, version.text, version.text_names(blocks), path)
-    if version.text_names is not openclip_names:
-        return text
+    if not version.openclip:
+        return text._replace(tensors=match_text_names(text.tensors))
     if PROJECTION in text.tensors:  # XL
         text.tensors[PROJECTION] = text.tensors[PROJECTION].T
     elif blocks == 24 or (blocks != 23 and f"{version.text}text_projection" in tensors):
@@ -297,7 +280,7 @@ def unet_shapes(tensors: Tensors, version: Version, prediction: str) -> UNetConf
             number(tensors, f"{UNET}input_blocks.{first}.1.transformer_blocks.{{}}.norm1.weight") for first in firsts
         ),
         mid_depth=number(tensors, UNET + "middle_block.1.transformer_blocks.{}.norm1.weight"),
-        heads=tuple(max(width // version.head_width, 1) if version.head_width else 8 for width in widths),
+        heads=tuple(max(width // HEAD_WIDTH, 1) if version.linear_projection else 8 for width in widths),
         context_width=shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
         linear_projection=len(shape("middle_block.1.proj_in.weight")) == 2,
         upcast_attention=large,
@@ -326,7 +309,7 @@ def text_shapes(tensors: Tensors, version: Version) -> CLIPTextConfig:
         hidden_size=width,
         intermediate_size=tensors["encoder.layers.0.mlp.fc1.weight"].shape[0],
         num_hidden_layers=number(tensors, "encoder.layers.{}.layer_norm1.weight"),
-        num_attention_heads=max(width // TEXT_HEAD_WIDTH, 1),
+        num_attention_heads=max(width // HEAD_WIDTH, 1),
         max_position_embeddings=tensors["embeddings.position_embedding.weight"].shape[0],
         hidden_act=version.activation,
         projection_dim=len(tensors[PROJECTION]) if PROJECTION in tensors else None,
@@ -338,8 +321,9 @@ def text_shapes(tensors: Tensors, version: Version) -> CLIPTextConfig:
 def original_text(text: Tensors, config: CLIPTextConfig, version: Version) -> dict[str, Tensor]:
     """The inverse of ``text_network``."""
     names, tensors = version.text_names(config.num_hidden_layers), {}
+    text = {name.removeprefix("text_model."): tensor for name, tensor in text.items()}
     for name, tensor in text.items():
-        if version.text_names is openclip_names and any(part in name for part in FUSED):
+        if version.openclip and any(part in name for part in FUSED):
             if FUSED[0] not in name:
                 continue
             tensor = torch.cat([text[name.replace(FUSED[0], part)] for part in FUSED])
@@ -381,10 +365,8 @@ def to_single_file(
     for name, tensor in vae.items():
         tensor = tensor[:, :, None, None] if ".attentions.0." in name and tensor.ndim == 2 else tensor
         tensors[VAE + translate(name, names)] = tensor
-    text = {name.removeprefix("text_model."): tensor for name, tensor in text.items()}
     tensors |= original_text(text, text_config, version)
     if text_2:
-        text_2 = {name.removeprefix("text_model."): tensor for name, tensor in text_2.items()}
         tensors |= original_text(text_2, text_config_2, XL_SECOND)
 
     expected_unet = replace(unet_config, upcast_attention=False, sample_size=version.sample_size)

@@ -24,7 +24,7 @@ from torch import Tensor, _weights_only_unpickler, nn
 from minidistill.formats.files import CheckpointError, atomic_write, reading
 
 # What people have instead of a checkpoint, by its first bytes.
-MISTAKEN = {
+NOT_CHECKPOINTS = {
     b"<": "a web page: the download went wrong. Fetch the file itself",
     b"version https://git-lfs": "a pointer of Git LFS instead of the file itself: run `git lfs pull`",
     b"{": "a JSON text: name a checkpoint",
@@ -66,7 +66,7 @@ def read_raw(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return read_safetensors(path)
         if head.startswith((b"PK\3\4", b"\x80")):
             return read_pickle(path, zipped=head.startswith(b"PK")), {}
-    for start, mistake in MISTAKEN.items():
+    for start, mistake in NOT_CHECKPOINTS.items():
         if head.lstrip().startswith(start):
             raise CheckpointError(f"{path} is not a readable checkpoint but {mistake}.")
     raise CheckpointError(f"{path} is not a readable checkpoint, neither safetensors nor PyTorch's: fetch it again.")
@@ -97,9 +97,6 @@ class StandIn:
 
     __slots__ = ()
 
-    def __new__(cls, *args: object) -> "StandIn":
-        return super().__new__(cls)
-
     def __init__(self, *args: object) -> None:
         pass
 
@@ -124,7 +121,7 @@ def read_pickle(path: Path, zipped: bool) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([(StandIn, name) for name in names]):
             root = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).partition("\n\nCheck the documentation")[0].rpartition("\n")[2]  # less its unsafe advice
+        reason = str(error).partition("\n\nCheck the documentation")[0].rpartition("\n")[2]  # without its unsafe advice
         raise CheckpointError(
             f"{path} holds more than tensors and plain data, or is damaged ({reason[:200]}): convert it to "
             ".safetensors where it was made, or fetch it again."
@@ -225,7 +222,8 @@ def is_finite(tensor: Tensor) -> bool:
     """True without NaN and infinities. One pass and no copy: NaN spreads to the least and the largest."""
     if not tensor.numel():
         return True
-    low, high = tensor.detach().aminmax()
+    wide = tensor.detach().float() if tensor.itemsize < 2 else tensor.detach()  # 8 bits have no aminmax
+    low, high = wide.aminmax()
     return math.isfinite(low) and math.isfinite(high)
 
 

@@ -1,7 +1,7 @@
 """Chooses between the fused kernel and cuBLAS, layer by layer."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -10,9 +10,6 @@ from torch import Tensor
 
 from minidistill.kernels.build import obstacle
 from minidistill.kernels.linear import lora_linear
-
-# (x, W, b, A, B, scale) -> x W^T + b + scale (x A^T) B^T
-LoRAFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
 
 
 class Region(NamedTuple):

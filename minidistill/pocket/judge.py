@@ -141,11 +141,11 @@ def row(method: str, kind: str, right: dict[str, Tensor], images: Tensor, compos
 
 def table(rows: Sequence[dict]) -> str:
     """A Markdown table of percentages with their intervals."""
-    lines = [["", "things", *MEASURES, "distance over seeds"], ["---"] * (len(MEASURES) + 3)]
+    lines = [["", "things", *MEASURES, "distance over seeds"]]
     for r in rows:
         percentages = (f"{Estimate(**r[measure]):.1%}" for measure in MEASURES)
         lines.append([r["method"], r["things"], *percentages, f"{r['distance over seeds']:.3f}"])
-    return markdown_table(lines)
+    return markdown_table(lines, text_columns=2)
 
 
 def degraded(images: Tensor) -> dict[str, Tensor]:

@@ -38,11 +38,11 @@ class Progress:
     """The bookkeeping of a training loop over ``for step in progress.steps()``.
 
     Args:
-        out: the run's folder.  losses: those of earlier updates; the run continues after them.
-        unet: teacher and student.  trained: its parameters that learn.  settings: go into checkpoints.
+        out: the run's folder.  losses: of the updates done so far; the run continues after them.
+        unet: teacher and student.  trained: its parameters that learn.  settings: saved in checkpoints.
         parts: how many parts a batch is computed in (--accumulate).  steps: updates of the whole run.
         peak: learning rate.  save_every: updates between checkpoints.
-        interval: of the teacher's guidance.  before_saving: called before the student is checked and saved.
+        interval: where the teacher guides.  before_saving: called before the student is checked and saved.
         preview: called with the number of updates after each checkpoint; None for no preview.
     """
 

@@ -63,8 +63,8 @@ def add_model_flags(
         "SD 2.x single file that says nothing, a guess from its weights)")
     add("--tokenizer", **path, help="folder with vocab.json and merges.txt (default: the model's own; for a single "
         "file, CLIP's from the hub)")
-    add("--height", type=positive_int, metavar="N", help="of images, in pixels (default: as trained; 1024 for SDXL)")
-    add("--width", type=positive_int, metavar="N", help="the same")
+    add("--height", type=positive_int, metavar="N", help="image height in pixels (default: as trained; 1024 for SDXL)")
+    add("--width", type=positive_int, metavar="N", help="image width in pixels (default: the same)")
     add("--device", default=DEFAULT_DEVICE, metavar="DEVICE", help="where to compute (default: %(default)s)")
     add("--dtype", default="float32", choices=dtypes, help="dtype of the weights (default: %(default)s)")
     add("--weights", choices=("float8",), help="keep W of the UNet's linear layers and convolutions in 8 bits, half "
@@ -128,7 +128,7 @@ def fraction(text: str) -> float:
     return value
 
 
-def interval(ends: Sequence[float] | None) -> Interval | None:
+def read_interval(ends: Sequence[float] | None) -> Interval | None:
     """The two numbers of --interval. Raises ValueError for an interval that no time step can lie in."""
     if ends and ends[0] > ends[1]:
         raise ValueError(f"--interval {Interval(*ends)} is empty: give the lower time step first.")

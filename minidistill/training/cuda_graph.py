@@ -93,7 +93,7 @@ def side_stream() -> Iterator[None]:
 
 
 def record(run: Callable[[], Any], advice: str) -> tuple[Callable[[], None], Any]:
-    """Record ``run()`` without running it. Returns what replays it, and the tensors that its results are then in.
+    """Record ``run()`` without running it. Returns a function that replays it, and the tensors that get its results.
 
     Raises ValueError, with the ``advice``, if the GPU, or what it runs, cannot be recorded.
     """
@@ -131,8 +131,7 @@ def adamw(trained: Sequence[Tensor], peak: float, weight_decay: float = 0.0) -> 
 
 
 def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Load what an optimizer has learned, and no more: its settings, and where its learning rate is, follow from this
-    run's device."""
+    """Load an optimizer's saved moments, but not its settings: they follow from this run's flags and device."""
     optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
 
 

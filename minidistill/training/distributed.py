@@ -54,21 +54,22 @@ class Ranks:
         size = self.share(len(batch))
         return batch[self.rank * size : (self.rank + 1) * size]
 
-    def average_gradients(self, trained: Sequence[nn.Parameter], *numbers: Tensor) -> list[Tensor]:
-        """Replace every gradient by its mean over the ranks; returns the means of the ``numbers``, of shape []."""
+    def average_gradients(self, trained: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+        """Replace every gradient by its mean over the ranks; returns the mean of their losses, of shape []."""
         if self.world == 1:
-            return list(numbers)
-        gradients = [p.grad for p in trained]
-        flat = self._sum(torch.cat([x.flatten() for x in (*gradients, *numbers)])).div_(self.world)
-        *means, rest = flat.split([*(x.numel() for x in gradients), len(numbers)])
-        for gradient, mean in zip(gradients, means):
-            gradient.copy_(mean.view_as(gradient))
-        return list(rest)
+            return loss
+        parts = [*(p.grad for p in trained), loss]
+        flat = self._sum(torch.cat([x.flatten() for x in parts])).div_(self.world)
+        *means, mean_loss = flat.split([x.numel() for x in parts])
+        for p, mean in zip(trained, means):
+            p.grad.copy_(mean.view_as(p))
+        return mean_loss.view(())
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite the tensors with those of the first rank."""
-        for x in tensors if self.world > 1 else ():
-            dist.broadcast(x, 0)
+        if self.world > 1:
+            for x in tensors:
+                dist.broadcast(x, 0)
 
     def any(self, flag: bool) -> bool:
         """True if the flag is set on any rank. All ranks meet here; no GPU is waited for."""

@@ -31,9 +31,9 @@ def low_memory(config: UNetConfig) -> float:
 
 
 def recompute(model: UNet | LoRAModel, below: float) -> None:
-    """Have the UNet's blocks keep only numbers that took ``below`` multiply-adds or more.
+    """Make the UNet's blocks keep only activations that took ``below`` or more multiply-adds per number.
 
-    0 keeps everything; ``math.inf`` keeps only what goes into a block. Call it after ``inject_lora``: the backward pass
+    0 keeps everything; ``math.inf`` keeps only the inputs of blocks. Call it after ``inject_lora``: the backward pass
     needs the model's switch.
     """
     unet = model.base if isinstance(model, LoRAModel) else model
@@ -47,7 +47,7 @@ def run_checkpointed(switch: Switch | None, below: float, block: Callable[..., T
     if not torch.is_grad_enabled():
         return block(*args)
     if isinstance(block, SpatialTransformer) and len(block.transformer_blocks) > 1:
-        # SDXL's have up to ten blocks: each is recomputed on its own, so that the numbers of one are there at a time.
+        # SDXL's have up to ten blocks: each is recomputed on its own, so only one block's activations exist at a time.
         return block(*args, run_block=partial(run_checkpointed, switch, below))
     if isinstance(block, Upsample):
         below = math.inf  # a frozen convolution needs what goes into it only, and recomputing stops before it

@@ -93,28 +93,24 @@ def save_checkpoint(
         other.unlink()
 
 
-def fixed_settings(args: argparse.Namespace, fingerprints: Mapping[str, str]) -> dict[str, str]:
+def fixed_settings(
+    args: argparse.Namespace, sd: StableDiffusion, weights: str, style: Mapping[str, str], stamp: Mapping[str, str]
+) -> dict[str, str]:
     """The flags that must be the same when a run is resumed, as text.
 
-    ``fingerprints``, by flag, are of what the flags name: other weights, prompts or images may lie under the same name,
-    and the same ones under another.
+    A flag that names a file has a fingerprint of its contents: other weights may lie under the same path by now, and
+    the same weights under another. ``weights`` is the fingerprint of UNet and text encoder, ``style`` what
+    ``prepare_teacher`` returned, ``stamp`` the fingerprint of the prompts or images to learn from, by flag.
     """
+    fingerprints = {"model": digest(f"{weights} {fingerprint(sd.vae)} {schedule_fingerprint(sd.schedule)}".encode())}
+    fingerprints |= {flag: digest(file_and_scale.encode()) for flag, file_and_scale in style.items()}
+    if args.tokenizer:
+        fingerprints["tokenizer"] = digest(str(sorted(sd.tokenizer.get_vocab().items())).encode())
+    fingerprints |= stamp
     settings = {flag: str(value) for flag, value in vars(args).items() if flag not in FREE}
     if args.source != "images":  # the batch decides which states of a trajectory are stored
         settings["sample_batch"] = str(args.sample_batch)
-    return settings | {flag: f"{settings[flag]} ({fingerprint})" for flag, fingerprint in fingerprints.items()}
-
-
-def flag_fingerprints(
-    args: argparse.Namespace, sd: StableDiffusion, weights: str, style: Mapping[str, str]
-) -> dict[str, str]:
-    """Fingerprints for ``fixed_settings``: of the model, whose UNet and text encoder have the fingerprint ``weights``,
-    of the teacher's style, and of the words that --tokenizer knows."""
-    found = {"model": digest(f"{weights} {fingerprint(sd.vae)} {schedule_fingerprint(sd.schedule)}".encode())}
-    found |= {flag: digest(file_and_scale.encode()) for flag, file_and_scale in style.items()}
-    if args.tokenizer:
-        found["tokenizer"] = digest(str(sorted(sd.tokenizer.get_vocab().items())).encode())
-    return found
+    return settings | {flag: f"{settings[flag]} ({value})" for flag, value in fingerprints.items()}
 
 
 def contents(setting: str) -> str:

@@ -18,12 +18,13 @@ class FromTrajectories:
 
     Attributes:
         captions, held_out: prompts to learn from, and prompts for evaluation.
-        stamp: by flag, what identifies the contents of the prompts or images behind it.
-        asks_teacher: whether the teacher is needed in the loop; otherwise its predictions are stored.
+        stamp: by flag, a fingerprint of the prompts or images.
+        asks_teacher: True if the teacher is called in the loop; False if its predictions are stored.
+        batches: the class that makes batches from the stored latents.
     """
 
     asks_teacher = False
-    examples = StoredStates
+    batches = StoredStates
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -58,15 +59,15 @@ class FromTrajectories:
         latents = self.latents(sd, folder, weights, ranks)
         prompts, prompt_of = prompts_of(sd, self.captions, latents)
         args = self.args
-        settings = (args.batch, args.seed, args.weighting, args.student_steps)
-        return self.examples(latents, prompts, prompt_of, sd.schedule, *settings)
+        settings = dict(weighting=args.weighting, student_steps=args.student_steps)
+        return self.batches(latents, prompts, prompt_of, sd.schedule, args.batch, args.seed, **settings)
 
 
 class FromNoised(FromTrajectories):
     """Images the teacher sampled, noised afresh, with the teacher in the loop: the paper's way."""
 
     asks_teacher = True
-    examples = NoisedLatents
+    batches = NoisedLatents
 
 
 class FromImages(FromNoised):

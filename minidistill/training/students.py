@@ -1,4 +1,8 @@
-"""Which network learns (``train.py --student``), and how its result is saved."""
+"""Which network learns (``train.py --student``), how its result is saved, and the flags that depend on the choice.
+
+A kind of student is a class with four members: its peak ``learning_rate``, to be divided by the UNet's first width;
+``make``, which makes teacher and student of the UNet; ``result``, the path of what is saved; and ``save``.
+"""
 
 import argparse
 from copy import deepcopy
@@ -123,7 +127,7 @@ def choose_steps(args: argparse.Namespace) -> None:
 
 
 def header(args: argparse.Namespace, base: str, prediction: str) -> dict[str, str]:
-    """What a result's file says of the student: which teacher it learned from, and how to sample with it."""
+    """The metadata of a result's file: which teacher the student learned from, and how to sample with it."""
     said = dict(base=base, guidance=f"{args.guidance:g}", method=args.method, prediction=prediction)
     if args.negative_prompt is not None:
         said |= dict(negative_prompt=args.negative_prompt)
@@ -135,7 +139,7 @@ def header(args: argparse.Namespace, base: str, prediction: str) -> dict[str, st
 
 
 def prepare_teacher(sd: StableDiffusion, lora: ScaledFile | None) -> dict[str, str]:
-    """Merge the LoRA of a style into W, for teacher and student alike; returns the metadata that says so.
+    """Merge the LoRA of a style into W, for teacher and student alike; returns metadata that records it.
 
     Raises ValueError for a model or a LoRA that has learned guidance, and CheckpointError as ``read_lora`` and
     ``merge_file`` do.

@@ -116,7 +116,7 @@ def test_ssim():
 
 
 def test_a_cell_with_a_bar_stays_one_cell():
-    assert markdown_table([["a|b", "c"]]) == "| a\\|b | c |"
+    assert markdown_table([["a|b", "c"]]).splitlines()[0] == "| a\\|b | c |"
 
 
 def test_frechet_distance():

@@ -11,9 +11,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from statistics import median
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,12 @@ from tiny import TINY_SIZE
 
 from minidistill.bench import kernel, memory
 from minidistill.bench.output import device_name
-from minidistill.bench.peers import peer_call
 from minidistill.bench.timing import timed
-from minidistill.bench.workloads import IMAGES, PEERS, SIZES, Setup, Workload, distil, error, sample
+from minidistill.bench.workloads import IMAGES, PEERS, SIZES, Setup, distil, error, sample
+from minidistill.bench.workloads import forward as unet_call
 from minidistill.kernels.build import obstacle
 from minidistill.training.command_line import provenance
-from minidistill.training.cuda_graph import adamw, graphed
+from minidistill.training.cuda_graph import graphed
 from minidistill.training.recompute import low_memory
 
 RANK = 16
@@ -124,23 +124,16 @@ def attention_kernels() -> list[str]:
     return [event.name[:80] for event in gpu_kernels(profiler)]
 
 
-def unet_call(setup: Setup, who: str, batch: int) -> Workload:
-    """A call of the UNet, with both sides' weights in channels last."""
-    net = setup.unet() if who == "ours" else partial(peer_call, setup.peer_unet(channels_last=True))
-    inputs = setup.latents(batch), torch.full((batch,), 621, device=setup.device), setup.contexts(batch)[0]
-    return torch.no_grad()(lambda: (net(*inputs),))
-
-
 def forward(task: Task) -> Figures:
     """A call of the UNet, ours and diffusers': launched one by one, and in a CUDA graph."""
     setup = new_setup(task)
     for batch, who in product((1,) if task.dry else (1, 2, 8), SIDES):
-        call = unet_call(setup, who, batch)
+        call = unet_call(setup, who, alike=True, batch=batch)
         yield f"{who}, batch {batch}", attempt(milliseconds, task, call)
         yield f"{who}, batch {batch}, graph", attempt(milliseconds, task, call, graph=True)
-    ours = unet_call(setup, "ours", 8)
+    ours = unet_call(setup, "ours", batch=8)
     if HAVE_PEERS:
-        yield "largest difference", error(ours(), unet_call(setup, "peer", 8)())
+        yield "largest difference", error(ours(), unet_call(setup, "peer", alike=True, batch=8)())
     torch.backends.cudnn.benchmark = True
     yield "ours, batch 8, graph, cudnn.benchmark", attempt(milliseconds, task, ours, graph=True)
     torch.backends.cudnn.benchmark = False
@@ -184,16 +177,6 @@ def no_kernel(task: Task) -> str | None:
     return None if task.dry else obstacle(device(task))
 
 
-def update_figures(task: Task, who: str, kernel: str, batch: int) -> Figures:
-    update = distil(new_setup(task, batch, kernel), who, teacher_in_loop=False)
-    free_memory(task)
-    yield "AdamW", attempt(milliseconds, task, update, 5)
-    yield "peak GB", peak_gigabytes(task)
-    update.optimizer = adamw(update.trained, 1e-4)  # as train.py has it on a GPU
-    yield "fused AdamW", attempt(milliseconds, task, update, 5)
-    yield "fused AdamW, graph", attempt(milliseconds, task, update, 5, graph=True)
-
-
 def updates(task: Task) -> Figures:
     """An update of train.py from stored predictions: ours in plain PyTorch and with the fused kernel, and peft's."""
     cases = [("ours", "torch"), ("ours", "fused"), ("ours", "auto"), ("peer", "torch")]
@@ -204,12 +187,14 @@ def updates(task: Task) -> Figures:
         if who not in SIDES or who == "peer" and batch not in (1, 8):
             continue
         name = f"{who}, {which}, batch {batch}"
-        try:
-            for what, value in update_figures(task, who, which, batch):
-                yield f"{name}, {what}", value
-        except Exception as error:  # the other cases may still work
-            traceback.print_exc()
-            yield name, f"failed: {error!r}"[:300]
+        update = attempt(distil, new_setup(task, batch, which), who, teacher_in_loop=False)
+        if isinstance(update, str):  # it failed; the other cases may still work
+            yield name, update
+            continue
+        free_memory(task)
+        yield f"{name}, fused AdamW", attempt(milliseconds, task, update, 5)
+        yield f"{name}, peak GB", peak_gigabytes(task)
+        yield f"{name}, fused AdamW, graph", attempt(milliseconds, task, update, 5, graph=True)
 
 
 def rows_of(shape: kernel.Shape) -> list[dict]:
@@ -218,15 +203,9 @@ def rows_of(shape: kernel.Shape) -> list[dict]:
 
 
 def dry_rows_of(shape: kernel.Shape) -> list[dict]:
-    """The same on a CPU, where the kernel is its reference."""
-    layer, rows = kernel.Layer.random(shape, RANK, torch.float32, "cpu"), []
-    for (which, make), graph in product(kernel.PASSES.items(), (False, True)):
-        runs = {name: make(kernel.WAYS[name], layer) for name in ("addmm", "fused")}
-        times = {name: timed(run, torch.device("cpu")) for name, run in runs.items()}
-        errors = {name: error(run(), make(kernel.eager, layer.double())()) for name, run in runs.items()}
-        row = {"rank": RANK, "pass": which, "graph": graph, "seconds": times, "errors": errors}
-        rows.append(shape._asdict() | row)
-    return rows
+    """The same on a CPU, where the kernel is its reference and nothing can be recorded."""
+    with patch.object(kernel, "seconds", lambda run, repeats, in_graph: timed(run, torch.device("cpu"))):
+        return kernel.measure(shape, RANK, torch.float32, repeats=1, compiled=False, device="cpu")
 
 
 def table(task: Task) -> Figures:
@@ -266,7 +245,7 @@ def memory_peaks(task: Task) -> Figures:
         free_memory(task)
         yield f"{name}, measured", attempt(memory.measured, case, size, device(task), RANK)
         yield f"{name}, ledger", report["sizes"]["sd15"]["rows"][name]["peak"]
-    xl = new_setup(task).size if task.dry else SIZES["sdxl"]  # its ledger is in docs/gpus-and-memory.md
+    xl = new_setup(task).size if task.dry else SIZES["sdxl"]  # docs/gpus-and-memory.md has its ledger, for batches of 4
     low = memory.Case("noised", below=low_memory(xl.unet))
     cases = {"sdxl, sampling": memory.Case("sampling"), "sdxl, noised with --memory low": low}
     cases["sdxl, the same with --weights float8"] = low._replace(float8=True)
@@ -297,10 +276,7 @@ def profile(task: Task) -> Figures:
 
 def compiled(task: Task) -> Figures:
     """A UNet call under torch.compile, which compiles for a minute first; dry: not compiled."""
-    setup = new_setup(task)
-    unet = setup.unet() if task.dry else torch.compile(setup.unet(), fullgraph=True, dynamic=False)
-    inputs = setup.latents(1), torch.full((1,), 621, device=setup.device), setup.contexts(1)[0]
-    call = torch.no_grad()(lambda: unet(*inputs))
+    call = unet_call(new_setup(task), "ours", compiled=not task.dry)
     yield "first call", 1e3 * timed(call, device(task))
     yield "batch 1", milliseconds(task, call)
     yield "batch 1, graph", milliseconds(task, call, graph=True)

@@ -17,16 +17,12 @@ from gpu_measurements import Figures, attempt, free_memory, new_setup, peak_giga
 from quarter_hour import ROOT, Task
 from safetensors.torch import save_file
 from tiny import write_emoji, write_tiny
-from transformers import CLIPTextModel
 
-from minidistill.bench.workloads import SIZES
-from minidistill.formats.single_file import to_single_file
+from minidistill.bench.loading import random_tensors
 from minidistill.pocket import __main__ as pocket
 from minidistill.pocket import images, judge, recognition
 from minidistill.pocket.compositions import all_compositions
 from minidistill.training.command_line import DEFAULT_MODEL
-from minidistill.unet import UNet
-from minidistill.vae import VAE
 
 TOKENIZER = ROOT / DEFAULT_MODEL / "tokenizer"
 
@@ -65,7 +61,7 @@ def where(task: Task) -> list[str]:
 
 
 def pack(task: Task, name: str, folder: Path, files: Sequence[Path]) -> None:
-    """Put files of ``folder`` into an archive that comes home."""
+    """Put files of ``folder`` into an archive among the results."""
     with tarfile.open(task.out / name, "w:gz") as archive:
         for file in files:
             archive.add(file, file.relative_to(folder))
@@ -99,7 +95,7 @@ def tiny_world(task: Task) -> ExitStack:
 
 
 def retrain(task: Task) -> Figures:
-    """Train the embedded model further, its UNet and then its VAE's decoder; each comes home as soon as it is done."""
+    """Train the embedded model further, its UNet and then its VAE's decoder; each is packed as soon as it is done."""
     if not task.dry and not (ROOT / images.PACKAGE).is_dir():
         yield "skipped", f"there are no images in {images.PACKAGE}"
         return
@@ -137,10 +133,8 @@ def random_model(task: Task) -> list[object]:
     """The flags for a Stable Diffusion 1.5 of random weights; dry: a tiny one."""
     if task.dry:
         return ["--model", write_tiny(task.scratch / "tiny")]
-    file, size, setup = task.scratch / "sd15.safetensors", SIZES["sd15"], new_setup(task)
-    makes = (lambda: UNet(size.unet), lambda: VAE(size.vae), lambda: CLIPTextModel(size.text))
-    unet, vae, text = (setup.random_weights(make, torch.contiguous_format) for make in makes)
-    save_file(to_single_file(unet, size.unet, vae, size.vae, text, size.text), file)
+    file = task.scratch / "sd15.safetensors"
+    save_file(random_tensors(new_setup(task)), file)
     return ["--model", file, "--tokenizer", TOKENIZER]
 
 
@@ -161,19 +155,7 @@ def timed_training(task: Task, flags: list[object], gigabytes: float | None = No
 def end_to_end(task: Task) -> Figures:
     """train.py on a model of full size, and the settings for small GPUs with so much memory and no more."""
     model = random_model(task)
-    common = [
-        *model,
-        "--no-report",
-        "--guidance",
-        2,
-        "--lr",
-        1e-5,
-        "--dtype",
-        "bfloat16",
-        "--kernel",
-        "torch",
-        *where(task),
-    ]
+    common = [*model, "--no-report", "--guidance", 2, "--lr", 1e-5, "--dtype", "bfloat16", "--kernel", "torch"]
     usual = ["--trajectories", 32, "--steps", 20, "--sample-batch", 16]
     low = ["--trajectories", 8, "--steps", 2, "--batch", 8, "--memory", "low"]
     states = ["--states", task.scratch / "batch 4/states"]
@@ -186,7 +168,7 @@ def end_to_end(task: Task) -> Figures:
         "batch 16": ([*usual, "--batch", 16], None),
     }
     for name, (flags, gigabytes) in list(runs.items())[: 4 if task.dry else None]:
-        flags = [*common, *flags, *(BRIEF_RUN if task.dry else []), "--out", task.scratch / name]
+        flags = [*common, *where(task), *flags, *(BRIEF_RUN if task.dry else []), "--out", task.scratch / name]
         yield name, attempt(timed_training, task, flags, gigabytes)
     yield "losses", {name: attempt(losses, task.scratch / name) for name in ("batch 4", "batch 4, no graph")}
 

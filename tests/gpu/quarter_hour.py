@@ -1,4 +1,4 @@
-"""Ask a GPU that is at hand for a quarter of an hour everything we want to know, the most valuable first.
+"""Run every measurement that needs a GPU, the most valuable first, within a budget of time.
 
   python tests/gpu/quarter_hour.py --out DIR                      the stages that fit into --budget seconds
   python tests/gpu/quarter_hour.py --out DIR --only facts table
@@ -54,8 +54,8 @@ DRY_SECONDS = 120  # for each stage
 class Task:
     """What a stage needs to know."""
 
-    out: Path  # the files that come home: at most eight, of 16 MiB each
-    logs: Path  # these come home in one archive
+    out: Path  # for the results: at most eight files, of 16 MiB each
+    logs: Path  # packed into one of them
     scratch: Path
     dry: bool
     ends: float = 0.0  # time.monotonic() at which the stage will be stopped

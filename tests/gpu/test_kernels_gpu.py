@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_shapes import CONVS, SDXL
+from kernel_shapes import CONVS, SDXL, VIEWS
 from tiny import ROOT, randn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -115,19 +115,7 @@ def test_it_agrees_with_its_reference(shape: Shape):
         assert error((actual.detach(),), (expected.detach().double(),)) < torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],  # a stride longer than the rows
-        lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],  # a stride that is no multiple of 16 bytes
-        lambda x: torch.cat([x[:, :8], x], dim=1)[:, 1 : x.shape[1] + 1],  # an allowed stride, an unaligned start
-        lambda x: x.T.contiguous().T,
-        lambda x: x.view(3, len(x) // 3, -1).transpose(0, 1),
-        lambda x: x[:1].expand(len(x), -1),
-        lambda x: x[:0],
-    ],
-    ids=["strided", "odd stride", "unaligned", "columns", "transposed dimensions", "expanded", "empty"],
-)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 @both_sizes
 def test_memory_layouts_of_x(shape: Shape, view):
     """Also of dy, here with transposed weights, which are not contiguous."""

@@ -19,8 +19,8 @@
 //      |    |      |  warp 2 | 3   |    |
 //      +----+      +---------------+----+
 //
-// After the last slab, t, scaled and rounded, replaces x in shared memory, and B, loaded at the start, replaces W:
-// y += t B^T is one more product of the same kind. Slabs are copied asynchronously, STAGES - 1 ahead of the arithmetic.
+// After the last slab comes one more product of the same kind, y += t B^T: t, scaled and rounded, is stored where the
+// slabs were, beside B, loaded at the start. Slabs are copied asynchronously, STAGES - 1 ahead of the arithmetic.
 // Blocks and slabs need not divide M, N and K (N and K are multiples of 8): elements outside are loaded as zero.
 #pragma once
 #include "launch.h"

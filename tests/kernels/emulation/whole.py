@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from kernel_shapes import VIEWS  # noqa: E402
 from tiny import TINY_SIZE  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils import cpp_extension  # noqa: E402
@@ -43,16 +44,6 @@ CHANGES = {  # in place of what a CPU lacks
 BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 LARGE, SMALL = 0, 1  # the emulated device for which the launcher chooses blocks of this size (driver.h)
 THREADS = {LARGE: 256, SMALL: 128}
-VIEWS = {
-    "strided": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
-    "odd stride": lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],
-    "unaligned": lambda x: torch.cat([x[:, :8], x], dim=1)[:, 1 : x.shape[1] + 1],
-    "columns": lambda x: x.T.contiguous().T,
-    "transposed dimensions": lambda x: x.view(3, len(x) // 3, -1).transpose(0, 1),
-    "expanded": lambda x: x[:1].expand(len(x), -1),
-    "one row": lambda x: x[0],
-    "empty": lambda x: x[:0],
-}
 
 
 def build(folder: Path, hopper: bool) -> ctypes.CDLL:
