@@ -20,8 +20,10 @@ from minidistill.data.prompts import prompt_split
 from minidistill.evaluate import noise_error_share
 from minidistill.evaluate.__main__ import main as evaluate
 from minidistill.export.__main__ import main as export
+from minidistill.formats.files import read_json, write_json
 from minidistill.formats.lora_formats import LoRAFile, Pair, kohya_tensors, read_lora
 from minidistill.formats.lora_io import fit
+from minidistill.formats.model_configs import XL_INDEX
 from minidistill.formats.tensor_files import read_tensors, write_tensors
 from minidistill.lora import lora_layers
 from minidistill.text import pad_with_zeros
@@ -152,6 +154,17 @@ def test_merged_folder_and_single_file(run: Path, xl: StableDiffusion, tmp_path:
         # Where the layout in memory differs, sums are rounded differently.
         assert error(merged.encode_prompt([APPLE]).pooled, xl.encode_prompt([APPLE]).pooled) < 1e-6
     assert (tmp_path / "folder/tokenizer_2").is_dir()
+
+
+def test_what_a_single_file_cannot_say_is_said(run: Path, tiny_xl: Path, tmp_path: Path):
+    """It is read back with zeros for the empty prompt, and with the size of SDXL's images."""
+    folder = shutil.copytree(tiny_xl, tmp_path / "folder")
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
+    write_json(folder / "model_index.json", XL_INDEX | index | {"force_zeros_for_empty_prompt": False})
+    flags = ["--to", "checkpoint", "--model", str(folder), "--out", str(tmp_path / "file.safetensors")]
+    with pytest.warns(UserWarning, match="image size.*--height") as warned:
+        export([str(run), *flags])
+    assert any('--negative-prompt ""' in str(warning.message) for warning in warned)
 
 
 def test_v_is_marked_in_a_single_file(run: Path, tiny_xl: Path, tmp_path: Path):

@@ -16,7 +16,7 @@ from torch import Tensor
 from minidistill.formats.lora_formats import LoRAFile, context_widths, is_xl, kohya_tensors, peft_tensors, read_lora
 from minidistill.formats.lora_io import student_and_styles
 from minidistill.formats.merged_checkpoint import with_loras, write_checkpoint
-from minidistill.formats.tensor_files import write_tensors
+from minidistill.formats.tensor_files import HASHES, write_tensors
 from minidistill.lora import SURVIVING, Squares, surviving_change, warn_of_lost_change
 from minidistill.training.command_line import DEFAULT_MODEL, ScaledFile, new_parser, one_line_errors, seed_number
 
@@ -103,7 +103,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 HINT = "guidance scale (CFG) exactly 1, no negative prompt"
-HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # of the tensors before the export
 
 
 def plain_metadata(file: LoRAFile) -> dict[str, str]:

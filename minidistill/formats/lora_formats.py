@@ -25,6 +25,7 @@ from torch import Tensor
 from minidistill.config import SD21_BASE_UNET, SDXL_UNET
 from minidistill.distill import Dial
 from minidistill.formats.files import CheckpointError, read_json, reading, user_path
+from minidistill.formats.hub import newest_snapshot
 from minidistill.formats.model_folder import squeeze_kernel
 from minidistill.formats.original_names import translate, unet_names
 from minidistill.formats.tensor_files import check_finite, convert, read_tensors
@@ -262,7 +263,7 @@ def read_lora(path: str | Path, scale: float = 1.0) -> LoRAFile:
     A LoRA for the text encoder in the same file is ignored with a warning. Raises CheckpointError that names the file,
     what is wrong with it and what to do.
     """
-    path = find_lora(user_path(path))
+    path = find_lora(newest_snapshot(user_path(path)))
     with reading(path):
         tensors, metadata = read_tensors(path)
         parts, others = group_by_layer(path, tensors)
@@ -329,7 +330,7 @@ def group_by_layer(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Parts, in
     if wrong := [name for name, part in parts.items() if not is_pair(part)]:
         raise CheckpointError(
             f"{path} has layers whose lora_down and lora_up are missing, do not fit each other, or are not floats of "
-            f"16 bits or more: {', '.join(wrong)}. The file is damaged: make or fetch it again."
+            f"16 bits or more: {', '.join(wrong)}. The file is damaged: make or fetch it again, and not in 8 bits."
         )
     for part in parts.values():  # to float32 at least: products of narrower numbers would lose digits
         part |= {key: convert(x, torch.promote_types(x.dtype, torch.float32)) for key, x in part.items()}

@@ -21,12 +21,14 @@ from minidistill.formats.single_file import (
     MODELSPEC,
     V_PREDICTION,
     ZERO_SNR,
+    detect_version,
     file_schedule,
     read_single_file,
     stated_prediction,
     to_single_file,
+    unet_shapes,
 )
-from minidistill.formats.tensor_files import read_tensors, write_tensors
+from minidistill.formats.tensor_files import HASHES, read_tensors, write_tensors
 from minidistill.lora import Squares, add_to_weight
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # the UNet's tensors, by our names -> the changed ones
@@ -140,6 +142,7 @@ def file_to_file(
     tensors, header = read_tensors(source)
     stated = prediction or stated_prediction(tensors, header, source)
     check_source(metadata, stated, model.unet.learned_guidance, source)
+    header = {key: value for key, value in header.items() if key not in HASHES}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMA)}
     tensors |= {model.unet.name_in_file(name): tensor for name, tensor in change(model.unet.tensors).items()}
     predicts = stated or metadata.get("prediction")
@@ -173,6 +176,17 @@ def folder_to_file(
     unet = change(model.unet.tensors)
     tensors = to_single_file(unet, model.unet_config, model.vae.tensors, model.vae_config, *texts)
     check_parts(model, source)
+    if (
+        unet_shapes(tensors, detect_version(tensors, source), schedule.prediction).sample_size
+        != model.unet_config.sample_size
+    ):
+        warnings.warn(f"{out} cannot state the image size of {source}: sample with --height and --width.", stacklevel=2)
+    if model.is_xl and not model.force_zeros:
+        warnings.warn(
+            f"{out} cannot state that {source} encodes the empty prompt, where SDXL has zeros: sample with "
+            '--negative-prompt "".',
+            stacklevel=2,
+        )
     if schedule.zero_terminal_snr:
         tensors[ZERO_SNR] = torch.zeros(0)
     said = state_prediction(tensors, schedule.prediction, model.is_xl)

@@ -61,12 +61,14 @@ def read_model_folder(folder: Path, prediction: str | None = None, variant: str 
 
 
 def refuse_other_schedules(folder: Path) -> None:
-    """Raise CheckpointError that names a model of few steps, or one with noise levels of its own."""
+    """Raise CheckpointError that names a model of few steps, of flow matching, or with noise levels of its own."""
     file = folder / "scheduler/scheduler_config.json"
     schedule = read_json(file) if file.exists() else {}
     kind = str(schedule.get("_class_name"))
     if kind.startswith("EDM"):
         raise CheckpointError(f"{folder} is Playground 2.5, whose noise levels minidistill does not have: use SDXL.")
+    if kind.startswith("FlowMatch") or schedule.get("use_flow_sigmas"):
+        raise CheckpointError(f"{file} belongs to a model of flow matching: use one that predicts eps or v.")
     if kind.startswith(("LCM", "TCD")) or (
         schedule.get("timestep_spacing") == "trailing" and not schedule.get("rescale_betas_zero_snr")
     ):

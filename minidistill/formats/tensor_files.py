@@ -30,6 +30,8 @@ NOT_CHECKPOINTS = {
     b"{": "a JSON text: name a checkpoint",
     b"GGUF": "a GGUF file, which minidistill does not read: fetch the .safetensors",
 }
+# Metadata that identifies the tensors of a file, and is wrong once they change.
+HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 # What compiling and distributed training put into the names of a network that is saved without taking them off.
 WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|^module\.")
 # Pickle's instructions that leave a list, dict or tuple on the stack, by the ends of their names.
@@ -86,7 +88,8 @@ def read_null_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a file with nulls in its metadata, which some programs write and safetensors rejects. Nothing is mapped."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        metadata = {key: value for key, value in header.pop("__metadata__").items() if value is not None}
+        stated = {key: value for key, value in header.pop("__metadata__").items() if value is not None}
+        metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in stated.items()}
         text = json.dumps(header).encode()
         tensors = load(len(text).to_bytes(8, "little") + text + file.read())
     return {name: tensor.clone() for name, tensor in tensors.items()}, metadata  # memory that may be written to

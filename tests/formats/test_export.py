@@ -343,6 +343,50 @@ def test_the_averaged_copy_of_a_single_file(student_of_it: Path, ordinary: Path,
         export.main([str(student_of_it), *flags, str(ordinary), "--ema"])
 
 
+def damage_vae(model: Path) -> None:
+    file = model / "vae/diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"decoder.conv_in.bias": torch.full((64,), torch.nan)}, file)
+
+
+def lose_a_tensor(model: Path) -> None:
+    save_file({name: x for name, x in load_file(model / UNET).items() if name != "conv_norm_out.bias"}, model / UNET)
+
+
+def lose_the_text_encoder(model: Path) -> None:
+    shutil.rmtree(model / "text_encoder")
+
+
+def make_turbo(model: Path) -> None:
+    file = model / "scheduler/scheduler_config.json"
+    write_json(file, read_json(file) | {"timestep_spacing": "trailing"})
+
+
+@pytest.mark.parametrize("out", ["folder", "file.safetensors"])
+@pytest.mark.parametrize("change", [damage_vae, lose_a_tensor, lose_the_text_encoder, make_turbo])
+def test_a_model_that_load_refuses_is_not_merged_into(change, out: str, student_of_it: Path, ordinary: Path, tmp_path):
+    """Otherwise the result would be written, and fail only in somebody's hands."""
+    model = shutil.copytree(ordinary, tmp_path / "model")
+    change(model)
+    with pytest.raises(CheckpointError) as refused:
+        load(model)
+    flags = ["--to", "checkpoint", "--model", str(model), "--out", str(tmp_path / out)]
+    with pytest.raises(CheckpointError, match=re.escape(str(refused.value))):
+        export.main([str(student_of_it), *flags])
+    assert not list(tmp_path.glob(f"*{out}*"))
+
+
+def test_a_damaged_single_file_is_not_merged_into(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+    write_checkpoint(ordinary, lambda tensors: tensors, source, {"modelspec.hash_sha256": "0xabc"})
+    export.main([str(student_of_it), "--to", "checkpoint", "--model", str(source), "--out", str(out)])
+    assert "modelspec.hash_sha256" not in metadata(out)  # it was that of the tensors before
+    out.unlink()
+    save_file(load_file(source) | {"model.diffusion_model.out.0.bias": torch.full((32,), torch.inf)}, source)
+    with pytest.raises(CheckpointError, match="not finite"):
+        export.main([str(student_of_it), "--to", "checkpoint", "--model", str(source), "--out", str(out)])
+    assert not out.exists()
+
+
 def test_frozen_weights_have_no_averaged_copy(student_of_it: Path, ordinary: Path, tmp_path: Path):
     """The average of a fine-tune has only what was trained; the rest is as it was."""
     plain, flags = tmp_path / "plain.safetensors", ["--to", "checkpoint", "--model"]

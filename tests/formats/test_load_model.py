@@ -375,6 +375,14 @@ def test_with_zero_terminal_snr_the_spacing_is_the_files(kind: str, folder: Path
         assert images[0].tobytes() == images[1].tobytes() != images[2].tobytes()
 
 
+@pytest.mark.parametrize("changes", [{"_class_name": "FlowMatchEulerDiscreteScheduler"}, {"use_flow_sigmas": True}])
+def test_models_of_flow_matching_are_named(changes: dict, folder: Path) -> None:
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(CheckpointError, match="flow matching"):
+        load(folder)
+
+
 @pytest.mark.parametrize("changes", [{"_class_name": "LCMScheduler"}, {"timestep_spacing": "trailing"}], ids=str)
 def test_models_of_few_steps_are_named(changes: dict, folder: Path) -> None:
     """SD Turbo, for example: guidance would burn its images."""
@@ -693,7 +701,9 @@ def test_nulls_in_the_metadata(tensors: dict[str, Tensor], tmp_path: Path) -> No
     write(tmp_path / "plain.safetensors", tensors)
     data = (tmp_path / "plain.safetensors").read_bytes()
     length = 8 + int.from_bytes(data[:8], "little")
-    entries = json.loads(data[8:length]) | {"__metadata__": {"modelspec.prediction_type": "v", "hash": None}}
+    entries = json.loads(data[8:length]) | {
+        "__metadata__": {"modelspec.prediction_type": "v", "hash": None, "epoch": 3}
+    }
     (tmp_path / "null.safetensors").write_bytes(header(**entries) + data[length:])
     sd = load(tmp_path / "null.safetensors")
     assert sd.schedule.prediction == "v"
