@@ -13,29 +13,13 @@ import sys
 from collections.abc import Sequence
 
 from minidistill.bench import kernel, loading, memory, speed, updates
-from minidistill.training.command_line import new_parser, one_line_errors
+from minidistill.training.command_line import one_line_errors, run_command
 
-NAME = "python -m minidistill.bench"
 COMMANDS = {"speed": speed, "updates": updates, "loading": loading, "kernel": kernel, "memory": memory}
 
 
 def main(argv: Sequence[str]) -> None:
-    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
-        argv = ["speed", *argv]
-    parser = new_parser(__doc__, "COMMAND ", NAME)
-    commands = parser.add_subparsers(prog=NAME, dest="command", metavar="COMMAND")
-    for name, module in COMMANDS.items():
-        subparser = commands.add_parser(
-            name,
-            usage="%(prog)s [flags]",
-            description=module.__doc__,
-            formatter_class=parser.formatter_class,
-            allow_abbrev=False,
-        )
-        module.add_flags(subparser)
-    args = parser.parse_args(argv)
-    args.argv = argv[1:]
-    COMMANDS[args.command].run(args)
+    run_command("minidistill.bench", __doc__, COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from minidistill.formats.files import write_json
-from minidistill.training.command_line import provenance
 
 
 def add_out_flag(parser: ArgumentParser, default: str) -> None:
@@ -42,7 +41,7 @@ def megabytes(size: int) -> str:
 def new_report(args: Namespace, device: str, **facts: object) -> dict:
     """What every report begins with: the command, the git commit, the machine; then ``facts``."""
     machine = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    return provenance(f"-m minidistill.bench {args.command}", args.argv) | machine | facts
+    return args.provenance | machine | facts
 
 
 def save_report(report: dict, out: Path) -> None:

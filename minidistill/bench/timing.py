@@ -10,8 +10,7 @@ from minidistill.evaluate.sampling import Stopwatch
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
     """Seconds that ``run()`` takes, until the device has finished."""
-    clock = Stopwatch(device)
-    with clock:
+    with Stopwatch(device) as clock:
         run()
     return clock.seconds
 

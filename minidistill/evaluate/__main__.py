@@ -12,26 +12,16 @@ python -m minidistill.evaluate summary                                results/su
 import sys
 
 from minidistill.evaluate import dial, few_steps, quality, spectrum, steering, summary, sweeps
-from minidistill.training.command_line import new_parser, one_line_errors, provenance
+from minidistill.training.command_line import one_line_errors, run_command
 
 COMMANDS = {"quality": quality, "dial": dial, "few-steps": few_steps, "spectrum": spectrum}
 COMMANDS |= {"steering": steering, "sweeps": sweeps, "summary": summary}
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__)
-        return
-    name, words = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("quality", argv)
-    command = COMMANDS[name]
-    parser = new_parser(command.__doc__, command.POSITIONAL, prog=f"python -m minidistill.evaluate {name}")
-    command.add_flags(parser)
-    args = parser.parse_args(words)
-    args.provenance = provenance(f"-m minidistill.evaluate {name}", words)
-    command.run(args)
+def main(argv: list[str]) -> None:
+    run_command("minidistill.evaluate", __doc__, COMMANDS, argv)
 
 
 if __name__ == "__main__":
     with one_line_errors("minidistill.evaluate", "stopped. The same command reuses what it has kept."):
-        main()
+        main(sys.argv[1:])

@@ -18,7 +18,7 @@ from minidistill.data.prompts import prompt_split, spread
 from minidistill.distill import Dial
 from minidistill.evaluate.figures import figure_file
 from minidistill.evaluate.image_grid import comparison_grid
-from minidistill.evaluate.metrics import EVALUATION_SEED, Estimate, Make, interval, noise_error_share, psnr
+from minidistill.evaluate.metrics import EVALUATION_SEED, Estimate, interval, noise_error_share, psnr
 from minidistill.evaluate.sampling import draw
 from minidistill.evaluate.students import check_student
 from minidistill.evaluate.tables import markdown_table
@@ -32,9 +32,9 @@ from minidistill.pipeline import StableDiffusion
 from minidistill.training.command_line import add_model_flags, load_options, positive, positive_int
 
 POSITIONAL = "RUN_OR_LORA "
-PARTS = (1 / 6, 1 / 3, 2 / 3, 1.2)  # of the learned guidance, w = 1 + part (s - 1): for s = 4: 1.5, 2, 3 and 4.6
-ROUNDS = 4  # of the search
-COLUMNS = 6  # of images
+PARTS = (1 / 6, 1 / 3, 2 / 3, 1.2)  # default scales w = 1 + part (s - 1): 1.5, 2, 3 and 4.6 for s = 4
+ROUNDS = 4  # strengths tried for each scale
+COLUMNS = 6  # prompts in the image grid
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def run(args: Namespace) -> None:
     check_student(file)
     if file.dial is None:
         raise ValueError(f"{file.path} has no dial: name a LoRA that has learned guidance, and not few steps.")
-    learned, nominal = file.guidance, Dial.through(file.guidance)
+    learned = file.guidance
     scales = args.guidance or [1 + part * (learned - 1) for part in PARTS]
     if any(w <= 1 or w == learned for w in scales):
         raise ValueError(
@@ -78,7 +78,7 @@ def run(args: Namespace) -> None:
         row, states, target = {"guidance": w}, {}, images[-1].images
         for name, strength in strengths.items():
             with lora_strength(sd.unet, strength):
-                share = noise_error_share(sd, held_out, guidance=w, cache=remembered(states), **teacher)
+                share = noise_error_share(sd, held_out, guidance=w, cache=cache_in(states), **teacher)
                 student = draw(sd, "student", held_out, guidance=w, **teacher)
             student.method = f"student x {strength:.3g}, {name}"
             images.append(student)
@@ -91,7 +91,7 @@ def run(args: Namespace) -> None:
         print(table([row]).splitlines()[-1], flush=True)
     report = args.provenance | {"prompts": len(held_out), "seed": EVALUATION_SEED, "learned": learned}
     write_json(args.out / "dial.json", report | {"rows": rows})
-    plot(rows, nominal, args.out / "dial.png")
+    plot(rows, learned, args.out / "dial.png")
     with atomic_write(args.out / "dial-pictures.png") as temporary:
         comparison_grid(images, held_out, columns=COLUMNS, side=96).save(temporary, "png")
     print(f"\n{table(rows)}\n\nFigure, images and JSON: {args.out}")
@@ -99,15 +99,9 @@ def run(args: Namespace) -> None:
         write_dial(file, [(row["guidance"], row["measured"]["strength"]) for row in rows])
 
 
-def remembered(states: dict[str, dict[str, Tensor]]):
+def cache_in(states: dict[str, dict[str, Tensor]]):
     """A cache for ``noise_error_share``: the teacher's tensors are made once and kept in ``states``."""
-
-    def cache(name: str, make: Make) -> dict[str, Tensor]:
-        if name not in states:
-            states[name] = make()
-        return states[name]
-
-    return cache
+    return lambda name, make: states.get(name) or states.setdefault(name, make())
 
 
 def nearest_strength(sd: StableDiffusion, prompts: Sequence[str], strength: float, **teacher) -> float:
@@ -119,7 +113,7 @@ def nearest_strength(sd: StableDiffusion, prompts: Sequence[str], strength: floa
     tried, states = [], {}
     for _ in range(ROUNDS):
         with lora_strength(sd.unet, strength):
-            share = noise_error_share(sd, prompts, cache=remembered(states), **teacher)
+            share = noise_error_share(sd, prompts, cache=cache_in(states), **teacher)
         tried.append((share.pooled, strength))
         e_e = share.errors + 2 * share.along - share.gaps  # as |e - g|^2 = e . e - 2 e . g + g . g
         strength *= (share.along.sum() / e_e.sum()).item()
@@ -151,21 +145,21 @@ def table(rows: Sequence[dict]) -> str:
     lines = [heads]
     for row in rows:
         cells = [f"{row['guidance']:g}"]
-        for found in (row["nominal"], row["measured"]):
-            share, distance = Estimate(**found["noise error share"]), Estimate(**found["PSNR"])
-            cells += [f"{found['strength']:.3f}", f"{share:.3f}", f"{distance:.1f}"]
+        for dial in (row["nominal"], row["measured"]):
+            share, distance = Estimate(**dial["noise error share"]), Estimate(**dial["PSNR"])
+            cells += [f"{dial['strength']:.3f}", f"{share:.3f}", f"{distance:.1f}"]
         lines.append(cells)
     return markdown_table(lines, text_columns=0)
 
 
-def plot(rows: Sequence[dict], nominal: Dial, path: Path) -> None:
+def plot(rows: Sequence[dict], learned: float, path: Path) -> None:
     """Plot the strength for each guidance, and the share of the guidance that the student misses there."""
     scales = [row["guidance"] for row in rows]
     with figure_file(path, 8, 3.2) as figure:
         left, right = figure.subplots(1, 2)
         for name, style in (("nominal", "k--"), ("measured", "ko-")):
             measured = [(row["guidance"], row[name]["strength"]) for row in rows] if name == "measured" else []
-            left.plot(*zip(*Dial.through(nominal.points[-1][0], measured).points), style, label=name)
+            left.plot(*zip(*Dial.through(learned, measured).points), style, label=name)
             shares = [Estimate(**row[name]["noise error share"]) for row in rows]
             errors = list(zip(*((x.value - x.low, x.high - x.value) for x in shares)))
             right.errorbar(scales, [x.value for x in shares], errors, fmt=style, capsize=3, label=name)

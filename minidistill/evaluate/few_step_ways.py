@@ -4,13 +4,11 @@ All learn from the same trajectories of the guided teacher, in a loop like that 
 """
 
 import re
-import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +24,7 @@ from minidistill.data.trajectories import generate
 from minidistill.distill import ddim_coefficients, learning_rate
 from minidistill.evaluate.metrics import EVALUATION_SEED
 from minidistill.evaluate.quality import model_stamp
+from minidistill.evaluate.sampling import Stopwatch
 from minidistill.formats.files import digest
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import LoRAFile, read_lora
@@ -33,11 +32,13 @@ from minidistill.formats.lora_io import add_student, merge_file, save_lora
 from minidistill.guidance import guided, plain, student
 from minidistill.lora import LoRAModel, inject_lora, lora_parameters
 from minidistill.pipeline import StableDiffusion, to_images
-from minidistill.samplers import Predictor, ddim_loop
+from minidistill.samplers import Predictor, ddim_loop, ddim_step, fresh_noise, step_pairs
 from minidistill.schedule import Schedule, add_noise, clean_and_noise
 from minidistill.training.command_line import DEFAULT_GUIDANCE, add_model_flags, load_options, positive, positive_int
 from minidistill.training.cuda_graph import adamw, set_learning_rate
 from minidistill.training.students import LoRAStudent
+
+BATCH = 16  # examples in an update
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -47,7 +48,7 @@ def add_flags(parser: ArgumentParser) -> None:
          help="the teacher's (default: %(default)s)")  # fmt: skip
     flag("--teacher-steps", **number, default=24, help="DDIM steps (default: %(default)s)")
     flag("--trajectories", **number, default=480, help="to learn from (default: %(default)s)")
-    flag("--updates", **number, default=300, help="of 16 examples (default: %(default)s)")
+    flag("--updates", **number, default=300, help=f"of {BATCH} examples (default: %(default)s)")
     flag("--rank", **number, default=16, help="of the LoRA (default: %(default)s)")
     flag("--prompts", **number, default=1000, help="held-out prompts (default: at most %(default)s)")
     flag("--each", **number, default=1, help="images of each prompt (default: %(default)s)")
@@ -60,8 +61,8 @@ def add_flags(parser: ArgumentParser) -> None:
 class Lesson:
     """What all ways learn from: N trajectories of the guided teacher, at the S + 1 states that S steps visit.
 
-    z: [N, S + 1, 4, h, w], from z_T to z_0.  cond: their prompts.  uncond: the empty prompt.  updates, batch, rank: of
-    the training.  k, q: of each step, z_s = k z_t + q prediction.
+    z: [N, S + 1, 4, h, w], from z_T to z_0.  cond: their prompts.  uncond: the empty prompt.  k, q: of each step,
+    z_s = k z_t + q prediction.
     """
 
     schedule: Schedule
@@ -70,23 +71,16 @@ class Lesson:
     uncond: Conditioning
     guidance: float
     updates: int
-    rank: int
-    batch: int = 16
-    start: LoRAFile | None = None  # begin from it instead of a new LoRA
     k: Tensor = field(init=False)
     q: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.k, self.q = (x.to(self.z) for x in ddim_coefficients(self.schedule, self.z.shape[1] - 1))
 
-    @property
-    def times(self) -> list[int]:
-        return self.schedule.timesteps(len(self.k), "trailing")
-
     def step(self, unet: LoRAModel, z_t: Tensor, cond: Conditioning, i: int | Tensor) -> Tensor:
         """The student's step number ``i``, one for all or [B], from z_t to z_s."""
-        t = torch.tensor(self.times, device=z_t.device)[i].expand(len(z_t))
-        return self.k[i] * z_t + self.q[i] * unet(z_t, t, cond, lora_enabled=True)
+        times = torch.tensor(self.schedule.timesteps(len(self.k), "trailing"), device=z_t.device)
+        return self.k[i] * z_t + self.q[i] * unet(z_t, times[i].expand(len(z_t)), cond, lora_enabled=True)
 
     def coarser(self, steps: int) -> "Lesson":
         """The same trajectories in fewer steps."""
@@ -110,12 +104,11 @@ def read_lesson(sd: StableDiffusion, captions: list[str], args: Namespace, steps
     prompts, prompt_of = prompts_of(sd, captions, stored)
     z = torch.stack([*states, stored.ends(each)], 1).to(sd.device)  # [count, steps + 1, 4, h, w]
     cond, uncond = prompts[prompt_of].to(sd.device), sd.encode_negative()
-    return Lesson(sd.schedule, z, cond, uncond, args.guidance, args.updates, args.rank)
+    return Lesson(sd.schedule, z, cond, uncond, args.guidance, args.updates)
 
 
 # A loss takes the student, the lesson, the trajectories of the batch (z and cond) and a generator of random numbers.
 Loss = Callable[[LoRAModel, Lesson, Tensor, Conditioning, torch.Generator], Tensor]
-Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
@@ -123,7 +116,7 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
     return ((x - y).square() + c**2).sqrt().sub(c).mean()
 
 
-def one_step(distance: Distance, unet, lesson, z, cond, generator) -> Tensor:
+def one_step(unet, lesson, z, cond, generator, distance=F.mse_loss) -> Tensor:
     """From a stored state to the next stored one: with the squared distance, what train.py does."""
     i = torch.randint(len(lesson.k), (len(z),), generator=generator).to(z.device)
     rows = torch.arange(len(z), device=z.device)
@@ -131,7 +124,7 @@ def one_step(distance: Distance, unet, lesson, z, cond, generator) -> Tensor:
 
 
 def own_states(unet, lesson, z, cond, generator) -> Tensor:
-    """From where the student itself gets to, to the stored state of the next time."""
+    """From a state that the student itself reaches to the stored state after it."""
     i = torch.randint(len(lesson.k), (), generator=generator).item()
     z_t = z[:, 0]
     with torch.no_grad():
@@ -149,119 +142,88 @@ def through_all_steps(unet, lesson, z, cond, generator) -> Tensor:
     return loss
 
 
-def fit(unet: LoRAModel, lesson: Lesson, loss: Loss, after: Callable[[], None] = lambda: None) -> None:
+def any_number_of_steps(unet, lesson, z, cond, generator) -> Tensor:
+    """One of 1, 2, 4 or 8 steps, from a stored state to the stored state where it ends."""
+    steps = 2 ** torch.randint(4, (), generator=generator).item()
+    coarser = replace(lesson, z=z).coarser(steps)
+    return one_step(unet, coarser, coarser.z, cond, generator)
+
+
+def fit(unet: LoRAModel, lesson: Lesson, loss: Loss) -> None:
     """The loop of train.py: AdamW, warm-up and cosine, gradients clipped at norm 1."""
     trained = lora_parameters(unet)
     peak = LoRAStudent.learning_rate / unet.base.config.widths[0]
     optimizer = adamw(trained, peak)
     for update in tqdm(range(lesson.updates), unit="step", leave=False):
-        rows = batch_indices(len(lesson.z), lesson.batch, 0, update)
+        rows = batch_indices(len(lesson.z), BATCH, 0, update)
         set_learning_rate(optimizer, learning_rate(update, lesson.updates, peak, warmup=max(lesson.updates // 10, 1)))
         loss(unet, lesson, lesson.z[rows], lesson.cond[rows], torch.Generator().manual_seed(update)).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        after()
 
 
-def learn(loss: Loss, sd: StableDiffusion, lesson: Lesson) -> None:
-    """Give ``sd.unet`` a LoRA and train it."""
-    add_lora(sd, lesson)
-    fit(sd.unet, lesson, loss)
-
-
-def add_lora(sd: StableDiffusion, lesson: Lesson) -> None:
-    torch.manual_seed(0)
-    if lesson.start:
-        add_student(sd, lesson.start)
-    else:
-        sd.unet = inject_lora(sd.unet, lesson.rank)
-
-
-def learn_on_top(sd: StableDiffusion, lesson: Lesson) -> None:
-    """The guidance LoRA of ``lesson.start`` is merged into W and stays as it is; a second LoRA learns the steps."""
-    merge_file(sd.unet, lesson.start)
-    learn(partial(one_step, F.mse_loss), sd, replace(lesson, start=None))
-
-
-def learn_consistency(sd: StableDiffusion, lesson: Lesson, skip: int = 20, decay: float = 0.95) -> None:
+def learn_consistency(unet: LoRAModel, lesson: Lesson, skip: int = 20, decay: float = 0.95) -> None:
     """Latent consistency distillation ("LCM-LoRA", arXiv 2311.05556), with the guided teacher in the loop.
 
-    The z_0 of the student at t is drawn to that of its moving average at t - 20, where one DDIM step of the teacher
-    leads.
+    The student's z_0 at t is pulled towards its moving average's z_0 at t - 20, one DDIM step of the teacher later.
     """
-    add_lora(sd, lesson)
-    average, schedule = deepcopy(sd.unet), lesson.schedule
+    average, schedule = deepcopy(unet), lesson.schedule
 
     def loss(unet: LoRAModel, lesson: Lesson, z: Tensor, cond: Conditioning, generator: torch.Generator) -> Tensor:
         n = torch.randint(1, schedule.train_steps // skip + 1, (), generator=generator).item()
         t, t_next = n * skip - 1, (n - 1) * skip - 1
-        z_t = noised(schedule, z[:, -1], t, generator)
+        z_t = renoise(schedule, z[:, -1], t, generator)
         teacher = guided(unet, cond, lesson.uncond.expand(len(z)), lesson.guidance)
         ((target, _, _),) = ddim_loop(teacher, schedule, z_t, [(t, t_next)])
         with torch.no_grad():
-            target = clean(student(average, cond), schedule, target, t_next) if t_next >= 0 else target
-        return pseudo_huber(clean(student(unet, cond), schedule, z_t, t), target, c=0.001)
+            torch._foreach_lerp_(lora_parameters(average), lora_parameters(unet), 1 - decay)
+            target = predict_z_0(student(average, cond), schedule, target, t_next) if t_next >= 0 else target
+        return pseudo_huber(predict_z_0(student(unet, cond), schedule, z_t, t), target, c=0.001)
 
-    @torch.no_grad()
-    def follow() -> None:
-        torch._foreach_lerp_(lora_parameters(average), lora_parameters(sd.unet), 1 - decay)
-
-    fit(sd.unet, lesson, loss, follow)
+    fit(unet, lesson, loss)
 
 
-def learn_progressively(sd: StableDiffusion, lesson: Lesson) -> None:
+def learn_progressively(unet: LoRAModel, lesson: Lesson) -> None:
     """Halve the steps again and again ("Progressive Distillation", arXiv 2202.00512).
 
     The first student learns from the guided teacher, each later one from the student before it.
     """
-    add_lora(sd, lesson)
-    before = None
     stages = [steps for steps in (16, 8, 4, 2, 1) if steps >= len(lesson.k)]
+    stage, before = replace(lesson, updates=lesson.updates // len(stages)), None
     for steps in stages:
-        stage = replace(lesson, updates=lesson.updates // len(stages))
-        fit(sd.unet, stage, partial(two_steps_in_one, steps, before))
-        before = deepcopy(sd.unet)
+        fit(unet, stage, partial(two_steps_in_one, steps, before))
+        before = deepcopy(unet)
 
 
 def two_steps_in_one(steps: int, before: LoRAModel | None, unet, lesson, z, cond, generator) -> Tensor:
     """One of ``steps`` by the student, from the noised z_0, to where two steps of its teacher lead."""
     schedule, i = lesson.schedule, torch.randint(steps, (), generator=generator).item()
     t, middle, t_next = [*schedule.timesteps(2 * steps, "trailing"), -1][2 * i : 2 * i + 3]
-    z_t = noised(schedule, z[:, -1], t, generator)
-    teacher = guided(unet, cond, lesson.uncond.expand(len(z)), lesson.guidance)
-    teacher = student(before, cond) if before else teacher
+    z_t = renoise(schedule, z[:, -1], t, generator)
+    teacher = student(before, cond) if before else guided(unet, cond, lesson.uncond.expand(len(z)), lesson.guidance)
     *_, (target, _, _) = ddim_loop(teacher, schedule, z_t, [(t, middle), (middle, t_next)])
-    k, q = (x[i].to(z_t) for x in ddim_coefficients(schedule, steps))
-    return F.mse_loss(k * z_t + q * at(student(unet, cond), z_t, t), target)
+    return F.mse_loss(ddim_step(schedule, predict(student(unet, cond), z_t, t), z_t, t, t_next), target)
 
 
-def at(model: Predictor, z_t: Tensor, t: int) -> Tensor:
+def predict(model: Predictor, z_t: Tensor, t: int) -> Tensor:
     return model(z_t, torch.full((len(z_t),), t, device=z_t.device))
 
 
-def clean(model: Predictor, schedule: Schedule, z_t: Tensor, t: int) -> Tensor:
+def predict_z_0(model: Predictor, schedule: Schedule, z_t: Tensor, t: int) -> Tensor:
     """The z_0 that the model's prediction at t implies."""
-    alpha, sigma = schedule.alpha_sigma(torch.full((len(z_t),), t), z_t)
-    return clean_and_noise(schedule.prediction, at(model, z_t, t), z_t, alpha, sigma)[0]
+    alpha, sigma = schedule.alpha_sigma(torch.tensor([t]), z_t)
+    return clean_and_noise(schedule.prediction, predict(model, z_t, t), z_t, alpha, sigma)[0]
 
 
-def noised(schedule: Schedule, z_0: Tensor, t: int, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(z_0.shape, generator=generator).to(z_0)
-    return add_noise(schedule, z_0, noise, torch.full((len(z_0),), t))
-
-
-def any_number_of_steps(unet, lesson, z, cond, generator) -> Tensor:
-    """One step of 1, 2, 4 or 8, from a stored state to the stored one where that step ends."""
-    steps = 2 ** torch.randint(4, (), generator=generator).item()
-    coarser = replace(lesson, z=z).coarser(steps)
-    return one_step(F.mse_loss, unet, coarser, coarser.z, cond, generator)
+def renoise(schedule: Schedule, z_0: Tensor, t: int, generator: torch.Generator) -> Tensor:
+    return add_noise(schedule, z_0, fresh_noise(z_0, generator), torch.tensor([t]))
 
 
 class Way(NamedTuple):
     """How to learn, and how that differs from train.py."""
 
-    learn: Callable[[StableDiffusion, Lesson], None]
+    learn: Callable[[LoRAModel, Lesson], None]
     updates: int = 1  # a factor
     begun: bool = False  # from the one-pass student
     on_top: bool = False  # of the one-pass student, merged into W
@@ -272,21 +234,17 @@ class Way(NamedTuple):
     def needs_one_pass(self) -> bool:
         return self.begun or self.on_top
 
-    def __call__(self, sd: StableDiffusion, lesson: Lesson, one_pass: LoRAFile | None) -> None:
-        start = one_pass if self.needs_one_pass else None
-        self.learn(sd, replace(lesson, updates=self.updates * lesson.updates, start=start))
 
-
-squared = partial(learn, partial(one_step, F.mse_loss))
+squared_error = partial(fit, loss=one_step)
 WAYS = {
-    "train.py": Way(squared),
-    "begun from the one-pass student": Way(squared, begun=True),
-    "on top of the one-pass student": Way(learn_on_top, on_top=True),
-    "twice the updates": Way(squared, updates=2),
-    "L1": Way(partial(learn, partial(one_step, F.l1_loss))),
-    "own states": Way(partial(learn, own_states)),
-    "through all steps": Way(partial(learn, through_all_steps)),
-    "one LoRA for 1, 2, 4 and 8 steps": Way(partial(learn, any_number_of_steps), steps=8),
+    "train.py": Way(squared_error),
+    "begun from the one-pass student": Way(squared_error, begun=True),
+    "on top of the one-pass student": Way(squared_error, on_top=True),
+    "twice the updates": Way(squared_error, updates=2),
+    "L1": Way(partial(fit, loss=partial(one_step, distance=F.l1_loss))),
+    "own states": Way(partial(fit, loss=own_states)),
+    "through all steps": Way(partial(fit, loss=through_all_steps)),
+    "one LoRA for 1, 2, 4 and 8 steps": Way(partial(fit, loss=any_number_of_steps), steps=8),
     "consistency distillation": Way(learn_consistency, renoise=True),
     "progressive distillation": Way(learn_progressively),
 }
@@ -305,10 +263,17 @@ def train_way(name: str, steps: int, lesson: Lesson, one_pass: LoRAFile | None, 
         f"guidance {args.guidance:g}, {model_stamp(sd, args)}, {start_of}"
     )
     if not file.exists():
-        start = time.perf_counter()
-        way(sd, lesson.coarser(steps), one_pass)
-        seconds = f"{time.perf_counter() - start:.0f}"
-        save_lora(sd.unet, file, {"seconds": seconds, "made_with": made_with})
+        clock = Stopwatch(sd.device)
+        with clock:
+            if way.on_top:  # the guidance stays in W as it is; a second LoRA learns the steps
+                merge_file(sd.unet, one_pass)
+            torch.manual_seed(0)
+            if way.begun:
+                add_student(sd, one_pass)
+            else:
+                sd.unet = inject_lora(sd.unet, args.rank)
+            way.learn(sd.unet, replace(lesson.coarser(steps), updates=way.updates * lesson.updates))
+        save_lora(sd.unet, file, {"seconds": f"{clock.seconds:.0f}", "made_with": made_with})
     lora = read_lora(file)
     if (other := lora.metadata["made_with"]) != made_with:
         raise ValueError(f"{file} was trained with other settings ({other}): name another --out.")
@@ -331,8 +296,8 @@ def sample_renoised(sd: StableDiffusion, prompts: Sequence[str], steps: int, bat
         cond = sd.encode_prompt(list(prompts[first : first + batch]))
         z_t = sd.starting_noise(range(EVALUATION_SEED + first, EVALUATION_SEED + first + len(cond)))
         generator = torch.Generator().manual_seed(first)
-        for t, t_next in pairwise([*sd.schedule.timesteps(steps, "trailing"), -1]):
-            z_t = clean(plain(sd.unet, cond), sd.schedule, z_t, t)
-            z_t = noised(sd.schedule, z_t, t_next, generator) if t_next >= 0 else z_t
+        for t, t_next in step_pairs(sd.schedule, steps, "trailing"):
+            z_t = predict_z_0(plain(sd.unet, cond), sd.schedule, z_t, t)
+            z_t = renoise(sd.schedule, z_t, t_next, generator) if t_next >= 0 else z_t
         images += [image for one in z_t.split(1) for image in to_images(sd.decode(one))]
     return images

@@ -21,16 +21,14 @@ from minidistill.evaluate import few_step_ways
 from minidistill.evaluate.few_step_ways import WAYS, load_merged, read_lesson, sample_renoised, train_way
 from minidistill.evaluate.image_grid import comparison_grid
 from minidistill.evaluate.metrics import EVALUATION_SEED, ClipScore, Estimate, interval, pixels, psnr
-from minidistill.evaluate.quality import FORMATS, cached, model_stamp, read_judge
+from minidistill.evaluate.quality import cached, model_stamp, read_judge, results_table
 from minidistill.evaluate.sampling import Drawn
-from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import atomic_write, write_json
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import LoRAFile, read_lora
 from minidistill.pipeline import StableDiffusion, pil_images
 from minidistill.training.command_line import load_options, positive_int
 
-POSITIONAL = ""
 SAMPLING = dict(spacing="trailing", seed=EVALUATION_SEED, batch=32, progress=True)
 
 
@@ -47,7 +45,6 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    read_judge(args.judge)  # raises now rather than after the teacher has sampled
     if args.one_pass is None and any(WAYS[name].needs_one_pass for name in args.ways):
         raise ValueError("--ways: some begin from a student that takes as many steps as its teacher: give --one-pass.")
     one_pass, finished = args.one_pass and read_lora(args.one_pass), [read_lora(path) for path in args.loras]
@@ -60,6 +57,7 @@ def run(args: Namespace) -> None:
         raise ValueError(f"{odd[0]} steps must divide both {max(steps)}, the most to learn, and --teacher-steps.")
     sd, (captions, held_out) = load(args.model, **load_options(args)), prompt_split(args.model)
     prompts = [prompt for prompt in spread(held_out, args.prompts) for _ in range(args.each)]
+    measures = make_measures(sd, prompts, args)  # raises for a wrong --judge, before the teacher samples
     lesson = read_lesson(sd, captions, args, max(steps))
 
     def teacher_images() -> dict[str, Tensor]:
@@ -67,7 +65,6 @@ def run(args: Namespace) -> None:
 
     stamp = model_stamp(sd, args) | dict(prompts=prompts, steps=args.teacher_steps, guidance=args.guidance)
     teacher = pil_images(cached(args.out / "teacher.safetensors", stamp, teacher_images)["images"])
-    measures = make_measures(sd, prompts, args)
     report = args.provenance | {"prompts": len(prompts) // args.each, "each": args.each}
 
     def compare(N: int) -> None:
@@ -133,11 +130,9 @@ def sharpness(images: Sequence[Image.Image]) -> Tensor:
 
 def table(rows: Sequence[dict]) -> str:
     """A line for each way, with 95% intervals."""
-    names = list(dict.fromkeys(name for row in rows for name in row["measures"]))
-    lines = [["", "UNet calls", *names, "seconds of learning"]]
+    lines = []
     for row in rows:
         measures = {name: Estimate(**value) for name, value in row["measures"].items()}
-        cells = [format(measures[name], FORMATS.get(name, ".1%")) if name in measures else "" for name in names]
-        seconds = f"{row['seconds of learning']:.0f}" if row["seconds of learning"] else ""
-        lines.append([row["way"], str(row["calls"]), *cells, seconds])
-    return markdown_table(lines)
+        seconds = {"seconds of learning": row["seconds of learning"]} if row["seconds of learning"] else {}
+        lines.append((row["way"], row["calls"], measures | seconds))
+    return results_table(lines)

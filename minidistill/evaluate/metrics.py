@@ -68,7 +68,7 @@ def teacher_states(
     """``z_t`` on the teacher's guided trajectories, with ``eps_hat`` and ``eps_cond`` there: [B, S, 4, h, w] each.
 
     With ``noised`` the states are the ends z_0 of the trajectories, with fresh noise for the same time steps. For a
-    student of few steps, the states are those that it visits, and ``eps_hat`` is what leads from each to the next.
+    student of few steps, the states are those that it visits, and ``eps_hat`` leads from each of them to the next.
     """
     timesteps = sd.schedule.timesteps(steps, "trailing" if student_steps else None)
     cond = sd.encode_prompt(list(prompts))
@@ -108,8 +108,8 @@ def noise_error_share(
     Args:
         interval: the time steps at which the teacher is guided; None means all.
         noised: measure on the ends z_0 of the trajectories instead, with fresh noise for the same time steps.
-        student_steps: for a student of few steps, measure on the states it visits, and take what leads from each to
-            the next for eps_hat.
+        student_steps: of a student of few steps. It is measured on the states that it visits, and eps_hat is then the
+            prediction that leads from each state to the next.
         cache: ``cache(name, make)`` returns ``make()``, the teacher's tensors for one batch. It may store them for
             the next student.
     """

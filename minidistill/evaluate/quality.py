@@ -11,7 +11,7 @@ a teacher of guidance 1 + SCALE (s - 1).
 import importlib
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import cycle
@@ -27,7 +27,7 @@ from minidistill.data.shards import fingerprint, read_shard, schedule_fingerprin
 from minidistill.evaluate import metrics
 from minidistill.evaluate.figures import figure_file
 from minidistill.evaluate.image_grid import comparison_grid
-from minidistill.evaluate.metrics import ClipScore, ErrorShare, Estimate, noise_error_share, pixels
+from minidistill.evaluate.metrics import ClipScore, ErrorShare, Estimate, Make, noise_error_share, pixels
 from minidistill.evaluate.sampling import Drawn, draw
 from minidistill.evaluate.students import one_teacher, read_students
 from minidistill.evaluate.tables import markdown_table
@@ -35,45 +35,34 @@ from minidistill.formats.files import atomic_write, digest, write_json
 from minidistill.formats.float8 import merge_to_sample
 from minidistill.formats.load_model import load
 from minidistill.pipeline import StableDiffusion, pil_images
-from minidistill.training.command_line import (
-    DEFAULT_GUIDANCE,
-    ScaledFile,
-    add_model_flags,
-    check_interval,
-    finite,
-    fraction,
-    load_options,
-    positive_int,
-    read_interval,
-)
+from minidistill.training import command_line as cli
 
 POSITIONAL = "[RUN_OR_LORA[:SCALE] ...] "
 Row = dict[str, Estimate]  # the measures of one method
-Make = Callable[[], dict[str, Tensor]]
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    flag = parser.add_argument_group("what to compare").add_argument
-    flag("runs", nargs="*", type=ScaledFile.parse, metavar="RUN_OR_LORA[:SCALE]", help="run folders or LoRA files")
+    flag, number = parser.add_argument_group("what to compare").add_argument, dict(type=cli.positive_int, metavar="N")
+    flag("runs", nargs="*", type=cli.ScaledFile.parse, metavar="RUN_OR_LORA[:SCALE]", help="run folders or LoRA files")
     flag("--prompts", default="held-out", metavar="FILE", help="one prompt per line, or %(default)s (the default)")
-    flag("--pictures", type=positive_int, default=1000, metavar="N", help="images per method, rounded up to the same "
-         "number for each prompt (default: %(default)s)")  # fmt: skip
-    flag("--guidance", type=finite, metavar="SCALE", help="the teacher's guidance (default: the students', or "
-         f"{DEFAULT_GUIDANCE:g})")  # fmt: skip
-    flag("--selective", type=fraction, nargs="+", default=[], metavar="SHARE", help="add a teacher that is not guided "
-         "in this share of the steps, counted from the last")  # fmt: skip
-    flag("--interval", type=finite, nargs=2, action="append", default=[], metavar=("LOW", "HIGH"), help="add a teacher "
-         "that is guided only at time steps t from LOW to HIGH; can be repeated")  # fmt: skip
+    flag("--pictures", **number, default=1000, help="images per method, rounded up to the same number for each "
+         "prompt (default: %(default)s)")  # fmt: skip
+    flag("--guidance", type=cli.finite, metavar="SCALE", help="the teacher's guidance (default: the students', or "
+         f"{cli.DEFAULT_GUIDANCE:g})")  # fmt: skip
+    flag("--selective", type=cli.fraction, nargs="+", default=[], metavar="SHARE", help="add a teacher that is not "
+         "guided in this share of the steps, counted from the last")  # fmt: skip
+    flag("--interval", type=cli.finite, nargs=2, action="append", default=[], metavar=("LOW", "HIGH"), help="add a "
+         "teacher that is guided only at time steps t from LOW to HIGH; can be repeated")  # fmt: skip
     flag = parser.add_argument_group("how to measure").add_argument
     flag("--clip", metavar="PATH", help="a CLIP model, as folder or hub id (default: the model's own, if it has one)")
     flag("--judge", metavar="MODULE", help="a module with measures for this model's images")
-    flag("--steps", type=positive_int, default=25, metavar="N", help="DDIM steps (default: %(default)s)")
-    flag("--batch", type=positive_int, default=32, metavar="N", help="images to sample at once (default: %(default)s)")
+    flag("--steps", **number, default=25, help="DDIM steps (default: %(default)s)")
+    flag("--batch", **number, default=32, help="images to sample at once (default: %(default)s)")
     out = Path("runs/evaluation")
     flag("--out", type=Path, default=out, metavar="FOLDER", help="folder for the results (default: %(default)s)")
     flag("--work", type=Path, default=out, metavar="FOLDER", help="folder for the cache: gigabytes for a full-size "
          "model (default: %(default)s)")  # fmt: skip
-    add_model_flags(parser)
+    cli.add_model_flags(parser)
 
 
 def run(args: Namespace) -> None:
@@ -84,12 +73,12 @@ def run(args: Namespace) -> None:
     each = -(-args.pictures // len(prompts))
     repeated = [prompt for prompt in prompts for _ in range(each)]
     options = dict(steps=args.steps, batch=args.batch, **teacher._asdict())
-    intervals = [read_interval(ends) for ends in dict.fromkeys(map(tuple, args.interval))]
+    intervals = [cli.read_interval(ends) for ends in dict.fromkeys(map(tuple, args.interval))]
     print(f"{len(prompts)} prompts, {each} images of each, {teacher}, {args.steps} DDIM steps")
 
-    sd = load(args.model, **load_options(args))
+    sd = load(args.model, **cli.load_options(args))
     for interval in intervals:
-        check_interval(interval, sd.schedule.timesteps(args.steps))
+        cli.check_interval(interval, sd.schedule.timesteps(args.steps))
     clip = ClipScore(args.clip, CLIPTokenizer.from_pretrained(args.clip)) if args.clip else ClipScore.in_model(sd)
     judge = read_judge(args.judge)
     truth = judge.rendered(repeated, sd.height) if judge else None
@@ -126,13 +115,13 @@ def run(args: Namespace) -> None:
         rows.append(images(sd, "teacher", label, selective=share, interval=None))
     for interval in intervals:
         rows.append(images(sd, "teacher", f"guided at t from {interval.low:g} to {interval.high:g}", interval=interval))
-    teachers = {}  # of the students of few steps: theirs took other steps
+    teachers = {}  # those of few-step students, which took other steps
     for many in dict.fromkeys(student.few_steps[1] for student in students.values() if student.few_steps):
         rows.append(images(sd, "teacher", f"teacher, {many} trailing steps", steps=many, spacing="trailing"))
         teachers[many] = rows[-1]
     shares: dict[str, dict[str, ErrorShare]] = {}
     for label, student in students.items():
-        sd = load(args.model, **load_options(args))
+        sd = load(args.model, **cli.load_options(args))
         student.install(sd)
         learned = f"{digest(student.file.read_bytes())} {label}"
         if not student.few_steps:  # those predict what leads to their next state, not the guided prediction
@@ -247,7 +236,7 @@ def write_results(
     ]
     report = args.provenance | {"prompts": len(prompts), "each": each, "rows": results}
     write_json(args.out / "results.json", report | {"t": timesteps, "by step": by_step})
-    table = results_table(rows, measures)
+    table = results_table([(row.method, row.unet_calls, measures[row.method]) for row in rows])
     with atomic_write(args.out / "table.md") as file:
         file.write_text(f"{table}\n\n`{args.provenance['command']}`\n", encoding="utf-8")
     with atomic_write(args.out / "pictures.png") as file:
@@ -259,18 +248,18 @@ def write_results(
 
 
 FORMATS = {"noise error share": ".3f", "on noised latents": ".3f", "PSNR": ".1f", "SSIM": ".3f", "CLIP score": ".1f"}
-FORMATS |= {"CLIP similarity": ".1f", "Fréchet to teacher": ".4f", "Fréchet to rendered": ".4f"}  # others: percentages
+FORMATS |= {"CLIP similarity": ".1f", "Fréchet to teacher": ".4f", "Fréchet to rendered": ".4f"}
+FORMATS |= {"seconds of learning": ".0f"}  # others: percentages
 
 
-def results_table(rows: Sequence[Drawn], measures: Mapping[str, Row]) -> str:
-    """A line for each method; each value with its 95% interval."""
-    names = list(dict.fromkeys(name for row in measures.values() for name in row))
+def results_table(rows: Sequence[tuple[str, int, Row]]) -> str:
+    """A line for each method: its name, its UNet calls, and its measures with their 95% intervals."""
+    names = list(dict.fromkeys(name for _, _, measures in rows for name in measures))
     heads = ["PSNR, dB" if name == "PSNR" else name for name in names]
     lines = [["", "UNet calls", *heads]]
-    for row in rows:
-        cells = measures[row.method]
-        texts = (format(cells[name], FORMATS.get(name, ".1%")) if name in cells else "" for name in names)
-        lines.append([row.method, str(row.unet_calls), *texts])
+    for method, unet_calls, measures in rows:
+        cells = (format(measures[name], FORMATS.get(name, ".1%")) if name in measures else "" for name in names)
+        lines.append([method, str(unet_calls), *cells])
     return markdown_table(lines)
 
 

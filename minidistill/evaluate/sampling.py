@@ -26,8 +26,9 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "Stopwatch":
         self.start = self.now()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.seconds += self.now() - self.start

@@ -22,8 +22,6 @@ from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import read_lora
 from minidistill.training.command_line import load_options, positive, positive_int
 
-POSITIONAL = ""
-
 
 def add_flags(parser: ArgumentParser) -> None:
     flag = parser.add_argument
@@ -44,7 +42,8 @@ def run(args: Namespace) -> None:
         raise ValueError("--scales: each must be above 1, which is no guidance.")
     sd, (captions, held_out) = load(args.model, **load_options(args)), prompt_split(args.model)
     prompts = [prompt for prompt in spread(held_out, args.prompts) for _ in range(args.each)]
-    lesson, measures = read_lesson(sd, captions, args, N), make_measures(sd, prompts, args)
+    measures = make_measures(sd, prompts, args)  # raises for a wrong --judge, before the teacher samples
+    lesson = read_lesson(sd, captions, args, N)
     coupled, steps = (
         train_way(way, N, lesson, one_pass, args) for way in ("train.py", "on top of the one-pass student")
     )

@@ -88,8 +88,7 @@ def full_student(run: Path) -> Path | None:
 
 
 def install_full(path: Path, args: Namespace, sd: StableDiffusion) -> None:
-    full = read_full(path, args.variant, dtype=getattr(torch, args.dtype), device=args.device)
-    sd.unet = FullStudent(sd.unet, full)
+    sd.unet = FullStudent(sd.unet, read_full(path, args.variant, dtype=getattr(torch, args.dtype), device=args.device))
 
 
 def read_full(path: Path, variant: str | None, **options) -> nn.Module:

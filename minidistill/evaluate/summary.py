@@ -12,7 +12,6 @@ from statistics import median
 
 from minidistill.formats.files import read_json, write_json
 
-POSITIONAL = ""
 STUDENT = "guidance-lora"  # the one that ships
 MEASURES = {
     "noise_error_share": "noise error share",

@@ -19,29 +19,24 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from minidistill.config import POCKET_UNET, POCKET_VAE, ScheduleConfig
-from minidistill.formats.files import atomic_write, write_json
+from minidistill.evaluate import ClipScore
+from minidistill.formats.files import write_json
 from minidistill.formats.model_configs import MODEL_INDEX, published_schedule, published_unet, published_vae
+from minidistill.formats.tensor_files import write_tensors
+from minidistill.pipeline import pil_images
 from minidistill.pocket.autoencoder import encode_all, normalise_latents, psnr, train_vae
-from minidistill.pocket.clip import embed_captions, nearest_captions, save_clip, train_clip, tune_image_encoder
+from minidistill.pocket.clip import save_clip, train_clip
 from minidistill.pocket.compositions import all_compositions, write_compositions
 from minidistill.pocket.denoiser import FURTHER_LEARNING_RATE, LEARNING_RATE, Captioned, train_unet
 from minidistill.pocket.images import PACKAGE, Renderer, as_tensors, render
 from minidistill.pocket.tokenizer import write_tokenizer
 from minidistill.schedule import Schedule
-from minidistill.training.command_line import (
-    DEFAULT_DEVICE,
-    DEFAULT_MODEL,
-    new_parser,
-    one_line_errors,
-    positive,
-    positive_int,
-    prepare,
-)
+from minidistill.training import command_line as cli
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 
@@ -50,20 +45,19 @@ HELD_OUT_SEED, LATENTS_SEED = 1, 0
 
 def write_part(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
     """Write a network in the official layout, in half precision. config.json comes last: it marks a complete stage."""
-    halves = {name: x.half().contiguous() for name, x in tensors.items()}
-    with atomic_write(folder / "diffusion_pytorch_model.safetensors") as file:
-        save_file(halves, file, {"format": "pt"})
+    halves = {name: x.half() for name, x in tensors.items()}
+    write_tensors(folder / "diffusion_pytorch_model.safetensors", halves, {})
     write_json(folder / "config.json", config)
 
 
 def read_flags(argv: list[str]) -> Namespace:
-    parser = new_parser(__doc__, prog="python -m minidistill.pocket")
+    parser = cli.new_parser(__doc__, prog="python -m minidistill.pocket")
     flag = parser.add_argument
-    flag("--out", type=Path, default=DEFAULT_MODEL, metavar="FOLDER", help="the model (default: %(default)s)")
+    flag("--out", type=Path, default=cli.DEFAULT_MODEL, metavar="FOLDER", help="the model (default: %(default)s)")
     flag("--more", choices=["vae", "unet"], help="train a part further, from its weights in --out")
-    number = dict(type=positive_int, metavar="N")
+    number = dict(type=cli.positive_int, metavar="N")
     flag("--emoji", type=Path, default=PACKAGE, metavar="FOLDER", help="the npm package (default: %(default)s)")
-    flag("--device", default=DEFAULT_DEVICE, help="where to train (default: %(default)s)")
+    flag("--device", default=cli.DEFAULT_DEVICE, help="where to train (default: %(default)s)")
     flag("--compile", action="store_true", help="train the VAE and the UNet compiled by torch.compile: faster")
     flag("--bf16", action="store_true", help="train in bfloat16: faster on a GPU, and on CPUs with AMX")
     flag("--clip-steps", **number, default=1500, help="updates of the CLIP (default: %(default)s)")
@@ -72,7 +66,7 @@ def read_flags(argv: list[str]) -> Namespace:
     flag("--vae-batch", **number, default=4, help="images per update of the VAE (default: %(default)s)")
     flag("--unet-steps", **number, default=30000, help="updates of the UNet (default: %(default)s)")
     flag("--unet-batch", **number, default=32, help="latents per update of the UNet (default: %(default)s)")
-    flag("--unet-lr", type=positive, metavar="RATE",
+    flag("--unet-lr", type=cli.positive, metavar="RATE",
          help=f"learning rate of the UNet (default: {LEARNING_RATE}, with --more {FURTHER_LEARNING_RATE})")  # fmt: skip
     flag("--renders", **number, default=8,
          help="images per composition whose latents the UNet learns from (default: %(default)s)")  # fmt: skip
@@ -84,7 +78,7 @@ def read_flags(argv: list[str]) -> Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = read_flags(sys.argv[1:] if argv is None else argv)
-    prepare(torch.device(args.device), args.compile)
+    cli.prepare(torch.device(args.device), args.compile)
     renderer = Renderer(args.emoji, device=args.device)
     compositions = all_compositions()
     trained = [c for c in compositions if not c.held_out]
@@ -96,14 +90,12 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
 
     if not (args.out / "text_encoder/model.safetensors").exists():
-        clip = train_clip(trained, renderer, tokenizer, args.clip_steps, args.clip_batch, bfloat16=args.bf16)
-        tune_image_encoder(clip, trained, renderer, tokenizer, args.clip_steps, args.clip_batch, bfloat16=args.bf16)
+        clip = train_clip(trained, renderer, tokenizer, args.clip_steps, args.clip_batch, args.bf16)
         save_clip(clip, args.out)
-    clip = CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32).to(args.device)
-    order = held_out + trained  # the caption of unseen[i] is order[i // 4]
-    nearest = nearest_captions(clip, unseen, embed_captions(clip, order, tokenizer)).cpu()
-    right = (nearest == torch.arange(len(unseen)) // 4).float().mean()
-    print(f"CLIP: the nearest of {len(order)} captions is the right one for {right:.1%} of the held-out images")
+    score, captions = ClipScore(args.out / "clip", tokenizer), [c.caption for c in held_out + trained]
+    nearest = (score.embed_images(pil_images(unseen)) @ score.embed_prompts(captions).T).argmax(1)
+    right = (nearest == torch.arange(len(unseen)) // 4).float().mean()  # the caption of unseen[i] is captions[i // 4]
+    print(f"CLIP: the nearest of {len(captions)} captions is the right one for {right:.1%} of the held-out images")
 
     torch.manual_seed(0)
     things, rgb = as_tensors(trained, args.device)
@@ -151,5 +143,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors("minidistill.pocket", "stopped. The same command continues."):
+    with cli.one_line_errors("minidistill.pocket", "stopped. The same command continues."):
         main()

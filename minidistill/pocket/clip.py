@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from minidistill.distill import learning_rate
-from minidistill.formats.files import atomic_write, write_json
+from minidistill.formats.files import write_json
+from minidistill.formats.tensor_files import write_tensors
 from minidistill.pocket.compositions import Composition
 from minidistill.pocket.images import Renderer, as_tensors, to_pixels
 from minidistill.training.cuda_graph import set_learning_rate
@@ -55,73 +56,60 @@ def train_clip(
     renderer: Renderer,
     tokenizer: CLIPTokenizer,
     steps: int,
-    batch: int = 128,
-    bfloat16: bool = False,
+    batch: int,
+    bfloat16: bool,
 ) -> CLIPModel:
-    """Train a CLIP from scratch on renders of the compositions, with CLIP's symmetric loss (section 2.3).
+    """Train a CLIP on renders of the compositions: both encoders for ``steps``, then the image encoder for as many.
 
-    The compositions of a batch are distinct, so no caption is a negative for its own image.
+    First by CLIP's symmetric loss (section 2.3), which tells an image from 127 others, most of them very different. The
+    compositions of a batch are distinct, so no caption is a negative for its own image. Then each image is told from
+    the captions of *all* compositions. Their embeddings are computed once, because the text encoder is fixed by then.
     """
     torch.manual_seed(0)
-    model = CLIPModel(clip_config(tokenizer)).to(renderer.device).train()
-    ids = tokenize([c.caption for c in compositions], tokenizer).to(renderer.device)  # [C, L]
-    things, rgb = as_tensors(compositions, renderer.device)
+    device = renderer.device
+    model = CLIPModel(clip_config(tokenizer)).to(device).train()
+    ids = tokenize([c.caption for c in compositions], tokenizer).to(device)  # [C, L]
+    things, rgb = as_tensors(compositions, device)
+    precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
+    batch = min(batch, len(compositions))
+    target = torch.arange(batch, device=device)
+
+    def draw(some: Tensor) -> Tensor:
+        return to_pixels(renderer.draw(things[some], rgb[some]))
+
+    def symmetric_loss() -> Tensor:
+        some = torch.randperm(len(compositions))[:batch].to(device)
+        pixels = draw(some)
+        with precision():
+            logits = model(input_ids=ids[some], pixel_values=pixels).logits_per_image.float()  # [B, B]
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]  # no weight decay for biases, gains and the temperature
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
-    batch = min(batch, len(compositions))
-    target = torch.arange(batch, device=renderer.device)
-
-    def loss() -> Tensor:
-        some = torch.randperm(len(compositions))[:batch].to(renderer.device)
-        pixels = to_pixels(renderer.draw(things[some], rgb[some]))
-        with torch.autocast(renderer.device.type, torch.bfloat16, enabled=bfloat16):
-            logits = model(input_ids=ids[some], pixel_values=pixels).logits_per_image.float()  # [B, B]
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-    for _ in minimise(loss, optimizer, steps, "clip"):
+    for _ in minimise(symmetric_loss, groups, steps, "clip"):
         model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
-    return model.eval()
 
-
-def tune_image_encoder(
-    model: CLIPModel,
-    compositions: Sequence[Composition],
-    renderer: Renderer,
-    tokenizer: CLIPTokenizer,
-    steps: int,
-    batch: int = 128,
-    bfloat16: bool = False,
-) -> None:
-    """Train the image encoder further, against the captions of *all* compositions; the text encoder is fixed.
-
-    ``train_clip`` tells an image from 127 others in the batch, most of them very different; here it is told from every
-    caption. As the text encoder is fixed, its embeddings are computed once, and the UNet's conditioning stays the same.
-    """
     captions = embed_captions(model, compositions, tokenizer)  # [C, D]
-    things, rgb = as_tensors(compositions, renderer.device)
-    parameters = [*model.vision_model.parameters(), *model.visual_projection.parameters()]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True)
-    model.train()
 
-    def loss() -> Tensor:
-        some = torch.randint(len(compositions), (batch,), device=renderer.device)
-        pixels = to_pixels(renderer.draw(things[some], rgb[some]))
-        with torch.autocast(renderer.device.type, torch.bfloat16, enabled=bfloat16):
+    def loss_of_images() -> Tensor:
+        some = torch.randint(len(compositions), (batch,), device=device)
+        pixels = draw(some)
+        with precision():
             features = model.get_image_features(pixel_values=pixels).pooler_output  # [B, D]
         features = F.normalize(features.float(), dim=-1)
         return F.cross_entropy(model.logit_scale.detach().exp() * features @ captions.T, some)
 
-    for _ in minimise(loss, optimizer, steps, "clip, images"):
+    parameters = [*model.vision_model.parameters(), *model.visual_projection.parameters()]
+    for _ in minimise(loss_of_images, [{"params": parameters, "weight_decay": WEIGHT_DECAY}], steps, "clip, images"):
         pass
-    model.eval()
+    return model.eval()
 
 
-def minimise(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, steps: int, name: str) -> Iterator[None]:
+def minimise(loss: Callable[[], Tensor], groups: list[dict], steps: int, name: str) -> Iterator[None]:
     """Update by ``loss()`` ``steps`` times, with warm-up and cosine, gradients clipped at norm 1; yields after each."""
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    trained = [p for group in groups for p in group["params"]]
     progress = tqdm(range(steps), desc=name, unit="step", mininterval=1)
     for step in progress:
         set_learning_rate(optimizer, learning_rate(step, steps, LEARNING_RATE, WARMUP))
@@ -133,13 +121,6 @@ def minimise(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, steps
         yield
         if step % 20 == 0:
             progress.set_postfix(loss=f"{value.item():.3f}")
-
-
-@torch.no_grad()
-def nearest_captions(model: CLIPModel, images: Tensor, captions: Tensor) -> Tensor:
-    """uint8 images [N, 3, H, W] and unit embeddings [C, D] -> the index of the caption nearest to each image, [N]."""
-    features = [model.get_image_features(pixel_values=to_pixels(some)).pooler_output for some in images.split(256)]
-    return (torch.cat(features) @ captions.T).argmax(1)
 
 
 def save_clip(model: CLIPModel, folder: str | Path) -> None:
@@ -167,11 +148,9 @@ def save_clip(model: CLIPModel, folder: str | Path) -> None:
     write_json(clip / "preprocessor_config.json", preprocessor)
 
     # Not save_pretrained, which would omit the prefix of the published checkpoints.
-    text_encoder.mkdir(parents=True, exist_ok=True)
     config = model.text_model.config
     config.architectures = ["CLIPTextModel"]
     config.dtype = torch.float32  # not fp16 as in the file: transformers would load that, and diffusers a float32 UNet
     config.save_pretrained(text_encoder)
-    weights = {f"text_model.{key}": value.contiguous() for key, value in model.text_model.state_dict().items()}
-    with atomic_write(text_encoder / "model.safetensors") as file:
-        save_file(weights, file, metadata={"format": "pt"})
+    weights = {f"text_model.{key}": value for key, value in model.text_model.state_dict().items()}
+    write_tensors(text_encoder / "model.safetensors", weights, {})

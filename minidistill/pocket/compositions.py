@@ -22,7 +22,7 @@ COLOURS = {
     "pink": (250, 160, 195),
 }
 
-PAIRS_PER_THING = 8  # in which it stands on the left; it stands on the right in as many
+PAIRS_PER_THING = 8  # with the thing on the left; it stands on the right in as many
 HELD_OUT_SHARE = 0.1
 SEED = 0
 

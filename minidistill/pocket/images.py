@@ -10,10 +10,10 @@ from torch import Generator, Tensor
 
 from minidistill.pocket.compositions import THINGS, Composition
 
-# Of the longer side of a thing, relative to the side of the image: the range of its size.
+# The range of the length of a thing's longer side, relative to the side of the image.
 ALONE, IN_A_PAIR = (0.70, 0.86), (0.38, 0.45)
-SIZES = 8  # each range in so many steps
-PAIR_CENTRE = 0.235  # of each thing of a pair: its distance from the middle of the image
+SIZES = 8  # in each range
+PAIR_CENTRE = 0.235  # how far each thing of a pair is from the middle of the image
 SHIFT_ALONE, SHIFT_IN_A_PAIR = (0.05, 0.05), (0.02, 0.03)  # largest shift in x and y, relative to the image's side
 JITTER = 6  # the largest change of each background channel, of 255
 NOTHING = len(THINGS)  # the index of the absent second thing of a single composition
@@ -67,7 +67,7 @@ class Renderer:
         """Draw a batch; size, place and background of each image vary a little. Returns uint8 [B, 3, S, S].
 
         things: int64 [B, 2], rows of THINGS, the second NOTHING for a single thing. rgb: [B, 3], 0..255.
-        ``generator`` is on the CPU; without one, what is random is drawn on the device.
+        ``generator`` is on the CPU; without one, random numbers are drawn on the device.
         """
 
         def random(low: float, high: float, *shape: int) -> Tensor:

@@ -38,38 +38,28 @@ from minidistill.pocket.recognition import (
     load_classifier,
     templates,
 )
-from minidistill.training.command_line import (
-    DEFAULT_GUIDANCE,
-    ScaledFile,
-    add_model_flags,
-    finite,
-    load_options,
-    new_parser,
-    one_line_errors,
-    positive_int,
-    provenance,
-)
+from minidistill.training import command_line as cli
 
 JUDGING_SEED = 1002  # of rendered images; those that the model and the classifier learn from have others
 MEASURES = ("identity by template", "identity by classifier", "background", "all right")
 
 
 def read_flags(argv: list[str]) -> Namespace:
-    parser = new_parser(__doc__, prog="python -m minidistill.pocket.judge")
-    flag = parser.add_argument
-    flag("--lora", type=ScaledFile.parse, nargs="+", default=[], metavar="RUN_OR_LORA[:SCALE]",
+    parser = cli.new_parser(__doc__, prog="python -m minidistill.pocket.judge")
+    flag, number = parser.add_argument, dict(type=cli.positive_int, metavar="N")
+    flag("--lora", type=cli.ScaledFile.parse, nargs="+", default=[], metavar="RUN_OR_LORA[:SCALE]",
          help="judge these students too, beside their teacher")  # fmt: skip
     flag("--check", action="store_true", help="check the judges instead, on rendered images, plain and degraded")
-    flag("--guidance", type=finite, metavar="SCALE",
-         help=f"the teacher's guidance (default: the students', or {DEFAULT_GUIDANCE:g})")  # fmt: skip
-    flag("--steps", type=positive_int, default=25, metavar="N", help="DDIM steps (default: %(default)s)")
-    flag("--seeds", type=positive_int, default=4, metavar="N", help="images per composition (default: %(default)s)")
-    flag("--limit", type=positive_int, metavar="N", help="judge N compositions, evenly spread (default: all held-out)")
-    flag("--batch", type=positive_int, default=32, metavar="N", help="images to sample at once (default: %(default)s)")
+    flag("--guidance", type=cli.finite, metavar="SCALE",
+         help=f"the teacher's guidance (default: the students', or {cli.DEFAULT_GUIDANCE:g})")  # fmt: skip
+    flag("--steps", **number, default=25, help="DDIM steps (default: %(default)s)")
+    flag("--seeds", **number, default=4, help="images per composition (default: %(default)s)")
+    flag("--limit", **number, help="judge N compositions, evenly spread (default: all held-out)")
+    flag("--batch", **number, default=32, help="images to sample at once (default: %(default)s)")
     flag("--out", type=Path, metavar="FILE", help="write the numbers to this JSON file")
     flag("--work", type=Path, default=WORK, metavar="FOLDER", help="for the trained classifier (default: %(default)s)")
     flag("--emoji", type=Path, default=PACKAGE, metavar="FOLDER", help="the npm package (default: %(default)s)")
-    add_model_flags(parser)
+    cli.add_model_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -174,11 +164,11 @@ def sample_all(args: Namespace, prompts: list[str]) -> dict[str, Tensor]:
     students = read_students(args.lora, args)
     teacher = one_teacher(students, args.guidance)
     options = dict(steps=args.steps, batch=args.batch, progress=True, **teacher._asdict())
-    sd = load(args.model, **load_options(args))
+    sd = load(args.model, **cli.load_options(args))
     rows = {f"teacher, guidance {teacher.guidance:g}": draw(sd, "teacher", prompts, **options)}
     rows["no guidance"] = draw(sd, "no guidance", prompts, **options)
     for label, student in students.items():
-        sd = load(args.model, **load_options(args))
+        sd = load(args.model, **cli.load_options(args))
         student.install(sd)
         merge_to_sample(sd.unet)
         rows[f"student, {label}"] = draw(sd, "student", prompts, **options | student.sampling)
@@ -208,11 +198,11 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(row(method, things, judge(images, some, classifier, stamps), images, some))
     print(f"{len(compositions)} held-out compositions, {args.seeds} images each\n\n{table(rows)}")
     if args.out:
-        report = provenance("-m minidistill.pocket.judge", argv)
+        report = cli.provenance("-m minidistill.pocket.judge", argv)
         counts = dict(compositions=len(compositions), seeds=args.seeds, steps=args.steps)
         write_json(args.out, report | counts | dict(rows=rows))
 
 
 if __name__ == "__main__":
-    with one_line_errors("minidistill.pocket.judge", "stopped."):
+    with cli.one_line_errors("minidistill.pocket.judge", "stopped."):
         main()

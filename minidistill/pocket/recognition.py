@@ -48,8 +48,10 @@ def templates(folder: Path) -> Tensor:
 
 
 def crops(images: Tensor, pair: bool) -> Tensor:
-    """What holds one thing each: whole images, or the left and the right half of their middle. uint8 [N, 3, S, S] ->
-    [N, 1, 3, h, w], or for pairs [N, 2, 3, h, w], in [0, 1], with h = w = CROP_SIDE."""
+    """Crops that hold one thing each: the whole image, or for a pair the left and the right half of its middle.
+
+    uint8 [N, 3, S, S] -> [N, 1, 3, h, w], for pairs [N, 2, 3, h, w], in [0, 1], with h = w = CROP_SIDE.
+    """
     side = images.shape[-1]
     middle = images[:, :, side // 4 : 3 * side // 4]
     parts = middle.split(side // 2, dim=3) if pair else [images]

@@ -42,11 +42,11 @@ def fit(
 ) -> Model:
     """Train the parameters that require a gradient, those in ``by_muon`` by Muon and the others by AdamW.
 
-    Returns the averaged weights.
+    Returns the averaged weights. Resumes from the file ``state`` if it exists.
 
-    Resumes from the file ``state`` if it exists. ``loss_of(model, *new_batch())`` is the loss, and the values to show
-    beside the progress bar; with ``bfloat16``, autocast computes in it what is safe there. On a GPU all of an update,
-    ``new_batch`` too, is recorded in a CUDA graph. What resumes there differs a little, because it warms up again.
+    ``loss_of(model, *new_batch())`` is the loss, and the values to show beside the progress bar. With ``bfloat16`` it
+    is computed by autocast. On a GPU the whole update, with ``new_batch``, is recorded in a CUDA graph; a resumed run
+    differs a little there, because it warms up again.
     """
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last).train()

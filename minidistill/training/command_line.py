@@ -9,10 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -170,6 +171,26 @@ def provenance(command: str, argv: Sequence[str]) -> dict[str, str]:
     head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True)
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=here, capture_output=True).returncode
     return dict(command=line, commit=head.stdout.strip() + "+" * bool(changed) if head.stdout else "unknown")
+
+
+def run_command(program: str, doc: str, commands: Mapping[str, ModuleType], argv: Sequence[str]) -> None:
+    """Run the module that ``argv`` names, or else the first: its ``add_flags(parser)``, then its ``run(args)``.
+
+    A module that takes more than flags says so in POSITIONAL, for its usage. ``args.provenance`` is the command.
+    """
+    default = next(iter(commands))
+    takes_words = hasattr(commands[default], "POSITIONAL")
+    if not argv or argv[0] not in ("-h", "--help", *commands) and (takes_words or argv[0].startswith("-")):
+        argv = [default, *argv]
+    parser = new_parser(doc, "COMMAND ", f"python -m {program}")
+    parser.add_argument("command", metavar="COMMAND", choices=commands)
+    name = parser.parse_args(argv[:1]).command
+    module = commands[name]
+    parser = new_parser(module.__doc__, getattr(module, "POSITIONAL", ""), f"python -m {program} {name}")
+    module.add_flags(parser)
+    args = parser.parse_args(argv[1:])
+    args.provenance = provenance(f"-m {program} {name}", argv[1:])
+    module.run(args)
 
 
 def check_interval(interval: Interval | None, timesteps: list[int]) -> None:
