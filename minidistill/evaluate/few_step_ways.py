@@ -32,7 +32,7 @@ from minidistill.formats.lora_io import add_student, merge_file, save_lora
 from minidistill.guidance import guided, plain, student
 from minidistill.lora import LoRAModel, inject_lora, lora_parameters
 from minidistill.pipeline import StableDiffusion, to_images
-from minidistill.samplers import Predictor, ddim_loop, ddim_step, fresh_noise, step_pairs
+from minidistill.samplers import Predictor, ddim_loop, fresh_noise, step_pairs
 from minidistill.schedule import Schedule, add_noise, clean_and_noise
 from minidistill.training.command_line import DEFAULT_GUIDANCE, add_model_flags, load_options, positive, positive_int
 from minidistill.training.cuda_graph import adamw, set_learning_rate
@@ -203,7 +203,8 @@ def two_steps_in_one(steps: int, before: LoRAModel | None, unet, lesson, z, cond
     z_t = renoise(schedule, z[:, -1], t, generator)
     teacher = student(before, cond) if before else guided(unet, cond, lesson.uncond.expand(len(z)), lesson.guidance)
     *_, (target, _, _) = ddim_loop(teacher, schedule, z_t, [(t, middle), (middle, t_next)])
-    return F.mse_loss(ddim_step(schedule, predict(student(unet, cond), z_t, t), z_t, t, t_next), target)
+    k, q = (x[i].to(z_t) for x in ddim_coefficients(schedule, steps))
+    return F.mse_loss(k * z_t + q * predict(student(unet, cond), z_t, t), target)
 
 
 def predict(model: Predictor, z_t: Tensor, t: int) -> Tensor:
