@@ -16,6 +16,7 @@ import torch
 from tiny import ROOT, UPDATES, write_tiny, write_tiny_xl
 
 from minidistill import StableDiffusion, load
+from minidistill.unet import UNet
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,6 +46,14 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def sd(tiny_model: Path) -> StableDiffusion:
     return load(tiny_model)
+
+
+@pytest.fixture
+def unet_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The batch size of every call of a UNet."""
+    sizes, forward = [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda unet, z_t, *more: sizes.append(len(z_t)) or forward(unet, z_t, *more))
+    return sizes
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """distill.py: teacher and student, what the student is asked for, when it counts as diverged, and its learning rate."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -87,14 +88,6 @@ def test_teacher_outside_its_interval_is_one_call_switched_off(unet, inputs):
 def test_teacher_keeps_no_graph(unet, inputs):
     z_t, t, cond, uncond = inputs
     assert not teacher(unet[0], z_t.requires_grad_(), t, cond, uncond, 3.0).requires_grad
-
-
-def test_student_is_one_call_switched_on(unet, inputs):
-    model, settings = unet
-    z_t, t, cond, _ = inputs
-    prediction = model(z_t, t, cond, lora_enabled=True)
-    assert settings == [True]
-    assert prediction.requires_grad and not torch.equal(prediction, model(z_t, t, cond))
 
 
 @pytest.mark.parametrize("wide, narrow", [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
@@ -211,6 +204,15 @@ def test_only_guided_examples_are_compared_with_the_teacher_alone():
     few = error_and_limit(model, [target], Interval(300, 301))  # too few inside: all are compared with zeros
     assert few[0] == pytest.approx(squared_error(model, target, True), rel=1e-5)
     assert few[1] == pytest.approx(guided.square().mean().item(), rel=1e-5)
+
+
+def test_weights_count_in_the_error_and_in_both_limits():
+    model, batch = fill_up(tiny_student()), examples(ENOUGH_EXAMPLES)
+    with torch.no_grad():
+        near = replace(batch, target=model(batch.z_t, batch.t, batch.cond) + 0.1 * batch.target)
+    for one in (batch, near):  # limited by zeros, and by W alone
+        double = [2 * x for x in error_and_limit(model, [one])]
+        assert error_and_limit(model, [replace(one, weight=2 * one.weight)]) == pytest.approx(double, rel=1e-5)
 
 
 # Learning rate

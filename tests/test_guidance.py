@@ -61,16 +61,6 @@ def test_batched_guidance_is_one_call_of_twice_the_batch_size(wrap, inputs):
     assert [len(x) for call in model.calls for x in call] == [2 * len(z_t)] * 3
 
 
-def test_guidance_0_is_unconditional(inputs):
-    z_t, t, cond, uncond = inputs
-    assert torch.equal(guided_noise(Recorded(), z_t, t, cond, uncond, 0.0), Recorded()(z_t, t, uncond))
-
-
-def test_guidance_1_is_conditional(inputs):
-    z_t, t, cond, uncond = inputs
-    assert error(guided_noise(Recorded(), z_t, t, cond, uncond, 1.0), Recorded()(z_t, t, cond)) < 1e-12
-
-
 def test_two_calls_on_the_same_latents(inputs):
     z_t, t, cond, uncond = inputs
     model = Recorded()
@@ -102,25 +92,22 @@ def test_an_interval_includes_both_ends():
     assert Interval(300, 700).includes(t).tolist() == [False, True, True, True, False]
 
 
-@pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("t", [300, 411, 700])
-def test_inside_the_interval_the_prediction_is_guided(t: int, batched: bool, inputs):
+@pytest.mark.parametrize("way", ["two calls", "batched", "predictor"])
+@pytest.mark.parametrize(
+    "interval, t, is_guided",
+    [(Interval(300, 700), t, 300 <= t <= 700) for t in (0, 299, 300, 411, 700, 701, 999)] + [(None, 20, True)],
+)
+def test_a_batch_inside_the_interval_is_guided(interval: Interval | None, t: int, is_guided: bool, way: str, inputs):
+    """Outside it there is one call, without guidance; without an interval every t is inside."""
     z_t, _, cond, uncond = inputs
     model, t = Recorded(), torch.tensor([t, t])
-    prediction = interval_noise(model, z_t, t, cond, uncond, 4.0, Interval(300, 700), batched)
-    expected = 4 * Recorded()(z_t, t, cond) - 3 * Recorded()(z_t, t, uncond)
-    assert error(prediction, expected) < 1e-12
-    assert [len(call[0]) for call in model.calls] == ([4] if batched else [2, 2])
-
-
-@pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("t", [0, 299, 701, 999])
-def test_outside_the_interval_there_is_one_call_without_guidance(t: int, batched: bool, inputs):
-    z_t, _, cond, uncond = inputs
-    model, t = Recorded(), torch.tensor([t, t])
-    prediction = interval_noise(model, z_t, t, cond, uncond, 4.0, Interval(300, 700), batched)
-    assert torch.equal(prediction, Recorded()(z_t, t, cond))
-    assert len(model.calls) == 1 and model.calls[0][2] is cond and len(model.calls[0][0]) == 2
+    if way == "predictor":
+        prediction = guided(model, cond, uncond, 4.0, interval)(z_t, t)
+    else:
+        prediction = interval_noise(model, z_t, t, cond, uncond, 4.0, interval, way == "batched")
+    eps, eps_uncond = Recorded()(z_t, t, cond), Recorded()(z_t, t, uncond)
+    assert error(prediction, 4 * eps - 3 * eps_uncond if is_guided else eps) < 1e-12
+    assert [len(call[0]) for call in model.calls] == (([4] if way == "batched" else [2, 2]) if is_guided else [2])
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -140,15 +127,6 @@ def test_in_a_mixed_batch_each_example_has_its_own_guidance(batched: bool):
     assert len(model.calls) == (1 if batched else 2)
 
 
-@pytest.mark.parametrize("batched", [False, True])
-def test_no_interval_guides_everywhere(batched: bool, inputs):
-    z_t, t, cond, uncond = inputs
-    model = Recorded()
-    prediction = interval_noise(model, z_t, t, cond, uncond, 4.0, None, batched)
-    expected = 4 * Recorded()(z_t, t, cond) - 3 * Recorded()(z_t, t, uncond)
-    assert error(prediction, expected) < 1e-12 and len(model.calls) == (1 if batched else 2)
-
-
 def test_the_interval_keeps_the_dtype_of_the_latents():
     z_t, t, cond = unet_inputs()
     t = torch.tensor([100, 500])
@@ -159,11 +137,12 @@ def test_the_interval_keeps_the_dtype_of_the_latents():
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 25, 50, 1000])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.34, 0.5, 0.9, 0.999, 1.0])
-def test_selective_guidance_drops_the_last_steps(steps: int, share: float):
+@pytest.mark.parametrize("spacing", [None, "trailing"])
+def test_selective_guidance_drops_the_last_steps(steps: int, share: float, spacing: str | None):
     """Exactly the last round(share * steps) of DDIM's steps, as selective guidance has always been counted here."""
-    timesteps = schedule().timesteps(steps)
+    timesteps = schedule().timesteps(steps, spacing)
     dropped = round(share * steps)
-    interval = selective_interval(schedule(), steps, share)
+    interval = selective_interval(schedule(), steps, share, spacing)
     guided_steps = timesteps if interval is None else [t for t in timesteps if interval.includes(torch.tensor([t]))]
     assert guided_steps == timesteps[: steps - dropped]
     assert (interval is None) == (dropped == 0)
@@ -182,16 +161,6 @@ def test_plain_is_one_call(inputs):
     z_t, t, cond, _ = inputs
     model = Recorded()
     assert torch.equal(plain(model, cond)(z_t, t), Recorded()(z_t, t, cond)) and len(model.calls) == 1
-
-
-def test_guided_is_two_calls_or_one_outside_the_interval(inputs):
-    z_t, _, cond, uncond = inputs
-    for interval, t, calls in [(None, 20, 2), (Interval(300, 700), 500, 2), (Interval(300, 700), 20, 1)]:
-        model, t = Recorded(), torch.tensor([t, t])
-        prediction = guided(model, cond, uncond, 3.0, interval)(z_t, t)
-        expected = Recorded()(z_t, t, cond)
-        expected = 3 * expected - 2 * Recorded()(z_t, t, uncond) if calls == 2 else expected
-        assert error(prediction, expected) < 1e-12 and len(model.calls) == calls
 
 
 def test_student_is_one_call_switched_on(inputs):

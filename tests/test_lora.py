@@ -367,6 +367,14 @@ def test_a_state_dict_adds_the_pairs_once(kind: str, saved_merged: bool):
     assert error(other(x), teacher) < 1e-12
 
 
+def test_another_pair_does_not_load_into_merged_weights():
+    model, _, _ = one_layer("linear")
+    pair = {name: x.clone() for name, x in model.state_dict().items() if "lora_" in name}
+    merge_lora(model)
+    with pytest.raises(ValueError, match="0 is merged: unmerge_lora before"):
+        model.load_state_dict(pair, strict=False)
+
+
 def test_the_state_dict_has_the_names_of_the_network_and_the_pairs():
     names = list(tiny_unet().state_dict())
     assert [name for name in tiny_student().state_dict() if "lora_" not in name] == names

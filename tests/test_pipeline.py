@@ -8,21 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import TOKENS, error, fill_up, randn
+from tiny import TOKENS, error, fill_up, levels, randn
 from torch import nn
 
 from minidistill import CheckpointError, StableDiffusion, inject_lora, load, load_lora, merge_lora, pipeline, save_lora
 from minidistill.conditioning import Conditioning
 from minidistill.guidance import Interval, away_from, guided
 from minidistill.guidance import student as student_model
-from minidistill.pipeline import FRESH_NOISE, on_device, to_images
+from minidistill.pipeline import on_device, to_images
 from minidistill.samplers import ddim_sample, ddim_step, fresh_noise
 
 APPLE, ROCKET = "a red apple", "a rocket on a purple background"
-
-
-def pixels(images: list) -> np.ndarray:
-    return np.stack([np.asarray(image, dtype=int) for image in images])
 
 
 @pytest.fixture
@@ -32,18 +28,18 @@ def student(sd: StableDiffusion) -> StableDiffusion:
 
 
 def test_same_seed_same_image(sd: StableDiffusion):
-    first, again, other = (pixels(sd.sample([APPLE], steps=2, seed=seed)) for seed in (3, 3, 4))
+    first, again, other = (levels(sd.sample([APPLE], steps=2, seed=seed)) for seed in (3, 3, 4))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
 def test_a_model_loaded_again_gives_the_same_image(sd: StableDiffusion, tiny_model: Path):
     again = load(tiny_model).sample([APPLE], steps=2)
-    assert np.array_equal(pixels(sd.sample([APPLE], steps=2)), pixels(again))
+    assert np.array_equal(levels(sd.sample([APPLE], steps=2)), levels(again))
 
 
 def test_image_i_has_seed_plus_i(sd: StableDiffusion):
-    together = pixels(sd.sample([APPLE, APPLE], steps=2, seed=3))
-    apart = pixels(sd.sample([APPLE], steps=2, seed=3) + sd.sample([APPLE], steps=2, seed=4))
+    together = levels(sd.sample([APPLE, APPLE], steps=2, seed=3))
+    apart = levels(sd.sample([APPLE], steps=2, seed=3) + sd.sample([APPLE], steps=2, seed=4))
     assert np.abs(together - apart).max() <= 1
 
 
@@ -62,18 +58,18 @@ def test_an_image_does_not_depend_on_the_batch(lora_enabled: bool, student: Stab
 
     alone = torch.cat([end(slice(i, i + 1)) for i in range(3)])
     assert error(end(slice(None)), alone) < 1e-4
-    one, three = (pixels(student.sample(prompts, steps=3, lora_enabled=lora_enabled, batch=b)) for b in (1, 3))
+    one, three = (levels(student.sample(prompts, steps=3, lora_enabled=lora_enabled, batch=b)) for b in (1, 3))
     assert np.abs(one - three).max() <= 1
 
 
 def test_prompt_guidance_and_negative_prompt_matter(sd: StableDiffusion):
     options = [dict(), dict(guidance=2.0), dict(guidance=1.0), dict(negative_prompt=ROCKET), dict(prompts=[ROCKET])]
-    images = [pixels(sd.sample(**(dict(prompts=[APPLE], steps=2) | changes))).tobytes() for changes in options]
+    images = [levels(sd.sample(**(dict(prompts=[APPLE], steps=2) | changes))).tobytes() for changes in options]
     assert len(set(images)) == len(options)
 
 
 def test_a_string_is_one_prompt(sd: StableDiffusion):
-    assert np.array_equal(pixels(sd.sample(APPLE, steps=1)), pixels(sd.sample([APPLE], steps=1)))
+    assert np.array_equal(levels(sd.sample(APPLE, steps=1)), levels(sd.sample([APPLE], steps=1)))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +106,7 @@ def test_where_the_teacher_is_guided(options: dict, is_guided: list[bool], sd: S
     sd.unet.register_forward_hook(lambda *_: calls.append(1))
     images = sd.sample([APPLE], steps=4, guidance=6.0, seed=5, negative_prompt=ROCKET, **options)
     assert len(calls) == 4 + sum(is_guided)
-    assert np.abs(pixels(images) - pixels(expected)).max() <= 1
+    assert np.abs(levels(images) - levels(expected)).max() <= 1
 
 
 def test_an_interval_beside_selective_guidance_is_refused(sd: StableDiffusion):
@@ -122,20 +118,20 @@ def test_a_student_is_led_away_from_a_negative_prompt(student: StableDiffusion):
     """The image is that of a loop written out, and without the prompt it is the student's again."""
 
     def drawn(negative: str | None) -> np.ndarray:
-        return pixels(student.sample([APPLE], steps=3, seed=5, lora_enabled=True, negative_prompt=negative))
+        return levels(student.sample([APPLE], steps=3, seed=5, lora_enabled=True, negative_prompt=negative))
 
     before, led = drawn(None), drawn(ROCKET)
     with torch.no_grad(), away_from(student.unet, student.encode_prompt([ROCKET])):
         predict = partial(student.unet, cond=student.encode_prompt([APPLE]), lora_enabled=True)
         *_, z_0 = ddim_sample(predict, student.schedule, student.starting_noise([5]), 3)
-        assert np.abs(led - pixels(to_images(student.vae.decode(z_0)))).max() <= 1
+        assert np.abs(led - levels(to_images(student.vae.decode(z_0)))).max() <= 1
     assert np.abs(led - before).max() > 1 and np.array_equal(before, drawn("")) and np.array_equal(before, drawn(None))
 
 
 def test_a_merged_model_samples_as_the_student(student: StableDiffusion):
-    expected = pixels(student.sample([APPLE], steps=3, lora_enabled=True))
+    expected = levels(student.sample([APPLE], steps=3, lora_enabled=True))
     merge_lora(student.unet)
-    assert np.abs(pixels(student.sample([APPLE], steps=3, guidance=1.0)) - expected).max() <= 1
+    assert np.abs(levels(student.sample([APPLE], steps=3, guidance=1.0)) - expected).max() <= 1
 
 
 def test_a_student_samples_at_the_strength_that_stands_for_a_guidance(sd: StableDiffusion, tmp_path: Path):
@@ -145,8 +141,8 @@ def test_a_student_samples_at_the_strength_that_stands_for_a_guidance(sd: Stable
     for strength in (0.7, 1.0):
         again = load(sd.path)
         again.unet = load_lora(again.unet, lora, strength)
-        at[strength] = pixels(again.sample([APPLE], steps=3, lora_enabled=True))
-    found = [pixels(again.sample([APPLE], steps=3, guidance=w, lora_enabled=True)) for w in (2, None, 4)]
+        at[strength] = levels(again.sample([APPLE], steps=3, lora_enabled=True))
+    found = [levels(again.sample([APPLE], steps=3, guidance=w, lora_enabled=True)) for w in (2, None, 4)]
     assert all(np.array_equal(ours, at[x]) for ours, x in zip(found, (0.7, 1.0, 1.0)))
     assert not np.array_equal(at[0.7], at[1.0])
 
@@ -232,6 +228,7 @@ def test_noise_depends_on_the_seed_alone(sd: StableDiffusion):
     first = sd.starting_noise([5, 6])
     torch.manual_seed(2)
     assert torch.equal(sd.starting_noise([6]), first[1:])
+    assert torch.equal(load(sd.path, dtype=torch.bfloat16).starting_noise([6]), first[1:])  # in float32, as the steps
 
 
 def test_fresh_noise_depends_on_the_images_seed_alone(sd: StableDiffusion):
@@ -239,17 +236,29 @@ def test_fresh_noise_depends_on_the_images_seed_alone(sd: StableDiffusion):
     together = sd.sample([APPLE, APPLE, APPLE], steps=3, eta=1.0, seed=4)
     for i, image in enumerate(together):
         alone = sd.sample([APPLE], steps=3, eta=1.0, seed=4 + i)[0]
-        assert np.abs(np.asarray(image, dtype=int) - np.asarray(alone, dtype=int)).max() <= 1
-    plain = sd.sample([APPLE], steps=3, seed=4)[0]
-    assert np.abs(np.asarray(together[0], dtype=int) - np.asarray(plain, dtype=int)).max() > 1
+        assert np.abs(levels([image]) - levels([alone])).max() <= 1
+    plain = sd.sample([APPLE], steps=3, seed=4)
+    assert np.abs(levels(together[:1]) - levels(plain)).max() > 1
 
 
-def test_fresh_noise_is_not_the_starting_noise(sd: StableDiffusion):
+def test_fresh_noise_is_the_same_in_every_dtype(sd: StableDiffusion):
     z_T = sd.starting_noise([4])
-    fresh = fresh_noise(z_T.double(), [torch.Generator().manual_seed(FRESH_NOISE + 4)])
-    assert fresh.dtype == torch.float64 and (fresh * z_T).mean().abs() < 0.3
-    narrow = fresh_noise(z_T.bfloat16(), [torch.Generator().manual_seed(FRESH_NOISE + 4)])
-    assert torch.equal(narrow, fresh.bfloat16())  # the same image in every dtype
+    wide, narrow = (fresh_noise(z_T.to(d), [torch.Generator().manual_seed(4)]) for d in (torch.float64, torch.bfloat16))
+    assert wide.dtype == torch.float64 and torch.equal(narrow, wide.bfloat16())
+
+
+def test_fresh_noise_is_not_the_noise_it_starts_from(sd: StableDiffusion, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def record(model, schedule, z_T, steps, eta, generators, spacing):
+        seen.append(z_T)
+        yield fresh_noise(z_T, generators)
+
+    monkeypatch.setattr(pipeline, "ddim_sample", record)
+    monkeypatch.setattr(sd, "decode", lambda z: seen.append(z) or torch.zeros(1, 3, 16, 16))
+    sd.sample([APPLE], steps=1, eta=1.0, seed=3)
+    z_T, noise = (x.flatten() for x in seen)
+    assert torch.corrcoef(torch.stack([z_T, noise]))[0, 1].abs() < 0.2
 
 
 def test_sampling_leaves_the_global_generator_alone(sd: StableDiffusion):
@@ -264,13 +273,13 @@ def test_bfloat16(tiny_model: Path, sd: StableDiffusion):
     assert {p.dtype for part in (narrow.unet, narrow.vae, narrow.text_encoder) for p in part.parameters()} == {
         torch.bfloat16
     }
-    assert np.abs(pixels(narrow.sample([APPLE], steps=2)) - pixels(sd.sample([APPLE], steps=2))).mean() < 8
+    assert np.abs(levels(narrow.sample([APPLE], steps=2)) - levels(sd.sample([APPLE], steps=2))).mean() < 8
 
 
 def test_prediction_can_be_overridden(tiny_model: Path, sd: StableDiffusion):
     v = load(tiny_model, prediction="v")
     assert sd.schedule.prediction == "eps" and v.schedule.prediction == "v"
-    assert not np.array_equal(pixels(v.sample([APPLE], steps=1)), pixels(sd.sample([APPLE], steps=1)))
+    assert not np.array_equal(levels(v.sample([APPLE], steps=1)), levels(sd.sample([APPLE], steps=1)))
 
 
 def test_an_unknown_prediction_is_refused(tiny_model: Path):
@@ -288,7 +297,7 @@ def test_sample_is_ddim_and_the_decoder(sd: StableDiffusion):
     z_0 = list(ddim_sample(model, sd.schedule, sd.starting_noise([0]), 2))[-1]
     with torch.no_grad():
         expected = to_images(sd.vae.decode(z_0))
-    assert np.array_equal(pixels(sd.sample([APPLE], steps=2)), pixels(expected))
+    assert np.array_equal(levels(sd.sample([APPLE], steps=2)), levels(expected))
 
 
 def test_a_network_moves_to_the_device_and_back():
@@ -311,10 +320,10 @@ def test_text_encoder_and_vae_move_while_they_are_used(sd: StableDiffusion, monk
 def test_a_vae_that_overflows_decodes_in_float32_aloud(sd: StableDiffusion):
     with torch.no_grad():
         sd.vae.post_quant_conv.weight.mul_(1e4)
-    expected = pixels(sd.sample(["a cat", "a dog"], steps=1))
+    expected = levels(sd.sample(["a cat", "a dog"], steps=1))
     sd.vae.half()
     with pytest.warns(UserWarning, match="VAE overflows in float16"):
-        found = pixels(sd.sample(["a cat", "a dog"], steps=1))  # two, as the first changes the VAE
+        found = levels(sd.sample(["a cat", "a dog"], steps=1))  # two, as the first changes the VAE
     assert found.max() > 0 and np.abs(found - expected).mean() < 2
 
 

@@ -53,6 +53,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The options of every call of StableDiffusion.sample."""
+    seen, original = [], StableDiffusion.sample
+    monkeypatch.setattr(
+        StableDiffusion, "sample", lambda sd, prompts, **how: seen.append(how) or original(sd, prompts, **how)
+    )
+    return seen
+
+
 def images_in(folder: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(file), dtype=int) for file in sorted(folder.iterdir())]
 
@@ -138,22 +148,10 @@ def test_compare_uses_the_lora_beside_the_model(sample, lora: Path, tmp_path: Pa
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
-def test_compare_uses_the_guidance_that_the_lora_learned(sample, lora: Path, monkeypatch):
-    seen, original = [], StableDiffusion.sample
-
-    def recorded(self, prompts, **options):
-        seen.append(options)
-        return original(self, prompts, **options)
-
-    monkeypatch.setattr(StableDiffusion, "sample", recorded)
+def test_compare_uses_the_guidance_that_the_lora_learned(sample, sampled: list[dict], lora: Path):
     sample(APPLE, "--compare", "--lora", lora)
-    assert [options["lora_enabled"] for options in seen[1:]] == [False, True]  # after one untimed step
-    assert (seen[1]["guidance"], seen[1]["negative_prompt"]) == (4.0, "a cat")
-
-
-def test_compare_refuses_another_teacher_than_the_loras(sample, lora: Path, tmp_path: Path):
-    result = sample(APPLE, "--compare", "--lora", lora, "--negative-prompt", "a dog")
-    assert result.code != 0 and "has learned guidance 4" in result.err and not (tmp_path / "out").exists()
+    assert [how["lora_enabled"] for how in sampled[1:]] == [False, True]  # after one untimed step
+    assert (sampled[1]["guidance"], sampled[1]["negative_prompt"]) == (4.0, "a cat")
 
 
 @pytest.fixture
@@ -175,14 +173,10 @@ def test_a_student_is_led_away_from_a_prompt_that_it_has_not_learned(sample, tin
     assert np.abs(new - none).max() > 1 and np.array_equal(known, none)
 
 
-def test_compare_leads_teacher_and_student_away_from_the_same_prompt(sample, no_negative_lora, lora, monkeypatch):
-    seen, original = [], StableDiffusion.sample
-    monkeypatch.setattr(
-        StableDiffusion, "sample", lambda sd, prompts, **how: seen.append(how) or original(sd, prompts, **how)
-    )
+def test_compare_leads_teacher_and_student_away_from_the_same_prompt(sample, sampled, no_negative_lora, lora):
     assert sample(APPLE, "--compare", "--lora", no_negative_lora, "--negative-prompt", "a dog").code == 0
     assert sample(APPLE, "--compare", "--lora", lora, "--negative-prompt", "a cat").code == 0  # as it has learned
-    prompts = [(how["lora_enabled"], how["negative_prompt"]) for how in seen if "negative_prompt" in how]
+    prompts = [(how["lora_enabled"], how["negative_prompt"]) for how in sampled if "negative_prompt" in how]
     assert prompts == [(False, "a dog"), (True, "a dog"), (False, "a cat"), (True, None)]
 
 
@@ -195,17 +189,13 @@ def test_the_loras_strength_is_a_dial(sample, calls: list[int], lora: Path, tmp_
     assert flag == colon != whole
 
 
-def test_compare_scales_the_teachers_guidance_with_the_dial(sample, lora: Path, monkeypatch):
-    seen, original = [], StableDiffusion.sample
-    monkeypatch.setattr(
-        StableDiffusion, "sample", lambda sd, prompts, **how: seen.append(how) or original(sd, prompts, **how)
-    )
+def test_compare_scales_the_teachers_guidance_with_the_dial(sample, sampled: list[dict], lora: Path):
     assert sample(APPLE, "--compare", "--lora", lora, "--lora-scale", 0.5).code == 0
     assert sample(APPLE, "--compare", "--lora", f"{lora}:0.5").code == 0
-    assert seen[1]["guidance"] == seen[4]["guidance"] == 1 + 0.5 * (4 - 1)
+    assert sampled[1]["guidance"] == sampled[4]["guidance"] == 1 + 0.5 * (4 - 1)
 
 
-def test_a_student_samples_at_another_guidance(sample, calls: list[int], tiny_model: Path, tmp_path: Path, monkeypatch):
+def test_a_student_samples_at_another_guidance(sample, sampled, calls: list[int], tiny_model: Path, tmp_path: Path):
     """At the strength that its header gives for it, 0.7 for guidance 2; the teacher beside it has that guidance."""
     lora = tmp_path / "dial.safetensors"
     save_lora(fill_up(inject_lora(load(tiny_model).unet, rank=2)), lora, METADATA | dict(dial="2:0.7"))
@@ -213,12 +203,8 @@ def test_a_student_samples_at_another_guidance(sample, calls: list[int], tiny_mo
     sample(APPLE, "--lora", lora, "--guidance", 2, "--out", tmp_path / "guidance.png")
     assert calls == [1] * 6
     assert (tmp_path / "strength.png").read_bytes() == (tmp_path / "guidance.png").read_bytes()
-    seen, original = [], StableDiffusion.sample
-    monkeypatch.setattr(
-        StableDiffusion, "sample", lambda sd, prompts, **how: seen.append(how) or original(sd, prompts, **how)
-    )
     assert sample(APPLE, "--compare", "--lora", lora, "--guidance", 2).code == 0
-    assert seen[1]["guidance"] == 2 and not seen[1]["lora_enabled"]
+    assert sampled[-2]["guidance"] == 2 and not sampled[-2]["lora_enabled"]
 
 
 def test_selective_guidance_costs_less(sample, calls: list[int], tmp_path: Path):
@@ -261,14 +247,10 @@ def test_the_teacher_is_guided_in_the_interval(sample, calls: list[int], tiny_mo
 
 
 @pytest.mark.parametrize("flags", [(), ("--interval", 300, 600)])
-def test_compare_uses_the_interval_that_the_lora_learned(flags: tuple, sample, calls, interval_lora: Path, monkeypatch):
+def test_compare_uses_the_interval_that_the_lora_learned(flags: tuple, sample, sampled, calls, interval_lora: Path):
     """Naming the same interval again is no contradiction."""
-    seen, original = [], StableDiffusion.sample
-    monkeypatch.setattr(
-        StableDiffusion, "sample", lambda sd, prompts, **how: seen.append(how) or original(sd, prompts, **how)
-    )
     assert sample(APPLE, "--compare", "--lora", interval_lora, *flags).code == 0
-    assert seen[1]["interval"] == Interval(300, 600) and seen[1]["guidance"] == 4
+    assert sampled[1]["interval"] == Interval(300, 600) and sampled[1]["guidance"] == 4
     assert len(calls) == 2 + 4 + 3  # one untimed step, the teacher, the student
 
 
@@ -279,8 +261,9 @@ def test_compare_refuses_another_teacher_than_the_intervals(flags: tuple, sample
     assert not (tmp_path / "out").exists()
 
 
-def test_compare_refuses_an_interval_that_the_lora_did_not_learn(sample, lora: Path, tmp_path: Path):
-    complaint = sample(APPLE, "--compare", "--lora", lora, "--interval", 300, 600).complaint
+@pytest.mark.parametrize("flags", [("--interval", 300, 600), ("--negative-prompt", "a dog")])
+def test_compare_refuses_another_teacher_than_the_loras(flags: tuple, sample, lora: Path, tmp_path: Path):
+    complaint = sample(APPLE, "--compare", "--lora", lora, *flags).complaint
     assert "has learned guidance 4" in complaint and not (tmp_path / "out").exists()
 
 
@@ -468,14 +451,8 @@ def test_out_below_a_file(sample, tmp_path: Path):
 
 def test_a_single_file(sample, tmp_path: Path):
     save_file(tiny_tensors(version=2), tmp_path / "model.safetensors")
-    flags = [
-        "--model",
-        tmp_path / "model.safetensors",
-        "--prediction",
-        "eps",
-        "--tokenizer",
-        ROOT / "weights/pocket-emoji/tokenizer",
-    ]
+    flags = ["--model", tmp_path / "model.safetensors", "--prediction", "eps"]
+    flags += ["--tokenizer", ROOT / "weights/pocket-emoji/tokenizer"]
     result = sample(APPLE, *flags)
     assert result.code == 0 and "Wrote" in result.out
     assert "--ema" in sample(APPLE, *flags, "--ema").complaint

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import TINY_XL_UNET, error, fill_up, randn
+from tiny import TINY_XL_UNET, edit_json, error, fill_up, randn
 
 from minidistill import StableDiffusion, inject_lora, load, load_lora, pipeline, save_lora
 from minidistill.conditioning import Conditioning, cat
@@ -169,8 +169,7 @@ def test_what_a_single_file_cannot_say_is_said(run: Path, tiny_xl: Path, tmp_pat
 
 def test_v_is_marked_in_a_single_file(run: Path, tiny_xl: Path, tmp_path: Path):
     folder = shutil.copytree(tiny_xl, tmp_path / "v")
-    scheduler = folder / "scheduler/scheduler_config.json"
-    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
+    edit_json(folder / "scheduler/scheduler_config.json", {"prediction_type": "v_prediction"})
     file, lora = tmp_path / "file.safetensors", tmp_path / "lora.safetensors"
     tensors, header = read_tensors(run / "lora.safetensors")
     write_tensors(lora, tensors, header | {"prediction": "v"})

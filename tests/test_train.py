@@ -16,6 +16,8 @@ from minidistill import load, load_lora
 from minidistill.data.prompts import prompt_split
 from minidistill.formats.lora_formats import read_lora
 from minidistill.lora import lora_parameters
+from minidistill.training import students
+from minidistill.training.recompute import LOW_MEMORY, recompute
 
 # What a run leaves
 
@@ -101,23 +103,31 @@ def test_an_unavailable_kernel_changes_nothing(whole_run, command, flags, tmp_pa
     assert same_result(tmp_path / "run", whole_run[0])
 
 
-def test_low_memory_changes_nothing(whole_run, command, flags, tmp_path: Path):
+def test_low_memory_changes_nothing(whole_run, command, flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """But what is kept for the backward pass."""
+    thresholds = []
+    monkeypatch.setattr(students, "recompute", lambda *how: thresholds.append(how[1]) or recompute(*how))
     result = command("train.py", *flags(tmp_path / "run", memory="low"), "--no-report")
     assert "Memory low: " in result.out and same_result(tmp_path / "run", whole_run[0])
+    assert thresholds == [LOW_MEMORY]
 
 
 @pytest.mark.parametrize("method", ["trajectories", "noised"])
 def test_accumulated_gradients_are_those_of_the_batch(
-    method: str, command, flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, command, flags, unet_calls: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Parts of 2 and 1 examples; the second counts half. The weights are float64, the loss float32."""
     monkeypatch.setattr("minidistill.load", lambda path, **how: load(path, **how | dict(dtype=torch.float64)))
     by_parts: dict[int, list[torch.Tensor]] = {1: [], 2: []}
-    for parts, gradients in by_parts.items():
+    each = 3 if method == "noised" else 1  # calls of the UNet for a part: the teacher's two, and the student's
+    for parts in by_parts:
         run = flags(tmp_path / str(parts), method=method, accumulate=parts, batch=3, steps=1)
 
-        def note(optimizer: torch.optim.Optimizer, *_, gradients: list[torch.Tensor] = gradients) -> None:
-            gradients += [p.grad.clone() for p in optimizer.param_groups[0]["params"]]
+        def note(optimizer: torch.optim.Optimizer, *_, parts: int = parts) -> None:
+            assert unet_calls[-each * parts :] == [
+                size for size in ([2, 1] if parts == 2 else [3]) for _ in range(each)
+            ]
+            by_parts[parts] += [p.grad.clone() for p in optimizer.param_groups[0]["params"]]
 
         handle = register_optimizer_step_pre_hook(note)
         assert command("train.py", *run, "--no-report").code == 0
@@ -125,6 +135,26 @@ def test_accumulated_gradients_are_those_of_the_batch(
     assert by_parts[1] and sum(g.abs().sum() for g in by_parts[1]) > 0
     largest = max(g.abs().max() for g in by_parts[1])
     assert max((a - b).abs().max() for a, b in zip(*by_parts.values(), strict=True)) < 1e-6 * largest
+
+
+@pytest.mark.parametrize("student, rate", [("lora", 0.128 / 32), ("full", 0.0064 / 32)])
+def test_the_optimizer(student: str, rate: float, command, flags, tmp_path: Path):
+    """The peak learning rate for the first width, 32; AdamW's constants; the norm to which gradients are cut."""
+    seen = []
+
+    def note(optimizer: torch.optim.Optimizer, *_) -> None:
+        (group,) = optimizer.param_groups
+        norm = torch.stack([p.grad.norm() for p in group["params"]]).norm().item()
+        seen.append((group["lr"], group["betas"], group["weight_decay"], norm))
+
+    handle = register_optimizer_step_pre_hook(note)
+    command(
+        "train.py", *flags(tmp_path / "run", student=student, guidance=1000, steps=20, save_every=50), "--no-report"
+    )
+    handle.remove()
+    assert [rate for rate, *_ in seen][:3] == pytest.approx([rate / 2, rate * 0.99384417, rate * 0.97552826])
+    assert all(how[1:3] == ((0.9, 0.99), 0) and how[3] < 1 + 1e-5 for how in seen)
+    assert max(norm for *_, norm in seen) > 1 - 1e-3
 
 
 def test_images_sampled_at_once(command, flags, tmp_path: Path):

@@ -49,7 +49,13 @@ TINY_VAE = VAEConfig(widths=(8, 16), layers=1, groups=4)
 def error(actual: Tensor, expected: Tensor) -> float:
     """The largest difference anywhere, relative to the largest expected value."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    assert actual.isfinite().all() and expected.isfinite().all()
     return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def levels(images: list[Image.Image]) -> np.ndarray:
+    """The levels of images of one size, [N, H, W, 3], as numbers whose differences may be negative."""
+    return np.stack([np.asarray(image, dtype=int) for image in images])
 
 
 def same_result(run: Path, other: Path) -> bool:
@@ -61,6 +67,11 @@ def same_result(run: Path, other: Path) -> bool:
 def listing(folder: Path) -> dict[Path, int]:
     """Every file in a folder and when it was last changed, to see that nothing was written."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def edit_json(file: Path, changes: dict) -> None:
+    """Replace or add entries of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -196,8 +207,7 @@ def write_tiny_xl(folder: Path) -> Path:
     (folder / "model_index.json").write_text(json.dumps(XL_INDEX))
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
         shutil.copytree(ROOT / "weights/pocket-emoji/tokenizer", folder / name)
-        config = folder / name / "tokenizer_config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": pad}))
+        edit_json(folder / name / "tokenizer_config.json", {"pad_token": pad})
     return folder
 
 

@@ -270,21 +270,6 @@ def test_other_images_give_another_student(command, tiny_model: Path, folder: Pa
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize(
-    "more, message",
-    [
-        (("--method", "trajectories"), "--method"),
-        (("--method", "full"), "--method"),
-        (("--prompts", "prompts.txt"), "--prompts"),
-    ],
-)
-def test_flags_that_contradict_images_are_refused(
-    more, message, command, tiny_model: Path, folder: Path, tmp_path: Path
-):
-    result = command("train.py", *flags(tiny_model, folder, tmp_path / "run", *more))
-    assert message in result.complaint and len(result.lines) == 1 and not (tmp_path / "run").exists()
-
-
 def test_of_ten_captions_the_rarest_is_held_out(tmp_path: Path):
     """Not the most frequent, which most of the images may have."""
     for i in range(12):

@@ -152,6 +152,19 @@ def test_shards_are_mapped_not_read(sd: StableDiffusion, tmp_path: Path):
     assert len(states.shards) == 3 and all(str(file) in maps for file in tmp_path.iterdir())
 
 
+def test_what_is_not_finite_is_not_stored(sd: StableDiffusion, tmp_path: Path):
+    sd.unet.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        generated(sd, tmp_path / "states")
+    assert not (tmp_path / "states").exists()
+
+
+def test_steps_that_skip_a_time_of_the_student_are_refused(sd: StableDiffusion, tmp_path: Path):
+    """By rounding: of 16 steps the second is at t = 936 (937.5 rounded), of 48 the fourth is at t = 937."""
+    with pytest.raises(ValueError, match="48 steps skip a time of the student's 16"):
+        generated(sd, tmp_path / "states", steps=48, student_steps=16)
+
+
 # Resuming
 
 

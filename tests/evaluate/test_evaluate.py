@@ -20,7 +20,7 @@ from minidistill import CheckpointError, StableDiffusion, inject_lora, load, loa
 from minidistill.conditioning import Conditioning
 from minidistill.evaluate import ClipScore, comparison_grid, draw, interval, metrics, noise_error_share, psnr
 from minidistill.evaluate.__main__ import main
-from minidistill.evaluate.metrics import EVALUATION_SEED, frechet_distance, ssim
+from minidistill.evaluate.metrics import EVALUATION_SEED, frechet_distance, frechet_interval, ssim
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
 from minidistill.formats.tensor_files import write_tensors
@@ -77,6 +77,15 @@ def test_noise_error_share_of_a_teacher_guided_in_an_interval(noised: bool, sd: 
     assert share.errors[:, 1:3].max() < 1e-4 < share.errors[:, [0, 3]].min()
 
 
+def test_ends_are_noised_with_fresh_noise(sd: StableDiffusion, monkeypatch: pytest.MonkeyPatch):
+    """At each step anew, and not with the noise that the trajectory started from."""
+    sd.unet = inject_lora(sd.unet, rank=2)
+    noises, add_noise = [sd.starting_noise([EVALUATION_SEED])], metrics.add_noise
+    monkeypatch.setattr(metrics, "add_noise", lambda *args: noises.append(args[2]) or add_noise(*args))
+    noise_error_share(sd, PROMPTS[:1], steps=3, guidance=GUIDANCE, noised=True)
+    assert len(noises) == 4 and (torch.corrcoef(torch.cat(noises).flatten(1)) - torch.eye(4)).abs().max() < 0.3
+
+
 def test_noise_error_share_does_not_depend_on_the_batch(sd: StableDiffusion):
     sd.unet = inject_lora(sd.unet, rank=2)
     one, three = (noise_error_share(sd, PROMPTS, steps=2, guidance=GUIDANCE, batch=batch) for batch in (1, 3))
@@ -131,6 +140,17 @@ def test_frechet_distance():
     assert abs(frechet_distance(x, x)) < 1e-9
     few = torch.randn(4, 64)
     assert 0 <= frechet_distance(few, few) < 1e-3  # rounding must not make it negative
+
+
+def test_the_interval_of_a_distance_lies_around_it():
+    """Resamples lack some prompts, which raises their distances: their mean is moved to the distance itself."""
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 60, 4) + torch.tensor([0.0, 2.0])[:, None, None]
+    value, low, high = frechet_interval(x, y, each=1)
+    resampled = torch.tensor([frechet_distance(x[i], y[i]) for i in metrics.resample(60, 200)])
+    moved = resampled - resampled.mean() + value
+    assert value == frechet_distance(x, y) < resampled.mean()
+    assert (low, high) == pytest.approx(moved.quantile(torch.tensor([0.025, 0.975])).tolist(), rel=1e-4)
 
 
 def test_interval_resamples_prompts():

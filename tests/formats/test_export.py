@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import ROOT, TINY_UNET, fill_up, tiny_unet, write_tiny
+from tiny import ROOT, TINY_UNET, edit_json, fill_up, tiny_unet, write_tiny
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from minidistill import CheckpointError, inject_lora, load, load_lora, merge_lora, save_lora
@@ -274,8 +274,7 @@ def test_a_single_file_says_what_it_predicts(
 ):
     """A folder's scheduler states it; for a file it would be guessed from the version."""
     model, out = shutil.copytree(ordinary, tmp_path / "model"), tmp_path / "x.safetensors"
-    config = model / "scheduler/scheduler_config.json"
-    write_json(config, read_json(config) | {"prediction_type": published})
+    edit_json(model / "scheduler/scheduler_config.json", {"prediction_type": published})
     export.main([str(student_of_it), "--to", "checkpoint", "--model", str(model), "--out", str(out)])
     assert load(model).schedule.prediction == load(out).schedule.prediction == ours
     assert metadata(out)["modelspec.prediction_type"] == {"eps": "epsilon", "v": "v"}[ours]
@@ -410,8 +409,7 @@ def test_a_folder_needs_a_folder(student_of_it: Path, ordinary: Path, tmp_path: 
 
 def test_heads_that_no_single_file_can_hold(student_of_it: Path, ordinary: Path, tmp_path: Path):
     """A file holds no configuration: this model would be read back with eight heads."""
-    config = read_json(shutil.copytree(ordinary, tmp_path / "model") / "unet/config.json")
-    write_json(tmp_path / "model/unet/config.json", config | dict(attention_head_dim=4))
+    edit_json(shutil.copytree(ordinary, tmp_path / "model") / "unet/config.json", dict(attention_head_dim=4))
     flags = ["--to", "checkpoint", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "x.safetensors")]
     with pytest.raises(ValueError, match="Write a folder"):
         export.main([str(student_of_it), *flags])
@@ -420,8 +418,7 @@ def test_heads_that_no_single_file_can_hold(student_of_it: Path, ordinary: Path,
 
 def test_noise_levels_that_no_single_file_can_state(student_of_it: Path, ordinary: Path, tmp_path: Path):
     model = shutil.copytree(ordinary, tmp_path / "model")
-    file = model / "scheduler/scheduler_config.json"
-    write_json(file, read_json(file) | dict(beta_end=0.02))
+    edit_json(model / "scheduler/scheduler_config.json", dict(beta_end=0.02))
     flags = [str(student_of_it), "--to", "checkpoint", "--model", str(model), "--out"]
     with pytest.raises(ValueError, match="noise levels that a single file cannot state"):
         export.main([*flags, str(tmp_path / "one.safetensors")])
@@ -478,8 +475,7 @@ def test_tensors_that_share_memory(tmp_path: Path):
 
 def test_a_last_step_that_no_single_file_can_state(student_of_it: Path, ordinary: Path, tmp_path: Path):
     model = shutil.copytree(ordinary, tmp_path / "model")
-    file = model / "scheduler/scheduler_config.json"
-    write_json(file, read_json(file) | dict(set_alpha_to_one=True))
+    edit_json(model / "scheduler/scheduler_config.json", dict(set_alpha_to_one=True))
     flags = ["--to", "checkpoint", "--model", str(model), "--out", str(tmp_path / "one.safetensors")]
     with pytest.warns(UserWarning, match="cannot state how .*model spaces its steps or ends them"):
         export.main([str(student_of_it), *flags])

@@ -1,10 +1,12 @@
 """Small random models that diffusers writes, and the measure of difference."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from tiny import END, TOKENS, VOCABULARY, text_config
+from tiny import END, TOKENS, VOCABULARY, shake, text_config
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -20,25 +22,7 @@ SD1 = dict(attention_head_dim=2, cross_attention_dim=24)  # the name says width,
 SD2 = dict(attention_head_dim=(2, 4, 4), cross_attention_dim=40, use_linear_projection=True, upcast_attention=True)
 
 
-def error(ours: Tensor, reference: Tensor) -> float:
-    """The largest difference anywhere, relative to the largest value of the reference."""
-    assert ours.shape == reference.shape and ours.dtype == reference.dtype
-    assert ours.isfinite().all() and reference.isfinite().all()
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
-
-
-@torch.no_grad()
-def shake(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Move norms and biases off their ones and zeros, so that a misplaced one shows."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        if parameter.ndim == 1:
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return module.eval()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+randn = partial(tiny.randn, dtype=torch.float64)
 
 
 def small_unet(**changes) -> nn.Module:

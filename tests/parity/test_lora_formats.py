@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import levels
 from torch import nn
 
 from minidistill import inject_lora, load, load_lora, merge_lora, save_lora
@@ -77,10 +78,6 @@ def with_lora(pipe, lora: Path | None):
         with no_warning():
             pipe.load_lora_weights(str(lora))
     return pipe
-
-
-def levels(pictures: list) -> np.ndarray:
-    return np.stack([np.asarray(picture, dtype=int) for picture in pictures])
 
 
 def draw_theirs(pipe, model: Path, side: int = 32) -> np.ndarray:

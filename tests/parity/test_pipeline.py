@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TOKENS
+from tiny import TOKENS, error, levels, shake
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from minidistill import load
@@ -18,11 +18,7 @@ from minidistill.guidance import guided
 from minidistill.samplers import ddim_sample
 from minidistill.text import encode_tokens
 
-from .helpers import POCKET, PROMPTS, SD1, SD2, diffusers, error, shake, write_small
-
-
-def levels(images: list) -> np.ndarray:
-    return np.stack([np.asarray(image, dtype=int) for image in images])
+from .helpers import POCKET, PROMPTS, SD1, SD2, diffusers, write_small
 
 
 @pytest.mark.parametrize("negative_prompt", ["", "a green apple"])

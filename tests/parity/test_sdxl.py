@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import TOKENS
+from tiny import TOKENS, error, levels
 
 from minidistill import StableDiffusion, load
 from minidistill.bench.workloads import SIZES, Setup
@@ -18,7 +18,7 @@ from minidistill.guidance import guided
 from minidistill.samplers import ddim_sample
 from minidistill.unet import UNet
 
-from .helpers import PROMPTS, diffusers, error, randn, small_xl
+from .helpers import PROMPTS, diffusers, randn, small_xl
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,7 @@ def test_guided_image(negative_prompt: str | None, force_zeros: bool, tmp_path: 
 
     options |= dict(num_inference_steps=2)
     images = sd.sample(PROMPTS, 2, 7.5, seed=3, negative_prompt=negative_prompt, height=16, width=24)
-    levels = [np.stack([np.asarray(x, dtype=int) for x in some]) for some in (images, pipe(PROMPTS, **options).images)]
-    assert np.abs(levels[0] - levels[1]).max() <= 1
+    assert np.abs(levels(images) - levels(pipe(PROMPTS, **options).images)).max() <= 1
 
 
 def test_other_sizes_than_the_images(pipe, sd: StableDiffusion) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TOKENS
+from tiny import TOKENS, error
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -17,7 +17,7 @@ from minidistill.formats.single_file import UNET, to_single_file
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 
-from .helpers import POCKET, PROMPTS, error, randn, single, small_xl
+from .helpers import POCKET, PROMPTS, randn, single, small_xl
 
 TEXT, TEXT_2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import levels
 from torch import Tensor
 
 from minidistill import inject_lora, load, load_lora
@@ -27,7 +28,6 @@ from .test_lora_formats import (
     EVERYTHING,
     adapted,
     adapter,
-    levels,
     peft,
     with_lora,
     write_student,

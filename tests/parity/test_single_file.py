@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import TOKENS, text_config
+from tiny import TOKENS, error, shake, text_config
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -15,7 +15,7 @@ from minidistill.conditioning import Conditioning
 from minidistill.guidance import guided
 from minidistill.samplers import ddim_sample
 
-from .helpers import POCKET, PROMPTS, ddim_scheduler, diffusers, error, randn, shake, single, small_unet, small_vae
+from .helpers import POCKET, PROMPTS, ddim_scheduler, diffusers, randn, single, small_unet, small_vae
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT = {1: "cond_stage_model.transformer.", 2: "cond_stage_model.model."}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import error, shake
 
 from minidistill.conditioning import Conditioning
 from minidistill.config import SD15_UNET, SD21_BASE_UNET, SD21_UNET
@@ -16,7 +17,7 @@ from minidistill.guidance import away_from
 from minidistill.training.recompute import recompute
 from minidistill.unet import UNet
 
-from .helpers import SD1, SD2, diffusers, error, randn, shake, write_small
+from .helpers import SD1, SD2, diffusers, randn, write_small
 
 CASES = {
     "sd1": (SD1, {}),

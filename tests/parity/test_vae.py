@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import error, shake
 
 from minidistill.config import SD15_VAE
 from minidistill.formats.load_model import build, load
@@ -13,7 +14,7 @@ from minidistill.formats.model_configs import read_vae_config
 from minidistill.formats.model_folder import read_weights
 from minidistill.vae import VAE
 
-from .helpers import diffusers, error, randn, shake, write_small
+from .helpers import diffusers, randn, write_small
 
 CASES = {
     "3 levels": {},

@@ -23,6 +23,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, flags, tmp_path: Path)
     assert not (tmp_path / "run/lora.safetensors").exists() and not list((tmp_path / "run").glob("checkpoints/*"))
 
 
+def test_a_gradient_that_is_not_finite_is_noticed(tmp_path: Path):
+    """Although the loss is finite."""
+    progress = new_progress(tmp_path)
+    progress.unread = [torch.tensor([0.5, float("inf")])]
+    with pytest.raises(ValueError, match="loss is 0.5 and its gradient's norm inf: lower --lr"):
+        progress.read_losses()
+
+
 def test_a_student_that_diverges_slowly_is_not_saved(command, flags, tmp_path: Path):
     """Its loss stays finite; the run stops before a checkpoint is written."""
     run = flags(tmp_path / "run", lr=0.3, steps=50, save_every=20)
@@ -75,12 +83,16 @@ def test_a_run_restores_the_signal_handlers(changes: dict, succeeds: bool, comma
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def remembered(sizes: list[int], out: Path, parts: int = 1) -> Iterator[list[Batch]]:
-    """What is kept after each of some batches of one pixel, whose z_t is the batch's number and t counts from 0."""
-    progress = Progress(
+def new_progress(out: Path, parts: int = 1) -> Progress:
+    return Progress(
         out, [], None, [], None, {}, Ranks(), parts=parts, steps=9, peak=1, save_every=9, interval=None,
         preview=None, before_saving=print,
     )  # fmt: skip
+
+
+def remembered(sizes: list[int], out: Path, parts: int = 1) -> Iterator[list[Batch]]:
+    """What is kept after each of some batches of one pixel, whose z_t is the batch's number and t counts from 0."""
+    progress = new_progress(out, parts)
     for i, size in enumerate(sizes):
         z_t, weight = torch.full((size, 1), float(i)), torch.ones(size, 1)
         progress.remember(Batch(z_t, torch.arange(size), Conditioning(torch.zeros(size, 1)), weight), z_t + 1)

@@ -17,6 +17,7 @@ from minidistill.data.trajectories import generate, teacher_trajectory
 from minidistill.distill import few_step_states
 from minidistill.evaluate import noise_error_share
 from minidistill.evaluate.__main__ import main as evaluate
+from minidistill.evaluate.metrics import EVALUATION_SEED
 from minidistill.export.__main__ import main as export
 from minidistill.formats.lora_formats import read_lora
 from minidistill.formats.tensor_files import read_tensors, write_tensors
@@ -83,6 +84,19 @@ def test_the_spacing_can_be_chosen(spacing: str, command, tiny_model: Path, tmp_
         assert image.tobytes() == expected.tobytes()
 
 
+def test_a_student_of_few_steps_is_measured_at_its_own_steps(few_step_run: Path, sd: StableDiffusion):
+    """By the formula, from the teacher's states and what leads from each to the next."""
+    sd.unet = load_lora(sd.unet, few_step_run / "lora.safetensors")
+    share = noise_error_share(sd, ["a red apple"], steps=4, guidance=4.0, student_steps=2)
+    cond, z_T = sd.encode_prompt(["a red apple"]), sd.starting_noise([EVALUATION_SEED])
+    with torch.no_grad():
+        fine = teacher_trajectory(sd, cond, sd.encode_prompt([""]), 4.0, z_T, sd.schedule.timesteps(4, "trailing"))
+        z_t, target = few_step_states(sd.schedule, fine[0], fine[2], 2)
+        for i, t in enumerate((999, 499)):
+            eps = sd.unet(z_t[:, i], torch.tensor([t]), cond, lora_enabled=True)
+            assert share.errors[0, i].item() == pytest.approx((eps - target[:, i]).square().sum().item(), rel=1e-4)
+
+
 def test_learning_leads_closer_to_the_teachers_next_state(command, flags, tmp_path: Path):
     run = flags(tmp_path / "run", student_steps=2, sample_steps=4, steps=60, save_every=60, rank=8, lr=3e-3)
     assert command("train.py", *run, ALONE).code == 0
@@ -106,11 +120,14 @@ def test_contradicting_flags_are_refused(changes: dict, named: str, command, fla
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("student_steps, steps, stride", [(None, 25, 3), (4, 24, 1), (5, 25, 1), (40, 40, 1)])
-def test_defaults(student_steps: int | None, steps: int, stride: int, train):
-    args = train.parse(["--student-steps", str(student_steps)] if student_steps else [])
-    assert (args.sample_steps, args.stride) == (steps, stride)
-    assert args.trajectories == (480 if student_steps else 240)
+@pytest.mark.parametrize(
+    "flags, steps, stride, trajectories",
+    [("", 25, 3, 240), ("--student-steps 4", 24, 1, 480), ("--student-steps 5", 25, 1, 480)]
+    + [("--student-steps 40", 40, 1, 480), ("--source noised", 25, 3, 480)],
+)
+def test_defaults(flags: str, steps: int, stride: int, trajectories: int, train):
+    args = train.parse(flags.split())
+    assert (args.sample_steps, args.stride, args.trajectories) == (steps, stride, trajectories)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8, 10, 16, 25, 50])

@@ -165,7 +165,10 @@ def test_a_second_run_in_the_same_folder_is_refused(whole_run, command, flags):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(rank=3), dict(guidance=2), dict(seed=1), dict(batch=2), dict(method="noised")]
+    "changes",
+    [dict(rank=3), dict(guidance=2), dict(seed=1), dict(batch=2), dict(method="noised"), dict(alpha=1)]
+    + [dict(weighting="min-snr"), dict(targets="*.attn?.to_*"), dict(steps=7), dict(lr=0.1)],
+    ids=str,
 )
 def test_resume_with_other_settings_is_refused(changes: dict, whole_run, command, flags):
     before = listing(whole_run[0])
@@ -182,6 +185,16 @@ def test_resume_with_other_prompts_in_the_file_is_refused(command, flags, prompt
     own.write_text(prompts_file.read_text() + "\na blue boat\na red boat\n")
     result = command("train.py", *flags(tmp_path / "run", prompts=own), "--no-report", "--resume")
     assert f"--prompts {own}" in result.complaint
+
+
+def test_resume_with_another_vocabulary_is_refused(command, flags, tiny_model: Path, tmp_path: Path):
+    tokenizer = shutil.copytree(tiny_model / "tokenizer", tmp_path / "tokenizer")
+    run = [*flags(tmp_path / "run", tokenizer=tokenizer), "--no-report"]
+    command("train.py", *run)
+    vocabulary = read_json(tokenizer / "vocab.json")
+    first, second = list(vocabulary)[300:302]
+    write_json(tokenizer / "vocab.json", vocabulary | {first: vocabulary[second], second: vocabulary[first]})
+    assert f"--tokenizer {tokenizer} (" in command("train.py", *run, "--resume").complaint
 
 
 @pytest.mark.parametrize("part", ["scheduler", "vae"])

@@ -31,11 +31,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list:
     return pairs
 
 
-def guided_everywhere(sd: StableDiffusion, batch, guidance: float) -> tuple[torch.Tensor, torch.Tensor]:
+def guided_everywhere(
+    sd: StableDiffusion, batch, guidance: float, negative: str = ""
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The prediction of W without guidance, and with it."""
     with torch.no_grad():
         eps = sd.unet(batch.z_t, batch.t, batch.cond)
-        eps_uncond = sd.unet(batch.z_t, batch.t, sd.encode_prompt([""]).expand(len(batch)))
+        eps_uncond = sd.unet(batch.z_t, batch.t, sd.encode_prompt([negative]).expand(len(batch)))
     return eps, eps_uncond + guidance * (eps - eps_uncond)
 
 
@@ -58,12 +60,18 @@ def test_targets_are_guided_within_the_interval(source: str, seen: list, command
     assert min(counts.values()) >= 8
 
 
+@pytest.mark.parametrize("negative", ["", "a rocket"])
 @pytest.mark.parametrize("source", ["trajectories", "noised"])
-def test_targets_are_guided_everywhere_without_an_interval(source: str, seen: list, command, flags, sd, tmp_path: Path):
-    assert command("train.py", *flags(tmp_path / "run", source=source, guidance=4), ALONE).code == 0
+def test_targets_are_guided_everywhere_without_an_interval(
+    source: str, negative: str, seen: list, command, flags, sd, tmp_path: Path
+):
+    run = flags(tmp_path / "run", source=source, guidance=4, negative_prompt=negative)
+    assert command("train.py", *run, ALONE).code == 0
     for batch, target in seen:
-        _, guided = guided_everywhere(sd, batch, 4.0)
+        _, guided = guided_everywhere(sd, batch, 4.0, negative)
         assert (target - guided).abs().max() < 5e-3 * guided.abs().max()
+    _, other = guided_everywhere(sd, seen[0][0], 4.0, "a cat")
+    assert (seen[0][1] - other).abs().max() > 2e-2 * other.abs().max()
 
 
 def test_the_interval_is_recorded(whole_run, command, flags, tmp_path: Path):
@@ -109,7 +117,7 @@ def test_an_interval_without_any_ddim_step_is_refused(command, flags, tmp_path: 
     assert "--interval" in complaint and "667, 334, 1" in complaint and not (tmp_path / "run").exists()
 
 
-def test_the_teacher_is_asked_in_one_call_or_two(command, flags, sd, tmp_path: Path):
+def test_the_teacher_is_asked_in_one_call_or_two(command, flags, unet_calls: list[int], tmp_path: Path):
     """--batched-teacher changes the loss by rounding alone."""
     losses = []
     for name, more in [("two", []), ("one", ["--batched-teacher"])]:
@@ -117,6 +125,7 @@ def test_the_teacher_is_asked_in_one_call_or_two(command, flags, sd, tmp_path: P
         assert command("train.py", *run, "--interval", 300, 700, *more, ALONE).code == 0
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
+        assert (8 in unet_calls) == (name == "one")  # of a batch of 4
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
