@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import pickle
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -548,11 +549,18 @@ def test_merging_says_how_much_survives():
     model = small_change(torch.bfloat16, 1e-4)
     layers = lora_layers(model)
     before = {name: layer.weight.clone() for name, layer in layers.items()}
-    with pytest.warns(UserWarning, match=r"\d\d?\.\d% of the change survives .*attn.*float32"):
+    with pytest.warns(UserWarning, match=r"\d\d?\.\d% of the change survives .*attn.*float32") as warned:
         share = merge_lora(model)
     added = sum((layer.weight.double() - before[name].double()).square().sum() for name, layer in layers.items())
     wanted = sum(layer.delta().double().square().sum() for layer in layers.values())
     assert share < 0.9 and share == pytest.approx((added / wanted).sqrt().item(), rel=1e-3)
+    shares = {
+        name: (layer.weight.double() - before[name].double()).norm() / layer.delta().double().norm()
+        for name, layer in layers.items()
+    }
+    worst = sorted(shares, key=shares.get)[:3]
+    named = re.findall(r"([\w.]+) \(\d+%\)", str(warned[0].message))
+    assert [round(shares[name].item(), 6) for name in named] == [round(shares[name].item(), 6) for name in worst]
 
 
 @pytest.mark.filterwarnings("error")

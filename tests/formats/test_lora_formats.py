@@ -359,7 +359,7 @@ def test_alpha_in_the_json_of_peft(config: dict, alpha: float, tmp_path: Path):
     assert read_lora(tmp_path).layers[LAYER].alpha == alpha
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
 def test_a_peft_adapter_that_changed_w_is_refused(start: str, tmp_path: Path):
     """Its pair was taken out of W, so beside an unchanged W it is wrong."""
     key = SPELLINGS["peft"](LAYER)

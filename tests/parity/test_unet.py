@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tiny import error, shake
 from minidistill.conditioning import Conditioning
 from minidistill.config import SD15_UNET, SD21_BASE_UNET, SD21_UNET
 from minidistill.formats.load_model import build, load
-from minidistill.formats.model_configs import read_unet_config
+from minidistill.formats.model_configs import SCHEDULE_KEYS, UNET_KEYS, Keys, read_unet_config
 from minidistill.formats.model_folder import read_weights
 from minidistill.guidance import away_from
 from minidistill.training.recompute import recompute
@@ -145,3 +146,13 @@ def test_full_size(version: str, tmp_path: Path) -> None:
 def test_presets_differ_as_published() -> None:
     changed = {name for name, value in vars(SD21_UNET).items() if value != getattr(SD21_BASE_UNET, name)}
     assert changed == {"upcast_attention", "sample_size"}
+
+
+@pytest.mark.parametrize("network, keys", [("UNet2DConditionModel", UNET_KEYS), ("DDIMScheduler", SCHEDULE_KEYS)])
+def test_a_setting_that_is_absent_has_diffusers_default(network: str, keys: Keys) -> None:
+    defaults = {
+        name: parameter.default
+        for name, parameter in signature(getattr(diffusers, network).__init__).parameters.items()
+    }
+    ours = {key: default for key, default in keys.values() if key != "sample_size"}  # diffusers' is None
+    assert ours == {key: defaults[key] for key in ours}
