@@ -237,18 +237,17 @@ class StableDiffusion:
         Raises:
             ValueError: a guidance that the student cannot sample at, an image that is not finite, more steps than DDIM
                 can take, a size that is not a whole number of latents, ``selective`` or ``eta`` outside 0 to 1, or both
-                ``selective`` and ``interval``; a model that has learned guidance is to be guided again.
+                ``selective`` and ``interval``; or more guidance for a model that has learned it.
         """
+        if self.learned_guidance and not lora_enabled and guidance != 1:
+            raise ValueError(
+                f"{self.path} has learned guidance {self.learned_guidance}: sample it with guidance 1 (--guidance 1)."
+            )
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         noise = self.starting_noise(range(seed, seed + len(prompts)), height, width)
         uncond = self.encode_negative(negative_prompt, height, width)
         if selective and interval:
             raise ValueError("selective is an interval of its own: give one of selective and interval.")
-        if self.learned_guidance and (lora_enabled or guidance != 1):
-            raise ValueError(
-                f"{self.path} has learned guidance {self.learned_guidance}: sample it with guidance 1 "
-                "(--guidance 1), and without a student's LoRA."
-            )
         interval = interval or selective_interval(self.schedule, steps, selective, spacing)
         strength = self.strength(guidance) if lora_enabled else 1.0
         clock = clock or nullcontext()

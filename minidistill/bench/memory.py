@@ -117,7 +117,7 @@ class Case(NamedTuple):
         part = replace(size, batch=size.batch // self.parts)
         setup = Setup(part, device, getattr(torch, self.dtype), rank, float8=self.float8)
         update = Update(*ROWS[self.row].make(setup), self.below)
-        if update.trained:  # PyTorch's default: all tensors at once (foreach) on CUDA, one by one on a CPU
+        if update.trained:  # not train.py's fused one: the ledger counts the plain one
             update.optimizer = torch.optim.AdamW(update.trained, foreach=foreach)
         return update
 

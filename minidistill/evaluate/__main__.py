@@ -18,10 +18,10 @@ COMMANDS = {"quality": quality, "dial": dial, "few-steps": few_steps, "spectrum"
 COMMANDS |= {"steering": steering, "sweeps": sweeps, "summary": summary}
 
 
-def main(argv: list[str]) -> None:
-    run_command("minidistill.evaluate", __doc__, COMMANDS, argv)
+def main(argv: list[str] | None = None) -> None:
+    run_command("minidistill.evaluate", __doc__, COMMANDS, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
     with one_line_errors("minidistill.evaluate", "stopped. The same command reuses what it has kept."):
-        main(sys.argv[1:])
+        main()

@@ -16,7 +16,7 @@ from torch import Tensor
 from minidistill.formats.lora_formats import LoRAFile, context_widths, is_xl, kohya_tensors, peft_tensors, read_lora
 from minidistill.formats.lora_io import student_and_styles
 from minidistill.formats.merged_checkpoint import with_loras, write_checkpoint
-from minidistill.formats.tensor_files import HASHES, write_tensors
+from minidistill.formats.tensor_files import without_hashes, write_tensors
 from minidistill.lora import SURVIVING, Squares, surviving_change, warn_of_lost_change
 from minidistill.training.command_line import DEFAULT_MODEL, ScaledFile, new_parser, one_line_errors, seed_number
 
@@ -111,8 +111,8 @@ def plain_metadata(file: LoRAFile) -> dict[str, str]:
     The guidance is adjusted to the strength of the LoRA: half a student of guidance 4 is a student of 2.5. Its dial was
     measured at full strength.
     """
-    without = {"alpha", "lora_adapter_metadata", *HASHES} | ({"dial"} if file.scale != 1 else set())
-    metadata = {key: value for key, value in file.metadata.items() if key not in without}
+    without = {"alpha", "lora_adapter_metadata"} | ({"dial"} if file.scale != 1 else set())
+    metadata = {key: value for key, value in without_hashes(file.metadata).items() if key not in without}
     if not file.is_student:
         return metadata
     hint = f"{HINT}, {file.few_steps[0]} steps with trailing spacing" if file.skips_steps else HINT

@@ -63,10 +63,7 @@ def load(
     is_folder = path.is_dir()
     model = read_model_folder(path, prediction, variant) if is_folder else read_single_file(path, prediction, ema)
     check_parts(model, path)
-    try:
-        schedule = Schedule.from_config(model.schedule)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    schedule = noise_schedule(model, path)
     unet, vae, *texts = parts(model)
     unet = build(*unet, dtype, to_float8 if weights else None)
     overflows = model.is_xl and dtype == torch.float16
@@ -99,8 +96,17 @@ def parts(model: Description) -> list[tuple[Callable[[], nn.Module], Network]]:
     ]
 
 
-def check_tensors(model: Description) -> None:
+def noise_schedule(model: Description, path: Path) -> Schedule:
+    """The model's noise levels. Raises CheckpointError for levels that its prediction does not allow."""
+    try:
+        return Schedule.from_config(model.schedule)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def check_model(model: Description, path: Path) -> None:
     """Raise CheckpointError, as ``load`` does, if any part is incomplete, does not fit its configuration or has NaN."""
+    noise_schedule(model, path)
     for make, network in parts(model):
         check(skeleton(make, network.file), network)
         for name, tensor in network.tensors.items():

@@ -330,7 +330,7 @@ def group_by_layer(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Parts, in
     if wrong := [name for name, part in parts.items() if not is_pair(part)]:
         raise CheckpointError(
             f"{path} has layers whose lora_down and lora_up are missing, do not fit each other, or are not floats of "
-            f"16 bits or more: {', '.join(wrong)}. The file is damaged: make or fetch it again, and not in 8 bits."
+            f"16 bits or more: {', '.join(wrong)}. The file is damaged: make or fetch it again."
         )
     for part in parts.values():  # to float32 at least: products of narrower numbers would lose digits
         part |= {key: convert(x, torch.promote_types(x.dtype, torch.float32)) for key, x in part.items()}

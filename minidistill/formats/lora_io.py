@@ -76,7 +76,7 @@ def check_source(
     source: Path,
     student: str = "The student",
 ) -> None:
-    """Raises CheckpointError if ``source`` predicts something else than the student learned, or learned guidance."""
+    """Raises CheckpointError if ``source`` predicts something else than the student's teacher, or is a student."""
     if "guidance" in metadata:
         refuse_second_guidance(learned_guidance, source)
     learned = metadata.get("prediction")
@@ -88,7 +88,10 @@ def check_source(
 
 
 def refuse_second_guidance(learned: str | None, source: Path) -> None:
-    """Raises CheckpointError if a student is merged into the model ``source``, whose UNet has ``learned`` guidance."""
+    """Raises CheckpointError if the UNet of ``source`` has ``learned`` guidance already.
+
+    Then no student may be trained on it, merged into it or put beside it.
+    """
     if learned is not None:
         raise CheckpointError(
             f"{source} has learned guidance {learned}, which must not be learned twice: name the model that it was "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minidistill.formats.files import CheckpointError, atomic_folder, read_json, write_json
 from minidistill.formats.hub import find_model
-from minidistill.formats.load_model import check_parts, check_tensors
+from minidistill.formats.load_model import check_model, check_parts
 from minidistill.formats.lora_formats import LoRAFile
 from minidistill.formats.lora_io import check_source, fit
 from minidistill.formats.model_configs import MODEL_INDEX, PUBLISHED, XL_INDEX
@@ -28,7 +28,7 @@ from minidistill.formats.single_file import (
     to_single_file,
     unet_shapes,
 )
-from minidistill.formats.tensor_files import HASHES, read_tensors, write_tensors
+from minidistill.formats.tensor_files import read_tensors, without_hashes, write_tensors
 from minidistill.lora import Squares, add_to_weight
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # the UNet's tensors, by our names -> the changed ones
@@ -102,7 +102,7 @@ def folder_to_folder(
     """Everything but the UNet's weights is copied unchanged, and the prediction if it is corrected."""
     scheduler = "scheduler/scheduler_config.json"
     model = read_model_folder(source, prediction, variant)
-    check_tensors(model)
+    check_model(model, source)
     check_parts(model, source)
     unet = model.unet
     check_source(metadata, model.schedule.prediction, unet.learned_guidance, source)
@@ -118,7 +118,7 @@ def folder_to_folder(
         shutil.copyfile(source / "unet/config.json", temporary / "unet/config.json")
         infix = next((f".{v}" for v in (variant, "fp16") if v and f".{v}." in unet.file.name), "")  # as in the source
         file = temporary / "unet" / f"{STEMS['unet']}{infix}.safetensors"
-        write_tensors(file, tensors, {**unet.metadata, **metadata})
+        write_tensors(file, tensors, {**without_hashes(unet.metadata), **metadata})
         if prediction:
             contents = read_json(source / scheduler)
             write_json(temporary / scheduler, contents | {"prediction_type": PUBLISHED[prediction]})
@@ -136,18 +136,16 @@ def file_to_file(
     source: Path, change: Change, out: Path, metadata: Mapping[str, str], ema: bool, prediction: str | None
 ) -> None:
     """Everything but the UNet's weights stays as it is. EMA copies are left out, since nothing was merged into them."""
-    model = read_single_file(source, prediction="eps", ema=ema)  # the tensors do not depend on the prediction
-    check_tensors(model)
-    check_parts(model, source)
     tensors, header = read_tensors(source)
-    stated = prediction or stated_prediction(tensors, header, source)
-    check_source(metadata, stated, model.unet.learned_guidance, source)
-    header = {key: value for key, value in header.items() if key not in HASHES}
+    predicts = prediction or stated_prediction(tensors, header, source) or metadata.get("prediction")
+    model = read_single_file(source, predicts or "eps", ema)  # the tensors do not depend on it
+    check_model(model, source)
+    check_parts(model, source)
+    check_source(metadata, predicts, model.unet.learned_guidance, source)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMA)}
     tensors |= {model.unet.name_in_file(name): tensor for name, tensor in change(model.unet.tensors).items()}
-    predicts = stated or metadata.get("prediction")
     said = state_prediction(tensors, predicts, model.is_xl) if predicts else {}
-    write_tensors(out, tensors, {**header, **said, **metadata})
+    write_tensors(out, tensors, {**without_hashes(header), **said, **metadata})
 
 
 def state_prediction(tensors: dict[str, Tensor], predicts: str, xl: bool) -> dict[str, str]:
@@ -164,7 +162,7 @@ def folder_to_file(
 ) -> None:
     """UNet, VAE and text encoder go into one file, under the names that such files use."""
     model = read_model_folder(source, prediction, variant)
-    check_tensors(model)
+    check_model(model, source)
     schedule = model.schedule
     check_source(metadata, schedule.prediction, model.unet.learned_guidance, source)
     read_back = file_schedule(schedule.prediction, schedule.zero_terminal_snr)
@@ -172,14 +170,14 @@ def folder_to_file(
         raise ValueError(f"{source} has noise levels that a single file cannot state: write a folder, not {out}.")
     if schedule != read_back:
         warnings.warn(f"{out} cannot state how {source} spaces its steps or ends them.", stacklevel=2)
-    texts = [x for text, config in zip(model.texts, model.text_configs) for x in (text.tensors, config)]
+    texts = []
+    for text, config in zip(model.texts, model.text_configs):
+        texts += [text.tensors, config]
     unet = change(model.unet.tensors)
     tensors = to_single_file(unet, model.unet_config, model.vae.tensors, model.vae_config, *texts)
-    check_parts(model, source)
-    if (
-        unet_shapes(tensors, detect_version(tensors, source), schedule.prediction).sample_size
-        != model.unet_config.sample_size
-    ):
+    check_parts(model, source)  # after to_single_file, whose refusals say more about another text encoder
+    read_back = unet_shapes(tensors, detect_version(tensors, source), schedule.prediction)
+    if read_back.sample_size != model.unet_config.sample_size:
         warnings.warn(f"{out} cannot state the image size of {source}: sample with --height and --width.", stacklevel=2)
     if model.is_xl and not model.force_zeros:
         warnings.warn(
@@ -190,4 +188,4 @@ def folder_to_file(
     if schedule.zero_terminal_snr:
         tensors[ZERO_SNR] = torch.zeros(0)
     said = state_prediction(tensors, schedule.prediction, model.is_xl)
-    write_tensors(out, tensors, {**model.unet.metadata, **metadata, **said})
+    write_tensors(out, tensors, {**without_hashes(model.unet.metadata), **metadata, **said})

@@ -25,7 +25,7 @@ class Network(NamedTuple):
     def learned_guidance(self) -> str | None:
         """The guidance scale of a student that was merged into a UNet, as its header says."""
         guidance = self.metadata.get("guidance")
-        return guidance if guidance != "1" else None
+        return guidance if guidance != "1" else None  # 1: merged at strength 0
 
 
 @dataclass(frozen=True)

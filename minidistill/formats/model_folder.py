@@ -200,7 +200,7 @@ def match_text_names(tensors: dict[str, Tensor], projects: bool = False) -> dict
     bare.pop("embeddings.position_ids", None)  # 0, 1, 2, ...: in older files only
     if projects:
         return {name if name == PROJECTION else f"text_model.{name}": tensor for name, tensor in bare.items()}
-    others = (PROJECTION, "logit_scale", "visual_projection.", "vision_model.")  # some files hold all of a CLIP
+    others = ("text_projection", "logit_scale", "visual_projection.", "vision_model.")  # some files hold all of a CLIP
     return {name: tensor for name, tensor in bare.items() if not name.startswith(others)}
 
 

@@ -47,8 +47,8 @@ class Version:
 
     name: str
     text: str  # prefix of the text encoder
-    openclip: bool = False  # whose text encoder it is, with its names and activation: OpenCLIP's or CLIP's
-    linear_projection: bool = False  # in the UNet, as its heads of width 64; without it, 8 heads at every width
+    openclip: bool = False  # True: OpenCLIP's text encoder, with its names and gelu; False: CLIP's, with quick_gelu
+    linear_projection: bool = False  # True: the UNet's heads have width 64; False: 8 heads at every width
     prediction: str = "eps"  # unless the file or the user says otherwise
     pad_token: str = "<|endoftext|>"
     sample_size: int = 64

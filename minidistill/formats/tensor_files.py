@@ -30,8 +30,6 @@ NOT_CHECKPOINTS = {
     b"{": "a JSON text: name a checkpoint",
     b"GGUF": "a GGUF file, which minidistill does not read: fetch the .safetensors",
 }
-# Metadata that identifies the tensors of a file, and is wrong once they change.
-HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 # What compiling and distributed training put into the names of a network that is saved without taking them off.
 WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|^module\.")
 # Pickle's instructions that leave a list, dict or tuple on the stack, by the ends of their names.
@@ -252,6 +250,12 @@ def release_pages(tensor: Tensor) -> None:
     stop = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
     if start < stop:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
+
+
+def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Without the hashes of a file's tensors, for a file with others."""
+    hashes = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+    return {key: value for key, value in metadata.items() if key not in hashes}
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -179,8 +179,9 @@ def run_command(program: str, doc: str, commands: Mapping[str, ModuleType], argv
     A module that takes more than flags says so in POSITIONAL, for its usage. ``args.provenance`` is the command.
     """
     default = next(iter(commands))
-    takes_words = hasattr(commands[default], "POSITIONAL")
-    if not argv or argv[0] not in ("-h", "--help", *commands) and (takes_words or argv[0].startswith("-")):
+    named = argv and argv[0] in ("-h", "--help", *commands)
+    for_default = not argv or argv[0].startswith("-") or hasattr(commands[default], "POSITIONAL")
+    if not named and for_default:
         argv = [default, *argv]
     parser = new_parser(doc, "COMMAND ", f"python -m {program}")
     parser.add_argument("command", metavar="COMMAND", choices=commands)

@@ -109,7 +109,7 @@ def fixed_settings(
     fingerprints |= stamp
     settings = {flag: str(value) for flag, value in vars(args).items() if flag not in FREE}
     if args.source != "images":  # the batch decides which states of a trajectory are stored
-        settings["sample_batch"] = str(args.sample_batch)
+        settings["sample_batch"] = str(None if args.sample_batch == args.batch else args.sample_batch)
     return settings | {flag: f"{settings[flag]} ({value})" for flag, value in fingerprints.items()}
 
 

@@ -155,6 +155,8 @@ def test_a_resumed_run_cannot_learn_from_other_states(command, flags, tmp_path: 
     command("train.py", *flags(tmp_path / "run", states=tmp_path / "a", steps=2, save_every=1), "--no-report")
     others = flags(tmp_path / "run", states=tmp_path / "b", steps=2, sample_batch=1)
     assert "--sample-batch None" in command("train.py", *others, "--no-report", "--resume").complaint
+    same = flags(tmp_path / "run", states=tmp_path / "a", steps=2, sample_batch=4)  # as many as --batch
+    assert command("train.py", *same, "--no-report", "--resume").code == 0
 
 
 def test_a_second_run_in_the_same_folder_is_refused(whole_run, command, flags):
