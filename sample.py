@@ -11,7 +11,6 @@ import argparse
 import io
 import itertools
 import re
-import warnings
 from pathlib import Path
 
 from PIL import Image
@@ -146,8 +145,6 @@ def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict
             steps = args.steps or steps
         elif args.spacing == "leading":
             raise ValueError(f"{student.path} was taught with trailing spacing: leave out --spacing leading.")
-        elif args.steps not in (None, student_steps):
-            warnings.warn(f"{student.path} has learned {student_steps} steps, not {args.steps}.", stacklevel=2)
         student_steps = args.steps or student_steps
     return dict(
         steps=steps, student_steps=student_steps, guidance=guidance, spacing=args.spacing,

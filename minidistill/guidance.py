@@ -37,7 +37,7 @@ def guided_noise(
     Args:
         z_t: noisy latents [B, 4, h, w].  t: time steps [B].
         cond: B prompts.  uncond: the empty or negative prompt, B times. Both may be token embeddings [B, L, D].
-        guidance: the scale s. 1 is no guidance.
+        guidance: the scale s, or one for each image as a tensor [B, 1, 1, 1]. 1 is no guidance.
     """
     return guide(unet(z_t, t, cond), unet(z_t, t, uncond), guidance)
 
@@ -149,10 +149,13 @@ def away_from(unet: nn.Module, negative: Conditioning) -> Iterator[None]:
         return normalized_guidance(read(q, context), read(q, negative.tokens.expand(len(q), -1, -1)))
 
     layers = [layer for name, layer in unet.named_modules() if name.endswith(".attn2")]
+    before = [vars(layer).get("read") for layer in layers]  # None, unless another ``away_from`` is around this one
     for layer in layers:
         layer.read = partial(read_away, layer.read)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, read in zip(layers, before):
             del layer.read  # back to the method of the class
+            if read is not None:
+                layer.read = read

@@ -7,6 +7,7 @@ Teacher and student share W. With the switch off a layer computes W x, bit for b
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -131,15 +132,23 @@ class LoRAModel(nn.Module):
     """Wraps a network: ``model(..., lora_enabled=True)`` is the student, ``model(...)`` the teacher.
 
     It exposes the parameters and children of the network, ``base``, under their original names. All calls share one
-    switch, so one thread at a time may call it.
+    switch, so one thread at a time may call it. The switch is set during a call only: recompute activations by
+    training.recompute, or around whole calls, not around blocks inside.
     """
 
     def __init__(self, base: nn.Module, switch: Switch):
         super().__init__()
         self.switch = switch
         self.dial = None  # which strength stands for which guidance (distill.Dial), once a student is loaded
+        self.learned_guidance = None  # the guidance scale of a student that was loaded beside W
+        self.few_steps = None  # the DDIM steps of a student that was taught how many to take, and those of its teacher
+        self.training = base.training
         self.__dict__["base"] = base  # not registered as a child, which would put "base." in front of every name
         self._parameters, self._buffers, self._modules = base._parameters, base._buffers, base._modules
+
+    def train(self, mode: bool = True) -> "LoRAModel":
+        self.base.training = mode  # ``base`` is not a child, which nn.Module.train would reach
+        return super().train(mode)
 
     def forward(self, *args, lora_enabled: bool = False, **kwargs):
         with self.switch.set(lora_enabled):
@@ -163,6 +172,7 @@ def inject_lora(
     """
     if rank < 1:
         raise ValueError(f"The rank of a LoRA must be 1 or more, not {rank}.")
+    targets = [targets] if isinstance(targets, str) else targets
     names = [
         name
         for name, layer in model.named_modules()
@@ -178,11 +188,14 @@ def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]]) -> Lo
     if any(isinstance(m, LoRALayer) for m in model.modules()):
         raise ValueError("This model already has LoRA layers: load it again before adding others.")
     layers = {name: model.get_submodule(name) for name in pairs}
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, layer in layers.items():
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
+        if type(layer) not in (nn.Linear, nn.Conv2d):  # a subclass may compute something else than W x + b
             raise ValueError(f"{name} is a {type(layer).__name__}: LoRA here is for linear layers and convolutions.")
         if getattr(layer, "groups", 1) != 1:
             raise ValueError(f"{name} is a grouped convolution, which is not supported: leave it out of targets.")
+        if uses[id(layer.weight)] > 1:
+            raise ValueError(f"{name} shares its weight with another layer: leave both out of targets.")
     switch = Switch()
     model.requires_grad_(False)
     for name, layer in layers.items():

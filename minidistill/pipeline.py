@@ -17,7 +17,7 @@ from minidistill import text
 from minidistill.conditioning import Conditioning
 from minidistill.config import UNetConfig
 from minidistill.guidance import Interval, away_from, guided, plain, selective_interval, student
-from minidistill.lora import lora_strength
+from minidistill.lora import lora_layers, lora_strength
 from minidistill.samplers import ddim_sample
 from minidistill.schedule import Schedule
 from minidistill.vae import VAE
@@ -167,6 +167,18 @@ class StableDiffusion:
         with on_device(self.unet, torch.device("cpu")):
             return function(x)
 
+    def _refuse_second_guidance(self, guidance: float | None, lora_enabled: bool) -> None:
+        """Raise ValueError if W contains a student's guidance, and more would be added to it."""
+        loaded = getattr(self.unet, "learned_guidance", None)  # by a LoRA that was loaded
+        merged = loaded and any(layer.merged for layer in lora_layers(self.unet).values())
+        learned = self.learned_guidance or (merged and loaded)
+        if learned and not lora_enabled and guidance != 1:
+            raise ValueError(f"{self.path} has learned guidance {learned}: sample it with guidance 1 (--guidance 1).")
+        if self.learned_guidance and lora_enabled and loaded:
+            raise ValueError(
+                f"{self.path} has learned guidance {learned} already: load the student beside its teacher."
+            )
+
     def strength(self, guidance: float | None) -> float:
         """The strength of the student's LoRA for ``guidance``; None is the scale it has learned."""
         if guidance is None:
@@ -218,16 +230,17 @@ class StableDiffusion:
             guidance: the scale s; 1 is no guidance. The default is 7.5 for the teacher, and for the student the scale
                 it has learned. A student from a file samples at other scales by the strength of its LoRA.
             lora_enabled: sample with the student, one call a step.
-            negative_prompt: what guidance leads away from; None as in ``encode_negative``. Give a student only one that
-                it has not learned: cross-attention is led away from it ("Normalized Attention Guidance").
-            selective: the share of the steps, counted from the last, that go without guidance: there it changes little
-                ("Selective Guidance", arXiv 2305.09847).
-            interval: guide only at time steps within it ("Limited Interval", arXiv 2404.07724).
+            negative_prompt: what guidance leads away from, if there is any; None as in ``encode_negative``. Give a
+                student only one that it has not learned: cross-attention is led away from it ("Normalized Attention
+                Guidance").
+            selective: the share of the steps, counted from the last, that the teacher takes without guidance: there it
+                changes little ("Selective Guidance", arXiv 2305.09847).
+            interval: the teacher is guided only at time steps within it ("Limited Interval", arXiv 2404.07724).
             height, width: in pixels; by default ``self.height`` and ``self.width``.
             batch: images sampled at once.
             eta: 0 is deterministic DDIM; 1 adds as much fresh noise in each step as DDPM.
             spacing: of the time steps: "leading", the default of almost every model, or "trailing", which is better
-                for few steps.
+                for few steps, and the default of a student that was taught how many to take.
             progress: show a progress bar.
             clock: entered for the DDIM steps and for the decoding, not while networks move to the device.
 
@@ -239,15 +252,18 @@ class StableDiffusion:
                 can take, a size that is not a whole number of latents, ``selective`` or ``eta`` outside 0 to 1, or both
                 ``selective`` and ``interval``; or more guidance for a model that has learned it.
         """
-        if self.learned_guidance and not lora_enabled and guidance != 1:
-            raise ValueError(
-                f"{self.path} has learned guidance {self.learned_guidance}: sample it with guidance 1 (--guidance 1)."
-            )
+        self._refuse_second_guidance(guidance, lora_enabled)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts or batch < 1:
+            raise ValueError(f"{len(prompts)} prompts in batches of {batch}: both must be 1 or more.")
         noise = self.starting_noise(range(seed, seed + len(prompts)), height, width)
         uncond = self.encode_negative(negative_prompt, height, width)
         if selective and interval:
             raise ValueError("selective is an interval of its own: give one of selective and interval.")
+        if lora_enabled and (few_steps := getattr(self.unet, "few_steps", None)):
+            spacing, (few, many) = spacing or "trailing", few_steps
+            if few < many and steps != few:
+                warnings.warn(f"This student has learned {few} steps, not {steps}.", stacklevel=3)
         interval = interval or selective_interval(self.schedule, steps, selective, spacing)
         strength = self.strength(guidance) if lora_enabled else 1.0
         clock = clock or nullcontext()

@@ -11,6 +11,8 @@ from minidistill.conditioning import Conditioning
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     """Prompts -> int64 ids [N, L], padded to the model's L tokens; warns about what had to be cut off."""
+    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"Prompts are a list of one or more strings, not {str(prompts)[:100]!r}.")
     length = tokenizer.model_max_length
     for ids in tokenizer(prompts, verbose=False).input_ids:  # our own warning instead
         if len(ids) > length:

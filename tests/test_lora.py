@@ -545,6 +545,54 @@ def small_change(dtype: torch.dtype, size: float) -> LoRAModel:
     return model
 
 
+def test_a_pattern_may_be_a_string():
+    assert lora_layers(inject_lora(tiny_unet(), targets="*.attn2.*")).keys() == {
+        name for name in lora_layers(inject_lora(tiny_unet())) if ".attn2." in name
+    }
+
+
+class Tripled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+def shared(same: str) -> nn.Module:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    return nn.Sequential(first, first if same == "layer" else second)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (nn.Sequential(Tripled(4, 4)), "0 is a Tripled"),
+        (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))), "0 is a Parametrized"),
+        (shared("layer"), "shares its weight"),
+        (shared("weight"), "shares its weight"),
+    ],
+)
+def test_layers_that_a_pair_would_break_are_refused(model: nn.Module, message: str):
+    with pytest.raises(ValueError, match=message):
+        inject_lora(model, targets=["*"])
+    assert all(p.requires_grad for p in model.parameters()) and not lora_layers(model)
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.layer(x), 0.5, self.training)
+
+
+def test_train_and_eval_reach_the_wrapped_network():
+    assert not inject_lora(Dropping().eval(), targets="*").training
+    model, x = inject_lora(Dropping(), targets="*").eval(), randn(8, 4)
+    assert torch.equal(model(x), model(x))
+    assert not torch.equal(model.train()(x), model(x))
+
+
 def test_merging_says_how_much_survives():
     model = small_change(torch.bfloat16, 1e-4)
     layers = lora_layers(model)

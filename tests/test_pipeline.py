@@ -11,7 +11,17 @@ import torch
 from tiny import TOKENS, error, fill_up, levels, randn
 from torch import nn
 
-from minidistill import CheckpointError, StableDiffusion, inject_lora, load, load_lora, merge_lora, pipeline, save_lora
+from minidistill import (
+    CheckpointError,
+    StableDiffusion,
+    inject_lora,
+    load,
+    load_lora,
+    merge_lora,
+    pipeline,
+    save_lora,
+    unmerge_lora,
+)
 from minidistill.conditioning import Conditioning
 from minidistill.guidance import Interval, away_from, guided
 from minidistill.guidance import student as student_model
@@ -348,3 +358,59 @@ def test_encode_gives_latents_a_factor_smaller(sd: StableDiffusion):
     with torch.no_grad():
         mean, sampled = sd.vae.encode(x), sd.vae.encode(x, generator=torch.Generator().manual_seed(0))
     assert mean.shape == sampled.shape == (2, 4, 8, 12) and not torch.equal(mean, sampled)
+
+
+def test_a_student_is_not_guided_again(sd: StableDiffusion, tiny_model: Path, tmp_path: Path):
+    """Neither where it is merged into W, nor by a second one beside W."""
+    save_lora(fill_up(inject_lora(sd.unet, rank=2)), tmp_path / "lora.safetensors", {"guidance": "4"})
+    fresh = load(tiny_model)
+    fresh.unet = load_lora(fresh.unet, tmp_path / "lora.safetensors")
+    merge_lora(fresh.unet)
+    assert fresh.sample([APPLE], steps=1, guidance=1) and fresh.sample([APPLE], steps=1, lora_enabled=True)
+    with pytest.raises(ValueError, match="has learned guidance 4: sample it with guidance 1"):
+        fresh.sample([APPLE], steps=1)
+    unmerge_lora(fresh.unet)
+    assert fresh.sample([APPLE], steps=1)
+    fresh.learned_guidance = "4"
+    with pytest.raises(ValueError, match="has learned guidance 4 already"):
+        fresh.sample([APPLE], steps=1, lora_enabled=True)
+
+
+def test_a_student_of_few_steps_has_their_spacing(sd: StableDiffusion, tmp_path: Path):
+    header = dict(guidance="4", student_steps="2", teacher_steps="4")
+    save_lora(fill_up(inject_lora(sd.unet, rank=2)), tmp_path / "lora.safetensors", header)
+    fresh = load(sd.path)
+    fresh.unet = load_lora(fresh.unet, tmp_path / "lora.safetensors")
+    default, trailing, leading = (
+        fresh.sample([APPLE], steps=2, lora_enabled=True, spacing=s)[0] for s in (None, "trailing", "leading")
+    )
+    assert default.tobytes() == trailing.tobytes() != leading.tobytes()
+    with pytest.warns(UserWarning, match="has learned 2 steps, not 3"):
+        fresh.sample([APPLE], steps=3, lora_enabled=True)
+
+
+def test_prompts_are_a_list_of_strings(sd: StableDiffusion):
+    with pytest.raises(ValueError, match="0 prompts in batches of 8"):
+        sd.sample([])
+    with pytest.raises(ValueError, match="1 prompts in batches of -1"):
+        sd.sample([APPLE], batch=-1)
+    for wrong in (APPLE, [], [[APPLE, ROCKET]]):
+        with pytest.raises(ValueError, match="list of one or more strings"):
+            sd.encode_prompt(wrong)
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.int8, torch.float8_e4m3fn])
+def test_another_dtype_is_refused(dtype: object, tiny_model: Path):
+    with pytest.raises(ValueError, match="dtype="):
+        load(tiny_model, dtype=dtype)
+
+
+def test_away_from_within_away_from(sd: StableDiffusion):
+    z_t, t, cond = sd.starting_noise([0]), torch.tensor([500]), sd.encode_prompt([APPLE])
+    plain = sd.unet(z_t, t, cond)
+    with away_from(sd.unet, sd.encode_prompt([ROCKET])):
+        away = sd.unet(z_t, t, cond)
+        with away_from(sd.unet, sd.encode_prompt([APPLE])):
+            pass
+        assert torch.equal(sd.unet(z_t, t, cond), away) and not torch.equal(away, plain)
+    assert torch.equal(sd.unet(z_t, t, cond), plain)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from minidistill.formats.files import CheckpointError, reading
+from minidistill.formats.files import CheckpointError, reading, user_path
 from minidistill.formats.float8 import to_float8
 from minidistill.formats.hub import fetch_tokenizer, find_model
 from minidistill.formats.model_configs import Description, Network
@@ -20,6 +20,8 @@ from minidistill.schedule import Schedule
 from minidistill.text import TwoTextEncoders
 from minidistill.unet import UNet
 from minidistill.vae import VAE
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load(
@@ -59,6 +61,8 @@ def load(
         raise ValueError(f'The device "{device}" is not available here: {str(error).splitlines()[0]}') from error
     if weights not in (None, "float8"):
         raise ValueError(f'weights={weights!r}: "float8", or None for the dtype.')
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: torch.float16, torch.bfloat16, torch.float32 or torch.float64.")
     path = find_model(path, variant, ema)
     is_folder = path.is_dir()
     model = read_model_folder(path, prediction, variant) if is_folder else read_single_file(path, prediction, ema)
@@ -71,7 +75,7 @@ def load(
     encoders = [build(*text, dtype) for text in texts]
     text_encoder = TwoTextEncoders(*encoders) if model.is_xl else encoders[0]
     fill_positions(text_encoder)
-    folder = Path(tokenizer) if tokenizer else path / "tokenizer" if is_folder else None
+    folder = user_path(tokenizer) if tokenizer else path / "tokenizer" if is_folder else None
     return StableDiffusion(
         unet=place(unet, device),
         vae=place(vae, device),

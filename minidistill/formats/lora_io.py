@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minidistill.config import UNetConfig
-from minidistill.formats.files import CheckpointError
+from minidistill.formats.files import CheckpointError, user_path
 from minidistill.formats.lora_formats import LoRAFile, Pair, read_lora
 from minidistill.formats.original_names import translate, unet_names
 from minidistill.formats.single_file import number
@@ -20,8 +20,9 @@ from minidistill.pipeline import StableDiffusion
 def save_lora(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write the LoRA of ``model`` to ``path``, a .safetensors with ``<layer>.lora_down`` and ``<layer>.lora_up``.
 
-    The header holds rank and alpha, and ``metadata`` (base, guidance, method, negative_prompt, ...). Raises ValueError
-    if there is no LoRA, or if its layers differ in rank or alpha, as those of other tools' files may.
+    The header holds rank and alpha, and ``metadata`` (base, guidance, method, negative_prompt, ...). A file without
+    ``guidance`` is a style; that of a loaded LoRA is in ``read_lora(path).metadata``. Raises ValueError if there is no
+    LoRA, or if its layers differ in rank or alpha, as those of other tools' files may.
     """
     layers = lora_layers(model)
     if not layers:
@@ -34,7 +35,8 @@ def save_lora(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | 
         tensors[f"{name}.lora_down"] = layer.lora_down.detach().cpu()
         tensors[f"{name}.lora_up"] = layer.lora_up.detach().cpu()
     ((rank, alpha),) = kinds
-    write_tensors(path, tensors, {**(metadata or {}), "rank": str(rank), "alpha": repr(alpha).removesuffix(".0")})
+    metadata = {**(metadata or {}), "rank": str(rank), "alpha": repr(alpha).removesuffix(".0")}
+    write_tensors(user_path(path), tensors, metadata)
 
 
 def load_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> LoRAModel:
@@ -51,8 +53,10 @@ def load_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> LoRAMod
 def inject_file(model: nn.Module, file: LoRAFile) -> LoRAModel:
     """``load_lora`` for a file that has been read."""
     pairs, dial = fit(file, dict(model.named_parameters())), file.dial if file.scale == 1 else None
+    few_steps = file.few_steps  # read before the model is changed: a damaged header raises
     model = inject_pairs(model, {name: (pair.rank, pair.alpha) for name, pair in pairs.items()})
-    model.dial = dial
+    model.dial, model.few_steps = dial, few_steps
+    model.learned_guidance = file.metadata.get("guidance") if file.scale else None
     for name, layer in lora_layers(model).items():
         layer.lora_down.copy_(pairs[name].down)
         layer.lora_up.copy_(pairs[name].up)
