@@ -36,7 +36,7 @@ def add_flags(parser: ArgumentParser) -> None:
     flag = parser.add_argument
     flag("--student-steps", type=positive_int, metavar="N", nargs="+", default=[2], help="how many steps to learn: "
          "divisors of --teacher-steps and of the largest, at least 8 with one LoRA for all (default: 2)")  # fmt: skip
-    flag("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY",
+    flag("--ways", nargs="*", choices=WAYS, default=list(WAYS), metavar="WAY",
          help=f"any of {', '.join(map(repr, WAYS))} (default: all)")  # fmt: skip
     flag("--one-pass", type=Path, metavar="RUN_OR_LORA", help="a student that takes as many steps as its teacher")
     flag("--loras", type=Path, nargs="+", default=[], metavar="RUN_OR_LORA", help="students of train.py "
@@ -96,6 +96,7 @@ def run(args: Namespace) -> None:
                 add(name, images, N, lora.metadata["seconds"])
             else:
                 add_lora(name, *([one_pass, lora] if way.on_top else [lora]))
+        add("no guidance", sd.sample(prompts, steps=N, guidance=1, **SAMPLING), N)
         with atomic_write(args.out / f"few-steps-{N}.png") as temporary:
             comparison_grid(drawn, prompts[:: args.each], columns=8, side=96).save(temporary, "png")
         print(f"\n{table(rows)}\n")
