@@ -162,7 +162,8 @@ def encode(
                 try:
                     x = read_image(image.file, sd.height, sd.width)
                 except Exception as error:  # decoders raise anything at a damaged file
-                    left_out[image.file] = str(error) or type(error).__name__
+                    reason = str(error) or type(error).__name__
+                    left_out |= {same.file: reason for f, same in zip(files, images) if f == file}
                     file.unlink(missing_ok=True)  # damaged, or it would not be missing
                     continue
                 z_0 = sd.run_vae(sd.vae.encode, x[None].to(sd.device, sd.dtype))[0]  # [4, h, w]

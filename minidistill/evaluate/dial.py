@@ -29,7 +29,7 @@ from minidistill.formats.lora_io import add_student
 from minidistill.formats.tensor_files import read_tensors, write_tensors
 from minidistill.lora import lora_strength
 from minidistill.pipeline import StableDiffusion
-from minidistill.training.command_line import add_model_flags, load_options, positive, positive_int
+from minidistill.training.command_line import add_model_flags, check_interval, load_options, positive, positive_int
 
 POSITIONAL = "RUN_OR_LORA "
 PARTS = (1 / 6, 1 / 3, 2 / 3, 1.2)  # default scales w = 1 + part (s - 1): 1.5, 2, 3 and 4.6 for s = 4
@@ -57,12 +57,13 @@ def run(args: Namespace) -> None:
     if file.dial is None:
         raise ValueError(f"{file.path} has no dial: name a LoRA that has learned guidance, and not few steps.")
     learned = file.guidance
-    scales = args.guidance or [1 + part * (learned - 1) for part in PARTS]
+    scales = [float(f"{w:g}") for w in args.guidance or [1 + part * (learned - 1) for part in PARTS]]  # as --write does
     if any(w <= 1 or w == learned for w in scales):
         raise ValueError(
             f"--guidance: name scales above 1 other than {learned:g}, which the student has at strength 1."
         )
     sd = load(args.model, **load_options(args))
+    check_interval(file.interval, sd.schedule.timesteps(args.steps))
     add_student(sd, file)
     training, held_out = (spread(prompts, args.prompts) for prompts in prompt_split(args.model))
     teacher = dict(negative_prompt=file.metadata.get("negative_prompt"), interval=file.interval)

@@ -189,8 +189,10 @@ def learn_progressively(unet: LoRAModel, lesson: Lesson) -> None:
 
     The first student learns from the guided teacher, each later one from the student before it.
     """
-    stages = [steps for steps in (16, 8, 4, 2, 1) if steps >= len(lesson.k)]
-    stage, before = replace(lesson, updates=lesson.updates // len(stages)), None
+    stages = [len(lesson.k)]
+    while 2 * stages[0] <= 16:
+        stages.insert(0, 2 * stages[0])
+    stage, before = replace(lesson, updates=max(1, lesson.updates // len(stages))), None
     for steps in stages:
         fit(unet, stage, partial(two_steps_in_one, steps, before))
         before = deepcopy(unet)

@@ -29,6 +29,7 @@ from minidistill.formats.lora_formats import LoRAFile, read_lora
 from minidistill.pipeline import StableDiffusion, pil_images
 from minidistill.training.command_line import load_options, positive_int
 
+UNGUIDED = "no guidance"  # learns nothing, and costs as much as a student
 SAMPLING = dict(spacing="trailing", seed=EVALUATION_SEED, batch=32, progress=True)
 
 
@@ -36,8 +37,9 @@ def add_flags(parser: ArgumentParser) -> None:
     flag = parser.add_argument
     flag("--student-steps", type=positive_int, metavar="N", nargs="+", default=[2], help="how many steps to learn: "
          "divisors of --teacher-steps and of the largest, at least 8 with one LoRA for all (default: 2)")  # fmt: skip
-    flag("--ways", nargs="*", choices=WAYS, default=list(WAYS), metavar="WAY",
-         help=f"any of {', '.join(map(repr, WAYS))} (default: all)")  # fmt: skip
+    ways = [*WAYS, UNGUIDED]
+    flag("--ways", nargs="+", choices=ways, default=ways, metavar="WAY",
+         help=f"any of {', '.join(map(repr, ways))} (default: all)")  # fmt: skip
     flag("--one-pass", type=Path, metavar="RUN_OR_LORA", help="a student that takes as many steps as its teacher")
     flag("--loras", type=Path, nargs="+", default=[], metavar="RUN_OR_LORA", help="students of train.py "
          "--student-steps to measure as well")  # fmt: skip
@@ -45,14 +47,20 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    if args.one_pass is None and any(WAYS[name].needs_one_pass for name in args.ways):
+    taught = [name for name in args.ways if name != UNGUIDED]
+    if args.one_pass is None and any(WAYS[name].needs_one_pass for name in taught):
         raise ValueError("--ways: some begin from a student that takes as many steps as its teacher: give --one-pass.")
     one_pass, finished = args.one_pass and read_lora(args.one_pass), [read_lora(path) for path in args.loras]
+    if one_pass and (not one_pass.is_student or one_pass.skips_steps):
+        raise ValueError(f"--one-pass {one_pass.path} is no student that takes as many steps as its teacher.")
+    labels = [path.name if path.is_dir() else path.stem for path in args.loras]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"--loras: two would have the same name in the table ({', '.join(labels)}): rename one.")
     for lora in finished:
         if not lora.few_steps or lora.few_steps[0] not in args.student_steps or lora.guidance != args.guidance:
             numbers = " or ".join(map(str, args.student_steps))
             raise ValueError(f"--loras {lora.path} has not learned {numbers} steps at guidance {args.guidance:g}.")
-    steps = {*args.student_steps, *(WAYS[name].steps for name in args.ways)} - {None}
+    steps = {*args.student_steps, *(WAYS[name].steps for name in taught)} - {None}
     if odd := [n for n in steps if max(steps) % n or args.teacher_steps % n]:
         raise ValueError(f"{odd[0]} steps must divide both {max(steps)}, the most to learn, and --teacher-steps.")
     sd, (captions, held_out) = load(args.model, **load_options(args)), prompt_split(args.model)
@@ -85,10 +93,10 @@ def run(args: Namespace) -> None:
         add("teacher", sd.sample(prompts, steps=N, guidance=args.guidance, **SAMPLING), 2 * N)
         if one_pass:
             add_lora("one-pass student", one_pass)
-        for lora in finished:
+        for label, lora in zip(labels, finished):
             if lora.few_steps[0] == N:
-                add_lora(lora.path.stem, lora)
-        for name in args.ways:
+                add_lora(label, lora)
+        for name in taught:
             way = WAYS[name]
             lora = train_way(name, way.steps or N, lesson, one_pass, args)
             if way.renoise:
@@ -96,7 +104,8 @@ def run(args: Namespace) -> None:
                 add(name, images, N, lora.metadata["seconds"])
             else:
                 add_lora(name, *([one_pass, lora] if way.on_top else [lora]))
-        add("no guidance", sd.sample(prompts, steps=N, guidance=1, **SAMPLING), N)
+        if UNGUIDED in args.ways:
+            add(UNGUIDED, sd.sample(prompts, steps=N, guidance=1, **SAMPLING), N)
         with atomic_write(args.out / f"few-steps-{N}.png") as temporary:
             comparison_grid(drawn, prompts[:: args.each], columns=8, side=96).save(temporary, "png")
         print(f"\n{table(rows)}\n")

@@ -20,7 +20,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedModel
 
 from minidistill.data.prompts import prompt_split, read_prompts, spread
 from minidistill.data.shards import fingerprint, read_shard, schedule_fingerprint, write_shard
@@ -77,7 +77,7 @@ def run(args: Namespace) -> None:
     print(f"{len(prompts)} prompts, {each} images of each, {teacher}, {args.steps} DDIM steps")
 
     sd = load(args.model, **cli.load_options(args))
-    for interval in intervals:
+    for interval in [*intervals, teacher.interval]:
         cli.check_interval(interval, sd.schedule.timesteps(args.steps))
     clip = ClipScore(args.clip, CLIPTokenizer.from_pretrained(args.clip)) if args.clip else ClipScore.in_model(sd)
     judge = read_judge(args.judge)
@@ -159,10 +159,13 @@ def read_judge(name: str | None) -> ModuleType | None:
 
 
 def model_stamp(sd: StableDiffusion, args: Namespace) -> dict[str, object]:
-    """What images depend on beside prompts and guidance: weights, schedule, device, dtype and size."""
+    """What images depend on beside prompts and guidance: weights, settings, schedule, device, dtype and size."""
+    texts = [part.config for part in sd.text_encoder.modules() if isinstance(part, PreTrainedModel)]
+    configs = [sd.unet_config, sd.vae.config, sd.force_zeros, *(text.to_json_string() for text in texts)]
     return {
         "networks": [fingerprint(part) for part in (sd.unet, sd.vae, sd.text_encoder)],
         "schedule": schedule_fingerprint(sd.schedule),
+        "configs": digest(str(configs).encode()),
         "where": f"{args.device} {args.dtype} {sd.width}x{sd.height}",
     }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidistill.evaluate.figures import figure_file
-from minidistill.evaluate.students import full_student, read_full
+from minidistill.evaluate.students import full_student, one_teacher, read_full, read_student
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import write_json
 from minidistill.formats.load_model import load
@@ -43,6 +43,7 @@ def run(args: Namespace) -> None:
     path = full_student(args.full)
     if path is None:
         raise ValueError(f"{args.full} is no run of --method full: it holds no student/ and no student.safetensors.")
+    one_teacher({str(run): read_student(run, 1, args) for run in (args.full, args.lora)}, None)  # raises if they differ
     teacher = load(args.model, variant=args.variant, ema=args.ema).unet.state_dict()
     pairs = fit(read_lora(args.lora), teacher)
     student = read_full(path, args.variant).state_dict()

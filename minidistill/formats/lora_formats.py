@@ -121,7 +121,7 @@ class LoRAFile:
     def guidance(self) -> float:
         """The guidance scale a student stands for: at strength lambda, w ~ 1 + lambda (s - 1), where it learned s."""
         with reading(self.path):
-            return 1 + self.scale * (float(self.metadata["guidance"]) - 1)
+            return round(1 + self.scale * (float(self.metadata["guidance"]) - 1), 6)  # 3.1, not 3.0999999999999996
 
 
 def xl_names(layers: Mapping[str, Pair]) -> dict[str, str]:
