@@ -169,11 +169,12 @@ def test_unusable_images_are_left_out_and_named(folder: Path, sd: StableDiffusio
     write(folder / "just.png", 0, "large enough", height=8, width=40)
     write(folder / "cut.png", 0, "half of a file").write_bytes(good[: len(good) // 2])
     write(folder / "empty.jpg", 0, "nothing").write_bytes(b"")
+    write(folder / "empty too.jpg", 0, "nothing").write_bytes(b"")  # both are named, though they are equal
     write(folder / "vector.jpg", 0, "PostScript").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n")
     Image.fromarray(np.zeros((SIDE, SIDE), np.uint16)).save(write(folder / "deep.png", 0, "16 bits"))
     latents, left_out = encoded(sd, folder, tmp_path / "cache")
     reasons = {file.name: reason for file, reason in left_out.items()}
-    assert set(reasons) == {"tiny.png", "cut.png", "empty.jpg", "vector.jpg", "deep.png"}
+    assert set(reasons) == {"tiny.png", "cut.png", "empty.jpg", "empty too.jpg", "vector.jpg", "deep.png"}
     assert "40x7 pixels" in reasons["tiny.png"] and "16" in reasons["tiny.png"]
     assert len(latents) == 13 and len(list((tmp_path / "cache").iterdir())) == 13
 

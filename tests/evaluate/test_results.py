@@ -17,16 +17,19 @@ from tiny import ROOT, fill_up, randn
 
 from minidistill import StableDiffusion, inject_lora, load, load_lora, save_lora
 from minidistill.bench.__main__ import COMMANDS as BENCH_COMMANDS
+from minidistill.config import ScheduleConfig
 from minidistill.data.prompts import prompt_split, spread
 from minidistill.data.trajectories import generate
 from minidistill.distill import few_step_weight
 from minidistill.evaluate import dial, few_step_ways, noise_error_share, spectrum, sweeps
 from minidistill.evaluate.__main__ import COMMANDS, main
+from minidistill.evaluate.few_step_ways import Lesson
 from minidistill.evaluate.summary import MEASURES, summary
 from minidistill.formats.lora_formats import read_lora
 from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
 from minidistill.formats.tensor_files import read_tensors, write_tensors
 from minidistill.lora import lora_layers, lora_parameters
+from minidistill.schedule import Schedule
 
 LEARNED = dict(base="tiny", guidance="3", negative_prompt="a cat", method="trajectories")
 
@@ -88,11 +91,19 @@ def test_a_dial_that_goes_back_is_not_written(lora: Path):
     assert lora.read_bytes() == before
 
 
+def test_progressive_distillation_ends_at_the_students_steps(monkeypatch: pytest.MonkeyPatch):
+    taught = []
+    monkeypatch.setattr(few_step_ways, "fit", lambda unet, stage, loss: taught.append(loss.args[0]))
+    lesson = Lesson(Schedule.from_config(ScheduleConfig()), torch.zeros(2, 4, 1, 1, 1), None, None, 4.0, 300)
+    few_step_ways.learn_progressively(None, lesson)
+    assert taught == [12, 6, 3]
+
+
 def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, capsys):
     """Each learns something of its own from the same trajectories; none that is finished is repeated."""
     ways = ["train.py", "on top of the one-pass student", "own states", "consistency distillation"]
     ways += ["through all steps", "begun from the one-pass student", "progressive distillation"]
-    ways += ["one LoRA for 1, 2, 4 and 8 steps"]
+    ways += ["one LoRA for 1, 2, 4 and 8 steps", "no guidance"]
     flags = ["few-steps", "--model", str(tiny_model), "--one-pass", str(lora), "--out", str(tmp_path)]
     for name, value in dict(teacher_steps=8, trajectories=8, updates=2, rank=2, prompts=2, each=2).items():
         flags += [f"--{name.replace('_', '-')}", str(value)]
@@ -102,7 +113,7 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
     assert list(rows) == ["teacher, 8 steps", "teacher", "one-pass student", *ways]
     assert [row["calls"] for row in rows.values()] == [16, 4, 2, *[2] * len(ways)]
     files = sorted(tmp_path.glob("*-*.safetensors"))
-    assert len({file.read_bytes() for file in files}) == len(files) == len(ways)
+    assert len({file.read_bytes() for file in files}) == len(files) == len(ways) - 1  # no guidance learns nothing
     assert Image.open(tmp_path / "few-steps-2.png").size[0] > 0
 
     before = [file.stat().st_mtime_ns for file in files]
@@ -115,6 +126,10 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
     again = json.loads((tmp_path / "few-steps-2.json").read_text())["rows"]
     assert again[4:] == [rows["train.py"], rows["consistency distillation"]]
     assert again[3]["way"] == "taught" and again[3]["measures"] == rows["train.py"]["measures"]
+    with pytest.raises(ValueError, match="two would have the same name in the table \\(taught, taught\\)"):
+        main([*flags, *more, str(tmp_path / "taught.safetensors")])
+    with pytest.raises(ValueError, match="taught.safetensors is no student that takes as many steps as its teacher"):
+        main([*flags, "--one-pass", str(tmp_path / "taught.safetensors")])
     with pytest.raises(ValueError, match="taught.safetensors has not learned 4 steps at guidance 4"):
         main([*flags, *more, "--student-steps", "4", "--ways", "train.py"])
     with pytest.raises(ValueError, match="--weights float8"):
