@@ -14,7 +14,7 @@ from tiny import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 WITH_MARKS = [pytest.param(file, marks=pytest.mark.slow if "distillation" in file.name else ()) for file in NOTEBOOKS]
-LARGEST = 650_000  # bytes of a notebook, images included
+LARGEST = 1_200_000  # bytes of a notebook, images included
 
 
 def read(file: Path) -> NotebookNode:
