@@ -169,7 +169,7 @@ class StableDiffusion:
 
     def _refuse_second_guidance(self, guidance: float | None, lora_enabled: bool) -> None:
         """Raise ValueError if W contains a student's guidance, and more would be added to it."""
-        loaded = getattr(self.unet, "learned_guidance", None)  # by a LoRA that was loaded
+        loaded = getattr(self.unet, "learned_guidance", None)  # by a student's LoRA beside W
         merged = loaded and any(layer.merged for layer in lora_layers(self.unet).values())
         learned = self.learned_guidance or (merged and loaded)
         if learned and not lora_enabled and guidance != 1:

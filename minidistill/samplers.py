@@ -46,8 +46,7 @@ def ddim_step(
 def fresh_noise(z_t: Tensor, generator: Generator | Sequence[Generator] | None) -> Tensor:
     """Standard normal noise of z_t's shape [B, 4, h, w], from one generator or from one per image of the batch."""
     if isinstance(generator, Sequence):  # in float32, like z_T: the same noise in every dtype
-        each = [torch.randn(own.shape, generator=g, device=g.device) for own, g in zip(z_t, generator, strict=True)]
-        return torch.stack(each).to(z_t)
+        return torch.cat([fresh_noise(own[None].float(), g) for own, g in zip(z_t, generator, strict=True)]).to(z_t)
     device = generator.device if generator else z_t.device
     return torch.randn(z_t.shape, generator=generator, device=device, dtype=z_t.dtype).to(z_t.device)
 

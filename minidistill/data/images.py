@@ -155,6 +155,10 @@ def encode(
     made_with = f"{fingerprint(sd.vae)} {sd.vae.config} {size}"
     files = [folder / f"image-{digest(f'{made_with} {image.digest}'.encode())}.safetensors" for image in images]
     left_out = {}
+
+    def leave_out(file: Path, reason: str) -> None:
+        left_out.update({image.file: reason for f, image in zip(files, images) if f == file})  # equal images share it
+
     if rank == 0:
         missing = {file: image for file, image in zip(files, images) if not read_shard(file)}
         with torch.no_grad(), on_device(sd.vae, sd.device):
@@ -162,13 +166,12 @@ def encode(
                 try:
                     x = read_image(image.file, sd.height, sd.width)
                 except Exception as error:  # decoders raise anything at a damaged file
-                    reason = str(error) or type(error).__name__
-                    left_out |= {same.file: reason for f, same in zip(files, images) if f == file}
+                    leave_out(file, str(error) or type(error).__name__)
                     file.unlink(missing_ok=True)  # damaged, or it would not be missing
                     continue
                 z_0 = sd.run_vae(sd.vae.encode, x[None].to(sd.device, sd.dtype))[0]  # [4, h, w]
                 if not z_0.isfinite().all():
-                    left_out[image.file] = f"the VAE overflows in {sd.dtype}: use --dtype bfloat16 or float32"
+                    leave_out(file, f"the VAE overflows in {sd.dtype}: use --dtype bfloat16 or float32")
                     continue
                 write_shard(file, {"z_0": z_0.half().cpu().contiguous()}, made_with)  # half, as in trajectories.py
     wait()

@@ -120,7 +120,7 @@ def generate(
     used = torch.cat([order[:0], *(captions_of[first] for first in mine)]).unique()
     prompts = encode_prompts(sd, [captions[i] for i in used]) if mine else None
     bar = tqdm(initial=existing, total=count, desc="teacher trajectories", unit="trajectory", disable=rank > 0)
-    for first in missing:  # the bar counts what other processes make as if it went at the same pace
+    for first in missing:  # for the bar, other processes keep pace with this one
         if first in mine:
             cond = prompts[torch.searchsorted(used, captions_of[first])].to(sd.device)
             z_T = sd.starting_noise(range(seed + first, seed + first + len(cond)))

@@ -23,6 +23,7 @@ from minidistill.evaluate.image_grid import comparison_grid
 from minidistill.evaluate.metrics import EVALUATION_SEED, ClipScore, Estimate, interval, pixels, psnr
 from minidistill.evaluate.quality import cached, model_stamp, read_judge, results_table
 from minidistill.evaluate.sampling import Drawn
+from minidistill.evaluate.students import label_of
 from minidistill.formats.files import atomic_write, write_json
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import LoRAFile, read_lora
@@ -53,7 +54,7 @@ def run(args: Namespace) -> None:
     one_pass, finished = args.one_pass and read_lora(args.one_pass), [read_lora(path) for path in args.loras]
     if one_pass and (not one_pass.is_student or one_pass.skips_steps):
         raise ValueError(f"--one-pass {one_pass.path} is no student that takes as many steps as its teacher.")
-    labels = [path.name if path.is_dir() else path.stem for path in args.loras]
+    labels = [label_of(path) for path in args.loras]
     if len(set(labels)) < len(labels):
         raise ValueError(f"--loras: two would have the same name in the table ({', '.join(labels)}): rename one.")
     for lora in finished:

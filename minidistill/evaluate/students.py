@@ -96,11 +96,16 @@ def read_full(path: Path, variant: str | None, **options) -> nn.Module:
     return load(path, variant=variant if path.is_dir() else None, **options).unet
 
 
+def label_of(path: Path) -> str:
+    """What a run's folder or a LoRA file is called in a table."""
+    return path.name if path.is_dir() else path.stem
+
+
 def read_students(runs: Sequence[ScaledFile], args: Namespace) -> dict[str, Student]:
     """The students by their labels in the table."""
     students = {}
     for path, scale in runs:
-        label = (path.name if path.is_dir() else path.stem) + (f" x {scale:g}" if scale != 1 else "")
+        label = label_of(path) + (f" x {scale:g}" if scale != 1 else "")
         if label in students or label in ("teacher", "no guidance"):
             raise ValueError(f'{path} would be called "{label}" in the table, like another method: rename it.')
         students[label] = read_student(path, scale, args)

@@ -80,7 +80,9 @@ def check_source(
     source: Path,
     student: str = "The student",
 ) -> None:
-    """Raises CheckpointError if ``source`` predicts something else than the student's teacher, or is a student."""
+    """Raises CheckpointError if ``source`` predicts something else than the student's teacher did, or has learned
+    guidance already.
+    """
     if "guidance" in metadata:
         refuse_second_guidance(learned_guidance, source)
     learned = metadata.get("prediction")

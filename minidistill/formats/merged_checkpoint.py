@@ -15,7 +15,7 @@ from minidistill.formats.load_model import check_model, check_parts
 from minidistill.formats.lora_formats import LoRAFile
 from minidistill.formats.lora_io import check_source, fit
 from minidistill.formats.model_configs import MODEL_INDEX, PUBLISHED, XL_INDEX
-from minidistill.formats.model_folder import STEMS, XL_STEMS, read_index, read_model_folder, stems
+from minidistill.formats.model_folder import STEMS, read_index, read_model_folder
 from minidistill.formats.single_file import (
     EMA,
     MODELSPEC,
@@ -107,7 +107,7 @@ def folder_to_folder(
     unet = model.unet
     check_source(metadata, model.schedule.prediction, unet.learned_guidance, source)
     tensors = change(unet.tensors)
-    index = read_index(source) or (XL_INDEX if stems(source) is XL_STEMS else MODEL_INDEX)
+    index = read_index(source) or (XL_INDEX if model.is_xl else MODEL_INDEX)
     with atomic_folder(out) as temporary:
         # Only the parts of the pipeline: people keep other weights next to them, which would not be merged.
         for part in source.iterdir():

@@ -30,7 +30,7 @@ DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads flags with ``type=Path`` as paths of a user, and those without a type as ``text``."""
+    """Checks the encoding of text and paths (``text``), and expands ~ in flags with ``type=Path`` (``user_path``)."""
 
     def __init__(self, **options: Any):
         super().__init__(**options)
