@@ -35,7 +35,7 @@ from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import write_json
 from minidistill.guidance import guided_noise
 from minidistill.text import TwoTextEncoders, encode_tokens
-from minidistill.training.command_line import positive_int
+from minidistill.training.command_line import out_file, positive_int
 from minidistill.training.recompute import LOW_MEMORY, low_memory
 from minidistill.vae import VAE
 
@@ -55,12 +55,12 @@ def add_flags(parser: ArgumentParser) -> None:
     what.add_argument("--cards", action="store_true", help="print settings for GPUs of several sizes, and what they "
         "take (sd15, sd21, sdxl)")  # fmt: skip
     add("--size", nargs="+", choices=SIZES, help="which networks (default: sd15 sd21 pocket)")
-    add("--device", default="cuda", help="whose memory; it need not be present unless measured (default: %(default)s)")
-    add("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="dtypes of W and activations (default: both)")
-    add("--batch", type=positive_int, nargs="+", default=[1, 8], metavar="N", help="sizes for --steps (default: 1 8)")
+    add("--device", help="whose memory; it need not be present unless measured (default: cuda)")
+    add("--dtype", nargs="+", choices=DTYPES, help="dtypes of W and activations (default: both)")
+    add("--batch", type=positive_int, nargs="+", metavar="N", help="sizes for --steps (default: 1 8)")
     add("--rank", type=positive_int, default=16, metavar="N", help="rank of the LoRA (default: %(default)s)")
     add("--keep-attention", action="store_true", help="keep attention matrices, as before fused attention was common")
-    add("--out", type=Path, metavar="FILE", help="JSON (default: results/memory.json, or memory-steps.json)")
+    add("--out", type=out_file, metavar="FILE", help="JSON (default: results/memory.json, or memory-steps.json)")
 
 
 # The rows of the table: networks, and what sampling or each kind of training computes with them.
@@ -165,14 +165,15 @@ def markdown(size: str, rows: dict[str, dict]) -> str:
 
 
 def run_ledger(args: Namespace) -> None:
-    device = find_device(args.device) if args.measure else torch.device(args.device)
+    device = args.device or "cuda"
+    device = find_device(device) if args.measure else torch.device(device)
     machine = device_name(device) if args.measure else device.type
     report = new_report(args, machine, rank=args.rank, keep_attention=args.keep_attention, sizes={})
     out = args.out or Path("results/memory.json")
     for name in args.size or ("sd15", "sd21", "pocket"):
         size, rows = SIZES[name], {}
         report["sizes"][name] = {"batch": size.batch, "rows": rows}
-        for key, case in tqdm([item for item in CASES.items() if item[1].dtype in args.dtype], name):
+        for key, case in tqdm([item for item in CASES.items() if item[1].dtype in (args.dtype or DTYPES)], name):
             with attention(fused=not args.keep_attention):
                 row = ledger(case, size, args.rank, foreach=device.type == "cuda")
             row["measured"] = None
@@ -254,15 +255,15 @@ def chosen_sizes(args: Namespace, flag: str, *known: str) -> list[str]:
 
 
 def run_steps(args: Namespace) -> None:
-    report = new_report(args, "cuda", rank=args.rank, sizes={})
+    report, batches = new_report(args, "cuda", rank=args.rank, sizes={}), args.batch or [1, 8]
     for name in chosen_sizes(args, "--steps", "sd15", "sd21"):
         rows = []
         for step in tqdm([*STEPS, *INSTEAD], name, unit="step"):
-            peaks = {str(batch): step_peak(step, replace(SIZES[name], batch=batch), args.rank) for batch in args.batch}
+            peaks = {str(batch): step_peak(step, replace(SIZES[name], batch=batch), args.rank) for batch in batches}
             again = recomputed(replace(SIZES[name], batch=1), step.case.below)
             rows.append({"label": step.label, "cumulative": step in STEPS, "peak": peaks, "recomputed": again})
         report["sizes"][name] = rows
-        print(f"\n{name}\n\n{steps_markdown(rows, args.batch)}\n\nMB.\n", flush=True)
+        print(f"\n{name}\n\n{steps_markdown(rows, batches)}\n\nMB.\n", flush=True)
         save_report(report, args.out or Path("results/memory-steps.json"))
 
 
@@ -336,5 +337,13 @@ def print_cards(cards: Sequence[Card], names: list[str], rank: int, side: int) -
 
 
 def run(args: Namespace) -> None:
-    mode = run_steps if args.steps else run_cards if args.cards else run_ledger
+    if args.steps:
+        mode, unused = run_steps, ("device", "dtype", "keep_attention")
+    elif args.cards:
+        mode, unused = run_cards, ("device", "dtype", "keep_attention", "batch", "out")
+    else:
+        mode, unused = run_ledger, ("batch",)
+    for name in unused:
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} changes nothing in this table: leave it out.")
     mode(args)

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from minidistill.formats.files import write_json
+from minidistill.training.command_line import out_file
 
 
 def add_out_flag(parser: ArgumentParser, default: str) -> None:
     out = "JSON file for the measurements (default: %(default)s)"
-    parser.add_argument("--out", type=Path, default=Path(default), metavar="FILE", help=out)
+    parser.add_argument("--out", type=out_file, default=default, metavar="FILE", help=out)
 
 
 def find_device(name: str) -> torch.device:

@@ -29,7 +29,14 @@ from minidistill.formats.lora_io import add_student
 from minidistill.formats.tensor_files import read_tensors, write_tensors
 from minidistill.lora import lora_strength
 from minidistill.pipeline import StableDiffusion
-from minidistill.training.command_line import add_model_flags, check_interval, load_options, positive, positive_int
+from minidistill.training.command_line import (
+    add_model_flags,
+    check_interval,
+    load_options,
+    out_folder,
+    positive,
+    positive_int,
+)
 
 POSITIONAL = "RUN_OR_LORA "
 PARTS = (1 / 6, 1 / 3, 2 / 3, 1.2)  # default scales w = 1 + part (s - 1): 1.5, 2, 3 and 4.6 for s = 4
@@ -47,7 +54,7 @@ def add_flags(parser: ArgumentParser) -> None:
          "--student-steps takes its own)")  # fmt: skip
     flag("--batch", **number, default=24, help="images to sample at once (default: %(default)s)")
     flag("--write", action="store_true", help="write the measured strengths into the header of the LoRA")
-    flag("--out", type=Path, default=Path("runs/dial"), metavar="FOLDER", help="results (default: %(default)s)")
+    flag("--out", type=out_folder, default="runs/dial", metavar="FOLDER", help="results (default: %(default)s)")
     add_model_flags(parser)
 
 

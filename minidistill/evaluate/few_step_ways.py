@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -34,7 +33,14 @@ from minidistill.lora import LoRAModel, inject_lora, lora_parameters
 from minidistill.pipeline import StableDiffusion, to_images
 from minidistill.samplers import Predictor, ddim_loop, fresh_noise, step_pairs
 from minidistill.schedule import Schedule, add_noise, clean_and_noise
-from minidistill.training.command_line import DEFAULT_GUIDANCE, add_model_flags, load_options, positive, positive_int
+from minidistill.training.command_line import (
+    DEFAULT_GUIDANCE,
+    add_model_flags,
+    load_options,
+    out_folder,
+    positive,
+    positive_int,
+)
 from minidistill.training.cuda_graph import adamw, set_learning_rate
 from minidistill.training.students import LoRAStudent
 
@@ -53,7 +59,7 @@ def add_flags(parser: ArgumentParser) -> None:
     flag("--prompts", **number, default=1000, help="held-out prompts (default: at most %(default)s)")
     flag("--each", **number, default=1, help="images of each prompt (default: %(default)s)")
     flag("--judge", metavar="MODULE", help="a module with measures for this model's images")
-    flag("--out", type=Path, default=Path("runs/few-steps"), metavar="FOLDER", help="results (default: %(default)s)")
+    flag("--out", type=out_folder, default="runs/few-steps", metavar="FOLDER", help="results (default: %(default)s)")
     add_model_flags(parser, dtypes=("float32",))
 
 

@@ -58,10 +58,10 @@ def add_flags(parser: ArgumentParser) -> None:
     flag("--judge", metavar="MODULE", help="a module with measures for this model's images")
     flag("--steps", **number, default=25, help="DDIM steps (default: %(default)s)")
     flag("--batch", **number, default=32, help="images to sample at once (default: %(default)s)")
-    out = Path("runs/evaluation")
-    flag("--out", type=Path, default=out, metavar="FOLDER", help="folder for the results (default: %(default)s)")
-    flag("--work", type=Path, default=out, metavar="FOLDER", help="folder for the cache: gigabytes for a full-size "
-         "model (default: %(default)s)")  # fmt: skip
+    out = "runs/evaluation"
+    flag("--out", type=cli.out_folder, default=out, metavar="FOLDER", help="the results (default: %(default)s)")
+    flag("--work", type=cli.out_folder, default=out, metavar="FOLDER", help="folder for the cache: gigabytes for a "
+         "full-size model (default: %(default)s)")  # fmt: skip
     cli.add_model_flags(parser)
 
 

@@ -24,7 +24,7 @@ from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import read_lora
 from minidistill.formats.lora_io import fit
 from minidistill.lora import low_rank
-from minidistill.training.command_line import add_model_flags
+from minidistill.training.command_line import add_weight_flags, out_folder
 
 POSITIONAL = "FULL_RUN RUN_OR_LORA "
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -35,8 +35,8 @@ def add_flags(parser: ArgumentParser) -> None:
     flag = parser.add_argument
     flag("full", type=Path, metavar="FULL_RUN", help="a run of train.py --method full")
     flag("lora", type=Path, metavar="RUN_OR_LORA", help="a run with a LoRA, or a LoRA file")
-    flag("--out", type=Path, default=Path("runs/spectrum"), metavar="FOLDER", help="results (default: %(default)s)")
-    add_model_flags(parser)
+    flag("--out", type=out_folder, default="runs/spectrum", metavar="FOLDER", help="results (default: %(default)s)")
+    add_weight_flags(parser)
 
 
 def run(args: Namespace) -> None:

@@ -26,7 +26,14 @@ from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import read_lora
 from minidistill.formats.lora_io import add_student
 from minidistill.lora import DEFAULT_TARGETS
-from minidistill.training.command_line import DEFAULT_DEVICE, DEFAULT_GUIDANCE, DEFAULT_MODEL, positive, positive_int
+from minidistill.training.command_line import (
+    DEFAULT_DEVICE,
+    DEFAULT_GUIDANCE,
+    DEFAULT_MODEL,
+    out_folder,
+    positive,
+    positive_int,
+)
 
 POSITIONAL = "[SWEEP ...] "
 LAYERS = {  # patterns of layer names
@@ -51,8 +58,8 @@ def add_flags(parser: ArgumentParser) -> None:
     flag("sweeps", nargs="*", metavar="SWEEP", help=f"any of {', '.join(VALUES)} (default: all)")
     flag("--model", type=Path, default=DEFAULT_MODEL, metavar="PATH", help="as in train.py (default: %(default)s)")
     flag("--prompts", type=positive_int, default=24, metavar="N", help="held-out prompts (default: %(default)s)")
-    flag("--runs", type=Path, default=Path("runs/sweeps"), metavar="FOLDER", help="the runs (default: %(default)s)")
-    flag("--out", type=Path, default=Path("results"), metavar="FOLDER",
+    flag("--runs", type=out_folder, default="runs/sweeps", metavar="FOLDER", help="the runs (default: %(default)s)")
+    flag("--out", type=out_folder, default="results", metavar="FOLDER",
          help="sweeps.json and the figures (default: %(default)s)")  # fmt: skip
     flag = parser.add_argument_group("the settings that are not swept").add_argument
     flag("--rank", type=positive_int, default=16, metavar="N", help="(default: %(default)s)")

@@ -53,7 +53,8 @@ def write_part(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
 def read_flags(argv: list[str]) -> Namespace:
     parser = cli.new_parser(__doc__, prog="python -m minidistill.pocket")
     flag = parser.add_argument
-    flag("--out", type=Path, default=cli.DEFAULT_MODEL, metavar="FOLDER", help="the model (default: %(default)s)")
+    flag("--out", type=cli.out_folder, default=cli.DEFAULT_MODEL, metavar="FOLDER",
+         help="the model (default: %(default)s)")  # fmt: skip
     flag("--more", choices=["vae", "unet"], help="train a part further, from its weights in --out")
     number = dict(type=cli.positive_int, metavar="N")
     flag("--emoji", type=Path, default=PACKAGE, metavar="FOLDER", help="the npm package (default: %(default)s)")

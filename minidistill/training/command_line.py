@@ -49,21 +49,30 @@ def new_parser(description: str | None, positional: str = "", prog: str | None =
     )
 
 
+def add_weight_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Which weights of which Stable Diffusion to read."""
+    flags = parser.add_argument_group("which Stable Diffusion, and how it is loaded")
+    add = flags.add_argument
+    # fmt: off
+    add("--model", type=Path, metavar="PATH", default=DEFAULT_MODEL, help="a folder in the official layout, a single "
+        "file, or a hub id (default: %(default)s)")
+    add("--ema", action="store_true", help="load the UNet's EMA weights, which some single files hold")
+    add("--variant", metavar="TEXT", help='which weights of a folder or hub id to load, for example "fp16"')
+    # fmt: on
+    return flags
+
+
 def add_model_flags(
     parser: argparse.ArgumentParser, dtypes: Sequence[str] = ("float32", "bfloat16", "float16")
 ) -> argparse._ArgumentGroup:
     """Which Stable Diffusion to load, and how: --model and the flags that ``load_options`` hands on."""
-    flags = parser.add_argument_group("which Stable Diffusion, and how it is loaded")
-    add, path = flags.add_argument, dict(type=Path, metavar="PATH")
+    flags = add_weight_flags(parser)
+    add = flags.add_argument
     # fmt: off
-    add("--model", **path, default=DEFAULT_MODEL, help="a folder in the official layout, a single file, or a hub id "
-        "(default: %(default)s)")
-    add("--ema", action="store_true", help="load the UNet's EMA weights, which some single files hold")
-    add("--variant", metavar="TEXT", help='which weights of a folder or hub id to load, for example "fp16"')
     add("--prediction", choices=("eps", "v"), help="what the UNet predicts (default: what the model says; for an "
         "SD 2.x single file that says nothing, a guess from its weights)")
-    add("--tokenizer", **path, help="folder with vocab.json and merges.txt (default: the model's own; for a single "
-        "file, CLIP's from the hub)")
+    add("--tokenizer", type=Path, metavar="PATH", help="folder with vocab.json and merges.txt (default: the model's "
+        "own; for a single file, CLIP's from the hub)")
     add("--height", type=positive_int, metavar="N", help="image height in pixels (default: as trained; 1024 for SDXL)")
     add("--width", type=positive_int, metavar="N", help="image width in pixels (default: the same)")
     add("--device", default=DEFAULT_DEVICE, metavar="DEVICE", help="where to compute (default: %(default)s)")
@@ -87,6 +96,29 @@ def text(argument: str) -> str:
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError(f"not text in this terminal's encoding: {argument!r}") from None
     return argument
+
+
+def out_file(argument: str) -> Path:
+    """An argparse type: a file to write. Better to refuse it now than after hours of measuring."""
+    path = user_path(text(argument))
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder: name a file")
+    require_writable(path.absolute().parent)
+    return path
+
+
+def out_folder(argument: str) -> Path:
+    """An argparse type: a folder to write into, which need not exist."""
+    path = user_path(text(argument))
+    require_writable(path.absolute())
+    return path
+
+
+def require_writable(folder: Path) -> None:
+    """Raise ArgumentTypeError unless ``folder``, or the nearest one above it that exists, can be written into."""
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{existing} is not a folder that can be written into")
 
 
 def positive_int(text: str) -> int:

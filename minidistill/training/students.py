@@ -113,6 +113,8 @@ def choose_steps(args: argparse.Namespace) -> None:
             "--student-steps learns from whole trajectories and has its own weights: leave out --images, "
             "--method noised, --source, --stride and --weighting."
         )
+    if args.images and (args.trajectories or args.stride):
+        raise ValueError("--trajectories and --stride are for images that the teacher samples: leave them out.")
     if few and few > MOST_FEW_STEPS:
         raise ValueError(f"--student-steps is at most {MOST_FEW_STEPS}, not {few}.")
     args.spacing = "trailing" if few else None  # the model's own

@@ -98,6 +98,12 @@ def test_only_sizes_with_a_text_encoder(mode: str):
         bench.main(["memory", mode, "--size", "sd15", "pocket"])
 
 
+@pytest.mark.parametrize("flags", ["--cards --batch 8", "--steps --dtype float32", "--cards --out o.json", "--batch 2"])
+def test_flags_without_effect_are_refused(flags: str):
+    with pytest.raises(ValueError, match="--(batch|dtype|out) changes nothing in this table: leave it out"):
+        bench.main(["memory", *flags.split()])
+
+
 DOCUMENTED = (ROOT / "docs/gpus-and-memory.md").read_text(encoding="utf-8").splitlines()
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ def test_impossible_numbers_name_their_flag(script: str, mistake: str, command):
     prompt = ["a rocket"] if script == "sample.py" else []
     result = command(script, *prompt, f"{flag}={value}")
     assert flag in result.complaint and value in result.complaint and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("program", ["bench updates", "bench memory", "evaluate quality", "evaluate dial RUN"])
+def test_a_place_that_cannot_be_written_is_refused_at_once(program: str, tmp_path: Path, capsys):
+    module, *command = program.split()
+    main = import_module(f"minidistill.{module}.__main__").main
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file/results", tmp_path if module == "bench" else tmp_path / "file"):
+        with pytest.raises(SystemExit):
+            main([*command, "--out", str(out)])
+        complaint = capsys.readouterr().err.splitlines()[-1]
+        assert "error: argument --out: " in complaint and "a folder" in complaint
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
