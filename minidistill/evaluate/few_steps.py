@@ -77,6 +77,8 @@ def run(args: Namespace) -> None:
     report = args.provenance | {"prompts": len(prompts) // args.each, "each": args.each}
 
     def compare(N: int) -> None:
+        # First, because a LoRA of other settings ends the comparison, and must not cost the rows of an earlier one.
+        learned = {name: train_way(name, WAYS[name].steps or N, lesson, one_pass, args) for name in taught}
         rows, drawn = [], []
 
         def add(name: str, images: list[Image.Image], calls: int, seconds: str = "0") -> None:
@@ -97,9 +99,8 @@ def run(args: Namespace) -> None:
         for label, lora in zip(labels, finished):
             if lora.few_steps[0] == N:
                 add_lora(label, lora)
-        for name in taught:
+        for name, lora in learned.items():
             way = WAYS[name]
-            lora = train_way(name, way.steps or N, lesson, one_pass, args)
             if way.renoise:
                 images = sample_renoised(load_merged([lora], args), prompts, N)
                 add(name, images, N, lora.metadata["seconds"])

@@ -126,6 +126,10 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
     again = json.loads((tmp_path / "few-steps-2.json").read_text())["rows"]
     assert again[4:] == [rows["train.py"], rows["consistency distillation"]]
     assert again[3]["way"] == "taught" and again[3]["measures"] == rows["train.py"]["measures"]
+    measured = (tmp_path / "few-steps-2.json").read_bytes()
+    with pytest.raises(ValueError, match="2-train-py.safetensors was trained with other settings"):
+        main([*flags, "--updates", "3", "--ways", "train.py"])
+    assert (tmp_path / "few-steps-2.json").read_bytes() == measured
     with pytest.raises(ValueError, match="two would have the same name in the table \\(taught, taught\\)"):
         main([*flags, *more, str(tmp_path / "taught.safetensors")])
     with pytest.raises(ValueError, match="taught.safetensors is no student that takes as many steps as its teacher"):
