@@ -25,7 +25,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         if emb is not None:
-            h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+            h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]  # [B, C_out, 1, 1], the same for all pixels
         h = self.conv2(F.silu(self.norm2(h)))
         return self.conv_shortcut(x) + h
 

@@ -1,4 +1,4 @@
-"""What the UNet is told beside the latents and the time step: the prompt's embeddings, and sizes."""
+"""What the UNet is told besides the latents and the time step: the prompt's embeddings, and sizes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -66,7 +66,7 @@ def stored_target(frozen: UNetCall, batch: Batch) -> Tensor:
 
 
 def guided_target(uncond: Conditioning, guidance: float, interval: Interval | None, batched: bool) -> Target:
-    """The guided prediction for latents the teacher has not seen: it is asked now. ``uncond`` is one prompt."""
+    """A target that calls the teacher now, for latents that it has not seen. ``uncond`` is one prompt."""
 
     @torch.no_grad()
     def target(frozen: UNetCall, batch: Batch) -> Tensor:
@@ -164,8 +164,8 @@ def error_and_limit(
 class Dial:
     """Which strength of a student's LoRA stands for which guidance scale.
 
-    ``points`` are pairs (guidance, strength), from (1, 0), no guidance, on; between them we draw straight lines. With
-    no measured point there is one line, to (s, 1), the scale that the student has learned.
+    ``points`` are pairs (guidance, strength), joined by straight lines. The first is (1, 0), no guidance; another is
+    (s, 1), the scale that the student has learned; the rest were measured.
     """
 
     points: tuple[tuple[float, float], ...]

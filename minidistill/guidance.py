@@ -24,7 +24,7 @@ UNetCall = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (z_t, t, cond) ->
 def guide(eps_cond: Tensor, eps_uncond: Tensor, guidance: float | Tensor) -> Tensor:
     """eps_hat = eps_uncond + s (eps_cond - eps_uncond): eq. 6 with s = 1 + w, as Stable Diffusion writes it.
 
-    v is linear in eps at a given z_t, and the weights s and 1 - s sum to 1, so the same formula holds for v.
+    v is affine in eps at a given z_t, and the weights s and 1 - s sum to 1, so the same formula holds for v.
     """
     return eps_uncond + guidance * (eps_cond - eps_uncond)
 

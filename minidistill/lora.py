@@ -132,8 +132,8 @@ class LoRAModel(nn.Module):
     """Wraps a network: ``model(..., lora_enabled=True)`` is the student, ``model(...)`` the teacher.
 
     It exposes the parameters and children of the network, ``base``, under their original names. All calls share one
-    switch, so one thread at a time may call it. The switch is set during a call only: recompute activations by
-    training.recompute, or around whole calls, not around blocks inside.
+    switch, so one thread at a time may call it. The switch is off again after a call, when activation checkpointing
+    recomputes: checkpoint whole calls, or use training.recompute, which sets the switch.
     """
 
     def __init__(self, base: nn.Module, switch: Switch):
@@ -141,7 +141,7 @@ class LoRAModel(nn.Module):
         self.switch = switch
         self.dial = None  # which strength stands for which guidance (distill.Dial), once a student is loaded
         self.learned_guidance = None  # the guidance scale of a student that was loaded beside W
-        self.few_steps = None  # the DDIM steps of a student that was taught how many to take, and those of its teacher
+        self.few_steps = None  # (steps of the student, steps of its teacher), if it was taught how many to take
         self.training = base.training
         self.__dict__["base"] = base  # not registered as a child, which would put "base." in front of every name
         self._parameters, self._buffers, self._modules = base._parameters, base._buffers, base._modules

@@ -26,7 +26,7 @@ def ddim_step(
 ) -> Tensor:
     """Step from t to t_next, towards the image or away from it. Times below 0 are the end of sampling.
 
-    With z_0 and eps as the prediction implies them at z_t (DDIM, eq. 12 and 16):
+    The prediction at z_t implies z_0 and eps; mix them again at the noise level of t_next (DDIM, eq. 12 and 16):
 
         z_next = sqrt(alpha_bar_next) z_0 + sqrt(1 - alpha_bar_next - sigma_eta^2) eps + sigma_eta noise
         sigma_eta = eta sqrt((1 - alpha_bar_next) / (1 - alpha_bar)) sqrt(1 - alpha_bar / alpha_bar_next)
@@ -37,7 +37,7 @@ def ddim_step(
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # they stay on the CPU, so that a GPU never waits for them
     z_0, eps = clean_and_noise(schedule.prediction, prediction, z_t, alpha, sigma)
     sigma_eta = torch.zeros(())
-    if eta:  # not on the way back to noise, where the variance would be negative
+    if eta:  # 0 on the way back to noise, where the variance would be negative
         sigma_eta = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
     z_next = alpha_bar_next.sqrt() * z_0 + (1 - alpha_bar_next - sigma_eta**2).sqrt() * eps
     return z_next + sigma_eta * noise if eta else z_next

@@ -2,6 +2,9 @@
 
     z_t = alpha z_0 + sigma eps,  v = alpha eps - sigma z_0,  alpha = sqrt(alpha_bar_t),   sigma = sqrt(1 - alpha_bar_t)
 
+z_0 are the clean latents of an image, eps is standard normal noise, and z_t mixes them: at time step t = 0 there is
+almost no noise, at the last one almost nothing else. The network predicts eps or v from z_t, and either gives z_0.
+
 alpha_bar is ``alphas_cumprod`` ("Denoising Diffusion Implicit Models", arXiv 2010.02502, writes it alpha).
 """
 
@@ -24,7 +27,7 @@ class Schedule:
     final_alpha: Tensor
     prediction: str = "eps"  # what the UNet returns: "eps" or "v"
     steps_offset: int = 1
-    spacing: str = "leading"  # of a sampler's time steps, unless another is asked for
+    spacing: str = "leading"  # the default spacing of a sampler's time steps
 
     @classmethod
     def from_config(cls, config: ScheduleConfig) -> "Schedule":
@@ -37,7 +40,7 @@ class Schedule:
             betas = torch.linspace(config.beta_start, config.beta_end, config.train_steps)
         else:
             raise ValueError(f'beta_schedule must be "scaled_linear" or "linear", not "{config.beta_schedule}".')
-        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # "DDPM", arXiv 2006.11239, above eq. 4
         if config.zero_terminal_snr:  # arXiv 2305.08891, algorithm 1, but just above 0, as we divide by it
             if config.prediction == "eps":
                 raise ValueError("With zero terminal SNR a UNet cannot predict eps, only v: --prediction v.")
@@ -101,16 +104,16 @@ def velocity(schedule: Schedule, z_0: Tensor, noise: Tensor, t: Tensor) -> Tenso
 def clean_and_noise(kind: str, prediction: Tensor, z_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """z_0 and eps, each [B, 4, h, w], that a prediction of the given ``kind`` ("eps" or "v") implies at z_t."""
     if kind == "eps":
-        return (z_t - sigma * prediction) / alpha, prediction
-    return alpha * z_t - sigma * prediction, alpha * prediction + sigma * z_t
+        return (z_t - sigma * prediction) / alpha, prediction  # DDIM, eq. 9
+    return alpha * z_t - sigma * prediction, alpha * prediction + sigma * z_t  # "Progressive Distillation", section 4
 
 
 def min_snr_weight(schedule: Schedule, t: Tensor, gamma: float) -> Tensor:
     """Loss weights at time steps t [B], [B, 1, 1, 1] ("Min-SNR", arXiv 2303.09556).
 
     min(SNR, gamma) / SNR for eps, and / (SNR + 1) for v, with SNR = alpha_bar / (1 - alpha_bar): in terms of z_0, the
-    squared error is weighted by min(SNR, gamma). Without a cap the many, easy steps of little noise take most of the
-    gradient.
+    squared error is weighted by min(SNR, gamma). Without a cap, the many easy steps with little noise would
+    dominate the gradient.
     """
     alpha_bar = schedule.alphas_cumprod[t.to(schedule.alphas_cumprod.device)].view(-1, 1, 1, 1)
     snr = alpha_bar / (1 - alpha_bar)

@@ -62,7 +62,7 @@ class Attention(nn.Module):
 
     def read(self, q: Tensor, context: Tensor) -> Tensor:
         """Attention of the queries [B, L, C] over ``context`` [B, L', D]; guidance.away_from wraps it."""
-        k, v = self.to_k(context), self.to_v(context)
+        k, v = self.to_k(context), self.to_v(context)  # [B, L', C] each
         if self.upcast:
             wide = torch.promote_types(q.dtype, torch.float32)
             return attention(q.to(wide), k.to(wide), v.to(wide), self.heads).to(q.dtype)
@@ -77,7 +77,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        value, gate = self.proj(x).chunk(2, dim=-1)  # [B, L, inner] each
         return value * F.gelu(gate)
 
 
@@ -240,7 +240,7 @@ class UNet(nn.Module):
         emb = self.time_embedding(timestep_embedding(t, self.config.widths[0]).to(dtype))  # [B, 4 * widths[0]]
         if self.config.pooled_width:
             emb = emb + self.embed_prompt_and_sizes(cond)
-        x = self.conv_in(z_t.to(dtype))
+        x = self.conv_in(z_t.to(dtype))  # [B, widths[0], H, W]
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
@@ -257,7 +257,7 @@ class UNet(nn.Module):
 
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                x = torch.cat([x, skips.pop()], dim=1)
+                x = torch.cat([x, skips.pop()], dim=1)  # [B, C + C_skip, H, W]
                 x = self.run_layer(level, i, x, emb, context)
             if hasattr(level, "upsamplers"):
                 # [B, C, 2H, 2W], or one less where the way down halved an odd side

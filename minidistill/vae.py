@@ -1,6 +1,6 @@
 """The autoencoder of Stable Diffusion: images to latents of an eighth of their height and width, and back.
 
-In the embedded model the latents are a quarter as high and wide.
+In the embedded model it is a quarter.
 """
 
 import torch

@@ -159,7 +159,7 @@ def read_judge(name: str | None) -> ModuleType | None:
 
 
 def model_stamp(sd: StableDiffusion, args: Namespace) -> dict[str, object]:
-    """What images depend on beside prompts and guidance: weights, settings, schedule, device, dtype and size."""
+    """What images depend on besides prompts and guidance: weights, settings, schedule, device, dtype and size."""
     texts = [part.config for part in sd.text_encoder.modules() if isinstance(part, PreTrainedModel)]
     configs = [sd.unet_config, sd.vae.config, sd.force_zeros, *(text.to_json_string() for text in texts)]
     return {

@@ -46,7 +46,7 @@ class Student(NamedTuple):
 
     @property
     def sampling(self) -> dict[str, int]:
-        """What ``draw`` has to be told beside how the teacher samples."""
+        """What ``draw`` has to be told besides how the teacher samples."""
         return dict(student_steps=self.few_steps[0]) if self.few_steps else {}
 
 
