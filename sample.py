@@ -183,7 +183,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora", type=cli.ScaledFile.parse, action="append", metavar="RUN_OR_LORA[:SCALE]", help="a "
         "distilled LoRA (default with --compare: the one beside the model) or a style; give the flag once for each")
     add("--lora-scale", type=cli.positive, default=1.0, metavar="X", help="strength of the student's LoRA, a "
-        "dial: 0.5 stands roughly for guidance 1 + 0.5 (s - 1); --guidance is more exact (default: %(default)s)")
+        "dial: 0.5 stands roughly for guidance 1 + 0.5 (s - 1), where s is the scale it has learned; --guidance is "
+        "more exact (default: %(default)s)")
     add = parser.add_argument_group("how to sample").add_argument
     add("--guidance", type=cli.finite, metavar="X", help="guidance scale; 7.5 is usual for large models, and exactly 1 "
         f"is none, with one UNet call a step (default: {cli.DEFAULT_GUIDANCE:g}; with a LoRA the scale it has learned: "

@@ -40,8 +40,8 @@ def add_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument
     ranks = [4, 16, 64, 128]
     add("--rank", type=positive_int, nargs="+", default=ranks, metavar="N", help="ranks (default: 4 16 64 128)")
-    add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of x and W (default: %(default)s)")
-    add("--repeats", type=positive_int, default=30, metavar="N", help="readings of the clock (default: %(default)s)")
+    add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="dtype of x and W (default: %(default)s)")
+    add("--repeats", type=positive_int, default=30, metavar="N", help="timings of each way (default: %(default)s)")
     add("--no-compile", action="store_true", help="leave out torch.compile, which compiles for every shape and rank")
     add_out_flag(parser, "results/bench-kernel.json")
 

@@ -55,12 +55,12 @@ def add_flags(parser: ArgumentParser) -> None:
     what.add_argument("--cards", action="store_true", help="print settings for GPUs of several sizes, and what they "
         "take (sd15, sd21, sdxl)")  # fmt: skip
     add("--size", nargs="+", choices=SIZES, help="which networks (default: sd15 sd21 pocket)")
-    add("--device", help="whose memory; it need not be present unless measured (default: cuda)")
+    add("--device", help="device whose memory to count; only --measure needs it (default: cuda)")
     add("--dtype", nargs="+", choices=DTYPES, help="dtypes of W and activations (default: both)")
     add("--batch", type=positive_int, nargs="+", metavar="N", help="sizes for --steps (default: 1 8)")
     add("--rank", type=positive_int, default=16, metavar="N", help="rank of the LoRA (default: %(default)s)")
     add("--keep-attention", action="store_true", help="keep attention matrices, as before fused attention was common")
-    add("--out", type=out_file, metavar="FILE", help="JSON (default: results/memory.json, or memory-steps.json)")
+    add("--out", type=out_file, metavar="FILE", help="JSON file (default: results/memory.json, or memory-steps.json)")
 
 
 # The rows of the table: networks, and what sampling or each kind of training computes with them.

@@ -49,7 +49,7 @@ def add_flags(parser: ArgumentParser) -> None:
     flag("run", type=Path, metavar="RUN_OR_LORA", help="the student: a run's folder, or a LoRA file")
     flag("--guidance", type=positive, nargs="+", metavar="X",
          help="guidance scales to measure (default: four, up to 1.2 times what the student has learned)")  # fmt: skip
-    flag("--prompts", **number, default=24, help="training and held-out prompts, each (default: %(default)s)")
+    flag("--prompts", **number, default=24, help="training prompts, and as many held-out ones (default: %(default)s)")
     flag("--steps", **number, default=25, help="DDIM steps (default: %(default)s; a student of train.py "
          "--student-steps takes its own)")  # fmt: skip
     flag("--batch", **number, default=24, help="images to sample at once (default: %(default)s)")

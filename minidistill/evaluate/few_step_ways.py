@@ -51,11 +51,11 @@ def add_flags(parser: ArgumentParser) -> None:
     """The flags that few-steps and steering share."""
     flag, number = parser.add_argument, dict(type=positive_int, metavar="N")
     flag("--guidance", type=positive, default=DEFAULT_GUIDANCE, metavar="X",
-         help="the teacher's (default: %(default)s)")  # fmt: skip
-    flag("--teacher-steps", **number, default=24, help="DDIM steps (default: %(default)s)")
-    flag("--trajectories", **number, default=480, help="to learn from (default: %(default)s)")
-    flag("--updates", **number, default=300, help=f"of {BATCH} examples (default: %(default)s)")
-    flag("--rank", **number, default=16, help="of the LoRA (default: %(default)s)")
+         help="the teacher's guidance scale (default: %(default)s)")  # fmt: skip
+    flag("--teacher-steps", **number, default=24, help="DDIM steps of the teacher (default: %(default)s)")
+    flag("--trajectories", **number, default=480, help="trajectories to learn from (default: %(default)s)")
+    flag("--updates", **number, default=300, help=f"updates of {BATCH} examples (default: %(default)s)")
+    flag("--rank", **number, default=16, help="rank of the LoRA (default: %(default)s)")
     flag("--prompts", **number, default=1000, help="held-out prompts (default: at most %(default)s)")
     flag("--each", **number, default=1, help="images of each prompt (default: %(default)s)")
     flag("--judge", metavar="MODULE", help="a module with measures for this model's images")

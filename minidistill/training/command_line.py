@@ -74,7 +74,7 @@ def add_model_flags(
     add("--tokenizer", type=Path, metavar="PATH", help="folder with vocab.json and merges.txt (default: the model's "
         "own; for a single file, CLIP's from the hub)")
     add("--height", type=positive_int, metavar="N", help="image height in pixels (default: as trained; 1024 for SDXL)")
-    add("--width", type=positive_int, metavar="N", help="image width in pixels (default: the same)")
+    add("--width", type=positive_int, metavar="N", help="image width in pixels (default: as trained; 1024 for SDXL)")
     add("--device", default=DEFAULT_DEVICE, metavar="DEVICE", help="where to compute (default: %(default)s)")
     add("--dtype", default="float32", choices=dtypes, help="dtype of the weights (default: %(default)s)")
     add("--weights", choices=("float8",), help="keep W of the UNet's linear layers and convolutions in 8 bits, half "
