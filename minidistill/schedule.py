@@ -72,7 +72,7 @@ class Schedule:
     def timesteps(self, steps: int, spacing: str | None = None) -> list[int]:
         """The ``steps`` time steps that DDIM visits, the noisiest first, with the model's own spacing by default.
 
-        "leading" is Stable Diffusion's own, with its offset: of 4 steps the first is at t = 751. "trailing" starts at
+        "leading" is Stable Diffusion's own, with its offset: with 4 steps the first is at t = 751. "trailing" starts at
         the noisiest t, 999 ("Common Diffusion Noise Schedules", arXiv 2305.08891, section 3.3): better for few steps.
         Raises ValueError unless 1 <= steps <= train_steps, and for another spacing.
         """

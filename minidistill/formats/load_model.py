@@ -41,7 +41,7 @@ def load(
 
     Args:
         path: a folder in the official layout, a single .safetensors or .ckpt file, or a hub id.
-        dtype: of all weights; other dtypes are cast. In float16 the VAE of SDXL overflows, and is loaded in float32.
+        dtype: the dtype of all weights. In float16 the VAE of SDXL overflows, and is loaded in float32.
         device: where they go.
         prediction: "eps" or "v", overriding what the folder's scheduler says or a single file implies.
         tokenizer: a folder with vocab.json and merges.txt, overriding the model's own.
