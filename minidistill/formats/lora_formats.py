@@ -127,10 +127,10 @@ class LoRAFile:
 def xl_names(layers: Mapping[str, Pair]) -> dict[str, str]:
     """The names of an SDXL's layers, with a dot at the end -> those of single files, which number blocks consecutively.
 
-    A smaller model has its own width of prompts. If all its residual blocks have a LoRA, their names tell how many
-    there are at each level; otherwise two, as in SDXL.
+    A smaller model has other widths. If all its residual blocks have a LoRA, their names tell how many there are at
+    each level; otherwise two, as in SDXL.
     """
-    if SDXL_UNET.context_width in context_widths(layers):
+    if any(len(pair.up) in SDXL_UNET.widths for pair in layers.values()):
         return unet_names(SDXL_UNET)
     down, up = (
         {int(block[1]) for name in layers if (block := re.match(rf"{side}_blocks\.\d+\.resnets\.(\d+)\.", name))}

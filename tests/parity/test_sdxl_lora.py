@@ -134,15 +134,16 @@ def test_a_style_by_kohyas_scripts(folder: Path, tmp_path: Path) -> None:
     assert np.abs(ours - without_lora(folder)).max() > 8
 
 
-def test_names_at_full_size_do_not_depend_on_the_layers_that_have_a_lora() -> None:
-    """Even if only the first residual block of each level has one."""
-    targets = ["down_blocks.*.resnets.0.*", "up_blocks.*.resnets.[01].*", "*.attn2.to_k"]
+@pytest.mark.parametrize("attention", ["attn2_to_k", "attn1_to_q"])
+def test_names_at_full_size_do_not_depend_on_the_layers_that_have_a_lora(attention: str) -> None:
+    """Even if only the first residual block of each level has one, and no layer reads the prompt."""
+    targets = ["down_blocks.*.resnets.0.*", "up_blocks.*.resnets.[01].*", f"*.{attention.replace('_', '.', 1)}"]
     with torch.device("meta"):
         unet = inject_lora(UNet(SDXL_UNET), 1, targets=targets)
     layers = {name: Pair(x.lora_down, x.lora_up, 1.0) for name, x in lora_layers(unet).items()}
     keys = {name.partition(".")[0] for name in kohya_tensors(LoRAFile(Path("x"), layers, {}))}
     assert {
-        "lora_unet_input_blocks_7_1_transformer_blocks_0_attn2_to_k",
+        f"lora_unet_input_blocks_7_1_transformer_blocks_0_{attention}",
         "lora_unet_output_blocks_1_0_out_layers_3",
     } <= keys
     names = unet_names(SDXL_UNET)
