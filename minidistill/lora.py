@@ -241,8 +241,11 @@ def merge_lora(model: nn.Module, generator: torch.Generator | None = None) -> fl
     Until ``unmerge_lora`` the switch has no effect and the teacher is gone. A second call does nothing. The state dict
     of a merged model has a ``merged`` entry for each layer. A ``generator`` rounds stochastically (``add_to_weight``).
 
-    Returns how much of the change survives the rounding to W's dtype, 1 being all; warns below 0.9.
+    Returns how much of the change survives the rounding to W's dtype, 1 being all; warns below 0.9. Raises ValueError
+    within ``lora_strength``, because unmerging after it would subtract another multiple of the pair.
     """
+    if any(layer.scale != layer.alpha / len(layer.lora_down) for layer in lora_layers(model).values()):
+        raise ValueError("A LoRA is merged at its own strength: merge outside lora_strength, or load_lora(..., scale).")
     return warn_of_lost_change(_set_merged(model, True, generator))
 
 

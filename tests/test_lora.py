@@ -23,6 +23,7 @@ from minidistill.lora import (
     add_to_weight,
     lora_layers,
     lora_parameters,
+    lora_strength,
 )
 
 
@@ -245,6 +246,18 @@ def test_merging_twice_is_merging_once():
     once = layer.weight.detach().clone()
     merge_lora(model)
     assert torch.equal(layer.weight, once)
+
+
+def test_merging_at_a_passing_strength_is_refused():
+    """Unmerging would subtract the pair at another strength."""
+    model, x, _ = one_layer("linear")
+    teacher = model(x)
+    with lora_strength(model, 0.5), pytest.raises(ValueError, match="merge outside lora_strength"):
+        merge_lora(model)
+    assert torch.equal(model(x), teacher)
+    merge_lora(model)
+    unmerge_lora(model)
+    assert error(model(x), teacher) < 1e-12
 
 
 def test_unmerging_an_unmerged_model_changes_nothing():
