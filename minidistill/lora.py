@@ -242,11 +242,17 @@ def merge_lora(model: nn.Module, generator: torch.Generator | None = None) -> fl
     of a merged model has a ``merged`` entry for each layer. A ``generator`` rounds stochastically (``add_to_weight``).
 
     Returns how much of the change survives the rounding to W's dtype, 1 being all; warns below 0.9. Raises ValueError
-    within ``lora_strength``, because unmerging after it would subtract another multiple of the pair.
+    within ``lora_strength``, because unmerging after it would subtract another multiple of the pair; and, with nothing
+    merged, for a W that cannot hold the sum (not finite, or in 8 bits).
     """
     if any(layer.scale != layer.alpha / len(layer.lora_down) for layer in lora_layers(model).values()):
         raise ValueError("A LoRA is merged at its own strength: merge outside lora_strength, or load_lora(..., scale).")
-    return warn_of_lost_change(_set_merged(model, True, generator))
+    try:
+        squares = _set_merged(model, True, generator)
+    except ValueError:
+        unmerge_lora(model)  # the layers before the one that failed
+        raise
+    return warn_of_lost_change(squares)
 
 
 def unmerge_lora(model: nn.Module) -> None:

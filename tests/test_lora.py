@@ -649,7 +649,12 @@ def test_stochastic_merging_is_seeded_and_keeps_a_small_change():
     assert 0.8 < kept / wanted < 1.2  # the part along the change; the rest is noise
 
 
-def test_a_merge_that_is_not_finite_names_the_layer():
-    model = small_change(torch.float16, 1e5)
-    with pytest.raises(ValueError, match="With its LoRA, down_blocks.* is not finite in torch.float16"):
+def test_a_merge_that_is_not_finite_names_the_layer_and_merges_nothing():
+    model = small_change(torch.float16, 0.1)
+    before = {name: layer.weight.clone() for name, layer in lora_layers(model).items()}
+    last = next(reversed(before))
+    nn.init.constant_(model.get_submodule(last).lora_up, 1e6)
+    with pytest.raises(ValueError, match=f"With its LoRA, {last} is not finite in torch.float16"):
         merge_lora(model)
+    assert not any(layer.merged for layer in lora_layers(model).values())
+    assert max(error(layer.weight, before[name]) for name, layer in lora_layers(model).items()) < 1e-3
