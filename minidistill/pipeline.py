@@ -81,6 +81,11 @@ class StableDiffusion:
         return getattr(self.unet, "base", self.unet).config
 
     @property
+    def is_merged(self) -> bool:
+        """True if the UNet's LoRA is merged into W: then it is the student, whatever ``lora_enabled``."""
+        return any(layer.merged for layer in lora_layers(self.unet).values())
+
+    @property
     def trained_side(self) -> int:
         """Height and width of the images that the model was trained on, in pixels."""
         return self.unet_config.sample_size * self.vae.config.factor
@@ -170,8 +175,7 @@ class StableDiffusion:
     def _refuse_second_guidance(self, guidance: float | None, lora_enabled: bool) -> None:
         """Raise ValueError if W contains a student's guidance, and more would be added to it."""
         loaded = getattr(self.unet, "learned_guidance", None)  # by a student's LoRA beside W
-        merged = loaded and any(layer.merged for layer in lora_layers(self.unet).values())
-        learned = self.learned_guidance or (merged and loaded)
+        learned = self.learned_guidance or (self.is_merged and loaded)
         if learned and not lora_enabled and guidance != 1:
             raise ValueError(f"{self.path} has learned guidance {learned}: sample it with guidance 1 (--guidance 1).")
         if self.learned_guidance and lora_enabled and loaded:
@@ -260,7 +264,7 @@ class StableDiffusion:
         uncond = self.encode_negative(negative_prompt, height, width)
         if selective and interval:
             raise ValueError("selective is an interval of its own: give one of selective and interval.")
-        if lora_enabled and (few_steps := getattr(self.unet, "few_steps", None)):
+        if (few_steps := getattr(self.unet, "few_steps", None)) and (lora_enabled or self.is_merged):
             spacing, (few, many) = spacing or "trailing", few_steps
             if few < many and steps != few:
                 warnings.warn(f"This student has learned {few} steps, not {steps}.", stacklevel=3)

@@ -387,6 +387,13 @@ def test_a_student_of_few_steps_has_their_spacing(sd: StableDiffusion, tmp_path:
     assert default.tobytes() == trailing.tobytes() != leading.tobytes()
     with pytest.warns(UserWarning, match="has learned 2 steps, not 3"):
         fresh.sample([APPLE], steps=3, lora_enabled=True)
+    teacher = fresh.sample([APPLE], steps=2, guidance=1)[0]
+    assert teacher.tobytes() == fresh.sample([APPLE], steps=2, guidance=1, spacing="leading")[0].tobytes()
+    merge_lora(fresh.unet)  # now the switch has no effect
+    on, off = (fresh.sample([APPLE], steps=2, guidance=g, lora_enabled=g is None)[0] for g in (None, 1))
+    assert off.tobytes() == on.tobytes()
+    with pytest.warns(UserWarning, match="has learned 2 steps, not 3"):
+        fresh.sample([APPLE], steps=3, guidance=1)
 
 
 def test_prompts_are_a_list_of_strings(sd: StableDiffusion):
