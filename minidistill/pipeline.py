@@ -252,11 +252,13 @@ class StableDiffusion:
             PIL images, one for each prompt.
 
         Raises:
-            ValueError: a guidance that the student cannot sample at, an image that is not finite, more steps than DDIM
-                can take, a size that is not a whole number of latents, ``selective`` or ``eta`` outside 0 to 1, or both
-                ``selective`` and ``interval``; or more guidance for a model that has learned it.
+            ValueError: no student, a guidance that it cannot sample at, an image that is not finite, more steps than
+                DDIM can take, a size that is not a whole number of latents, ``selective`` or ``eta`` outside 0 to 1, or
+                both ``selective`` and ``interval``; or more guidance for a model that has learned it.
         """
         self._refuse_second_guidance(guidance, lora_enabled)
+        if lora_enabled and not hasattr(self.unet, "base"):  # it is the UNet alone
+            raise ValueError("lora_enabled is for a UNet with a LoRA: sd.unet = load_lora(sd.unet, FILE) gives it one.")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or batch < 1:
             raise ValueError(f"{len(prompts)} prompts in batches of {batch}: both must be 1 or more.")
