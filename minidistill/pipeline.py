@@ -157,8 +157,9 @@ class StableDiffusion:
         Raises ValueError for a size that is not a whole number of latents.
         """
         shape = (self.unet_config.in_channels, *self.latent_size(height, width))
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self.device, torch.promote_types(self.dtype, torch.float32))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = torch.stack([torch.randn(shape, generator=own, dtype=torch.float32) for own in generators])
+        return noise.to(self.device, torch.promote_types(self.dtype, torch.float32))
 
     def run_vae(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Call ``function``, which is ``vae.encode`` or ``vae.decode``, on x.

@@ -39,7 +39,7 @@ def ddim_step(
     sigma_eta = torch.zeros(())
     if eta:  # 0 on the way back to noise, where the variance would be negative
         sigma_eta = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
-    z_next = alpha_bar_next.sqrt() * z_0 + (1 - alpha_bar_next - sigma_eta**2).sqrt() * eps
+    z_next = alpha_bar_next.sqrt() * z_0 + (1 - alpha_bar_next - sigma_eta**2).clamp(min=0).sqrt() * eps
     return z_next + sigma_eta * noise if eta else z_next
 
 
