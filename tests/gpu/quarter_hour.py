@@ -6,9 +6,9 @@
 
 DIR/gpu.json is written again after every figure, DIR/logs.tar.gz after every stage. docs/on-a-gpu.md says more.
 
-This file only keeps time. The stages, in gpu_measurements.py and gpu_training.py, run one after the other in a process
-of their own. One that fails, hangs or kills its process costs its own results only: the next has a new process,
-because an error of CUDA stays until the process ends.
+This file only keeps time. The stages, in gpu_measurements.py, gpu_training.py and gpu_experiments.py, run one after the
+other in a process of their own. One that fails, hangs or kills its process costs its own results only: the next has a
+new process, because an error of CUDA stays until the process ends.
 """
 
 import argparse
@@ -35,7 +35,7 @@ STAGES = {  # the seconds that each takes on an H200, roughly
     "facts": 20,  # with the imports
     "forward": 15,
     "retrain": 390,  # 54 of them in reserve
-    "distil": 70,  # not measured yet, as "compiled"
+    "distil": 70,  # not measured yet, as "compiled" and "experiments"
     "images": 30,
     "profile": 12,
     "kernel": 90,
@@ -44,6 +44,7 @@ STAGES = {  # the seconds that each takes on an H200, roughly
     "memory": 60,
     "end_to_end": 140,
     "compiled": 90,
+    "experiments": 240,
 }
 USE_THE_KERNEL = {"kernel", "updates", "table"}
 PATIENCE = 2  # a stage may take so many times its seconds, if the budget allows it
@@ -84,10 +85,11 @@ def work(pipe: Connection, task: Task) -> None:
             os.dup2(log.fileno(), number)
     sys.stdout.reconfigure(line_buffering=True)
     faulthandler.enable()
+    import gpu_experiments
     import gpu_measurements
     import gpu_training
 
-    serve(pipe, task, gpu_measurements.STAGES | gpu_training.STAGES)
+    serve(pipe, task, gpu_measurements.STAGES | gpu_training.STAGES | gpu_experiments.STAGES)
 
 
 def serve(pipe: Connection, task: Task, stages: Mapping[str, Stage]) -> None:

@@ -16,6 +16,7 @@ from tiny import ROOT
 from torch import Tensor
 
 CSRC, EMULATION = ROOT / "minidistill/kernels/csrc", ROOT / "tests/kernels/emulation"
+EXPERIMENTS = ROOT / "tests/gpu/experiments"
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++, to run the kernel on a CPU")
 
@@ -59,15 +60,21 @@ class Plan:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
-    """``emulated(plan)`` compiles the kernel to a C function; ``fault=(right, wrong)`` edits its source first."""
+    """``emulated(plan)`` compiles the kernel to a C function.
+
+    Before that ``experiment`` applies a patch, and ``fault=(right, wrong)`` edits its source.
+    """
     built: dict[tuple, ctypes.CDLL] = {}
 
-    def build(plan: Plan, fault: tuple[str, str] | None = None) -> ctypes.CDLL:
-        if (plan, fault) not in built:
+    def build(plan: Plan, fault: tuple[str, str] | None = None, experiment: str | None = None) -> ctypes.CDLL:
+        if (plan, fault, experiment) not in built:
             folder = tmp_path_factory.mktemp("emulation")
             shutil.copytree(CSRC, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("primitives*"))
+            if experiment:
+                apply = ["git", "apply", "-p4", "--exclude=*primitives*", EXPERIMENTS / f"{experiment}.patch"]
+                subprocess.run(apply, cwd=folder, check=True)
             if fault:
-                source = (CSRC / plan.source).read_text()
+                source = (folder / plan.source).read_text()
                 assert source.count(fault[0]) == 1, f"{fault[0]!r} does not occur once in {plan.source}"
                 (folder / plan.source).write_text(source.replace(*fault))
             flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DPLAN=" + str(plan)]
@@ -76,8 +83,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.C
             subprocess.run([*command, "-o", str(folder / "kernel.so")], check=True)
             library = ctypes.CDLL(str(folder / "kernel.so"))
             library.run.restype = ctypes.c_char_p
-            built[plan, fault] = library
-        return built[plan, fault]
+            built[plan, fault, experiment] = library
+        return built[plan, fault, experiment]
 
     return build
 
@@ -284,6 +291,45 @@ def test_notices(fault: str, emulated):
 def test_notices_on_hopper(fault: str, emulated):
     plan = Plan(BF16, 128, 160, 16, True, sm90=True)
     assert notices(emulated(plan, (SM90_FAULTS | MORE_SM90_FAULTS)[fault]), plan)
+
+
+# The experiments of tests/gpu: the plans that each changes, and a fault that would go with it.
+EXPERIMENT_PLANS = {
+    "longer-slabs": [plan for plan in PLANS if plan.BM == 64],
+    "two-stages": [plan for plan in SM90 if plan.R == 16],
+    "wider-wgmma": [plan for plan in SM90 if plan.R <= 64 and not plan.transposed],
+}
+EXPERIMENT_FAULTS = {
+    "longer-slabs": ("cp_async_wait<STAGES - 2>();", "cp_async_wait<STAGES - 1>();"),
+    "two-stages": ("slab / STAGES % 2", "slab / 3 % 2"),
+    "wider-wgmma": ("(sum[0][BN / 8])", "(sum[0][BN / 8 - 1])"),
+}
+
+
+@pytest.mark.parametrize(
+    "experiment, plan",
+    [
+        pytest.param(experiment, plan, marks=[pytest.mark.slow] if plan != some[0] else [])
+        for experiment, some in EXPERIMENT_PLANS.items()
+        for plan in some
+    ],
+    ids=str,
+)
+def test_experiments_agree_with_float64(experiment: str, plan: Plan, emulated):
+    library = emulated(plan, experiment=experiment)
+    for case in [Case(plan.BM + 3, plan.BN, 520, plan.R), *(random_case(plan, seed) for seed in range(6))]:
+        assert not run(library, plan, case).mistake(plan.dtype), case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENT_FAULTS)
+def test_notices_in_experiments(experiment: str, emulated):
+    plan = EXPERIMENT_PLANS[experiment][0]
+    assert notices(emulated(plan, EXPERIMENT_FAULTS[experiment], experiment), plan)
+
+
+def test_every_experiment_is_tested():
+    assert sorted(EXPERIMENT_PLANS) == sorted(path.stem for path in EXPERIMENTS.glob("*.patch"))
 
 
 # The binding and the launcher, which emulation/whole.py builds and runs in a separate process.
