@@ -295,11 +295,15 @@ def test_notices_on_hopper(fault: str, emulated):
 
 # The experiments of tests/gpu: the plans that each changes, and a fault that would go with it.
 EXPERIMENT_PLANS = {
+    "earlier-a": [plan for plan in PLANS if plan.dtype == BF16],
+    "fewer-branches": [plan for plan in PLANS if plan.dtype == BF16],
     "longer-slabs": [plan for plan in PLANS if plan.BM == 64],
     "two-stages": [plan for plan in SM90 if plan.R == 16],
     "wider-wgmma": [plan for plan in SM90 if plan.R <= 64 and not plan.transposed],
 }
 EXPERIMENT_FAULTS = {
+    "earlier-a": ("load_a(next + 1);", "load_a(next);"),
+    "fewer-branches": ("r >= ROWS) break;", "r > ROWS) break;"),
     "longer-slabs": ("cp_async_wait<STAGES - 2>();", "cp_async_wait<STAGES - 1>();"),
     "two-stages": ("slab / STAGES % 2", "slab / 3 % 2"),
     "wider-wgmma": ("(sum[0][BN / 8])", "(sum[0][BN / 8 - 1])"),
