@@ -160,13 +160,12 @@ def read_weights(folder: Path, stem: str, variant: str | None = None) -> Network
 def read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors of all files that an index names. They must lie next to it."""
     with reading(index):
-        weight_map = read_json(index)["weight_map"]
-        shards = {}
-        for name in sorted(set(weight_map.values())):
+        tensors = {}
+        for name in sorted(set(read_json(index)["weight_map"].values())):
             if name != Path(name).name or "\\" in name:
                 raise CheckpointError(f'{index} names "{name}", which is not a file beside it: do not use this model.')
-            shards[name] = read_tensors(index.with_name(name))[0]
-        return {tensor: shards[name][tensor] for tensor, name in weight_map.items()}
+            tensors |= read_tensors(index.with_name(name))[0]
+        return tensors
 
 
 PROJECTION = "text_projection.weight"  # of SDXL's second text encoder

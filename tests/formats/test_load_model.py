@@ -774,6 +774,13 @@ def test_a_compiled_network_is_read(folder: Path, sd: StableDiffusion) -> None:
         load(folder)
 
 
+def test_shards_of_a_compiled_network_are_read(folder: Path, sd: StableDiffusion) -> None:
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file({f"_orig_mod.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    as_shards(folder)
+    assert equal(load(folder).unet.state_dict(), sd.unet.state_dict())
+
+
 @pytest.mark.parametrize(
     "key", ["to_q.base_layer.weight", "to_q.lora_A.default.weight", "processor.to_q_lora.up.weight"]
 )
