@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from tiny import TINY_XL_UNET, edit_json, error, fill_up, randn
+from safetensors.torch import load_file, save_file
+from tiny import TINY_XL_UNET, VOCABULARY, edit_json, error, fill_up, randn
 
-from minidistill import StableDiffusion, inject_lora, load, load_lora, pipeline, save_lora
+from minidistill import CheckpointError, StableDiffusion, inject_lora, load, load_lora, pipeline, save_lora
 from minidistill.conditioning import Conditioning, cat
 from minidistill.config import SD15_UNET, SDXL_UNET, UNetConfig
 from minidistill.data.prompts import prompt_split
@@ -31,6 +31,7 @@ from minidistill.training.distributed import process_group
 from minidistill.unet import UNet
 
 APPLE = "a red apple"
+EMBEDDING = "embeddings.token_embedding.weight"
 
 
 @pytest.fixture
@@ -233,6 +234,21 @@ def test_the_second_encoder_is_padded_with_zeros():
     ids = torch.tensor([[7, 3, 9, 9, 9], [7, 9, 9, 9, 9], [7, 3, 9, 4, 9], [7, 3, 4, 5, 9]])
     expected = [[7, 3, 9, 0, 0], [7, 9, 0, 0, 0], [7, 3, 9, 4, 9], [7, 3, 4, 5, 9]]
     assert pad_with_zeros(ids).tolist() == expected
+
+
+def test_a_word_that_only_the_first_encoder_has_learned(tiny_xl: Path, tmp_path: Path):
+    """diffusers' first script of textual inversion for SDXL wrote such folders."""
+    folder = Path(shutil.copytree(tiny_xl, tmp_path / "xl"))
+    tokenizer = load(folder).tokenizer
+    tokenizer.add_tokens(["<sks>"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    file = folder / "text_encoder/model.safetensors"
+    tensors = load_file(file)
+    tensors[EMBEDDING] = torch.cat([tensors[EMBEDDING], randn(1, 64)])
+    save_file(tensors, file)
+    edit_json(folder / "text_encoder/config.json", dict(vocab_size=VOCABULARY + 1))
+    with pytest.raises(CheckpointError, match=f"has {VOCABULARY + 1} tokens, and the encoder knows {VOCABULARY}"):
+        load(folder).encode_prompt(["a <sks> apple"])
 
 
 def test_the_unet_makes_room_for_the_vae(xl: StableDiffusion, monkeypatch: pytest.MonkeyPatch):

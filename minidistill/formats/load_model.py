@@ -76,12 +76,13 @@ def load(
     text_encoder = TwoTextEncoders(*encoders) if model.is_xl else encoders[0]
     fill_positions(text_encoder)
     folder = user_path(tokenizer) if tokenizer else path / "tokenizer" if is_folder else None
+    fewest_words = min(model.text_configs, key=lambda text: text.vocab_size)  # SDXL's two encoders read the same ids
     return StableDiffusion(
         unet=place(unet, device),
         vae=place(vae, device),
         text_encoder=place(text_encoder, device),
         schedule=schedule,
-        read_tokenizer=partial(read_tokenizer, folder, model.text_configs[0], model.pad_token),
+        read_tokenizer=partial(read_tokenizer, folder, fewest_words, model.pad_token),
         path=path,
         height=height,
         width=width,
