@@ -75,8 +75,8 @@ UNET_FIXED = dict(
     encoder_hid_dim=None, encoder_hid_dim_type=None, flip_sin_to_cos=True, freq_shift=0, in_channels=4,
     mid_block_only_cross_attention=False, mid_block_scale_factor=1, mid_block_type="UNetMidBlock2DCrossAttn",
     norm_eps=1e-5, num_class_embeds=None, only_cross_attention=False, out_channels=4, resnet_out_scale_factor=1,
-    resnet_skip_time_act=False, resnet_time_scale_shift="default", time_cond_proj_dim=None, time_embedding_act_fn=None,
-    time_embedding_type="positional", timestep_post_act=None,
+    resnet_skip_time_act=False, resnet_time_scale_shift="default", reverse_transformer_layers_per_block=None,
+    time_cond_proj_dim=None, time_embedding_act_fn=None, time_embedding_type="positional", timestep_post_act=None,
 )
 VAE_FIXED = dict(
     act_fn="silu", in_channels=3, latents_mean=None, latents_std=None, out_channels=3, shift_factor=None,

@@ -423,7 +423,13 @@ def test_a_prompt_is_as_long_as_the_encoder_reads(length: object, folder: Path) 
 
 
 @pytest.mark.parametrize(
-    "changes, kind", [(dict(in_channels=9), "inpainting"), ({"addition_embed_type": "image"}, "another model")]
+    "changes, kind",
+    [
+        (dict(in_channels=9), "inpainting"),
+        ({"addition_embed_type": "image"}, "another model"),
+        (dict(transformer_layers_per_block=[1, [1, 1]], reverse_transformer_layers_per_block=[[2, 2], 1]), "another"),
+    ],
+    ids=["inpainting", "image", "Segmind's smaller SDXL"],
 )
 def test_other_folders_are_named(changes: dict, kind: str, folder: Path) -> None:
     edit_json(folder / "unet/config.json", changes)
