@@ -81,6 +81,7 @@ XL = Version(
 VERSIONS = (SD1, SD2, XL)
 XL_SECOND = replace(XL, text="conditioner.embedders.1.model.", openclip=True)
 HEAD_WIDTH = 64  # of text encoders, and of the UNets with linear projections
+VOCABULARY = 49408  # of CLIP and OpenCLIP
 TEXT_LAYERS = {768: 12, 1024: 23, 1280: 32}  # by width, of SD 1.x, 2.x (without its last one) and XL's second encoder
 
 # Other models that come as one file, by a part of some tensor's name.
@@ -358,6 +359,11 @@ def to_single_file(
             raise ValueError(
                 f"Programs that read single files expect {usual} layers of this text encoder, which has "
                 f"{config.num_hidden_layers}. Write a folder."
+            )
+        if config.vocab_size > VOCABULARY:
+            raise ValueError(
+                f"Programs that read single files expect {VOCABULARY} tokens of this text encoder, which has learned "
+                f"{config.vocab_size - VOCABULARY} more. Write a folder."
             )
     names = unet_names(unet_config)
     tensors = {UNET + translate(name, names): tensor for name, tensor in unet.items()}

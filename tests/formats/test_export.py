@@ -442,6 +442,18 @@ def test_a_text_encoder_that_other_programs_would_misread(student_of_it: Path, o
         export.main([str(student_of_it), *flags])
 
 
+def test_words_that_no_single_file_can_hold(student_of_it: Path, ordinary: Path, tmp_path: Path):
+    """SDXL's pooled vector would be read at another token."""
+    model = Path(shutil.copytree(ordinary, tmp_path / "model"))
+    config = CLIPTextConfig.from_pretrained(model / "text_encoder")
+    config.vocab_size = 49410
+    CLIPTextModel(config).save_pretrained(model / "text_encoder")
+    out = tmp_path / "x.safetensors"
+    with pytest.raises(ValueError, match="expect 49408 tokens.*learned 2 more. Write a folder"):
+        export.main([str(student_of_it), "--to", "checkpoint", "--model", str(model), "--out", str(out)])
+    assert not out.exists()
+
+
 def test_a_read_only_folder(student_of_it: Path, ordinary: Path, tmp_path: Path):
     model = Path(shutil.copytree(ordinary, tmp_path / "model"))
     for path in model.rglob("*"):
