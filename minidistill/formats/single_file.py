@@ -213,11 +213,13 @@ def detect_version(tensors: Tensors, path: Path) -> Version:
 def network(tensors: Tensors, prefix: str, names: Table, path: Path) -> Network:
     """The tensors under ``prefix``, by our names."""
     inverse = {theirs: ours for ours, theirs in names.items()}
-    selected = {
-        translate(name.removeprefix(prefix), inverse): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix) and not NOT_NEEDED.fullmatch(name)
-    }
+    needed = [name for name in tensors if name.startswith(prefix) and not NOT_NEEDED.fullmatch(name)]
+    selected = {translate(name.removeprefix(prefix), inverse): tensors[name] for name in needed}
+    if len(selected) < len(needed):
+        raise CheckpointError(
+            f"{path} has the same tensors of {prefix}* under old and new names, as a merge of two models may leave "
+            "them: use one of those models, or merge them again."
+        )
     return Network(selected, path, lambda name: prefix + translate(name.removeprefix("text_model."), names))
 
 

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from minidistill import CheckpointError, StableDiffusion, load
 from minidistill.formats.model_configs import read_schedule_config, read_vae_config
-from minidistill.formats.single_file import UNET, read_single_file, to_single_file
+from minidistill.formats.single_file import SD1, UNET, read_single_file, to_single_file
 from minidistill.formats.tensor_files import read_tensors
 from minidistill.vae import VAE
 
@@ -156,6 +156,14 @@ def test_tensors_that_are_not_needed_are_ignored(version: int, tmp_path: Path) -
     extra = {text + name: torch.zeros(1) for name in extra} | {"lora_te_x.alpha": torch.zeros(1)}
     sd = load(write(tmp_path / "model.safetensors", tensors | extra), prediction="eps")
     assert equal(written_again(sd), tensors)
+
+
+def test_a_merge_of_two_text_encoders_is_refused(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    """One with the names of older transformers, without ``text_model.``: which one to use, nothing says."""
+    text = SD1.text + "text_model."
+    old = {name.replace(text, SD1.text): tensor + 1 for name, tensor in tensors.items() if name.startswith(text)}
+    with pytest.raises(CheckpointError, match=f"{SD1.text}.* under old and new names"):
+        load(write(tmp_path / "model.safetensors", tensors | old))
 
 
 def test_neither_version(tmp_path: Path) -> None:
