@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minidistill import kernels, load
 from minidistill.data.examples import batch_to_device
 from minidistill.data.prompts import spread
-from minidistill.data.shards import fingerprint
+from minidistill.data.shards import teacher_fingerprint
 from minidistill.distill import Batch, guided_target, stored_target
 from minidistill.evaluate.run_report import report_prompts, write_preview, write_report
 from minidistill.training import command_line as cli
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     # Adam's steps are about equally large for every weight, so a layer's output changes more the wider its input.
     peak = args.lr or student.learning_rate / sd.unet_config.widths[0]
     optimizer = adamw(trained, peak)
-    weights = fingerprint(sd.unet, sd.text_encoder)
+    weights = teacher_fingerprint(sd)
     recorded = fixed_settings(args, sd, weights, style, source.stamp)
     losses = resume(out, trained, optimizer, recorded)  # empty in a new run
     result = student.result(out, args)

@@ -8,9 +8,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from minidistill.formats.files import atomic_write, digest
+from minidistill.formats.model_configs import TEXT_KEYS
 from minidistill.formats.tensor_files import sort_header
+from minidistill.pipeline import StableDiffusion
 from minidistill.schedule import Schedule
 
 
@@ -20,6 +23,13 @@ def fingerprint(*networks: nn.Module) -> str:
     for weight in (p for network in networks for p in network.parameters() if not p.requires_grad):
         sha.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())  # flat: 1x1 kernels on a GPU
     return sha.hexdigest()[:16]
+
+
+def teacher_fingerprint(sd: StableDiffusion) -> str:
+    """A hash of UNet and text encoder: their frozen weights, and settings such as the number of heads."""
+    texts = [part.config for part in sd.text_encoder.modules() if isinstance(part, PreTrainedModel)]
+    settings = [sd.unet_config, *([getattr(text, key) for key in TEXT_KEYS] for text in texts)]
+    return digest(f"{fingerprint(sd.unet, sd.text_encoder)} {settings}".encode())
 
 
 def schedule_fingerprint(schedule: Schedule) -> str:

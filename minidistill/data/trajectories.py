@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidistill.conditioning import Conditioning, cat
-from minidistill.data.shards import fingerprint, read_shard, write_shard
+from minidistill.data.shards import read_shard, teacher_fingerprint, write_shard
 from minidistill.distill import few_step_states
 from minidistill.formats.files import digest
 from minidistill.guidance import Interval, guided
@@ -76,7 +76,7 @@ def generate(
     have every t. Without ``keep_states`` only the ends z_0 are stored. With ``student_steps`` the teacher's
     steps have trailing spacing, and only the states that the student will visit are stored, each with the prediction
     that leads to the next.
-    ``weights`` is the fingerprint of UNet and text encoder, if it is known already.
+    ``weights`` is the ``teacher_fingerprint``, if it is known already.
 
     Raises ValueError when the folder holds shards made with other settings, and for ``student_steps`` that do not fit.
     """
@@ -91,7 +91,7 @@ def generate(
     levels = [schedule.alphas_cumprod.tolist(), schedule.final_alpha.item(), every_t]
     tokens = [sd.tokenizer(captions, verbose=False).input_ids, sd.tokenizer.pad_token_id]
     settings = dict(
-        weights=weights or fingerprint(sd.unet, sd.text_encoder),
+        weights=weights or teacher_fingerprint(sd),
         prediction=schedule.prediction,
         schedule=digest(json.dumps(levels).encode()),
         captions=digest(json.dumps(tokens).encode()),

@@ -99,10 +99,11 @@ def fixed_settings(
     """The flags that must be the same when a run is resumed, as text.
 
     A flag that names a file has a fingerprint of its contents: other weights may lie under the same path by now, and
-    the same weights under another. ``weights`` is the fingerprint of UNet and text encoder, ``style`` what
+    the same weights under another. ``weights`` is the ``teacher_fingerprint``, ``style`` what
     ``prepare_teacher`` returned, ``stamp`` the fingerprint of the prompts or images to learn from, by flag.
     """
-    fingerprints = {"model": digest(f"{weights} {fingerprint(sd.vae)} {schedule_fingerprint(sd.schedule)}".encode())}
+    model = f"{weights} {fingerprint(sd.vae)} {sd.vae.config} {schedule_fingerprint(sd.schedule)}"
+    fingerprints = {"model": digest(model.encode())}
     fingerprints |= {flag: digest(file_and_scale.encode()) for flag, file_and_scale in style.items()}
     if args.tokenizer:
         fingerprints["tokenizer"] = digest(str(sorted(sd.tokenizer.get_vocab().items())).encode())

@@ -264,6 +264,14 @@ def other_text_encoder(sd: StableDiffusion) -> None:
     next(sd.text_encoder.parameters()).view(-1)[0] += 1e-6
 
 
+def other_heads(sd: StableDiffusion) -> None:
+    sd.unet.config = replace(sd.unet.config, heads=(4, 4))
+
+
+def other_activation(sd: StableDiffusion) -> None:
+    sd.text_encoder.config.hidden_act = "gelu"
+
+
 def other_tokenizer(sd: StableDiffusion) -> None:
     sd.tokenizer.pad_token = "!"
 
@@ -272,7 +280,9 @@ def other_schedule(sd: StableDiffusion) -> None:
     sd.schedule = replace(sd.schedule, final_alpha=torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("other", [other_unet, other_text_encoder, other_tokenizer, other_schedule])
+@pytest.mark.parametrize(
+    "other", [other_unet, other_heads, other_text_encoder, other_activation, other_tokenizer, other_schedule]
+)
 def test_trajectories_of_another_teacher_are_refused(
     other: Callable[[StableDiffusion], None], sd: StableDiffusion, tmp_path: Path
 ):

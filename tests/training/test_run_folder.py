@@ -17,7 +17,7 @@ from typing import IO
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ROOT, UPDATES, listing, same_result
+from tiny import ROOT, UPDATES, edit_json, listing, same_result
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from minidistill.data import shards
@@ -210,6 +210,25 @@ def test_resume_with_another_part_of_the_model_is_refused(part: str, command, fl
     else:
         file = model / "vae/diffusion_pytorch_model.safetensors"
         save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+    assert f"--model {model}" in command("train.py", *run, "--resume").complaint
+
+
+@pytest.mark.parametrize(
+    "file, setting",
+    [
+        ("unet/config.json", dict(attention_head_dim=4)),
+        ("text_encoder/config.json", dict(hidden_act="gelu")),
+        ("vae/config.json", dict(scaling_factor=0.5)),
+    ],
+)
+def test_resume_with_another_setting_of_the_model_is_refused(
+    file: str, setting: dict, command, flags, tiny_model: Path, tmp_path: Path
+):
+    """The same weights, which compute something else."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    run = [*flags(tmp_path / "run", model=model), "--no-report"]
+    command("train.py", *run)
+    edit_json(model / file, setting)
     assert f"--model {model}" in command("train.py", *run, "--resume").complaint
 
 
