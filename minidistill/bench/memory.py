@@ -28,8 +28,18 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from minidistill.bench.counting import Live, count_bytes, count_work
 from minidistill.bench.output import device_name, find_device, megabytes, new_report, save_report
 from minidistill.bench.peak_memory import in_fresh_process, peak_bytes
-from minidistill.bench.workloads import GUIDANCE, SIZES, Networks, Setup, Size, Update, attention, decode, lora_student
-from minidistill.config import UNetConfig
+from minidistill.bench.workloads import (
+    GUIDANCE,
+    SIZES,
+    SMALLEST,
+    Networks,
+    Setup,
+    Size,
+    Update,
+    attention,
+    decode,
+    lora_student,
+)
 from minidistill.data.trajectories import PROMPTS_AT_ONCE
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import write_json
@@ -134,12 +144,8 @@ def ledger(case: Case, size: Size, rank: int = 16, foreach: bool = False) -> dic
     return count_bytes(partial(case.update, size, torch.device("cpu"), rank, foreach), min(case.parts, 2))
 
 
-# Measured peaks, each in a fresh process. The first update is as small as can be, with every kind of layer: it makes
-# the libraries allocate what they need once.
-SMALLEST_UNET = UNetConfig(widths=(8, 16), layers=1, depth=(1, 0), heads=(1, 1), groups=8, sample_size=4)
-SMALLEST = replace(SIZES["pocket"], unet=SMALLEST_UNET, batch=1)
-# By default glibc keeps most freed memory, and a process holds more than its tensors. With fixed thresholds it returns
-# freed blocks above 64 kB at once.
+# Measured peaks, each in a fresh process. By default glibc keeps most freed memory, and a process holds more than its
+# tensors. With fixed thresholds it returns freed blocks above 64 kB at once.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 

@@ -12,7 +12,6 @@ compared. If diffusers and peft are not both installed, minidistill is measured 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from statistics import median
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from minidistill.bench.output import add_out_flag, device_name, find_device, megabytes, new_report, save_report
 from minidistill.bench.peak_memory import in_fresh_process, peak_bytes
 from minidistill.bench.timing import take_turns
-from minidistill.bench.workloads import GUIDANCE, IMAGES, PEERS, ROWS, SIZES, Setup, error
+from minidistill.bench.workloads import GUIDANCE, IMAGES, PEERS, ROWS, SIZES, SMALLEST, Setup, error
 from minidistill.evaluate.tables import markdown_table
 from minidistill.training.command_line import DEFAULT_DEVICE, positive_int
 
@@ -126,8 +125,7 @@ def selective_rows(table: dict[str, dict], steps: int) -> dict[str, dict]:
 
 def peak_memory(setup: Setup, row: str, who: str) -> int:
     """Peak bytes of a row, its weights included, but not Python and its packages. For a fresh process."""
-    for package in PEERS if who == "peer" else ():
-        import_module(package)
+    ROWS[row].make(replace(setup, size=SMALLEST), who)()  # diffusers imports its parts where they are first used
     return peak_bytes(lambda: ROWS[row].make(setup, who), setup.device)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from typing import NamedTuple
@@ -63,6 +63,10 @@ SIZES = {
     "sd21": _LARGE(config.SD21_BASE_UNET, text=SD21_TEXT),
     "sdxl": _LARGE(config.SDXL_UNET, vae=config.SDXL_VAE, text=SD15_TEXT, text_2=XL_TEXT_2),
 }
+# As small as can be, with every kind of layer. Run before a peak is measured, it makes the packages import and allocate
+# what they need once.
+_SMALLEST_UNET = config.UNetConfig(widths=(8, 16), layers=1, depth=(1, 0), heads=(1, 1), groups=8, sample_size=4)
+SMALLEST = replace(SIZES["pocket"], unet=_SMALLEST_UNET, batch=1)
 
 
 @dataclass

@@ -205,6 +205,15 @@ def test_memory_of_a_fresh_process() -> None:
     assert weights < peak < 10 * weights
 
 
+@needs_peers
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_the_peers_memory_is_without_its_imports() -> None:
+    """A UNet call with the same weights takes what ours takes; importing diffusers' UNet takes 38 MB more."""
+    pocket = Setup(replace(TINY, unet=POCKET_UNET, tokens=20), torch.device("cpu"), torch.float32, rank=2)
+    ours, theirs = (in_fresh_process(speed.peak_memory, pocket, "unet_alike", who) for who in ("ours", "peer"))
+    assert theirs < 1.3 * ours
+
+
 def test_a_fresh_process_that_fails_is_named() -> None:
     assert in_fresh_process(math.sqrt, 4.0) == 2.0
     with pytest.raises(ValueError, match=r"(?s)sqrt\(-1.0\) failed with exit code 1:\n.*ValueError"):
