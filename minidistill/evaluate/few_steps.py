@@ -125,10 +125,12 @@ def make_measures(
 
     def measures(images: list[Image.Image], teacher: list[Image.Image]) -> dict[str, dict]:
         by_image = {"PSNR": psnr(images, teacher)} if images is not teacher else {}
-        by_image |= {"sharpness": sharpness(images) / sharpness(teacher).mean()}
         by_image |= {"CLIP score": clip(images, prompts)} if clip else {}
         by_image |= judge.measures(pixels(images), prompts) if judge else {}
-        return {measure: interval(x.view(-1, args.each))._asdict() for measure, x in by_image.items()}
+        # A ratio of two means over the same prompts: both are resampled together.
+        estimates = {"sharpness": interval(*(sharpness(some).view(-1, args.each) for some in (images, teacher)))}
+        estimates |= {measure: interval(x.view(-1, args.each)) for measure, x in by_image.items()}
+        return {measure: estimate._asdict() for measure, estimate in estimates.items()}
 
     return measures
 

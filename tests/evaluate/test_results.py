@@ -112,6 +112,7 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
     rows = {row["way"]: row for row in report["rows"]}
     assert list(rows) == ["teacher, 8 steps", "teacher", "one-pass student", *ways]
     assert [row["calls"] for row in rows.values()] == [16, 4, 2, *[2] * len(ways)]
+    assert list(rows["teacher, 8 steps"]["measures"]["sharpness"].values()) == [1, 1, 1]  # whichever prompts are drawn
     files = sorted(tmp_path.glob("*-*.safetensors"))
     assert len({file.read_bytes() for file in files}) == len(files) == len(ways) - 1  # no guidance learns nothing
     assert Image.open(tmp_path / "few-steps-2.png").size[0] > 0
