@@ -24,6 +24,7 @@ from minidistill.distill import ddim_coefficients, learning_rate
 from minidistill.evaluate.metrics import EVALUATION_SEED
 from minidistill.evaluate.quality import model_stamp
 from minidistill.evaluate.sampling import Stopwatch
+from minidistill.evaluate.students import Teacher, teacher_of
 from minidistill.formats.files import digest
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import LoRAFile, read_lora
@@ -61,6 +62,13 @@ def add_flags(parser: ArgumentParser) -> None:
     flag("--judge", metavar="MODULE", help="a module with measures for this model's images")
     flag("--out", type=out_folder, default="runs/few-steps", metavar="FOLDER", help="results (default: %(default)s)")
     add_model_flags(parser, dtypes=("float32",))
+
+
+def check_teacher(sd: StableDiffusion, student: LoRAFile, guidance: float) -> None:
+    """Raise ValueError for a student of another teacher than ours, guided at all t and without a negative prompt."""
+    learned, ours = teacher_of(student), Teacher(guidance, sd.stated_negative(None))
+    if learned._replace(negative_prompt=sd.stated_negative(learned.negative_prompt)) != ours:
+        raise ValueError(f"{student.path} learned from another teacher ({learned}) than this one ({ours}).")
 
 
 @dataclass

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from minidistill.data.prompts import prompt_split, spread
 from minidistill.evaluate import few_step_ways
-from minidistill.evaluate.few_step_ways import WAYS, load_merged, read_lesson, sample_renoised, train_way
+from minidistill.evaluate.few_step_ways import (
+    WAYS,
+    check_teacher,
+    load_merged,
+    read_lesson,
+    sample_renoised,
+    train_way,
+)
 from minidistill.evaluate.image_grid import comparison_grid
 from minidistill.evaluate.metrics import EVALUATION_SEED, ClipScore, Estimate, interval, pixels, psnr
 from minidistill.evaluate.quality import cached, model_stamp, read_judge, results_table
@@ -65,6 +72,8 @@ def run(args: Namespace) -> None:
     if odd := [n for n in steps if max(steps) % n or args.teacher_steps % n]:
         raise ValueError(f"{odd[0]} steps must divide both {max(steps)}, the most to learn, and --teacher-steps.")
     sd, (captions, held_out) = load(args.model, **load_options(args)), prompt_split(args.model)
+    for lora in filter(None, [one_pass, *finished]):
+        check_teacher(sd, lora, args.guidance)
     prompts = [prompt for prompt in spread(held_out, args.prompts) for _ in range(args.each)]
     measures = make_measures(sd, prompts, args)  # raises for a wrong --judge, before the teacher samples
     lesson = read_lesson(sd, captions, args, max(steps))

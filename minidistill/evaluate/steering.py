@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minidistill.data.prompts import prompt_split, spread
 from minidistill.evaluate import few_step_ways
-from minidistill.evaluate.few_step_ways import load_merged, read_lesson, train_way
+from minidistill.evaluate.few_step_ways import check_teacher, load_merged, read_lesson, train_way
 from minidistill.evaluate.few_steps import SAMPLING, make_measures, table
 from minidistill.evaluate.image_grid import comparison_grid
 from minidistill.evaluate.sampling import Drawn
@@ -41,6 +41,7 @@ def run(args: Namespace) -> None:
     if any(w <= 1 for w in args.scales):
         raise ValueError("--scales: each must be above 1, which is no guidance.")
     sd, (captions, held_out) = load(args.model, **load_options(args)), prompt_split(args.model)
+    check_teacher(sd, one_pass, args.guidance)
     prompts = [prompt for prompt in spread(held_out, args.prompts) for _ in range(args.each)]
     measures = make_measures(sd, prompts, args)  # raises for a wrong --judge, before the teacher samples
     lesson = read_lesson(sd, captions, args, N)

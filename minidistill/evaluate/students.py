@@ -64,10 +64,9 @@ def read_student(path: Path, scale: float, args: Namespace) -> Student:
     else:
         learned = read_lora(path, scale)
         install = partial(add_student, file=learned)
-    check_student(learned)
-    if learned.guidance == 1:
+    teacher = teacher_of(learned)
+    if teacher.guidance == 1:
         raise ValueError(f"{learned.path} at strength {scale:g} stands for no guidance: name another strength.")
-    teacher = Teacher(learned.guidance, learned.metadata.get("negative_prompt"), learned.interval)
     return Student(learned.path, teacher, install, learned.few_steps)
 
 
@@ -80,6 +79,12 @@ def check_student(learned: LoRAFile) -> None:
             f"{learned.path} was distilled from a teacher with the LoRA {style}. Merge that LoRA into the model first "
             "(python -m minidistill.export STYLE --to checkpoint --model MODEL), and pass the result as --model."
         )
+
+
+def teacher_of(learned: LoRAFile) -> Teacher:
+    """The teacher that a student learned from. Raises ValueError as ``check_student`` does."""
+    check_student(learned)
+    return Teacher(learned.guidance, learned.metadata.get("negative_prompt"), learned.interval)
 
 
 def full_student(run: Path) -> Path | None:

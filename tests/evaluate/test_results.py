@@ -99,8 +99,29 @@ def test_progressive_distillation_ends_at_the_students_steps(monkeypatch: pytest
     assert taught == [12, 6, 3]
 
 
+def learn_from(lora: Path, **teacher: str) -> None:
+    """Let the header name this teacher, as train.py does: by default with the empty prompt."""
+    tensors, metadata = read_tensors(lora)
+    write_tensors(lora, tensors, metadata | dict(negative_prompt="") | teacher)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(guidance="3"), dict(negative_prompt="a cat"), dict(interval="2 501"), dict(teacher_lora="ink:1")]
+)
+@pytest.mark.parametrize("command", ["few-steps", "steering"])
+def test_few_steps_of_another_teacher_are_refused(
+    command: str, change: dict, lora: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The students would be compared with a teacher that they did not learn from."""
+    learn_from(lora, **dict(guidance="4") | change)
+    monkeypatch.setattr(few_step_ways, "generate", lambda *_, **__: pytest.fail("the teacher samples"))
+    with pytest.raises(ValueError, match=r"lora.safetensors( learned from another| was distilled from a|: it must)"):
+        main([command, "--model", str(tiny_model), "--one-pass", str(lora), "--out", str(tmp_path)])
+
+
 def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, capsys):
     """Each learns something of its own from the same trajectories; none that is finished is repeated."""
+    learn_from(lora, guidance="4")
     ways = ["train.py", "on top of the one-pass student", "own states", "consistency distillation"]
     ways += ["through all steps", "begun from the one-pass student", "progressive distillation"]
     ways += ["one LoRA for 1, 2, 4 and 8 steps", "no guidance"]
@@ -145,6 +166,7 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
 
 def test_steering_few_steps(lora: Path, tiny_model: Path, tmp_path: Path):
     """At the guidance that was learned, "coupled" is the way as it is; LoRAs that add differ from it at another."""
+    learn_from(lora, guidance="3")
     flags = ["--model", str(tiny_model), "--one-pass", str(lora), "--out", str(tmp_path), "--student-steps", "2"]
     for name, value in dict(teacher_steps=4, trajectories=8, updates=2, rank=2, prompts=2, each=2, guidance=3).items():
         flags += [f"--{name.replace('_', '-')}", str(value)]
