@@ -69,7 +69,7 @@ def run(args: Namespace) -> None:
     students = read_students(args.runs, args)
     teacher = one_teacher(students, args.guidance)
     prompts = prompt_split(args.model)[1] if args.prompts == "held-out" else read_prompts(args.prompts)
-    prompts = spread(prompts, args.pictures)
+    prompts = spread(list(dict.fromkeys(prompts)), args.pictures)  # intervals are resampled over distinct prompts
     each = -(-args.pictures // len(prompts))
     repeated = [prompt for prompt in prompts for _ in range(each)]
     options = dict(steps=args.steps, batch=args.batch, **teacher._asdict())

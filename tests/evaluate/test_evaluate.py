@@ -385,6 +385,15 @@ def test_one_image_has_no_distance_between_distributions(run: Path, evaluate: Ca
     assert "PSNR" in rows[1] and not any(name.startswith("Fréchet") for row in rows for name in row)
 
 
+def test_a_prompt_that_is_listed_twice_is_one_prompt(run: Path, evaluate: Callable[..., Path], tmp_path: Path):
+    """Its images are alike, so they are resampled together."""
+    out = evaluate(run)
+    once, file = json.loads((out / "results.json").read_text()), tmp_path / "four.txt"
+    file.write_text("".join(f"{line}\n{line}\n" for line in file.read_text().splitlines()))
+    twice = json.loads((evaluate(run) / "results.json").read_text())
+    assert (twice["prompts"], twice["each"], twice["rows"]) == (4, 2, once["rows"])
+
+
 def test_a_judge_that_is_none(run: Path, evaluate: Callable[..., Path]):
     with pytest.raises(ValueError, match="--judge minidistill.pocket: .*measures"):
         evaluate(run, "--judge", "minidistill.pocket")
