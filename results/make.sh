@@ -4,7 +4,7 @@
 #   bash results/make.sh
 #
 # It needs requirements-dev.txt and the images of the emoji (weights/pocket-emoji/README.md says how to get them). A step
-# that is finished is not repeated, unless its command or the student that ships has changed; delete runs/all to start
+# that is finished is not repeated, unless its command or a student that ships has changed; delete runs/all to start
 # over.
 # Made separately, because they take long or rarely change:
 #   python -m minidistill.evaluate sweeps                  (about 50 minutes on one core)
@@ -18,14 +18,14 @@
 set -euo pipefail
 
 student=weights/pocket-emoji/guidance-lora.safetensors
-checksum=$(cksum < $student)
+checksum=$(cat weights/pocket-emoji/*-lora.safetensors | cksum)
 mkdir -p runs/all
 
 # step "NAME" ARGUMENTS...: run python with the arguments, unless the step has succeeded before.
 step() {
   local name=$1 stamp="runs/all/$1.done"
   shift
-  local made_with="python $* (student $checksum)"
+  local made_with="python $* (students $checksum)"
   if [[ -f $stamp && $(< "$stamp") == "$made_with" ]]; then
     echo "$name: done, says $stamp"
     return

@@ -293,7 +293,8 @@ def make(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     (tmp_path / "bin").mkdir()
     (tmp_path / "results").mkdir()
     (tmp_path / "weights/pocket-emoji").mkdir(parents=True)
-    (tmp_path / "weights/pocket-emoji/guidance-lora.safetensors").write_bytes(b"one")
+    for name in ("guidance", "fewstep"):
+        (tmp_path / f"weights/pocket-emoji/{name}-lora.safetensors").write_bytes(b"one")
     shutil.copy(ROOT / "results/make.sh", tmp_path / "results")
     fake = tmp_path / "bin/python"
     fake.write_text('#!/bin/sh\necho "$*" >> ran\ncase "$*" in *"$FAILS"*) exit 1;; esac\n')
@@ -325,10 +326,11 @@ def test_make_resumes_where_it_stopped(make: Callable[..., subprocess.CompletedP
     before = len(make.ran())
     assert make().returncode == 0
     assert make.ran()[before:] == [*checks, "-m minidistill.evaluate summary"]  # every step is done
-    (tmp_path / "weights/pocket-emoji/guidance-lora.safetensors").write_bytes(b"another")
-    before = len(make.ran())
-    make()
-    assert len(make.ran()) - before > 10
+    for name in ("guidance", "fewstep"):
+        (tmp_path / f"weights/pocket-emoji/{name}-lora.safetensors").write_bytes(b"another")
+        before = len(make.ran())
+        make()
+        assert len(make.ran()) - before > 10
 
 
 @needs_bash
