@@ -24,7 +24,7 @@ def peer_unet(config: UNetConfig, weights: dict[str, Tensor]) -> nn.Module:
 
 
 def peer_lora(unet: nn.Module, rank: int, layers: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Let peft add a LoRA to ``layers``. Returns the (down, up) pairs by layer name."""
+    """Let peft add a LoRA to ``layers``, in W's dtype (ours is float32). Returns the (down, up) pairs by layer name."""
     from peft import LoraConfig
 
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers)))
