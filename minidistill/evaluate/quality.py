@@ -20,10 +20,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from transformers import CLIPTokenizer, PreTrainedModel
+from transformers import CLIPTokenizer
 
 from minidistill.data.prompts import prompt_split, read_prompts, spread
-from minidistill.data.shards import fingerprint, read_shard, schedule_fingerprint, write_shard
+from minidistill.data.shards import fingerprint, read_shard, schedule_fingerprint, teacher_fingerprint, write_shard
 from minidistill.evaluate import metrics
 from minidistill.evaluate.figures import figure_file
 from minidistill.evaluate.image_grid import comparison_grid
@@ -160,12 +160,10 @@ def read_judge(name: str | None) -> ModuleType | None:
 
 def model_stamp(sd: StableDiffusion, args: Namespace) -> dict[str, object]:
     """What images depend on besides prompts and guidance: weights, settings, schedule, device, dtype and size."""
-    texts = [part.config for part in sd.text_encoder.modules() if isinstance(part, PreTrainedModel)]
-    configs = [sd.unet_config, sd.vae.config, sd.force_zeros, *(text.to_json_string() for text in texts)]
     return {
-        "networks": [fingerprint(part) for part in (sd.unet, sd.vae, sd.text_encoder)],
+        "networks": [teacher_fingerprint(sd), fingerprint(sd.vae), str(sd.vae.config)],
         "schedule": schedule_fingerprint(sd.schedule),
-        "configs": digest(str(configs).encode()),
+        "force zeros": sd.force_zeros,
         "where": f"{args.device} {args.dtype} {sd.width}x{sd.height}",
     }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minidistill.data.prompts import prompt_split, spread
-from minidistill.data.shards import fingerprint
+from minidistill.data.shards import teacher_fingerprint
 from minidistill.evaluate.figures import figure_file
 from minidistill.evaluate.metrics import Estimate, interval, noise_error_share
 from minidistill.evaluate.tables import markdown_table
@@ -77,7 +77,7 @@ def run(args: Namespace) -> None:
     file = args.out / "sweeps.json"
     report = read_json(file) if file.exists() else {}
     sd = load(args.model)
-    teacher = fingerprint(sd.unet, sd.text_encoder)  # the same path may hold other weights than before
+    teacher = teacher_fingerprint(sd)  # the same path may hold other weights than before
     done = {tuple(map(row.get, STAMP)): row for sweep in report.values() for row in sweep["rows"]}
     for sweep in args.sweeps or VALUES:
         rows = []

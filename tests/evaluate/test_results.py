@@ -268,7 +268,7 @@ def test_a_sweep(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert Image.open(tmp_path / "out/sweep-layers.png").size[0] > 0
     monkeypatch.setattr(sweeps, "train_and_measure", lambda *_: pytest.fail("done again"))
     main(flags)
-    monkeypatch.setattr(sweeps, "fingerprint", lambda *networks: "other weights, of the same name")
+    monkeypatch.setattr(sweeps, "teacher_fingerprint", lambda sd: "other weights, of the same name")
     with pytest.raises(pytest.fail.Exception, match="done again"):
         main(flags)
     with pytest.raises(ValueError, match="no sweep called colour"):

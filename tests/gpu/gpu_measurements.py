@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from statistics import median
 from unittest.mock import patch
@@ -137,6 +138,15 @@ def forward(task: Task) -> Figures:
     torch.backends.cudnn.benchmark = True
     yield "ours, batch 8, graph, cudnn.benchmark", attempt(milliseconds, task, ours, graph=True)
     torch.backends.cudnn.benchmark = False
+    yield "ours, batch 8, graph, channels first", attempt(channels_first, task, setup)
+
+
+@torch.no_grad()
+def channels_first(task: Task, setup: Setup) -> float:
+    """A call with W and activations channels first: is the copying around group norm what channels last costs?"""
+    unet = setup.unet(copy=True).to(memory_format=torch.contiguous_format)
+    t = torch.full((8,), 621, device=setup.device)
+    return milliseconds(task, partial(unet, setup.latents(8), t, setup.contexts(8)[0]), graph=True)
 
 
 def start_tests(task: Task, name: str, *flags: str) -> subprocess.Popen:
