@@ -9,18 +9,20 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from minidistill.formats.files import user_path
 from minidistill.guidance import Interval
+
+T = TypeVar("T", int, float)
 
 DEFAULT_MODEL = Path(__file__).parents[2] / "weights/pocket-emoji"
 if DEFAULT_MODEL.parents[1] == Path.cwd():
@@ -121,44 +123,24 @@ def require_writable(folder: Path) -> None:
         raise argparse.ArgumentTypeError(f"{existing} is not a folder that can be written into")
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: a whole number, 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {value}")
-    return value
+def number_type(number: Callable[[str], T], holds: Callable[[T], bool], rule: str) -> Callable[[str], T]:
+    """An argparse type: ``number(text)`` for which ``holds``; otherwise the error says that it must be ``rule``."""
+
+    def read(text: str) -> T:
+        value = number(text)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {rule}, not {text}")
+        return value
+
+    read.__name__ = number.__name__  # "invalid int value: 'x'"
+    return read
 
 
-def seed_number(text: str) -> int:
-    """An argparse type: a seed that PyTorch accepts, with room to count on from it."""
-    value = int(text)
-    if abs(value) >= 2**62:
-        raise argparse.ArgumentTypeError(f"a seed must be within 2**62 of 0, not {text}")
-    return value
-
-
-def finite(text: str) -> float:
-    """An argparse type: any number but inf and nan."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be finite, not {text}")
-    return value
-
-
-def positive(text: str) -> float:
-    """An argparse type: a number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
-    return value
-
-
-def fraction(text: str) -> float:
-    """An argparse type: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
-    return value
+positive_int = number_type(int, lambda n: n >= 1, "1 or more")
+seed_number = number_type(int, lambda n: abs(n) < 2**62, "within 2**62 of 0")  # PyTorch's limit, with room to count on
+finite = number_type(float, math.isfinite, "finite")
+positive = number_type(float, lambda x: 0 < x < math.inf, "a number above 0")
+fraction = number_type(float, lambda x: 0 <= x <= 1, "from 0 to 1")
 
 
 def read_interval(ends: Sequence[float] | None) -> Interval | None:
