@@ -99,7 +99,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     update = UpdateGraph(teach, can_record(args, ranks, source, sd.device))  # recorded and replayed on one GPU
     sampling = sampling_options(args)
     progress = Progress(
-        out, losses, sd.unet, trained, optimizer, recorded, ranks, parts=args.accumulate, steps=args.steps, peak=peak,
+        out, losses, sd.unet, trained, optimizer, recorded, ranks, parts=args.accumulate, total=args.steps, peak=peak,
         # With few steps, the way from any state to the next may be guided.
         interval=None if args.student_steps else args.interval, save_every=args.save_every, before_saving=update.forget,
         preview=None if args.no_report else partial(write_preview, sd, out, spread(source.held_out, 8), **sampling),

@@ -6,7 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,40 +34,27 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@dataclass
 class Progress:
-    """The bookkeeping of a training loop over ``for step in progress.steps()``.
+    """The bookkeeping of a training loop over ``for step in progress.steps()``."""
 
-    Args:
-        out: the run's folder.  losses: of the updates done so far; the run continues after them.
-        unet: teacher and student.  trained: its parameters that learn.  settings: saved in checkpoints.
-        parts: how many parts a batch is computed in (--accumulate).  steps: updates of the whole run.
-        peak: learning rate.  save_every: updates between checkpoints.
-        interval: where the teacher guides.  before_saving: called before the student is checked and saved.
-        preview: called with the number of updates after each checkpoint; None for no preview.
-    """
+    out: Path  # the run's folder
+    losses: list[float]  # of the updates done so far; the run continues after them
+    unet: nn.Module  # teacher and student
+    trained: Sequence[nn.Parameter]  # its parameters that learn
+    optimizer: torch.optim.Optimizer
+    settings: dict[str, str]  # saved in checkpoints
+    ranks: Ranks
+    _: KW_ONLY
+    parts: int  # in which a batch is computed (--accumulate)
+    total: int  # updates of the whole run
+    peak: float  # learning rate
+    save_every: int  # updates between checkpoints
+    interval: Interval | None  # where the teacher guides
+    preview: Callable[[int], None] | None  # called with the number of updates after each checkpoint
+    before_saving: Callable[[], None]  # called before the student is checked and saved
 
-    def __init__(
-        self,
-        out: Path,
-        losses: list[float],
-        unet: nn.Module,
-        trained: Sequence[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        settings: dict[str, str],
-        ranks: Ranks,
-        *,
-        parts: int,
-        steps: int,
-        peak: float,
-        save_every: int,
-        interval: Interval | None,
-        preview: Callable[[int], None] | None,
-        before_saving: Callable[[], None],
-    ):
-        self.out, self.losses, self.settings, self.ranks = out, losses, settings, ranks
-        self.unet, self.trained, self.optimizer = unet, trained, optimizer
-        self.parts, self.interval, self.total, self.peak, self.save_every = parts, interval, steps, peak, save_every
-        self.preview, self.before_saving = preview, before_saving
+    def __post_init__(self) -> None:
         self.recent: deque[Batch] = deque()  # the last ENOUGH_EXAMPLES or more, with their targets
         self.unread: list[Tensor] = []  # loss and gradient norm of the last updates, still on the device
 

@@ -85,7 +85,7 @@ def test_a_run_restores_the_signal_handlers(changes: dict, succeeds: bool, comma
 
 def new_progress(out: Path, parts: int = 1) -> Progress:
     return Progress(
-        out, [], None, [], None, {}, Ranks(), parts=parts, steps=9, peak=1, save_every=9, interval=None,
+        out, [], None, [], None, {}, Ranks(), parts=parts, total=9, peak=1, save_every=9, interval=None,
         preview=None, before_saving=print,
     )  # fmt: skip
 
