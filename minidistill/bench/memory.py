@@ -302,12 +302,8 @@ XL_CARDS = (  # SDXL, at 1024x1024
 def card_peaks(card: Card, size: Size, rank: int = 16) -> dict[str, int]:
     """Peak bytes of each thing train.py does. The LoRA and AdamW's state are in memory all the time."""
     size = replace(size, batch=card.batch)
-    case = Case(
-        "noised",
-        below=low_memory(size.unet) if card.memory == "low" else 0,
-        parts=card.accumulate,
-        float8=card.float8,
-    )
+    below = low_memory(size.unet) if card.memory == "low" else 0
+    case = Case("noised", below=below, parts=card.accumulate, float8=card.float8)
     training, sample = (ledger(what, size, rank, True) for what in (case, Case("sampling", float8=card.float8)))
     with FakeTensorMode(), Live() as decoding:
         decode(Setup(size, torch.device("cpu"), torch.bfloat16, rank), "ours")()  # one image

@@ -29,12 +29,7 @@ def loss_of(vae: VAE, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def train_vae(
-    vae: VAE,
-    new_images: Callable[[], Tensor],
-    state: Path,
-    steps: int,
-    decoder_only: bool = False,
-    **how: bool,
+    vae: VAE, new_images: Callable[[], Tensor], state: Path, steps: int, decoder_only: bool = False, **how: bool
 ) -> VAE:
     """Train on the uint8 images [B, 3, H, W] of each call; returns the averaged weights. Resumes from ``state``.
     ``how``: compiled and bfloat16, as in stage.fit.

@@ -61,14 +61,9 @@ class Progress:
     def steps(self) -> Iterator[int]:
         """The numbers of the updates still to do; sets the learning rate of each."""
         with stop_signals() as self.stop:
-            self.bar = tqdm(
-                initial=len(self.losses),
-                total=self.total,
-                desc="distilling",
-                unit="step",
-                disable=not self.ranks.first,
-            )
-            for step in range(len(self.losses), self.total):
+            done, quiet = len(self.losses), not self.ranks.first
+            self.bar = tqdm(initial=done, total=self.total, desc="distilling", unit="step", disable=quiet)
+            for step in range(done, self.total):
                 rate = learning_rate(step, self.total, self.peak, warmup=max(self.total // 10, 1))
                 set_learning_rate(self.optimizer, rate)
                 yield step
