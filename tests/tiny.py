@@ -137,7 +137,8 @@ def tiny_tensors(version: int = 1, dtype: torch.dtype = torch.float32) -> dict[s
     )
     torch.manual_seed(0)
     unet, vae, text = shake(UNet(unet_config)), shake(VAE(vae_config)), shake(CLIPTextModel(encoder))
-    tensors = to_single_file(unet.state_dict(), unet_config, vae.state_dict(), vae_config, text.state_dict(), encoder)
+    texts = (text.state_dict(), encoder)
+    tensors = to_single_file(unet.state_dict(), unet_config, vae.state_dict(), vae_config, texts)
     return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
 
 

@@ -46,7 +46,7 @@ def random_tensors(setup: Setup) -> dict[str, Tensor]:
     size = setup.size
     makes = (lambda: UNet(size.unet), lambda: VAE(size.vae), lambda: CLIPTextModel(size.text))
     unet, vae, text = (setup.random_weights(make, torch.contiguous_format) for make in makes)
-    return to_single_file(unet, size.unet, vae, size.vae, text, size.text)
+    return to_single_file(unet, size.unet, vae, size.vae, (text, size.text))
 
 
 def write_files(folder: Path, dtype: torch.dtype, size: Size = SIZES["sd15"]) -> list[Path]:

@@ -170,9 +170,7 @@ def folder_to_file(
         raise ValueError(f"{source} has noise levels that a single file cannot state: write a folder, not {out}.")
     if schedule != read_back:
         warnings.warn(f"{out} cannot state how {source} spaces its steps or ends them.", stacklevel=2)
-    texts = []
-    for text, config in zip(model.texts, model.text_configs):
-        texts += [text.tensors, config]
+    texts = zip((text.tensors for text in model.texts), model.text_configs)
     unet = change(model.unet.tensors)
     tensors = to_single_file(unet, model.unet_config, model.vae.tensors, model.vae_config, *texts)
     check_parts(model, source)  # after to_single_file, whose refusals say more about another text encoder

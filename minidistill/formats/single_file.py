@@ -335,28 +335,22 @@ def original_text(text: Tensors, config: CLIPTextConfig, version: Version) -> di
 
 
 def to_single_file(
-    unet: Tensors,
-    unet_config: UNetConfig,
-    vae: Tensors,
-    vae_config: VAEConfig,
-    text: Tensors,
-    text_config: CLIPTextConfig,
-    text_2: Tensors | None = None,
-    text_config_2: CLIPTextConfig | None = None,
+    unet: Tensors, unet_config: UNetConfig, vae: Tensors, vae_config: VAEConfig, *texts: tuple[Tensors, CLIPTextConfig]
 ) -> dict[str, Tensor]:
-    """The inverse of ``read_single_file``: state dicts -> all tensors of a single file.
+    """The inverse of ``read_single_file``: state dicts -> all tensors of a single file. SDXL has two ``texts``.
 
     The text encoder of SD 2.x is written as SD uses it, without its last block. Raises ValueError for a model that
     would be read back differently, because it differs from Stable Diffusion in something that no shape tells.
     """
+    text, text_config = texts[0]
     kind = text_config.hidden_act, unet_config.linear_projection
     version = next((v for v in VERSIONS if (v.activation, v.linear_projection) == kind), None)
-    if version is None or (version is XL) != (text_2 is not None):
+    if version is None or (version is XL) != (len(texts) == 2):
         raise ValueError(
             f"No single file has a text encoder with activation {kind[0]} and a UNet with "
             f"{'linear' if kind[1] else 'convolutional'} projections. Write a folder."
         )
-    for config in filter(None, (text_config, text_config_2)):
+    for _, config in texts:
         if config.num_hidden_layers != (usual := TEXT_LAYERS.get(config.hidden_size, config.num_hidden_layers)):
             raise ValueError(
                 f"Programs that read single files expect {usual} layers of this text encoder, which has "
@@ -373,9 +367,8 @@ def to_single_file(
     for name, tensor in vae.items():
         tensor = tensor[:, :, None, None] if ".attentions.0." in name and tensor.ndim == 2 else tensor
         tensors[VAE + translate(name, names)] = tensor
-    tensors |= original_text(text, text_config, version)
-    if text_2:
-        tensors |= original_text(text_2, text_config_2, XL_SECOND)
+    for (tensors_of_text, config), encoder in zip(texts, (version, XL_SECOND)):
+        tensors |= original_text(tensors_of_text, config, encoder)
 
     expected_unet = replace(unet_config, upcast_attention=False, sample_size=version.sample_size)
     expected = expected_unet, vae_config, text_config.num_attention_heads

@@ -52,8 +52,7 @@ def written_again(sd: StableDiffusion) -> dict[str, Tensor]:
         sd.unet.config,
         sd.vae.state_dict(),
         sd.vae.config,
-        sd.text_encoder.state_dict(),
-        sd.text_encoder.config,
+        (sd.text_encoder.state_dict(), sd.text_encoder.config),
     )
 
 
@@ -203,7 +202,7 @@ def test_a_vae_that_no_single_file_can_hold(change: dict, single: Path) -> None:
     vae = replace(sd.vae.config, **change)
     text = sd.text_encoder.state_dict(), sd.text_encoder.config
     with pytest.raises(ValueError, match="Write a folder"):
-        to_single_file(sd.unet.state_dict(), sd.unet.config, sd.vae.state_dict(), vae, *text)
+        to_single_file(sd.unet.state_dict(), sd.unet.config, sd.vae.state_dict(), vae, text)
 
 
 def test_a_misspelt_path_is_not_looked_up_online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

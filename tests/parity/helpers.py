@@ -122,7 +122,7 @@ def single(pipe: "diffusers.DiffusionPipeline", folder: Path) -> dict[str, Tenso
         read_unet_config(folder / "unet/config.json"),
         pipe.vae.state_dict(),
         read_vae_config(folder / "vae/config.json"),
-        *(x for encoder in encoders for x in (encoder.state_dict(), encoder.config)),
+        *((encoder.state_dict(), encoder.config) for encoder in encoders),
     )
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 

@@ -102,7 +102,7 @@ def test_every_name_and_shape_at_full_size() -> None:
     with torch.device("meta"):
         networks = UNet(xl.unet), VAE(xl.vae), CLIPTextModel(xl.text), CLIPTextModelWithProjection(xl.text_2)
     unet, vae, text, text_2 = (network.state_dict() for network in networks)
-    tensors = to_single_file(unet, xl.unet, vae, xl.vae, text, xl.text, text_2, xl.text_2)
+    tensors = to_single_file(unet, xl.unet, vae, xl.vae, (text, xl.text), (text_2, xl.text_2))
     assert len(tensors) == 2515 - 2
     config = dict(layers_per_block=2, addition_embed_type="text_time")
     assert shapes(theirs.convert_ldm_unet_checkpoint(dict(tensors), config)) == shapes(unet)
