@@ -14,7 +14,6 @@ the VAE's decoder, because the UNet has learned the latents of the encoder.
 On a GPU, add --compile, --bf16 and larger batches. On a CPU with AMX, --bf16 alone is a third faster.
 """
 
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def write_part(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
     write_json(folder / "config.json", config)
 
 
-def read_flags(argv: list[str]) -> Namespace:
+def read_flags(argv: list[str] | None) -> Namespace:
     parser = cli.new_parser(__doc__, prog="python -m minidistill.pocket")
     flag = parser.add_argument
     flag("--out", type=cli.out_folder, default=cli.DEFAULT_MODEL, metavar="FOLDER",
@@ -78,7 +77,7 @@ def read_flags(argv: list[str]) -> Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = read_flags(sys.argv[1:] if argv is None else argv)
+    args = read_flags(argv)
     cli.prepare(torch.device(args.device), args.compile)
     renderer = Renderer(args.emoji, device=args.device)
     compositions = all_compositions()

@@ -5,17 +5,10 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 CONTEXT = 20  # tokens per prompt, including start and end
 START, END = "<|startoftext|>", "<|endoftext|>"
-
-
-def byte_symbols() -> list[str]:
-    """One printable character for each of the 256 bytes, in the order of GPT-2's and CLIP's vocabularies.
-
-    Printable bytes stand for themselves and come first; the others use the characters from 256 on.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
 
 
 def merge_pair(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
@@ -48,7 +41,7 @@ def write_tokenizer(captions: list[str], folder: str | Path) -> None:
     also the padding, as in Stable Diffusion 1.x. Captions must be lower-case ASCII; CLIP splits words at hyphens.
     """
     merges = learn_merges({word for caption in captions for word in re.findall("[a-z]+", caption)})
-    symbols = byte_symbols()
+    symbols = bytes_to_unicode().values()  # a printable character for each byte, in the order of CLIP's vocabulary
     tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges), START, END]
     special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
     files = {
