@@ -31,24 +31,21 @@ DEFAULT_GUIDANCE = 4.0  # within what is usual; that model's images are right ab
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class Parser(argparse.ArgumentParser):
-    """Checks the encoding of text and paths (``text``), and expands ~ in flags with ``type=Path`` (``user_path``)."""
-
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        self.register("type", Path, lambda argument: user_path(text(argument)))
-        self.register("type", None, text)
-
-
 def new_parser(description: str | None, positional: str = "", prog: str | None = None) -> argparse.ArgumentParser:
-    """A parser with a one-line usage: ``positional`` followed by "[flags]"."""
-    return Parser(
+    """A parser with a one-line usage: ``positional`` followed by "[flags]".
+
+    It checks the encoding of text and paths (``text``), and expands ~ in flags with ``type=Path`` (``user_path``).
+    """
+    parser = argparse.ArgumentParser(
         prog=prog,
         usage=f"%(prog)s {positional}[flags]",
         description=description,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
         allow_abbrev=False,
     )
+    parser.register("type", Path, lambda argument: user_path(text(argument)))
+    parser.register("type", None, text)
+    return parser
 
 
 def add_weight_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
