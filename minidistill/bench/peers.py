@@ -13,14 +13,11 @@ from minidistill.config import ScheduleConfig, UNetConfig
 from minidistill.formats.model_configs import published_schedule, published_unet
 
 
-def peer_unet(config: UNetConfig, weights: dict[str, Tensor]) -> nn.Module:
-    """diffusers' UNet of the same configuration, which uses the tensors in ``weights`` without copying them."""
+def peer_unet(config: UNetConfig) -> nn.Module:
+    """diffusers' UNet of the same configuration."""
     import diffusers
 
-    with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel.from_config(published_unet(config))
-    unet.load_state_dict(weights, assign=True)
-    return unet.eval().requires_grad_(False)
+    return diffusers.UNet2DConditionModel.from_config(published_unet(config))
 
 
 def peer_lora(unet: nn.Module, rank: int, layers: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:

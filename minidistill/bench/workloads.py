@@ -147,7 +147,8 @@ class Setup:
         return unet
 
     def peer_unet(self, channels_last: bool = False) -> nn.Module:
-        return peer_unet(self.size.unet, self.weights if channels_last else self.peer_weights)
+        weights = self.weights if channels_last else self.peer_weights
+        return frozen(lambda: peer_unet(self.size.unet), weights)
 
     def peer_lora_unet(self) -> nn.Module:
         with torch.device("meta"):
