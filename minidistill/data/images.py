@@ -103,8 +103,10 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def nothing_left(problem: str, left_out: dict[Path, str]) -> ValueError:
-    first = [f"; {len(left_out)} left out; the first is {file}: {why}" for file, why in left_out.items()][:1]
-    return ValueError(f"{problem}{''.join(first)}.")
+    if left_out:
+        file, reason = next(iter(left_out.items()))
+        problem += f"; {len(left_out)} left out; the first is {file}: {reason}"
+    return ValueError(f"{problem}.")
 
 
 def version(images: list[CaptionedImage]) -> str:
@@ -154,11 +156,7 @@ def encode(
     size = sd.height if sd.height == sd.width else f"{sd.width}x{sd.height}"
     made_with = f"{fingerprint(sd.vae)} {sd.vae.config} {size}"
     files = [folder / f"image-{digest(f'{made_with} {image.digest}'.encode())}.safetensors" for image in images]
-    left_out = {}
-
-    def leave_out(file: Path, reason: str) -> None:
-        left_out.update({image.file: reason for f, image in zip(files, images) if f == file})  # equal images share it
-
+    unusable: dict[Path, str] = {}  # latents that were not written, and why
     if rank == 0:
         missing = {file: image for file, image in zip(files, images) if not read_shard(file)}
         with torch.no_grad(), on_device(sd.vae, sd.device):
@@ -166,15 +164,16 @@ def encode(
                 try:
                     x = read_image(image.file, sd.height, sd.width)
                 except Exception as error:  # decoders raise anything at a damaged file
-                    leave_out(file, str(error) or type(error).__name__)
+                    unusable[file] = str(error) or type(error).__name__
                     file.unlink(missing_ok=True)  # damaged, or it would not be missing
                     continue
                 z_0 = sd.run_vae(sd.vae.encode, x[None].to(sd.device, sd.dtype))[0]  # [4, h, w]
                 if not z_0.isfinite().all():
-                    leave_out(file, f"the VAE overflows in {sd.dtype}: use --dtype bfloat16 or float32")
+                    unusable[file] = f"the VAE overflows in {sd.dtype}: use --dtype bfloat16 or float32"
                     continue
                 write_shard(file, {"z_0": z_0.half().cpu().contiguous()}, made_with)  # half, as in trajectories.py
     wait()
+    left_out = {image.file: unusable[file] for file, image in zip(files, images) if file in unusable}
     numbers = {caption: number for number, caption in enumerate(captions)}
     usable = [
         (file, numbers[image.caption])
