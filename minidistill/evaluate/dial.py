@@ -169,7 +169,7 @@ def plot(rows: Sequence[dict], learned: float, path: Path) -> None:
             measured = [(row["guidance"], row[name]["strength"]) for row in rows] if name == "measured" else []
             left.plot(*zip(*Dial.through(learned, measured).points), style, label=name)
             shares = [Estimate(**row[name]["noise error share"]) for row in rows]
-            errors = list(zip(*((x.value - x.low, x.high - x.value) for x in shares)))
+            errors = [[x.value - x.low for x in shares], [x.high - x.value for x in shares]]
             right.errorbar(scales, [x.value for x in shares], errors, fmt=style, capsize=3, label=name)
         left.set(xlabel="guidance scale w", ylabel="strength λ of the LoRA", xlim=(1, None), ylim=(0, None))
         right.set(xlabel="guidance scale w", ylabel="noise error share", xlim=(1, None), ylim=(0, None))

@@ -132,14 +132,20 @@ def make_measures(
     """A function of images and the teacher's images that returns each measure with its interval."""
     clip, judge = ClipScore.in_model(sd), read_judge(args.judge)
 
+    def by_prompt(values: Tensor) -> Tensor:
+        return values.view(-1, args.each)
+
     def measures(images: list[Image.Image], teacher: list[Image.Image]) -> dict[str, dict]:
-        by_image = {"PSNR": psnr(images, teacher)} if images is not teacher else {}
-        by_image |= {"CLIP score": clip(images, prompts)} if clip else {}
-        by_image |= judge.measures(pixels(images), prompts) if judge else {}
-        # A ratio of two means over the same prompts: both are resampled together.
-        estimates = {"sharpness": interval(*(sharpness(some).view(-1, args.each) for some in (images, teacher)))}
-        estimates |= {measure: interval(x.view(-1, args.each)) for measure, x in by_image.items()}
-        return {measure: estimate._asdict() for measure, estimate in estimates.items()}
+        estimates = {}
+        if images is not teacher:
+            estimates["PSNR"] = interval(by_prompt(psnr(images, teacher)))
+        # The ratio of two means over the same prompts: both are resampled together.
+        estimates["sharpness"] = interval(by_prompt(sharpness(images)), by_prompt(sharpness(teacher)))
+        if clip:
+            estimates["CLIP score"] = interval(by_prompt(clip(images, prompts)))
+        if judge:
+            estimates |= {name: interval(by_prompt(x)) for name, x in judge.measures(pixels(images), prompts).items()}
+        return {name: estimate._asdict() for name, estimate in estimates.items()}
 
     return measures
 

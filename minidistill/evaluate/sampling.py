@@ -1,6 +1,5 @@
 """Sample images with each method from the same noise, and record what an image costs."""
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +10,6 @@ from PIL import Image
 from minidistill.evaluate.metrics import EVALUATION_SEED
 from minidistill.guidance import Interval, selective_interval
 from minidistill.pipeline import StableDiffusion
-
-ALWAYS = Interval(0, math.inf)
 
 
 class Stopwatch:
@@ -57,6 +54,7 @@ def draw(
     student_steps: int | None = None,
     negative_prompt: str | None = None,
     student_negative: str | None = None,
+    seed: int = EVALUATION_SEED,
     **options,
 ) -> Drawn:
     """Sample ``prompts`` with the "teacher", with "no guidance", or with the "student", from the same seeds.
@@ -67,14 +65,18 @@ def draw(
     steps and the VAE, without encoding prompts or moving networks.
     """
     spacing = spacing or ("trailing" if student_steps else None)
-    steps = student_steps if student_steps and method == "student" else steps
-    guides = method == "teacher" and guidance != 1
-    scale = guidance if guides else None if method == "student" else 1.0
-    options = dict(seed=EVALUATION_SEED) | options | dict(steps=steps, guidance=scale, lora_enabled=method == "student")
-    options |= dict(negative_prompt=student_negative if method == "student" else negative_prompt)
+    scale = {"teacher": guidance, "no guidance": 1.0, "student": None}[method]
+    if method == "student":
+        steps, negative_prompt = student_steps or steps, student_negative
     clock = Stopwatch(sd.device)
-    images = sd.sample(prompts, selective=selective, interval=interval, spacing=spacing, clock=clock, **options)
-    if selective:
-        interval = selective_interval(sd.schedule, steps, selective, spacing)
-    inside = (interval or ALWAYS).includes(torch.tensor(sd.schedule.timesteps(steps, spacing)))
-    return Drawn(method, images, steps + (int(inside.sum()) if guides else 0), clock.seconds / len(prompts))
+    images = sd.sample(
+        prompts, steps=steps, guidance=scale, seed=seed, lora_enabled=method == "student",
+        negative_prompt=negative_prompt, selective=selective, interval=interval, spacing=spacing,
+        clock=clock, **options,
+    )  # fmt: skip
+    unet_calls = steps
+    if method == "teacher" and guidance != 1:
+        interval = interval or selective_interval(sd.schedule, steps, selective, spacing)
+        timesteps = torch.tensor(sd.schedule.timesteps(steps, spacing))
+        unet_calls += int(interval.includes(timesteps).sum()) if interval else steps
+    return Drawn(method, images, unet_calls, clock.seconds / len(prompts))
