@@ -17,12 +17,12 @@ from torch import Tensor
 from minidistill.data.prompts import prompt_split, spread
 from minidistill.distill import Dial
 from minidistill.evaluate.figures import figure_file
-from minidistill.evaluate.image_grid import comparison_grid
+from minidistill.evaluate.image_grid import write_grid
 from minidistill.evaluate.metrics import EVALUATION_SEED, Estimate, interval, noise_error_share, psnr
 from minidistill.evaluate.sampling import draw
 from minidistill.evaluate.students import check_student
 from minidistill.evaluate.tables import markdown_table
-from minidistill.formats.files import atomic_write, write_json
+from minidistill.formats.files import write_json
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import LoRAFile, read_lora
 from minidistill.formats.lora_io import add_student
@@ -100,8 +100,7 @@ def run(args: Namespace) -> None:
     report = args.provenance | {"prompts": len(held_out), "seed": EVALUATION_SEED, "learned": learned}
     write_json(args.out / "dial.json", report | {"rows": rows})
     plot(rows, learned, args.out / "dial.png")
-    with atomic_write(args.out / "dial-pictures.png") as temporary:
-        comparison_grid(images, held_out, columns=COLUMNS, side=96).save(temporary, "png")
+    write_grid(args.out / "dial-pictures.png", images, held_out, columns=COLUMNS, side=96)
     print(f"\n{table(rows)}\n\nFigure, images and JSON: {args.out}")
     if args.write:
         write_dial(file, [(row["guidance"], row["measured"]["strength"]) for row in rows])

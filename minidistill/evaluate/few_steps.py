@@ -26,12 +26,12 @@ from minidistill.evaluate.few_step_ways import (
     sample_renoised,
     train_way,
 )
-from minidistill.evaluate.image_grid import comparison_grid
+from minidistill.evaluate.image_grid import write_grid
 from minidistill.evaluate.metrics import EVALUATION_SEED, ClipScore, Estimate, interval, pixels, psnr
 from minidistill.evaluate.quality import cached, model_stamp, read_judge, results_table
 from minidistill.evaluate.sampling import Drawn
 from minidistill.evaluate.students import label_of
-from minidistill.formats.files import atomic_write, write_json
+from minidistill.formats.files import write_json
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import LoRAFile, read_lora
 from minidistill.pipeline import StableDiffusion, pil_images
@@ -117,8 +117,7 @@ def run(args: Namespace) -> None:
                 add_lora(name, *([one_pass, lora] if way.on_top else [lora]))
         if UNGUIDED in args.ways:
             add(UNGUIDED, sd.sample(prompts, steps=N, guidance=1, **SAMPLING), N)
-        with atomic_write(args.out / f"few-steps-{N}.png") as temporary:
-            comparison_grid(drawn, prompts[:: args.each], columns=8, side=96).save(temporary, "png")
+        write_grid(args.out / f"few-steps-{N}.png", drawn, prompts[:: args.each], side=96)
         print(f"\n{table(rows)}\n")
 
     for N in args.student_steps:

@@ -2,11 +2,13 @@
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from minidistill.data.prompts import spread
 from minidistill.evaluate.sampling import Drawn
+from minidistill.formats.files import atomic_write
 
 
 def comparison_grid(rows: Sequence[Drawn], prompts: Sequence[str], columns: int = 8, side: int = 128) -> Image.Image:
@@ -32,3 +34,9 @@ def comparison_grid(rows: Sequence[Drawn], prompts: Sequence[str], columns: int 
             image = ImageOps.pad(drawn.images[i], (side, side), Image.Resampling.BICUBIC, color="white")
             sheet.paste(image, (left + column * (side + gap), y))
     return sheet
+
+
+def write_grid(path: Path, rows: Sequence[Drawn], prompts: Sequence[str], **layout: int) -> None:
+    """Write ``comparison_grid(rows, prompts, **layout)`` as PNG."""
+    with atomic_write(path) as temporary:
+        comparison_grid(rows, prompts, **layout).save(temporary, "png")

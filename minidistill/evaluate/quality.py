@@ -26,12 +26,12 @@ from minidistill.data.prompts import prompt_split, read_prompts, spread
 from minidistill.data.shards import fingerprint, read_shard, schedule_fingerprint, teacher_fingerprint, write_shard
 from minidistill.evaluate import metrics
 from minidistill.evaluate.figures import figure_file
-from minidistill.evaluate.image_grid import comparison_grid
+from minidistill.evaluate.image_grid import write_grid
 from minidistill.evaluate.metrics import ClipScore, ErrorShare, Estimate, Make, noise_error_share, pixels
 from minidistill.evaluate.sampling import Drawn, draw
 from minidistill.evaluate.students import one_teacher, read_students
 from minidistill.evaluate.tables import markdown_table
-from minidistill.formats.files import atomic_write, digest, write_json
+from minidistill.formats.files import digest, write_json, write_text
 from minidistill.formats.float8 import merge_to_sample
 from minidistill.formats.load_model import load
 from minidistill.pipeline import StableDiffusion, pil_images
@@ -238,10 +238,8 @@ def write_results(
     report = args.provenance | {"prompts": len(prompts), "each": each, "rows": results}
     write_json(args.out / "results.json", report | {"t": timesteps, "by step": by_step})
     table = results_table([(row.method, row.unet_calls, measures[row.method]) for row in rows])
-    with atomic_write(args.out / "table.md") as file:
-        file.write_text(f"{table}\n\n`{args.provenance['command']}`\n", encoding="utf-8")
-    with atomic_write(args.out / "pictures.png") as file:
-        comparison_grid([replace(row, images=row.images[::each]) for row in rows], prompts).save(file, "png")
+    write_text(args.out / "table.md", f"{table}\n\n`{args.provenance['command']}`\n")
+    write_grid(args.out / "pictures.png", [replace(row, images=row.images[::each]) for row in rows], prompts)
     if shares:
         curves = {label: both["noise error share"] for label, both in shares.items()}
         plot_shares(curves, timesteps, args.out / "error_by_step.png")

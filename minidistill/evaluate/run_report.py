@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from minidistill.evaluate.figures import figure_file
-from minidistill.evaluate.image_grid import comparison_grid
+from minidistill.evaluate.image_grid import write_grid
 from minidistill.evaluate.metrics import ClipScore, noise_error_share, psnr
 from minidistill.evaluate.sampling import Drawn, draw
 from minidistill.evaluate.tables import markdown_table
-from minidistill.formats.files import atomic_write
+from minidistill.formats.files import write_text
 from minidistill.formats.float8 import merge_to_sample
 from minidistill.guidance import Interval
 from minidistill.lora import unmerge_lora
@@ -22,9 +22,7 @@ def report_prompts(sd: StableDiffusion) -> int:
 
 def write_preview(sd: StableDiffusion, out: Path, prompts: list[str], step: int, **options) -> None:
     """Images of the student as it is after ``step`` updates. ``options`` are those of ``write_report``."""
-    row = draw(sd, "student", prompts, **options)
-    with atomic_write(out / f"pictures/step-{step:06d}.png") as file:
-        comparison_grid([row], prompts).save(file, "png")
+    write_grid(out / f"pictures/step-{step:06d}.png", [draw(sd, "student", prompts, **options)], prompts)
 
 
 def write_report(
@@ -52,27 +50,24 @@ def write_report(
     unmerge_lora(sd.unet)
 
     table = report_table(sd, rows, {"teacher": 0.0, "no guidance": 1.0, "student": share}, prompts)
-    frozen, trained = (
-        sum(p.nbytes for p in sd.unet.parameters() if p.requires_grad == trains) / 1e6 for trains in (False, True)
-    )
-    memory = f"Weights: {frozen:.1f} MB frozen, {trained:.1f} MB trained."
+    trained = sum(p.nbytes for p in sd.unet.parameters() if p.requires_grad)
+    frozen = sum(p.nbytes for p in sd.unet.parameters()) - trained
+    memory = f"Weights: {frozen / 1e6:.1f} MB frozen, {trained / 1e6:.1f} MB trained."
     where = f" for {interval.low:g} <= t <= {interval.high:g}" if interval else ""
     few = f", the student {student_steps}" if student_steps else ""
     on = "what leads from one state to the next that it visits" if student_steps else "the guided prediction"
 
-    with atomic_write(out / "teacher_vs_student.png") as file:
-        comparison_grid(rows, prompts).save(file, "png")
+    write_grid(out / "teacher_vs_student.png", rows, prompts)
     plot_loss(losses, out / "loss.png")
-    with atomic_write(out / "report.md") as file:
-        file.write_text(
-            f"# Teacher and student on {len(prompts)} held-out prompt{'s' * (len(prompts) > 1)}\n\n"
-            f"{table}\n\n{memory}\n\n"
-            f"Guidance {guidance:g}{where}, {steps} DDIM steps{few}, {len(losses)} updates. The noise error share is "
-            f"the student's squared error in {on}, on the teacher's guided trajectories, divided by that of the model "
-            "without guidance. PSNR compares images of the same prompt and seed.\n\n"
-            "![images](teacher_vs_student.png)\n\n![loss](loss.png)\n",
-            encoding="utf-8",
-        )
+    write_text(
+        out / "report.md",
+        f"# Teacher and student on {len(prompts)} held-out prompt{'s' * (len(prompts) > 1)}\n\n"
+        f"{table}\n\n{memory}\n\n"
+        f"Guidance {guidance:g}{where}, {steps} DDIM steps{few}, {len(losses)} updates. The noise error share is "
+        f"the student's squared error in {on}, on the teacher's guided trajectories, divided by that of the model "
+        "without guidance. PSNR compares images of the same prompt and seed.\n\n"
+        "![images](teacher_vs_student.png)\n\n![loss](loss.png)\n",
+    )
     print(f"\n{table}\n\n{memory}\nImages: {out / 'teacher_vs_student.png'}. Full report: {out / 'report.md'}")
 
 

@@ -15,9 +15,9 @@ from minidistill.data.prompts import prompt_split, spread
 from minidistill.evaluate import few_step_ways
 from minidistill.evaluate.few_step_ways import check_teacher, load_merged, read_lesson, train_way
 from minidistill.evaluate.few_steps import SAMPLING, make_measures, table
-from minidistill.evaluate.image_grid import comparison_grid
+from minidistill.evaluate.image_grid import write_grid
 from minidistill.evaluate.sampling import Drawn
-from minidistill.formats.files import atomic_write, write_json
+from minidistill.formats.files import write_json
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import read_lora
 from minidistill.training.command_line import load_options, positive, positive_int
@@ -65,6 +65,5 @@ def run(args: Namespace) -> None:
             rows.append(row | {"guidance": w, "seconds of learning": 0.0})
             drawn.append(Drawn(rows[-1]["way"], sampled[:: args.each], calls, 0.0))
         write_json(args.out / f"steering-{N}.json", report | {"rows": rows})
-    with atomic_write(args.out / f"steering-{N}.png") as temporary:
-        comparison_grid(drawn, prompts[:: args.each], columns=6, side=96).save(temporary, "png")
+    write_grid(args.out / f"steering-{N}.png", drawn, prompts[:: args.each], columns=6, side=96)
     print(f"{table(rows)}\n\nImages and JSON: {args.out}")

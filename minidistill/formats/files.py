@@ -96,9 +96,13 @@ def read_json(file: Path) -> dict:
     return contents
 
 
-def write_json(path: Path, contents: dict) -> None:
+def write_text(path: Path, text: str) -> None:
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, contents: dict) -> None:
+    write_text(path, json.dumps(contents, indent=2) + "\n")
 
 
 def digest(data: bytes) -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
 
-from minidistill.formats.files import atomic_write
+from minidistill.formats.files import write_text
 
 # emoji -> what a caption calls it: {"🐘": "an elephant", "🍒": "cherries"}
 THINGS = dict(line.split(" ", 1) for line in (Path(__file__).parent / "things.txt").read_text("utf-8").splitlines())
@@ -77,8 +77,7 @@ def all_compositions() -> list[Composition]:
 def write_compositions(path: Path, compositions: list[Composition]) -> None:
     """Write a JSON list of compositions, one per line."""
     lines = [json.dumps(asdict(c), ensure_ascii=False) for c in compositions]
-    with atomic_write(path) as file:
-        file.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def read_compositions(path: Path) -> list[Composition]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from minidistill.data.shards import fingerprint, schedule_fingerprint
-from minidistill.formats.files import atomic_write, digest
+from minidistill.formats.files import atomic_write, digest, write_text
 from minidistill.pipeline import StableDiffusion
 from minidistill.training.cuda_graph import load_moments
 
@@ -71,9 +71,8 @@ def save_checkpoint(
     come from generators seeded with it, never from the global one.
     """
     # The metrics come first: if the run is killed in between, it resumes from the older checkpoint and rewrites them.
-    with atomic_write(out / "metrics.jsonl") as temporary:
-        lines = [json.dumps({"step": step + 1, "loss": loss}) for step, loss in enumerate(losses)]
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [json.dumps({"step": step + 1, "loss": loss}) for step, loss in enumerate(losses)]
+    write_text(out / "metrics.jsonl", "\n".join(lines) + "\n")
     state = {
         "trained": [p.detach() for p in trained],
         "optimizer": optimizer.state_dict(),
