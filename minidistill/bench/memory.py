@@ -247,8 +247,8 @@ def steps_markdown(rows: list[dict], batches: list[int]) -> str:
     for before, row in zip([None, *rows], rows):
         line = [row["label"]]
         for batch in map(str, batches):
-            saved = before["peak"][batch] - row["peak"][batch] if before and row["cumulative"] else None
-            line += [megabytes(row["peak"][batch]), "" if saved is None else megabytes(saved)]
+            saved = megabytes(before["peak"][batch] - row["peak"][batch]) if before and row["cumulative"] else ""
+            line += [megabytes(row["peak"][batch]), saved]
         lines.append([*line, f"{row['recomputed']:.0%}"])
     return markdown_table(lines)
 
@@ -329,13 +329,14 @@ def run_cards(args: Namespace) -> None:
 
 
 def print_cards(cards: Sequence[Card], names: list[str], rank: int, side: int) -> None:
-    titles, lines = ["GPU", "flags"], []
-    for card in tqdm(cards if names else (), f"{side}x{side}", unit="card"):
+    if not names:
+        return
+    lines = []
+    for card in tqdm(cards, f"{side}x{side}", unit="card"):
         peaks = {f"{name}: {what}": x for name in names for what, x in card_peaks(card, SIZES[name], rank).items()}
         lines.append([f"{card.gigabytes} GB", f"`{card}`", *(f"{peak / 1e9:.2f}" for peak in peaks.values())])
-        titles[2:] = peaks
-    if lines:
-        print(f"\n{markdown_table([titles, *lines], text_columns=2)}\n\nGB, at {side}x{side}, LoRA rank {rank}.")
+    titles = ["GPU", "flags", *peaks]  # the same for every card
+    print(f"\n{markdown_table([titles, *lines], text_columns=2)}\n\nGB, at {side}x{side}, LoRA rank {rank}.")
 
 
 def run(args: Namespace) -> None:
