@@ -8,6 +8,7 @@ A student contains its guidance: sample with a guidance scale (CFG) of exactly 1
 UNet twice a step.
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -23,82 +24,82 @@ from minidistill.training.command_line import DEFAULT_MODEL, ScaledFile, new_par
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 
 
-def main(argv: list[str] | None = None) -> None:
+def read_flags(argv: list[str] | None) -> Namespace:
     parser = new_parser(
         __doc__, "RUN_OR_LORA[:SCALE] ... --to {peft,kohya,checkpoint} ", "python -m minidistill.export"
     )
-    parser.add_argument(
-        "lora",
-        nargs="+",
-        type=ScaledFile.parse,
-        metavar="RUN_OR_LORA[:SCALE]",
-        help="a run's folder or a LoRA file in any format, and its strength; a checkpoint takes several",
-    )
-    parser.add_argument(
-        "--to", required=True, choices=("peft", "kohya", "checkpoint"), help="the format to write, see above"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="PATH",
-        help="the file to write; for a checkpoint a folder, or a .safetensors (default: next to the LoRA)",
-    )
-    model = parser.add_argument_group("the model that --to checkpoint merges into")
-    model.add_argument(
-        "--model",
-        type=Path,
-        default=DEFAULT_MODEL,
-        metavar="PATH",
-        help="a folder, a single file or a hub id (default: %(default)s)",
-    )
-    model.add_argument("--variant", metavar="TEXT", help='which weights of a folder or hub id, for example "fp16"')
-    model.add_argument("--ema", action="store_true", help="merge into the UNet's EMA weights, for a single file")
-    model.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts, if not what the model says")
-    model.add_argument(
-        "--stochastic",
-        type=seed_number,
-        nargs="?",
-        const=0,
-        metavar="SEED",
-        help="round the merged weights up or down at random, so that small changes survive in 16 bits (seed: 0)",
-    )
+    # fmt: off
+    flag = parser.add_argument
+    flag("lora", nargs="+", type=ScaledFile.parse, metavar="RUN_OR_LORA[:SCALE]", help="a run's folder or a LoRA file "
+         "in any format, and its strength; a checkpoint takes several")
+    flag("--to", required=True, choices=("peft", "kohya", "checkpoint"), help="the format to write, see above")
+    flag("--out", type=Path, metavar="PATH", help="the file to write; for a checkpoint a folder, or a .safetensors "
+         "(default: next to the LoRA)")
+    flag = parser.add_argument_group("the model that --to checkpoint merges into").add_argument
+    flag("--model", type=Path, default=DEFAULT_MODEL, metavar="PATH", help="a folder, a single file or a hub id "
+         "(default: %(default)s)")
+    flag("--variant", metavar="TEXT", help='which weights of a folder or hub id, for example "fp16"')
+    flag("--ema", action="store_true", help="merge into the UNet's EMA weights, for a single file")
+    flag("--prediction", choices=("eps", "v"), help="what the UNet predicts, if not what the model says")
+    flag("--stochastic", type=seed_number, nargs="?", const=0, metavar="SEED", help="round the merged weights up or "
+         "down at random, so that small changes survive in 16 bits (seed: 0)")
+    # fmt: on
     args = parser.parse_args(argv)
-
-    files = [read_lora(path, scale) for path, scale in args.lora]
-    first = files[0].path
-    suffix = "" if args.to == "checkpoint" and not args.model.is_file() else ".safetensors"
     merges = args.variant, args.ema or None, args.prediction, args.stochastic
     if args.to != "checkpoint" and any(flag is not None for flag in merges):
         raise ValueError(
             "--variant, --ema, --prediction and --stochastic are for a merge: give them with --to checkpoint."
         )
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = read_flags(argv)
+    files = [read_lora(path, scale) for path, scale in args.lora]
+    first = files[0].path
+    suffix = "" if args.to == "checkpoint" and not args.model.is_file() else ".safetensors"
     out = args.out or first.with_name(f"{first.stem}-{args.to}{suffix}")
     if out.suffix.lower() in PICKLES or (args.to != "checkpoint" and out.is_dir()):
         raise ValueError(f"--out {out}: name a .safetensors file{' or a folder' * (args.to == 'checkpoint')}.")
     if out.resolve() in [path.resolve() for path in (args.model, *(file.path for file in files))]:
         raise ValueError(f"--out {out} would be written over what it is made from: name another.")
     if args.to == "checkpoint":
-        student, styles = student_and_styles(files)
-        metadata, files = (plain_metadata(student), [*styles, student]) if student else ({}, styles)
-        squares: Squares = {}
-        generator = torch.Generator().manual_seed(args.stochastic) if args.stochastic is not None else None
-        which = dict(variant=args.variant, ema=args.ema, prediction=args.prediction)
-        write_checkpoint(args.model, with_loras(files, squares, generator), out, metadata, **which)
-        share, sentence = surviving_change(squares)
-        if generator:  # what was added is the change and independent noise, whose squares add up
-            noise = max(share**2 - 1, 0) ** 0.5
-            print(f"The change survives on average, with noise of {noise:.0%} of its norm.")
-        elif warn_of_lost_change(squares) >= SURVIVING:  # otherwise the warning says it
-            print(sentence)
-    elif len(files) > 1:
-        raise ValueError(f"--to {args.to} takes one LoRA: give them one by one, or merge them with --to checkpoint.")
+        merge(files, out, args)
+    elif len(files) == 1:
+        convert(files[0], out, args.to)
     else:
-        metadata = plain_metadata(files[0])
-        tensors = peft_tensors(files[0]) if args.to == "peft" else kohya_tensors(files[0])
-        write_tensors(out, tensors, metadata | (kohya_metadata(files[0], tensors) if args.to == "kohya" else {}))
+        raise ValueError(f"--to {args.to} takes one LoRA: give them one by one, or merge them with --to checkpoint.")
+
+
+def merge(files: list[LoRAFile], out: Path, args: Namespace) -> None:
+    """Write the model with the LoRAs merged into its UNet, and say how much of the change survives."""
+    student, styles = student_and_styles(files)
+    metadata, files = (plain_metadata(student), [*styles, student]) if student else ({}, styles)
+    squares: Squares = {}
+    generator = torch.Generator().manual_seed(args.stochastic) if args.stochastic is not None else None
+    which = dict(variant=args.variant, ema=args.ema, prediction=args.prediction)
+    write_checkpoint(args.model, with_loras(files, squares, generator), out, metadata, **which)
+    share, sentence = surviving_change(squares)
+    if generator:  # what was added is the change and independent noise, whose squares add up
+        noise = max(share**2 - 1, 0) ** 0.5
+        print(f"The change survives on average, with noise of {noise:.0%} of its norm.")
+    elif warn_of_lost_change(squares) >= SURVIVING:  # otherwise the warning says it
+        print(sentence)
     print(f"Wrote {out}")
-    if args.to != "checkpoint" and "dial" in metadata:
-        strengths = ", ".join(f"{strength:g} ({guidance:g})" for guidance, strength in files[0].dial.points)
+
+
+def convert(file: LoRAFile, out: Path, to: str) -> None:
+    """Write the LoRA in peft's or kohya's format, and say at which strengths it stands for which guidance."""
+    metadata = plain_metadata(file)
+    if to == "peft":
+        tensors = peft_tensors(file)
+    else:
+        tensors = kohya_tensors(file)
+        metadata |= kohya_metadata(file, tensors)
+    write_tensors(out, tensors, metadata)
+    print(f"Wrote {out}")
+    if "dial" in metadata:
+        strengths = ", ".join(f"{strength:g} ({guidance:g})" for guidance, strength in file.dial.points)
         print(f"Strengths of the LoRA, each with the guidance that it stands for: {strengths}")
 
 
