@@ -9,7 +9,6 @@ teacher and student both sample in it.
 
 import argparse
 import io
-import itertools
 import re
 from pathlib import Path
 
@@ -157,9 +156,12 @@ def save(image: Image.Image, out: Path, name: str) -> None:
     """Write the image to the file ``out``, or into the folder ``out`` as NAME.png, NAME-2.png if another has that."""
     buffer = io.BytesIO()
     image.save(buffer, "png")
-    names = (f"{name}{'' if n == 1 else f'-{n}'}.png" for n in itertools.count(1))
-    free = (path for path in map(out.joinpath, names) if not path.exists() or path.read_bytes() == buffer.getvalue())
-    path = out if is_png(out) else next(free)
+    path = out
+    if not is_png(out):
+        path, n = out / f"{name}.png", 1
+        while path.exists() and path.read_bytes() != buffer.getvalue():
+            n += 1
+            path = out / f"{name}-{n}.png"
     with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
     tqdm.write(f"Wrote {path}")

@@ -55,8 +55,12 @@ def contestants(rows: Sequence[str], peers: bool = True) -> list[tuple[str, str]
 
 def chosen_rows(args: Namespace) -> list[str]:
     """In the table's order. Images need the decoder's time as well."""
-    rows = [*(args.row or [row for row in ROWS if row != "unet_compiled"]), *["unet_compiled"] * args.compile]
-    return [row for row in ROWS if row in rows or row == "decode" and set(rows) & set(IMAGES)]
+    rows = set(args.row or ROWS.keys() - {"unet_compiled"})
+    if args.compile:
+        rows.add("unet_compiled")
+    if rows & set(IMAGES):
+        rows.add("decode")
+    return [row for row in ROWS if row in rows]
 
 
 def check_agreement(outputs: dict[tuple[str, str], tuple[Tensor, ...]], tolerance: float) -> dict[str, float]:
