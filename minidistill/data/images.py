@@ -43,7 +43,10 @@ def read_folder(folder: Path) -> tuple[list[CaptionedImage], dict[Path, str]]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: --images needs a folder of images with captions.")
     files = sorted(find_files(folder))
-    listed = {file: text for m in files if m.name == "metadata.jsonl" for file, text in read_metadata(m).items()}
+    listed = {}  # captions by the spelling of the image
+    for file in files:
+        if file.name == "metadata.jsonl":
+            listed |= read_metadata(file)
     text_files = {spelling(file.with_suffix("")): file for file in files if file.suffix.lower() == ".txt"}
     captioned = {spelling(file.with_suffix("")) for file in files if file.suffix.lower() in SUFFIXES}
     images, left_out = [], {}

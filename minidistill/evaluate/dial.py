@@ -8,7 +8,7 @@ keeps the strengths in the header of the LoRA, where `sample.py --guidance` and 
 """
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from minidistill.data.prompts import prompt_split, spread
 from minidistill.distill import Dial
 from minidistill.evaluate.figures import figure_file
 from minidistill.evaluate.image_grid import write_grid
-from minidistill.evaluate.metrics import EVALUATION_SEED, Estimate, interval, noise_error_share, psnr
+from minidistill.evaluate.metrics import EVALUATION_SEED, Estimate, Make, interval, noise_error_share, psnr
 from minidistill.evaluate.sampling import draw
 from minidistill.evaluate.students import check_student
 from minidistill.evaluate.tables import markdown_table
@@ -106,9 +106,15 @@ def run(args: Namespace) -> None:
         write_dial(file, [(row["guidance"], row["measured"]["strength"]) for row in rows])
 
 
-def cache_in(states: dict[str, dict[str, Tensor]]):
+def cache_in(states: dict[str, dict[str, Tensor]]) -> Callable[[str, Make], dict[str, Tensor]]:
     """A cache for ``noise_error_share``: the teacher's tensors are made once and kept in ``states``."""
-    return lambda name, make: states.get(name) or states.setdefault(name, make())
+
+    def cache(name: str, make: Make) -> dict[str, Tensor]:
+        if name not in states:
+            states[name] = make()
+        return states[name]
+
+    return cache
 
 
 def nearest_strength(sd: StableDiffusion, prompts: Sequence[str], strength: float, **teacher) -> float:

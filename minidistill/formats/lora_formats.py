@@ -16,6 +16,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -315,8 +316,9 @@ def group_by_layer(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Parts, in
             parts[layer][part] = tensor
         else:
             unknown.append(key)
-    if other := next(((key, kind) for key in unknown for mark, kind in OTHER_KINDS.items() if mark in f"{key}$"), None):
-        raise CheckpointError(f"{path} holds {other[1]} ({other[0]}), which minidistill does not read: use a LoRA.")
+    for key, (mark, kind) in product(unknown, OTHER_KINDS.items()):
+        if mark in f"{key}$":
+            raise CheckpointError(f"{path} holds {kind} ({key}), which minidistill does not read: use a LoRA.")
     if not parts:
         raise CheckpointError(
             f"{path} is not a LoRA for a UNet in our own, peft's or kohya's format (it holds "
@@ -349,7 +351,7 @@ def is_pair(part: Mapping[str, Tensor]) -> bool:
     if not {"down", "up"} <= set(part):
         return False
     down, up = part["down"].shape, part["up"].shape
-    fits = len(down) in (2, 4) and min(down) > 0 and len(up) in (2, 4) and up[1:] == (down[0], 1, 1)[: len(up) - 1]
+    fits = len(down) in (2, 4) and min(down) > 0 and up[1:] in ((down[0],), (down[0], 1, 1))
     fits = fits and ("mid" not in part or (part["mid"].ndim == 4 and part["mid"].shape[:2] == (down[0], down[0])))
     floats = all(part[key].is_floating_point() and part[key].itemsize > 1 for key in part if key != "alpha")
     return fits and floats and ("alpha" not in part or part["alpha"].numel() == 1)

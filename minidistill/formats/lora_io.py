@@ -152,7 +152,8 @@ def underscored_names(weights: Iterable[str]) -> dict[str, str]:
     )
     table = unet_names(UNetConfig(layers=number(layers, "down_blocks.0.resnets.{}.conv1"), depth=depth))
     original = {translate(f"{name}.", table).removesuffix("."): name for name in layers}
-    return {theirs.replace(".", "_"): ours for theirs, ours in (original | dict(zip(layers, layers))).items()}
+    names = original | {name: name for name in layers}
+    return {theirs.replace(".", "_"): ours for theirs, ours in names.items()}
 
 
 def student_and_styles(files: list[LoRAFile]) -> tuple[LoRAFile | None, list[LoRAFile]]:

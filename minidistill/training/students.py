@@ -99,7 +99,10 @@ def choose_method(args: argparse.Namespace) -> None:
     noised = args.source != "trajectories"
     if args.batched_teacher and not noised:
         raise ValueError("--batched-teacher is for a teacher in the loop: add --source noised.")
-    args.method = {"lora": ["trajectories", "noised"], "full": ["full", "full noised"]}[args.student][noised]
+    if args.student == "full":
+        args.method = "full noised" if noised else "full"
+    else:
+        args.method = "noised" if noised else "trajectories"
 
 
 def choose_steps(args: argparse.Namespace) -> None:
