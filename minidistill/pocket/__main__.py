@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from minidistill.config import POCKET_UNET, POCKET_VAE, ScheduleConfig
@@ -30,7 +30,7 @@ from minidistill.formats.tensor_files import write_tensors
 from minidistill.pipeline import pil_images
 from minidistill.pocket.autoencoder import encode_all, normalise_latents, psnr, train_vae
 from minidistill.pocket.clip import save_clip, train_clip
-from minidistill.pocket.compositions import all_compositions, write_compositions
+from minidistill.pocket.compositions import Composition, all_compositions, write_compositions
 from minidistill.pocket.denoiser import FURTHER_LEARNING_RATE, LEARNING_RATE, Captioned, train_unet
 from minidistill.pocket.images import PACKAGE, Renderer, as_tensors, render
 from minidistill.pocket.tokenizer import write_tokenizer
@@ -47,6 +47,14 @@ def write_part(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
     halves = {name: x.half() for name, x in tensors.items()}
     write_tensors(folder / "diffusion_pytorch_model.safetensors", halves, {})
     write_json(folder / "config.json", config)
+
+
+def is_complete(folder: Path) -> bool:
+    return (folder / "config.json").exists()
+
+
+def read_part(folder: Path, network: nn.Module) -> None:
+    network.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
 
 
 def read_flags(argv: list[str] | None) -> Namespace:
@@ -97,49 +105,63 @@ def main(argv: list[str] | None = None) -> None:
     right = (nearest == torch.arange(len(unseen)) // 4).float().mean()  # the caption of unseen[i] is captions[i // 4]
     print(f"CLIP: the nearest of {len(captions)} captions is the right one for {right:.1%} of the held-out images")
 
+    if args.more and not is_complete(args.out / args.more):
+        raise ValueError(f"{args.out} has no {args.more} to train further: leave out --more.")
     torch.manual_seed(0)
+    vae = make_vae(args, renderer, trained)
+    print(f"VAE: {psnr(vae, unseen):.2f} dB on held-out images")
+    if args.more == "unet" or not is_complete(args.out / "unet"):
+        make_unet(args, renderer, trained, tokenizer, vae)
+    write_json(args.out / "model_index.json", MODEL_INDEX)
+
+
+def make_vae(args: Namespace, renderer: Renderer, trained: list[Composition]) -> VAE:
+    """The VAE in --out; trained first if it is not complete, or further with ``--more vae``."""
+    folder, has_unet = args.out / "vae", is_complete(args.out / "unet")
     things, rgb = as_tensors(trained, args.device)
 
     def new_images() -> Tensor:
         some = torch.randint(len(trained), (args.vae_batch,), device=args.device)
         return renderer.draw(things[some], rgb[some])
 
-    how, further = dict(compiled=args.compile, bfloat16=args.bf16), " further" if args.more else ""
     vae = VAE(POCKET_VAE).to(args.device, memory_format=torch.channels_last)
-    if vae_is_trained := (args.out / "vae/config.json").exists():
-        vae.load_state_dict(load_file(args.out / "vae/diffusion_pytorch_model.safetensors"))
-    unet_is_trained = (args.out / "unet/config.json").exists()
-    if args.more and not (args.out / args.more / "config.json").exists():
-        raise ValueError(f"{args.out} has no {args.more} to train further: leave out --more.")
-    if args.more == "vae" or not vae_is_trained:
-        state = args.out / f"vae{further}, {args.vae_steps} updates of {args.vae_batch}.pt"
-        vae = train_vae(vae, new_images, state, args.vae_steps, decoder_only=unet_is_trained, **how)
-        if not unet_is_trained:
+    if is_complete(folder):
+        read_part(folder, vae)
+    if args.more == "vae" or not is_complete(folder):
+        state = args.out / f"vae{' further' * bool(args.more)}, {args.vae_steps} updates of {args.vae_batch}.pt"
+        how = dict(compiled=args.compile, bfloat16=args.bf16)
+        vae = train_vae(vae, new_images, state, args.vae_steps, decoder_only=has_unet, **how)
+        if not has_unet:
             normalise_latents(vae, encode_all(vae, render(renderer, trained, 1, LATENTS_SEED)))
-        write_part(args.out / "vae", published_vae(POCKET_VAE, renderer.side), vae.state_dict())
+        write_part(folder, published_vae(POCKET_VAE, renderer.side), vae.state_dict())
         state.unlink()
-        vae.load_state_dict(load_file(args.out / "vae/diffusion_pytorch_model.safetensors"))  # rounded to fp16
-    print(f"VAE: {psnr(vae, unseen):.2f} dB on held-out images")
+        read_part(folder, vae)  # rounded to fp16
+    return vae
 
-    unet = UNet(POCKET_UNET).to(args.device)
-    if unet_is_trained:
-        unet.load_state_dict(load_file(args.out / "unet/diffusion_pytorch_model.safetensors"))
-    if args.more == "unet" or not unet_is_trained:
-        text_encoder = CLIPTextModel.from_pretrained(args.out / "text_encoder", dtype=torch.float32).to(args.device)
-        prompts = [c.caption for c in trained] + [""]
-        ids = tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
-        with torch.no_grad():
-            contexts = text_encoder(ids.to(args.device)).last_hidden_state  # [C + 1, L, D]
-        latents = encode_all(vae, render(renderer, trained, args.renders, LATENTS_SEED), batch=256)
-        captions = torch.arange(len(trained), device=args.device).repeat_interleave(args.renders)
-        schedule = Schedule.from_config(ScheduleConfig()).to(args.device)
-        data = Captioned(latents, captions, contexts[:-1], contexts[-1], schedule)
-        lr = args.unet_lr or (FURTHER_LEARNING_RATE if unet_is_trained else LEARNING_RATE)
-        state = args.out / f"unet{further}, {args.unet_steps} updates of {args.unet_batch} at {lr:g}.pt"
-        unet = train_unet(unet, data, state, args.unet_steps, args.unet_batch, lr, **how)
-        write_part(args.out / "unet", published_unet(POCKET_UNET), unet.state_dict())
-        state.unlink()
-    write_json(args.out / "model_index.json", MODEL_INDEX)
+
+def make_unet(
+    args: Namespace, renderer: Renderer, trained: list[Composition], tokenizer: CLIPTokenizer, vae: VAE
+) -> None:
+    """Train the UNet, or the one in --out further, and write it."""
+    folder, unet = args.out / "unet", UNet(POCKET_UNET).to(args.device)
+    lr = args.unet_lr or (FURTHER_LEARNING_RATE if is_complete(folder) else LEARNING_RATE)
+    if is_complete(folder):
+        read_part(folder, unet)
+    text_encoder = CLIPTextModel.from_pretrained(args.out / "text_encoder", dtype=torch.float32).to(args.device)
+    prompts = [c.caption for c in trained] + [""]
+    ids = tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        contexts = text_encoder(ids.to(args.device)).last_hidden_state  # [C + 1, L, D]
+    latents = encode_all(vae, render(renderer, trained, args.renders, LATENTS_SEED), batch=256)
+    captions = torch.arange(len(trained), device=args.device).repeat_interleave(args.renders)
+    schedule = Schedule.from_config(ScheduleConfig()).to(args.device)
+    data = Captioned(latents, captions, contexts[:-1], contexts[-1], schedule)
+    further = " further" * bool(args.more)
+    state = args.out / f"unet{further}, {args.unet_steps} updates of {args.unet_batch} at {lr:g}.pt"
+    how = dict(compiled=args.compile, bfloat16=args.bf16)
+    unet = train_unet(unet, data, state, args.unet_steps, args.unet_batch, lr, **how)
+    write_part(folder, published_unet(POCKET_UNET), unet.state_dict())
+    state.unlink()
 
 
 if __name__ == "__main__":
