@@ -68,6 +68,8 @@ class Progress:
                 set_learning_rate(self.optimizer, rate)
                 yield step
             self.bar.close()
+            if self.stop:  # during the last preview
+                sys.exit("Stopped after the last update. Finish with the same command and --resume.")
 
     def remember(self, batch: Batch, target: Tensor) -> None:
         """Keep the last examples and targets, to check before a checkpoint that the student has not diverged."""

@@ -4,12 +4,15 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from minidistill.data import images
 from minidistill.data.examples import Examples, NoisedLatents, StoredStates, prompts_of
 from minidistill.data.prompts import prompt_split
 from minidistill.data.trajectories import Trajectories, generate
 from minidistill.formats.files import digest
 from minidistill.pipeline import StableDiffusion
+from minidistill.training.command_line import check_interval
 from minidistill.training.distributed import Ranks
 
 
@@ -59,6 +62,8 @@ class FromTrajectories:
         latents = self.latents(sd, folder, weights, ranks)
         prompts, prompt_of = prompts_of(sd, self.captions, latents)
         args = self.args
+        if not (self.asks_teacher or args.student_steps):
+            check_interval(args.interval, sorted(set(torch.cat([shard["t"] for shard in latents.shards]).tolist())))
         settings = dict(weighting=args.weighting, student_steps=args.student_steps)
         return self.batches(latents, prompts, prompt_of, sd.schedule, args.batch, args.seed, **settings)
 

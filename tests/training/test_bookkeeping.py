@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minidistill.conditioning import Conditioning
 from minidistill.distill import ENOUGH_EXAMPLES, Batch
+from minidistill.evaluate import run_report
 from minidistill.training.bookkeeping import Progress, stop_signals
 from minidistill.training.distributed import Ranks
 
@@ -74,6 +75,18 @@ def test_signals_are_collected_and_handlers_restored():
             os.kill(os.getpid(), number)
         assert caught == [signal.SIGTERM, signal.SIGINT]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_during_the_last_preview_stops_the_run(command, flags, tmp_path: Path, monkeypatch):
+    """Before the report; --resume writes what is missing."""
+    run = flags(tmp_path / "run", save_every=UPDATES)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_report, "write_preview", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        result = command("train.py", *run)
+    assert result.complaint == "Stopped after the last update. Finish with the same command and --resume."
+    assert not (tmp_path / "run/report.md").exists()
+    assert command("train.py", *run, "--resume").code == 0
+    assert (tmp_path / "run/report.md").exists() and (tmp_path / "run/lora.safetensors").exists()
 
 
 @pytest.mark.parametrize("changes, succeeds", [(dict(), True), (dict(lr=1e30), False)])

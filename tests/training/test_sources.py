@@ -41,6 +41,13 @@ def guided_everywhere(
     return eps, eps_uncond + guidance * (eps - eps_uncond)
 
 
+def test_an_interval_between_the_stored_steps_is_refused(command, flags, tmp_path: Path):
+    """The teacher guides at t = 41, but one shard keeps other steps."""
+    run = flags(tmp_path / "run", sample_steps=25, trajectories=4, batch=4)
+    assert "--interval: none of the DDIM steps" in command("train.py", *run, "--interval", 40, 50, ALONE).complaint
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("source", ["trajectories", "noised"])
 def test_targets_are_guided_within_the_interval(source: str, seen: list, command, flags, sd, tmp_path: Path):
     """And the plain prediction elsewhere, for each example of a batch: computed again for every state learned from."""
