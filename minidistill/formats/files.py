@@ -85,12 +85,16 @@ def fsync(file: Path) -> None:
 
 def read_json(file: Path) -> dict:
     """The JSON object in ``file``. Raises CheckpointError."""
-    if not file.exists():
-        raise CheckpointError(f"{file} is missing: fetch the whole model folder.")
-    if file.stat().st_size > JSON_LIMIT:
+    if file.exists() and file.stat().st_size > JSON_LIMIT:
         raise CheckpointError(f"{file} is far too long for a configuration: fetch it again.")
-    with reading(file):
+    try:
         contents = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing: fetch the whole model folder.") from None
+    except PermissionError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not readable JSON ({error}): fetch it again.") from error
     if not isinstance(contents, dict):
         raise CheckpointError(f"{file} is not the JSON of a configuration: fetch it again.")
     return contents
