@@ -46,6 +46,8 @@ def main() -> None:
 
     sd = load(args.model, **cli.load_options(args))
     cli.prepare(sd.device, compiled=False)
+    if sd.few_steps and not args.steps:  # of a student that was merged into the model
+        options["steps"] = sd.few_steps[0]
     spacing = args.spacing or ("trailing" if options["student_steps"] else None)
     cli.check_interval(args.interval, sd.schedule.timesteps(options["steps"], spacing))
     for style in styles:

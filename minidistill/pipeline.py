@@ -53,6 +53,7 @@ class StableDiffusion:
         force_zeros: whether guidance without a negative prompt leads away from zeros, as SDXL was trained, or from the
             empty prompt.
         learned_guidance: the guidance scale that a student merged into the model has learned, if it has one.
+        few_steps: the DDIM steps of that student, and those of its teacher, if it was taught how many to take.
     """
 
     unet: nn.Module
@@ -65,6 +66,7 @@ class StableDiffusion:
     width: int | None = None
     force_zeros: bool = False
     learned_guidance: str | None = None
+    few_steps: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         self.height, self.width = self.height or self.trained_side, self.width or self.trained_side
@@ -267,7 +269,8 @@ class StableDiffusion:
         uncond = self.encode_negative(negative_prompt, height, width)
         if selective and interval:
             raise ValueError("selective is an interval of its own: give one of selective and interval.")
-        if (few_steps := getattr(self.unet, "few_steps", None)) and (lora_enabled or self.is_merged):
+        of_lora = getattr(self.unet, "few_steps", None) if lora_enabled or self.is_merged else None
+        if few_steps := of_lora or self.few_steps:
             spacing, (few, many) = spacing or "trailing", few_steps
             if few < many and steps != few:
                 warnings.warn(f"This student has learned {few} steps, not {steps}.", stacklevel=3)

@@ -88,6 +88,7 @@ def load(
         width=width,
         force_zeros=model.force_zeros,
         learned_guidance=model.unet.learned_guidance,
+        few_steps=model.unet.few_steps,
     )
 
 

@@ -27,6 +27,7 @@ from minidistill.config import SD21_BASE_UNET, SDXL_UNET
 from minidistill.distill import Dial
 from minidistill.formats.files import CheckpointError, read_json, reading, user_path
 from minidistill.formats.hub import newest_snapshot
+from minidistill.formats.model_configs import taught_steps
 from minidistill.formats.model_folder import squeeze_kernel
 from minidistill.formats.original_names import translate, unet_names
 from minidistill.formats.tensor_files import check_finite, convert, read_tensors
@@ -87,14 +88,7 @@ class LoRAFile:
 
     @property
     def few_steps(self) -> tuple[int, int] | None:
-        """The DDIM steps of a student that was taught how many to take, and those of its teacher; else None."""
-        if (steps := self.metadata.get("student_steps")) is None:
-            return None
-        with reading(self.path):
-            few = int(steps), int(self.metadata.get("teacher_steps", steps))
-            if min(few) < 1:
-                raise ValueError(f"student_steps {few[0]} and teacher_steps {few[1]} must be at least 1")
-            return few
+        return taught_steps(self.metadata, self.path)
 
     @property
     def skips_steps(self) -> bool:

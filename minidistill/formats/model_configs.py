@@ -27,6 +27,22 @@ class Network(NamedTuple):
         guidance = self.metadata.get("guidance")
         return guidance if guidance != "1" else None  # 1: merged at strength 0
 
+    @property
+    def few_steps(self) -> tuple[int, int] | None:
+        """``taught_steps`` of a student that was merged into a UNet."""
+        return taught_steps(self.metadata, self.file)
+
+
+def taught_steps(header: Mapping[str, str], file: Path) -> tuple[int, int] | None:
+    """The DDIM steps of a student that was taught how many to take, and those of its teacher; else None."""
+    if (steps := header.get("student_steps")) is None:
+        return None
+    with reading(file):
+        few = int(steps), int(header.get("teacher_steps", steps))
+        if min(few) < 1:
+            raise ValueError(f"student_steps {few[0]} and teacher_steps {few[1]} must be at least 1")
+        return few
+
 
 @dataclass(frozen=True)
 class Description:

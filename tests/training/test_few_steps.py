@@ -17,7 +17,7 @@ from minidistill.data.trajectories import generate, teacher_trajectory
 from minidistill.distill import few_step_states
 from minidistill.evaluate import noise_error_share
 from minidistill.evaluate.__main__ import main as evaluate
-from minidistill.evaluate.metrics import EVALUATION_SEED
+from minidistill.evaluate.metrics import EVALUATION_SEED, pixels
 from minidistill.export.__main__ import main as export
 from minidistill.formats.lora_formats import read_lora
 from minidistill.formats.tensor_files import read_tensors, write_tensors
@@ -172,6 +172,19 @@ def test_other_steps_are_refused_or_warned_of(few_step_run: Path, command, tiny_
     assert "trailing" in command("sample.py", "a red apple", *flags, "--spacing", "leading").complaint
     with pytest.warns(UserWarning, match="has learned 2 steps, not 4"):
         command("sample.py", "a red apple", *flags, "--steps", 4)
+
+
+def test_a_merged_student_takes_its_steps(few_step_run: Path, command, tiny_model: Path, tmp_path: Path):
+    """And trailing ones, without being told."""
+    merged = tmp_path / "model"
+    export([str(few_step_run), "--to", "checkpoint", "--model", str(tiny_model), "--out", str(merged)])
+    prompt, one, other = ["a red apple", "--device", "cpu"], tmp_path / "lora.png", tmp_path / "merged.png"
+    assert command("sample.py", *prompt, "--model", tiny_model, "--lora", few_step_run, "--out", one).code == 0
+    assert command("sample.py", *prompt, "--model", merged, "--guidance", 1, "--out", other).code == 0
+    a, b = pixels([Image.open(one), Image.open(other)]).int()
+    assert (a - b).abs().max() <= 1
+    with pytest.warns(UserWarning, match="has learned 2 steps, not 3"):
+        command("sample.py", *prompt, "--model", merged, "--guidance", 1, "--steps", 3, "--out", other)
 
 
 def test_the_export_says_how_to_sample(few_step_run: Path, tmp_path: Path):
