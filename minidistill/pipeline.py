@@ -220,7 +220,7 @@ class StableDiffusion:
         lora_enabled: bool = False,
         negative_prompt: str | None = None,
         selective: float = 0.0,
-        interval: Interval | None = None,
+        interval: Interval | tuple[float, float] | None = None,
         height: int | None = None,
         width: int | None = None,
         batch: int = 8,
@@ -242,7 +242,8 @@ class StableDiffusion:
                 Guidance").
             selective: the share of the steps, counted from the last, that the teacher takes without guidance: there it
                 changes little ("Selective Guidance", arXiv 2305.09847).
-            interval: the teacher is guided only at time steps within it ("Limited Interval", arXiv 2404.07724).
+            interval: (low, high): the teacher is guided only at time steps from low to high ("Limited Interval", arXiv
+                2404.07724).
             height, width: in pixels; by default ``self.height`` and ``self.width``.
             batch: images sampled at once.
             eta: 0 is deterministic DDIM; 1 adds as much fresh noise in each step as DDPM.
@@ -274,7 +275,7 @@ class StableDiffusion:
             spacing, (few, many) = spacing or "trailing", few_steps
             if few < many and steps != few:
                 warnings.warn(f"This student has learned {few} steps, not {steps}.", stacklevel=3)
-        interval = interval or selective_interval(self.schedule, steps, selective, spacing)
+        interval = Interval(*interval) if interval else selective_interval(self.schedule, steps, selective, spacing)
         strength = self.strength(guidance) if lora_enabled else 1.0
         clock = clock or nullcontext()
         guidance = 7.5 if guidance is None else guidance

@@ -96,7 +96,7 @@ def test_calls_of_the_unet(options: dict, calls: int, student: StableDiffusion):
     "options, is_guided",
     [
         (dict(interval=Interval(200, 700)), [False, True, True, False]),  # t = 751, 501, 251, 1
-        (dict(interval=Interval(251, 501)), [False, True, True, False]),
+        (dict(interval=(251, 501)), [False, True, True, False]),
         (dict(interval=Interval(252, 500)), [False] * 4),
         (dict(selective=0.5), [True, True, False, False]),
         (dict(selective=1.0), [False] * 4),
