@@ -14,7 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minidistill.formats.lora_formats import LoRAFile, context_widths, is_xl, kohya_tensors, peft_tensors, read_lora
+from minidistill.formats.lora_formats import (
+    UNET_PARTS,
+    LoRAFile,
+    context_widths,
+    is_xl,
+    kohya_tensors,
+    peft_tensors,
+    read_lora,
+)
 from minidistill.formats.lora_io import student_and_styles
 from minidistill.formats.merged_checkpoint import with_loras, write_checkpoint
 from minidistill.formats.tensor_files import without_hashes, write_tensors
@@ -89,7 +97,15 @@ def merge(files: list[LoRAFile], out: Path, args: Namespace) -> None:
 
 
 def convert(file: LoRAFile, out: Path, to: str) -> None:
-    """Write the LoRA in peft's or kohya's format, and say at which strengths it stands for which guidance."""
+    """Write the LoRA in peft's or kohya's format, and say at which strengths it stands for which guidance.
+
+    Raises ValueError for layers that no UNet has: other tools would leave them out in silence.
+    """
+    if other := next((name for name in file.layers if name.partition(".")[0] not in UNET_PARTS), None):
+        raise ValueError(
+            f"{file.path} is a LoRA for another kind of model, such as Flux or SD 3 (it was made for {file.base}): no "
+            f"UNet of SD 1.x, 2.x or XL has {other}."
+        )
     metadata = plain_metadata(file)
     if to == "peft":
         tensors = peft_tensors(file)

@@ -81,6 +81,12 @@ class LoRAFile:
         return "guidance" in self.metadata
 
     @property
+    def base(self) -> str:
+        """The model that the LoRA was made for, as far as its header says."""
+        stated = (self.metadata.get(key) for key in ("base", "ss_base_model_version", "modelspec.architecture"))
+        return next(filter(None, stated), "an unnamed base")
+
+    @property
     def interval(self) -> Interval | None:
         """The time steps at which the student's teacher was guided; None: at all of them."""
         with reading(self.path):
@@ -211,6 +217,10 @@ UNDERSCORED = re.compile(
     "input_blocks|middle_block|output_blocks|in_layers|out_layers|emb_layers|skip_connection|time_embed|label_emb)|_"
 )  # the names in a UNet that contain underscores; any other underscore stands for a dot
 ORIGINAL = ("input_blocks.", "middle_block.", "output_blocks.")  # names of the original code, see original_names.py
+UNET_PARTS = (  # where the layers of a UNet lie, by our names and by those of the original code
+    "conv_in", "conv_out", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks",
+    "out", "time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks",
+)  # fmt: skip
 
 # Changes of weights that are not low-rank pairs, by a part of their keys.
 OTHER_KINDS = {

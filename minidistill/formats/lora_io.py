@@ -135,10 +135,9 @@ def fit(file: LoRAFile, weights: Mapping[str, Tensor]) -> dict[str, Pair]:
         else:
             problems.append(f"{name} is {list(weight.shape)}, the LoRA is for {[len(pair.up), *pair.down.shape[1:]]}")
     if problems:
-        base = file.metadata.get("base") or file.metadata.get("ss_base_model_version", "an unnamed base")
         raise CheckpointError(
             f"{file.path} is a LoRA for another model than this one ({len(problems)} layers differ; "
-            f"it was made for {base}):\n  " + "\n  ".join(problems)
+            f"it was made for {file.base}):\n  " + "\n  ".join(problems)
         )
     return pairs
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from minidistill import CheckpointError, load_lora, save_lora
 from minidistill.config import UNetConfig
+from minidistill.export.__main__ import main as export
 from minidistill.formats.lora_formats import kohya_tensors, layer_name, peft_tensors, read_lora
 from minidistill.formats.lora_io import fit, inject_file, merge_file
 from minidistill.formats.original_names import translate, unet_names
@@ -175,6 +176,29 @@ def test_another_model_is_named_by_kohyas_header(tmp_path: Path):
     save_file(tensors, tmp_path / "x", {"ss_base_model_version": "sdxl_base_v1-0"})
     with pytest.raises(CheckpointError, match="made for sdxl_base_v1-0.*\n.*input_blocks.4.1.proj_in"):
         load_lora(tiny_unet(), tmp_path / "x")
+
+
+OTHER_MODELS = {  # key of lora_down, as the tools write it
+    "Flux, diffusers": "transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight",
+    "Flux, kohya": "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",
+    "Flux, ComfyUI": "diffusion_model.double_blocks.0.img_attn.proj.lora_A.weight",
+    "SD 3, kohya": "lora_unet_joint_blocks_0_x_block_attn_proj.lora_down.weight",
+    "PixArt, peft": "base_model.model.transformer_blocks.0.attn1.to_k.lora_A.weight",
+    "Wan": "diffusion_model.blocks.0.cross_attn.k.lora_A.weight",
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*adapter_config")
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+def test_a_lora_of_another_kind_of_model(kind: str, tmp_path: Path):
+    key, file = OTHER_MODELS[kind], tmp_path / "x.safetensors"
+    save_file(dict(zip((key, up_key(key)), pair())), file, {"modelspec.architecture": "flux-1-dev/lora"})
+    for to in ("peft", "kohya"):
+        with pytest.raises(ValueError, match="x.safetensors is .* another kind of model.*for flux-1-dev/lora"):
+            export([str(file), "--to", to])
+    with pytest.raises(CheckpointError, match="another model than this one.*for flux-1-dev/lora"):
+        load_lora(tiny_unet(), file)
+    assert list(tmp_path.iterdir()) == [file]
 
 
 # Every layer of the student in other people's spellings: our name and the original code's -> key of lora_down
