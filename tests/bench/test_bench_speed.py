@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import ROOT, TINY_XL_UNET, error
 from tiny import TINY_SIZE as TINY
-from tiny import TINY_XL_UNET, error
 
 from minidistill.bench import __main__ as bench
 from minidistill.bench import speed, timing, workloads
@@ -77,6 +77,15 @@ def test_without_peers_their_columns_are_left_out(tmp_path: Path, monkeypatch: p
     printed = capsys.readouterr().out
     assert "| pocket | UNet calls | ours | / guided |\n" in printed
     assert "Measured without diffusers and peft." in printed
+
+
+@pytest.mark.parametrize("file", ["bench-pocket.json", "bench-sd15.json"])
+def test_the_rows_in_results_have_todays_names(file: str) -> None:
+    for size in json.loads((ROOT / "results" / file).read_text())["sizes"].values():
+        labels = {name: row["label"] for name, row in size["rows"].items()}
+        today = {name: row.label for name, row in ROWS.items()}
+        today |= {name: row["label"] for name, row in speed.selective_rows(size["rows"], size["steps"]).items()}
+        assert labels == {name: today[name] for name in labels}
 
 
 @pytest.mark.parametrize(
