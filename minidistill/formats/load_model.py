@@ -1,5 +1,6 @@
 """Load a Stable Diffusion from a folder, a single file or the hub. Every tensor must be there and fit."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -207,8 +208,8 @@ def fill_positions(encoder: nn.Module) -> None:
 def read_tokenizer(folder: Path | None, encoder: CLIPTextConfig, pad_token: str | None = None) -> CLIPTokenizer:
     """The tokenizer in ``folder``, or CLIP's from the hub, for a text ``encoder``.
 
-    Raises CheckpointError for a folder without a tokenizer, and for one with more words than the encoder has embeddings
-    of. ``pad_token`` replaces the folder's own.
+    Raises CheckpointError for a folder without a tokenizer, for one that lacks merges, and for one with more words than
+    the encoder has embeddings of. ``pad_token`` replaces the folder's own.
     """
     folder = folder or fetch_tokenizer()
     # transformers 5 writes everything into one tokenizer.json.
@@ -218,6 +219,11 @@ def read_tokenizer(folder: Path | None, encoder: CLIPTextConfig, pad_token: str 
         )
     with reading(folder):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    # Every word is a byte, or two that merge, or added whole. A merges.txt that was cut off still reads.
+    whole = {"".join(pair) for pair in bpe["merges"]} | tokenizer.get_added_vocab().keys()
+    if lost := [word for word in bpe["vocab"] if len(word.removesuffix("</w>")) > 1 and word not in whole]:
+        raise CheckpointError(f'{folder} is damaged (no merge makes the token "{lost[0]}"): fetch it again.')
     if len(tokenizer) > encoder.vocab_size:
         raise CheckpointError(
             f"{folder} and the text encoder are of different models: the tokenizer has {len(tokenizer)} tokens, and "

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from minidistill import CheckpointError, StableDiffusion, load
+from minidistill.formats.load_model import read_tokenizer
 from minidistill.formats.model_configs import read_schedule_config, read_vae_config
 from minidistill.formats.single_file import SD1, UNET, read_single_file, to_single_file
 from minidistill.formats.tensor_files import read_tensors
@@ -876,3 +877,28 @@ def test_a_tokenizer_of_another_model(folder: Path) -> None:
     counts = f"tokenizer has {VOCABULARY + 1} tokens, and the encoder knows {VOCABULARY}"
     with pytest.raises(CheckpointError, match=counts):
         load(folder).encode_prompt(["a <sks> apple"])
+
+
+def test_a_tokenizer_without_some_of_its_merges(folder: Path) -> None:
+    """A merges.txt that is cut off after a line reads, and spells the words that it lacks."""
+    merges = folder / "tokenizer/merges.txt"
+    lines = merges.read_text().splitlines()
+    merges.write_text("\n".join(lines[:500]))
+    first = lines[500].replace(" ", "")
+    with pytest.raises(CheckpointError, match=f'tokenizer is damaged .no merge makes the token "{first}"'):
+        load(folder).encode_prompt(["a red apple"])
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_learned_word_needs_no_merge(folder: Path, older: bool) -> None:
+    """It is in tokenizer.json, or in older folders in added_tokens.json."""
+    tokenizer = load(folder).tokenizer
+    tokenizer.add_tokens(["<sks>"])
+    if older:
+        (folder / "tokenizer/added_tokens.json").write_text(json.dumps({"<sks>": VOCABULARY}))
+    else:
+        tokenizer.save_pretrained(folder / "tokenizer")
+        (folder / "tokenizer/vocab.json").unlink()
+        (folder / "tokenizer/merges.txt").unlink()
+    tokenizer = read_tokenizer(folder / "tokenizer", CLIPTextConfig())
+    assert tokenizer.tokenize("a <sks> apple") == ["a</w>", "<sks>", "apple</w>"]
