@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import torch
 from tiny import ROOT, UPDATES, write_tiny, write_tiny_xl
 
 from minidistill import StableDiffusion, load
+from minidistill.training.distributed import process_group
 from minidistill.unet import UNet
 
 
@@ -85,6 +87,18 @@ def train() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
+def distil(train: SimpleNamespace) -> Callable[[list[str]], None]:
+    """``distil(flags)``: train.py in this process, for fixtures that outlive ``command``."""
+
+    def distil(flags: list[str]) -> None:
+        args = train.parse(flags)
+        with process_group(args.device) as ranks, ExitStack() as resources:
+            train.main(args, ranks, resources)
+
+    return distil
+
+
+@pytest.fixture(scope="session")
 def whole_run(flags, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
     """A whole run of train.py with its report, in a process of its own."""
     out = tmp_path_factory.mktemp("runs") / "whole"
@@ -118,9 +132,14 @@ class Result:
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Result]:
     """``command("train.py", "--rank", 4)``: as from a shell, but in this process, which starts faster.
 
-    Any exception but SystemExit would be a traceback in the shell, and fails the test.
+    Any exception but SystemExit would be a traceback in the shell, and fails the test; so does a global setting that
+    the script leaves changed.
     """
     handler = signal.getsignal(signal.SIGINT)  # SIGINT is ignored when the tests run in the background
+
+    def settings() -> tuple:
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        return handlers, torch.get_default_dtype(), torch.is_grad_enabled()
 
     def run(script: str, *args: object) -> Result:
         monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
@@ -128,6 +147,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
         capsys.readouterr()
         code = 0
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        before = settings()
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as stop:
@@ -135,6 +155,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
         except KeyboardInterrupt:
             pytest.fail(f"{script} let Ctrl-C through, with a traceback")
         finally:
+            assert settings() == before
             signal.signal(signal.SIGINT, handler)
         out, err = capsys.readouterr()
         return Result(1, out, f"{err}{code}\n") if isinstance(code, str) else Result(code, out, err)

@@ -48,15 +48,13 @@ def test_one_graph_for_the_teacher_and_one_for_the_student(float8: bool, below: 
 
 @pytest.mark.parametrize("method, graphs", [pytest.param("noised", 2, marks=pytest.mark.slow), ("trajectories", 1)])
 def test_train_compiles_each_call_of_the_loop_once(
-    method: str, graphs: int, command, tiny_model: Path, prompts_file: Path, tmp_path: Path, monkeypatch
+    method: str, graphs: int, command, flags, tmp_path: Path, monkeypatch
 ):
-    settings = dict(model=tiny_model, prompts=prompts_file, method=method, steps=3, trajectories=6, batch=4, rank=2)
-    settings |= dict(sample_steps=3, save_every=2, device="cpu")
-    flags = [x for name, value in settings.items() for x in (f"--{name.replace('_', '-')}", value)]
-    assert command("train.py", *flags, "--out", tmp_path / "plain", "--no-report").code == 0
+    plain, compiled = (flags(tmp_path / name, method=method, steps=3, trajectories=6) for name in ("plain", "compiled"))
+    assert command("train.py", *plain, "--no-report").code == 0
     compile, counter = torch.compile, CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compile(*args, **options, backend=counter))
-    assert command("train.py", *flags, "--out", tmp_path / "compiled", "--compile").code == 0  # with its images
+    assert command("train.py", *compiled, "--compile").code == 0  # with its images
     assert counter.frame_count == graphs + 1  # the first one finds out whether there is a compiler
     plain, compiled = (load_file(tmp_path / name / "lora.safetensors") for name in ("plain", "compiled"))
     assert all(error(compiled[name], plain[name]) < 1e-4 for name in plain)

@@ -64,6 +64,11 @@ def same_result(run: Path, other: Path) -> bool:
     return all((run / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
+def losses(run: Path) -> list[float]:
+    """The loss of each update of a training run."""
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def listing(folder: Path) -> dict[Path, int]:
     """Every file in a folder and when it was last changed, to see that nothing was written."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

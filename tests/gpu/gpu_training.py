@@ -1,7 +1,6 @@
 """The stages of quarter_hour.py that train: the embedded model, its student, and a student of a large model."""
 
 import io
-import json
 import runpy
 import shutil
 import sys
@@ -16,7 +15,7 @@ import torch
 from gpu_measurements import Figures, attempt, free_memory, new_setup, peak_gigabytes
 from quarter_hour import ROOT, Task
 from safetensors.torch import save_file
-from tiny import write_emoji, write_tiny
+from tiny import losses, write_emoji, write_tiny
 
 from minidistill.bench.loading import random_tensors
 from minidistill.pocket import __main__ as pocket
@@ -171,10 +170,6 @@ def end_to_end(task: Task) -> Figures:
         flags = [*common, *where(task), *flags, *(BRIEF_RUN if task.dry else []), "--out", task.scratch / name]
         yield name, attempt(timed_training, task, flags, gigabytes)
     yield "losses", {name: attempt(losses, task.scratch / name) for name in ("batch 4", "batch 4, no graph")}
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 STAGES = {"retrain": retrain, "distil": distil, "end_to_end": end_to_end}

@@ -1,6 +1,5 @@
 """training/distributed.py: two processes of torchrun, on the CPU, learn what one process does, and stop together."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ROOT, randn
+from tiny import ROOT, losses, randn
 
 from minidistill.conditioning import Conditioning
 from minidistill.distill import Batch
@@ -61,10 +60,6 @@ def torchrun(folder: Path, flags: list[str], happens: str = "9 0 nothing", resta
     options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
     command = [sys.executable, "-m", "torch.distributed.run", *options, "worker.py", *flags]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
-def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import IO
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ROOT, UPDATES, edit_json, listing, same_result
+from tiny import ROOT, UPDATES, edit_json, listing, losses, same_result
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from minidistill.data import shards
@@ -47,13 +47,20 @@ def ctrl_c(when: str, update: int) -> Iterator[None]:
         handle.remove()
 
 
+@pytest.fixture
+def finished(whole_run, flags, tmp_path: Path) -> list[str]:
+    """The flags of a copy of the whole run."""
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    return [*flags(tmp_path / "run"), "--no-report"]
+
+
 @pytest.mark.parametrize("when, update", [("before", 1), ("before", 4), ("after", 3)])
 def test_interrupted_and_resumed_is_uninterrupted(when: str, update: int, whole_run, command, flags, tmp_path: Path):
     run = [*flags(tmp_path / "run"), "--no-report"]
     with ctrl_c(when, update):
         stopped = command("train.py", *run)
     assert "--resume" in stopped.complaint and not (tmp_path / "run/lora.safetensors").exists()
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == update
+    assert len(losses(tmp_path / "run")) == update
     assert command("train.py", *run, "--resume").code == 0
     assert same_result(tmp_path / "run", whole_run[0])
 
@@ -67,15 +74,13 @@ def test_interrupted_and_resumed_with_the_teacher_in_the_loop(command, flags, tm
     assert same_result(tmp_path / "one", tmp_path / "other")
 
 
-def test_killed_and_resumed_is_uninterrupted(whole_run, command, flags, tmp_path: Path):
+def test_killed_and_resumed_is_uninterrupted(whole_run, command, finished, tmp_path: Path):
     """As after a power cut: only an older checkpoint is left, and half of the newest."""
-    run = [*flags(tmp_path / "run"), "--no-report"]
-    command("train.py", *run)
     checkpoints = sorted((tmp_path / "run/checkpoints").iterdir())
     assert len(checkpoints) == 2
     (tmp_path / "run/lora.safetensors").unlink()
     checkpoints[-1].rename(checkpoints[-1].with_name(checkpoints[-1].name + ".tmp"))
-    command("train.py", *run, "--resume")
+    command("train.py", *finished, "--resume")
     assert same_result(tmp_path / "run", whole_run[0])
 
 
@@ -108,7 +113,7 @@ def test_ctrl_c_from_outside(flags, tmp_path: Path):
     rest = process.communicate(timeout=300)[1].decode()
     assert process.returncode != 0 and "Traceback" not in rest
     done = re.search(r"after (\d+) of 100000.*--resume", rest.splitlines()[-1])[1]
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == int(done) > 0
+    assert len(losses(tmp_path / "run")) == int(done) > 0
 
 
 def test_resume_without_a_checkpoint_starts_a_run(whole_run, command, flags, tmp_path: Path):
@@ -116,26 +121,19 @@ def test_resume_without_a_checkpoint_starts_a_run(whole_run, command, flags, tmp
     assert same_result(tmp_path / "run", whole_run[0])
 
 
-def test_resume_of_a_finished_run_changes_nothing(whole_run, command, flags, tmp_path: Path):
-    run = [*flags(tmp_path / "run"), "--no-report"]
-    command("train.py", *run)
-    assert command("train.py", *run, "--resume").code == 0
+def test_resume_of_a_finished_run_changes_nothing(whole_run, command, finished, tmp_path: Path):
+    assert command("train.py", *finished, "--resume").code == 0
     assert same_result(tmp_path / "run", whole_run[0])
-
-
-def test_resume_of_a_finished_run_keeps_its_dial(command, flags, tmp_path: Path):
-    run = [*flags(tmp_path / "run"), "--no-report"]
-    command("train.py", *run)
-    write_dial(read_lora(tmp_path / "run"), [(2, 0.4)])
-    assert command("train.py", *run, "--resume").code == 0
+    write_dial(read_lora(tmp_path / "run"), [(2, 0.4)])  # it is kept, too
+    assert command("train.py", *finished, "--resume").code == 0
     assert (2, 0.4) in read_lora(tmp_path / "run").dial.points
 
 
 # What is refused
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_result_without_its_checkpoints_is_refused(command, flags, tmp_path: Path):
-    command("train.py", *flags(tmp_path / "run"), "--no-report")
     shutil.rmtree(tmp_path / "run/checkpoints")
     before = (tmp_path / "run/lora.safetensors").read_bytes()
     result = command("train.py", *flags(tmp_path / "run", rank=3), "--no-report", "--resume")
@@ -143,11 +141,9 @@ def test_a_result_without_its_checkpoints_is_refused(command, flags, tmp_path: P
     assert (tmp_path / "run/lora.safetensors").read_bytes() == before
 
 
-def test_what_a_resumed_run_lacks_is_named(command, flags, tmp_path: Path):
-    command("train.py", *flags(tmp_path / "run"), "--no-report")
-    assert (
-        "None is a flag that was left out" in command("train.py", *flags(tmp_path / "run", lr=1), "--resume").complaint
-    )
+def test_what_a_resumed_run_lacks_is_named(whole_run, command, flags):
+    complaint = command("train.py", *flags(whole_run[0], lr=1), "--resume").complaint
+    assert "None is a flag that was left out" in complaint
 
 
 def test_a_resumed_run_cannot_learn_from_other_states(command, flags, tmp_path: Path):
@@ -169,7 +165,7 @@ def test_a_second_run_in_the_same_folder_is_refused(whole_run, command, flags):
 @pytest.mark.parametrize(
     "changes",
     [dict(rank=3), dict(guidance=2), dict(seed=1), dict(batch=2), dict(method="noised"), dict(alpha=1)]
-    + [dict(weighting="min-snr"), dict(targets="*.attn?.to_*"), dict(steps=7), dict(lr=0.1)],
+    + [dict(weighting="min-snr"), dict(targets="*.attn?.to_*"), dict(steps=7), dict(lr=0.1), dict(weights="float8")],
     ids=str,
 )
 def test_resume_with_other_settings_is_refused(changes: dict, whole_run, command, flags):
@@ -180,18 +176,17 @@ def test_resume_with_other_settings_is_refused(changes: dict, whole_run, command
 
 
 def test_resume_with_other_prompts_in_the_file_is_refused(command, flags, prompts_file: Path, tmp_path: Path):
-    own = tmp_path / "prompts.txt"
-    own.write_text(prompts_file.read_text())
-    command("train.py", *flags(tmp_path / "run", prompts=own), "--no-report")
+    own = Path(shutil.copy(prompts_file, tmp_path / "prompts.txt"))
+    run = [*flags(tmp_path / "run", prompts=own, steps=1), "--no-report"]
+    command("train.py", *run)
     shutil.rmtree(tmp_path / "run/states")
     own.write_text(prompts_file.read_text() + "\na blue boat\na red boat\n")
-    result = command("train.py", *flags(tmp_path / "run", prompts=own), "--no-report", "--resume")
-    assert f"--prompts {own}" in result.complaint
+    assert f"--prompts {own}" in command("train.py", *run, "--resume").complaint
 
 
 def test_resume_with_another_vocabulary_is_refused(command, flags, tiny_model: Path, tmp_path: Path):
     tokenizer = shutil.copytree(tiny_model / "tokenizer", tmp_path / "tokenizer")
-    run = [*flags(tmp_path / "run", tokenizer=tokenizer), "--no-report"]
+    run = [*flags(tmp_path / "run", tokenizer=tokenizer, steps=1), "--no-report"]
     command("train.py", *run)
     vocabulary = read_json(tokenizer / "vocab.json")
     first, second = list(vocabulary)[300:302]
@@ -199,36 +194,27 @@ def test_resume_with_another_vocabulary_is_refused(command, flags, tiny_model: P
     assert f"--tokenizer {tokenizer} (" in command("train.py", *run, "--resume").complaint
 
 
-@pytest.mark.parametrize("part", ["scheduler", "vae"])
-def test_resume_with_another_part_of_the_model_is_refused(part: str, command, flags, tiny_model: Path, tmp_path: Path):
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    run = [*flags(tmp_path / "run", model=model), "--no-report"]
-    command("train.py", *run)
-    if part == "scheduler":
-        file = model / "scheduler/scheduler_config.json"
-        write_json(file, read_json(file) | {"prediction_type": "v_prediction"})
-    else:
-        file = model / "vae/diffusion_pytorch_model.safetensors"
-        save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
-    assert f"--model {model}" in command("train.py", *run, "--resume").complaint
+SETTINGS = [
+    ("scheduler/scheduler_config.json", dict(prediction_type="v_prediction")),
+    ("unet/config.json", dict(attention_head_dim=4)),
+    ("text_encoder/config.json", dict(hidden_act="gelu")),
+    ("vae/config.json", dict(scaling_factor=0.5)),
+    ("vae/diffusion_pytorch_model.safetensors", None),
+]
 
 
-@pytest.mark.parametrize(
-    "file, setting",
-    [
-        ("unet/config.json", dict(attention_head_dim=4)),
-        ("text_encoder/config.json", dict(hidden_act="gelu")),
-        ("vae/config.json", dict(scaling_factor=0.5)),
-    ],
-)
-def test_resume_with_another_setting_of_the_model_is_refused(
-    file: str, setting: dict, command, flags, tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize("file, setting", SETTINGS)
+def test_resume_with_another_model_is_refused(
+    file: str, setting: dict | None, command, flags, tiny_model: Path, tmp_path: Path
 ):
-    """The same weights, which compute something else."""
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    run = [*flags(tmp_path / "run", model=model), "--no-report"]
+    """Other weights, or the same, which compute something else."""
+    file, model = tmp_path / "model" / file, shutil.copytree(tiny_model, tmp_path / "model")
+    run = [*flags(tmp_path / "run", model=model, steps=1), "--no-report"]
     command("train.py", *run)
-    edit_json(model / file, setting)
+    if setting:
+        edit_json(file, setting)
+    else:
+        save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
     assert f"--model {model}" in command("train.py", *run, "--resume").complaint
 
 
@@ -268,43 +254,32 @@ def test_runs_that_share_states_take_turns(whole_run, command, flags, tmp_path: 
 # Damaged checkpoints
 
 
-def truncated(contents: bytes) -> bytes:
-    return contents[:1000]
-
-
-def empty(contents: bytes) -> bytes:
-    return b""
-
-
 def flipped(contents: bytes) -> bytes:
     """One bit in the middle of a weight, which torch.load alone would not notice."""
     middle = len(contents) // 2
     return contents[:middle] + bytes([contents[middle] ^ 4]) + contents[middle + 1 :]
 
 
-@pytest.mark.parametrize("damage", [truncated, empty, flipped])
-def test_a_damaged_checkpoint_is_named_and_passed_over(damage, whole_run, command, flags, tmp_path: Path):
-    run = [*flags(tmp_path / "run"), "--no-report"]
-    command("train.py", *run)
+@pytest.mark.parametrize("damage", [lambda contents: contents[:1000], lambda contents: b"", flipped])
+def test_a_damaged_checkpoint_is_named_and_passed_over(damage, whole_run, command, finished, tmp_path: Path):
     newest = sorted((tmp_path / "run/checkpoints").iterdir())[-1]
     newest.write_bytes(damage(newest.read_bytes()))
     with pytest.warns(UserWarning, match=f"{newest} is damaged and passed over"):
-        result = command("train.py", *run, "--resume")
+        result = command("train.py", *finished, "--resume")
     assert f"{UPDATES - 2}/{UPDATES}" in result.err  # after the checkpoint before
     assert same_result(tmp_path / "run", whole_run[0])
 
 
 @pytest.mark.filterwarnings("ignore:.*damaged")
-def test_checkpoints_made_after_damaged_ones_are_kept(whole_run, command, flags, tmp_path: Path):
+def test_checkpoints_made_after_damaged_ones_are_kept(whole_run, command, finished, tmp_path: Path):
     """Both are damaged, so the run starts again; stopped early, it continues from what it has saved since."""
-    run = [*flags(tmp_path / "run"), "--no-report"]
-    command("train.py", *run)
+    (tmp_path / "run/lora.safetensors").unlink()
     for file in (tmp_path / "run/checkpoints").iterdir():
         file.write_bytes(file.read_bytes()[:-1])
     with ctrl_c("after", 3):
-        assert "Saved after 3 of 6" in command("train.py", *run, "--resume").complaint
+        assert "Saved after 3 of 6" in command("train.py", *finished, "--resume").complaint
     assert {file.name for file in (tmp_path / "run/checkpoints").iterdir()} == {"step-000002.pt", "step-000003.pt"}
-    result = command("train.py", *run, "--resume")
+    result = command("train.py", *finished, "--resume")
     assert f"3/{UPDATES}" in result.err and same_result(tmp_path / "run", whole_run[0])
 
 
@@ -332,15 +307,14 @@ def forget(checkpoint: Path, flag: str) -> None:
     checkpoint.write_bytes(contents.getvalue() + hashlib.sha256(contents.getvalue()).digest())
 
 
-def test_a_run_from_before_intervals_can_be_resumed(whole_run, command, flags, tmp_path: Path):
-    run = [*flags(tmp_path / "run"), "--no-report"]
-    with ctrl_c("after", 3):
-        command("train.py", *run)
-    for checkpoint in (tmp_path / "run/checkpoints").iterdir():
+def test_a_run_from_before_intervals_can_be_resumed(whole_run, command, finished, tmp_path: Path):
+    checkpoints = sorted((tmp_path / "run/checkpoints").iterdir())
+    checkpoints.pop().unlink()
+    for checkpoint in checkpoints:
         forget(checkpoint, "interval")
-    assert "--interval None" in command("train.py", *run, "--interval", 300, 700, "--resume").complaint
-    result = command("train.py", *run, "--resume")
-    assert f"3/{UPDATES}" in result.err and same_result(tmp_path / "run", whole_run[0])
+    assert "--interval None" in command("train.py", *finished, "--interval", 300, 700, "--resume").complaint
+    result = command("train.py", *finished, "--resume")
+    assert f"{UPDATES - 2}/{UPDATES}" in result.err and same_result(tmp_path / "run", whole_run[0])
 
 
 def test_the_same_model_and_prompts_under_another_path(
