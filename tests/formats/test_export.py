@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import ROOT, TINY_UNET, edit_json, fill_up, tiny_unet, write_tiny
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from minidistill import CheckpointError, inject_lora, load, load_lora, merge_lora, save_lora
@@ -41,6 +42,11 @@ def run(tmp_path: Path) -> Path:
 def write_lora(path: Path, metadata: dict[str, str] = METADATA, seed: int = 7, **how) -> Path:
     save_lora(fill_up(inject_lora(tiny_unet(), **(dict(rank=2, alpha=3.0) | how)), seed), path, metadata)
     return path
+
+
+def merge(lora: object, model: Path, out: Path, *flags: str) -> Path:
+    export.main([str(lora), "--to", "checkpoint", "--model", str(model), "--out", str(out), *flags])
+    return out
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -117,16 +123,14 @@ def test_half_strength(run: Path):
     assert read_lora(run / "lora-peft.safetensors").guidance == read_lora(run / "lora.safetensors", 0.5).guidance
 
 
-def test_the_command_line(run: Path):
+def test_the_command_line(run: Path, command):
     """The command in the README prints nothing but the file it wrote."""
-    command = [sys.executable, "-m", "minidistill.export", str(run), "--to", "kohya"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    words = [sys.executable, "-m", "minidistill.export", str(run), "--to", "kohya"]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, f"Wrote {run / 'lora-kohya.safetensors'}\n"), result.stderr
     assert not result.stderr
-    command[3] = str(run / "nowhere")
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode != 0 and result.stderr.startswith("minidistill.export: ")
-    assert len(result.stderr.splitlines()) == 1
+    result = command("minidistill/export/__main__.py", run / "nowhere", "--to", "kohya")
+    assert result.complaint.startswith("minidistill.export: ") and len(result.lines) == 1
 
 
 # A checkpoint
@@ -146,18 +150,15 @@ def test_the_checkpoint_is_the_merged_student(run: Path, tiny_model: Path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "file of a folder", "file"])
-def test_a_merged_student_is_not_guided_again(kind: str, student_of_it: Path, ordinary: Path, command, tmp_path: Path):
-    source, out = ordinary, tmp_path / ("merged" if kind == "folder" else "merged.safetensors")
-    merge = ["--to", "checkpoint", "--out"]
-    if kind == "file":
-        source = tmp_path / "source.safetensors"
-        write_checkpoint(ordinary, lambda tensors: tensors, source, {})
+def test_a_merged_student_is_not_guided_again(
+    kind: str, student_of_it: Path, ordinary: Path, single: Path, command, tmp_path: Path
+):
+    source, out = single if kind == "file" else ordinary, tmp_path / f"merged{'.safetensors' * (kind != 'folder')}"
     assert load(source).learned_guidance is None
-    export.main([str(student_of_it), *merge, str(out), "--model", str(source)])
-    styled = out.with_stem("styled")  # a style does not hide what the model has learned
+    merge(student_of_it, source, out)
     style = tmp_path / "style.safetensors"
     write_tensors(style, load_file(student_of_it), {"rank": "2", "alpha": "3"})
-    export.main([str(style), *merge, str(styled), "--model", str(out)])
+    styled = merge(style, out, out.with_stem("styled"))  # a style does not hide what the model has learned
     for merged in (out, styled):
         sd = load(merged, tokenizer=ordinary / "tokenizer")
         assert sd.learned_guidance == "4"
@@ -168,7 +169,7 @@ def test_a_merged_student_is_not_guided_again(kind: str, student_of_it: Path, or
         with pytest.raises(CheckpointError, match="must not be learned twice"):
             add_student(sd, read_lora(student_of_it))
         with pytest.raises(CheckpointError, match="must not be learned twice"):
-            export.main([str(student_of_it), *merge, str(tmp_path / "twice.safetensors"), "--model", str(merged)])
+            merge(student_of_it, merged, tmp_path / "twice.safetensors")
         run = command("train.py", "--model", str(merged), "--tokenizer", str(ordinary / "tokenizer"), "--out", "run")
         assert "must not be learned twice" in run.complaint
 
@@ -178,7 +179,7 @@ def test_the_rest_of_the_folder_is_copied(run: Path, tiny_model: Path):
     (run / "model/unet/diffusion_pytorch_model.fp16.safetensors").touch()  # not merged, like the next
     (run / "model/v1-5-pruned.ckpt").touch()
     (run / "model/clip").mkdir()
-    export.main([str(run), "--to", "checkpoint", "--model", str(run / "model"), "--out", str(run / "out")])
+    merge(run, run / "model", run / "out")
     files = {str(path.relative_to(tiny_model)) for path in tiny_model.rglob("*") if path.is_file()}
     found = {str(path.relative_to(run / "out")) for path in (run / "out").rglob("*") if path.is_file()}
     assert found == files | {"model_index.json"}  # the tiny model has no index, so one is written
@@ -192,39 +193,39 @@ def test_the_index_names_only_what_is_there(run: Path, tiny_model: Path):
     named = {name: ["diffusers", "Something"] for name in ("unet", "vae", "safety_checker", "feature_extractor")}
     shutil.copytree(tiny_model, run / "model")
     write_json(run / "model/model_index.json", named | {"requires_safety_checker": True})
-    export.main([str(run), "--to", "checkpoint", "--model", str(run / "model")])
+    merge(run, run / "model", run / "out")
     absent = {name: [None, None] for name in ("safety_checker", "feature_extractor")}
-    assert read_json(run / "lora-checkpoint/model_index.json") == named | absent | {"requires_safety_checker": False}
+    assert read_json(run / "out/model_index.json") == named | absent | {"requires_safety_checker": False}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_dtype_is_kept(dtype: torch.dtype, run: Path):
-    model = write_tiny(run / "model")
-    weights = {name: tensor.to(dtype) for name, tensor in load_file(model / UNET).items()}
-    save_file(weights, model / UNET)
-    export.main([str(run), "--to", "checkpoint", "--model", str(model), "--out", str(run / "out")])
-    found, layers = load_file(run / "out" / UNET), read_lora(run / "lora.safetensors").layers
+    model = half(write_tiny(run / "model"), dtype)
+    merge(run, model, run / "out")
+    assert_merged(load_file(run / "out" / UNET), load_file(model / UNET), run / "lora.safetensors")
+
+
+def assert_merged(found: dict[str, Tensor], weights: dict[str, Tensor], lora: Path) -> None:
+    layers = read_lora(lora).layers
     for name, weight in weights.items():
         pair = layers.get(name.removesuffix(".weight"))
-        assert found[name].dtype == dtype
+        assert found[name].dtype == weight.dtype
         assert torch.equal(found[name], (weight + pair.delta(weight.device)).to(weight.dtype) if pair else weight), name
 
 
 def test_a_style_is_merged_with_the_student(run: Path, tiny_model: Path):
-    style = write_lora(run / "style.safetensors", {}, seed=70, targets=["*attn*"])
-    flags = ["--to", "checkpoint", "--model", str(tiny_model), "--out"]
-    export.main([str(run), f"{style}:0.5", *flags, str(run / "both")])
-    export.main([str(style) + ":0.5", *flags, str(run / "styled")])
-    export.main([str(run), "--to", "checkpoint", "--model", str(run / "styled"), "--out", str(run / "then")])
-    both, then = load_file(run / "both" / UNET), load_file(run / "then" / UNET)
+    style = f"{write_lora(run / 'style.safetensors', {}, seed=70, targets=['*attn*'])}:0.5"
+    export.main([str(run), style, *f"--to checkpoint --model {tiny_model} --out {run}/both".split()])
+    styled = merge(style, tiny_model, run / "styled")
+    both, then = load_file(run / "both" / UNET), load_file(merge(run, styled, run / "then") / UNET)
     assert all(torch.equal(both[name], then[name]) for name in both)
-    assert metadata(run / "styled" / UNET) == {"format": "pt"}
+    assert metadata(styled / UNET) == {"format": "pt"}
 
 
 def test_a_student_of_a_styled_teacher_misses_the_style(run: Path, tiny_model: Path):
     write_lora(run / "lora.safetensors", METADATA | dict(teacher_lora="style.safetensors:0.5"))
     with pytest.warns(UserWarning, match="style.safetensors:0.5"):
-        export.main([str(run), "--to", "checkpoint", "--model", str(tiny_model)])
+        merge(run, tiny_model, run / "out")
 
 
 # A single file
@@ -255,11 +256,24 @@ def student_of_it(ordinary: Path, tmp_path: Path) -> Path:
     return tmp_path / "lora.safetensors"
 
 
+@pytest.fixture
+def copied(ordinary: Path, tmp_path: Path) -> Path:
+    """A private copy, to change."""
+    return Path(shutil.copytree(ordinary, tmp_path / "model"))
+
+
+@pytest.fixture
+def single(ordinary: Path, tmp_path: Path) -> Path:
+    """The same model as a single file."""
+    write_checkpoint(ordinary, lambda tensors: tensors, tmp_path / "single.safetensors", {})
+    return tmp_path / "single.safetensors"
+
+
 def test_a_single_file_of_a_folder(student_of_it: Path, ordinary: Path, tmp_path: Path):
-    for name in ("folder", "file.safetensors"):
-        flags = ["--to", "checkpoint", "--model", str(ordinary), "--out", str(tmp_path / name)]
-        export.main([str(student_of_it), *flags])
-    folder, file = (load(tmp_path / n, tokenizer=ordinary / "tokenizer") for n in ("folder", "file.safetensors"))
+    folder, file = (
+        load(merge(student_of_it, ordinary, tmp_path / name), tokenizer=ordinary / "tokenizer")
+        for name in ("folder", "file.safetensors")
+    )
     for part in ("unet", "vae", "text_encoder"):
         expected = getattr(folder, part).state_dict()
         found = getattr(file, part).state_dict()
@@ -271,76 +285,58 @@ def test_a_single_file_of_a_folder(student_of_it: Path, ordinary: Path, tmp_path
 
 @pytest.mark.parametrize("published, ours", [("epsilon", "eps"), ("v_prediction", "v")])
 def test_a_single_file_says_what_it_predicts(
-    published: str, ours: str, student_of_it: Path, ordinary: Path, tmp_path: Path
+    published: str, ours: str, student_of_it: Path, copied: Path, tmp_path: Path
 ):
     """A folder's scheduler states it; for a file it would be guessed from the version."""
-    model, out = shutil.copytree(ordinary, tmp_path / "model"), tmp_path / "x.safetensors"
-    edit_json(model / "scheduler/scheduler_config.json", {"prediction_type": published})
-    export.main([str(student_of_it), "--to", "checkpoint", "--model", str(model), "--out", str(out)])
-    assert load(model).schedule.prediction == load(out).schedule.prediction == ours
+    edit_json(copied / "scheduler/scheduler_config.json", {"prediction_type": published})
+    out = merge(student_of_it, copied, tmp_path / "x.safetensors")
+    assert load(copied).schedule.prediction == load(out).schedule.prediction == ours
     assert metadata(out)["modelspec.prediction_type"] == {"eps": "epsilon", "v": "v"}[ours]
 
 
-def test_a_single_file_of_a_single_file(student_of_it: Path, ordinary: Path, tmp_path: Path):
+def test_a_single_file_of_a_single_file(student_of_it: Path, ordinary: Path, single: Path, tmp_path: Path):
     """Everything but the UNet is unchanged. EMA copies are left out, since nothing was merged into them."""
-    plain, found, expected = (tmp_path / f"{name}.safetensors" for name in ("plain", "found", "expected"))
-    flags = ["--to", "checkpoint", "--model"]
-    export.main([f"{student_of_it}:0", *flags, str(ordinary), "--out", str(plain)])
     extra = {"betas": torch.ones(3), "model_ema.diffusion_modelout2weight": torch.ones(1)}
-    save_file(load_file(plain) | extra, plain, {"modelspec.prediction_type": "epsilon"})
-    export.main([str(student_of_it), *flags, str(plain), "--out", str(found)])
-    export.main([str(student_of_it), *flags, str(ordinary), "--out", str(expected)])
+    save_file(load_file(single) | extra, single, {"modelspec.prediction_type": "epsilon"})
+    found = merge(student_of_it, single, tmp_path / "found.safetensors")
+    expected = merge(student_of_it, ordinary, tmp_path / "expected.safetensors")
     tensors = load_file(expected) | {"betas": torch.ones(3)}
     assert load_file(found).keys() == tensors.keys()
     assert all(torch.equal(load_file(found)[name], tensor) for name, tensor in tensors.items())
     assert metadata(found)["modelspec.prediction_type"] == "epsilon"
-    export.main([str(student_of_it), *flags, str(plain)])
+    export.main([str(student_of_it), "--to", "checkpoint", "--model", str(single)])
     assert (tmp_path / "lora-checkpoint.safetensors").read_bytes() == found.read_bytes()
 
 
-def test_a_student_knows_what_its_single_file_predicts(student_of_it: Path, ordinary: Path, tmp_path: Path):
-    silent, out = tmp_path / "silent.safetensors", tmp_path / "out.safetensors"
-    export.main([f"{student_of_it}:0", "--to", "checkpoint", "--model", str(ordinary), "--out", str(silent)])
-    save_file(load_file(silent), silent)  # without its header
+def test_a_student_knows_what_its_single_file_predicts(student_of_it: Path, single: Path, tmp_path: Path):
+    save_file(load_file(single), single)  # without its header
     save_file(load_file(student_of_it), student_of_it, metadata(student_of_it) | {"prediction": "v"})
-    export.main([str(student_of_it), "--to", "checkpoint", "--model", str(silent), "--out", str(out)])
-    assert load(out).schedule.prediction == "v"
+    assert load(merge(student_of_it, single, tmp_path / "out.safetensors")).schedule.prediction == "v"
 
 
 @pytest.mark.parametrize("kind, out", [("folder", "out"), ("folder", "out.safetensors"), ("file", "out.safetensors")])
 def test_a_student_of_another_prediction_is_refused(
-    kind: str, out: str, student_of_it: Path, ordinary: Path, tmp_path: Path
+    kind: str, out: str, student_of_it: Path, ordinary: Path, single: Path, tmp_path: Path
 ):
     """The layers are the same, so the images would be wrong without an error."""
-    model, flags = ordinary, ["--to", "checkpoint", "--model"]
-    if kind == "file":
-        model = tmp_path / "file.safetensors"
-        export.main([f"{student_of_it}:0", *flags, str(ordinary), "--out", str(model)])
+    model, out = single if kind == "file" else ordinary, tmp_path / out
     save_file(load_file(student_of_it), student_of_it, metadata(student_of_it) | {"prediction": "v"})
     with pytest.raises(CheckpointError, match="predicts v, and .* says that it predicts eps: give --model"):
-        export.main([str(student_of_it), *flags, str(model), "--out", str(tmp_path / out)])
-    assert not (tmp_path / out).exists()
-    export.main([str(student_of_it), *flags, str(model), "--out", str(tmp_path / out), "--prediction", "v"])
-    assert load(tmp_path / out).schedule.prediction == "v"  # what is written is corrected
+        merge(student_of_it, model, out)
+    assert not out.exists()
+    merge(student_of_it, model, out, "--prediction", "v")
+    assert load(out).schedule.prediction == "v"  # what is written is corrected
 
 
-def test_the_averaged_copy_of_a_single_file(student_of_it: Path, ordinary: Path, tmp_path: Path):
-    plain, flags = tmp_path / "plain.safetensors", ["--to", "checkpoint", "--model"]
-    export.main([f"{student_of_it}:0", *flags, str(ordinary), "--out", str(plain)])
-    unet = {name: tensor for name, tensor in load_file(plain).items() if name.startswith("model.")}
+def test_the_averaged_copy_of_a_single_file(student_of_it: Path, ordinary: Path, single: Path, tmp_path: Path):
+    unet = {name: tensor for name, tensor in load_file(single).items() if name.startswith("model.")}
     copies = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": 2 * tensor for name, tensor in unet.items()}
-    save_file(load_file(plain) | copies, plain)
-    export.main([str(student_of_it), *flags, str(plain), "--ema", "--out", str(tmp_path / "found.safetensors")])
-    found = load(
-        tmp_path / "found.safetensors", dtype=torch.float16, tokenizer=ordinary / "tokenizer"
-    ).unet.state_dict()
-    averaged = load(plain, dtype=torch.float16, ema=True, tokenizer=ordinary / "tokenizer").unet.state_dict()
-    layers = read_lora(student_of_it).layers
-    for name, weight in averaged.items():
-        pair = layers.get(name.removesuffix(".weight"))
-        assert torch.equal(found[name], (weight + pair.delta(weight.device)).to(weight.dtype) if pair else weight), name
+    save_file(load_file(single) | copies, single)
+    found = load(merge(student_of_it, single, tmp_path / "found.safetensors", "--ema"), dtype=torch.float16).unet
+    averaged = load(single, dtype=torch.float16, ema=True).unet
+    assert_merged(found.state_dict(), averaged.state_dict(), student_of_it)
     with pytest.raises(ValueError, match="leave --ema out"):
-        export.main([str(student_of_it), *flags, str(ordinary), "--ema"])
+        merge(student_of_it, ordinary, tmp_path / "no", "--ema")
 
 
 def damage_vae(model: Path) -> None:
@@ -352,114 +348,93 @@ def lose_a_tensor(model: Path) -> None:
     save_file({name: x for name, x in load_file(model / UNET).items() if name != "conv_norm_out.bias"}, model / UNET)
 
 
-def lose_the_text_encoder(model: Path) -> None:
-    shutil.rmtree(model / "text_encoder")
-
-
-def make_turbo(model: Path) -> None:
-    file = model / "scheduler/scheduler_config.json"
-    write_json(file, read_json(file) | {"timestep_spacing": "trailing"})
-
-
-def let_noise_hide_eps(model: Path) -> None:
-    file = model / "scheduler/scheduler_config.json"
-    write_json(file, read_json(file) | {"rescale_betas_zero_snr": True})
+SCHEDULE = "scheduler/scheduler_config.json"
+REFUSED = [
+    damage_vae,
+    lose_a_tensor,
+    lambda model: shutil.rmtree(model / "text_encoder"),
+    lambda model: edit_json(model / SCHEDULE, {"timestep_spacing": "trailing"}),  # as of a Turbo
+    lambda model: edit_json(model / SCHEDULE, {"rescale_betas_zero_snr": True}),  # noise that hides eps
+]
 
 
 @pytest.mark.parametrize("out", ["folder", "file.safetensors"])
-@pytest.mark.parametrize("change", [damage_vae, lose_a_tensor, lose_the_text_encoder, make_turbo, let_noise_hide_eps])
-def test_a_model_that_load_refuses_is_not_merged_into(change, out: str, student_of_it: Path, ordinary: Path, tmp_path):
+@pytest.mark.parametrize("change", REFUSED)
+def test_a_model_that_load_refuses_is_not_merged_into(change, out: str, student_of_it: Path, copied: Path, tmp_path):
     """Otherwise the result would be written, and fail only in somebody's hands."""
-    model = shutil.copytree(ordinary, tmp_path / "model")
-    change(model)
+    change(copied)
     with pytest.raises(CheckpointError) as refused:
-        load(model)
-    flags = ["--to", "checkpoint", "--model", str(model), "--out", str(tmp_path / out)]
+        load(copied)
     with pytest.raises(CheckpointError, match=re.escape(str(refused.value))):
-        export.main([str(student_of_it), *flags])
+        merge(student_of_it, copied, tmp_path / out)
     assert not list(tmp_path.glob(f"*{out}*"))
 
 
-def test_a_damaged_single_file_is_not_merged_into(student_of_it: Path, ordinary: Path, tmp_path: Path):
-    source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
-    write_checkpoint(ordinary, lambda tensors: tensors, source, {"modelspec.hash_sha256": "0xabc"})
-    export.main([str(student_of_it), "--to", "checkpoint", "--model", str(source), "--out", str(out)])
+def test_a_damaged_single_file_is_not_merged_into(student_of_it: Path, single: Path, tmp_path: Path):
+    save_file(load_file(single), single, {"modelspec.hash_sha256": "0xabc"})
+    out = merge(student_of_it, single, tmp_path / "out.safetensors")
     assert "modelspec.hash_sha256" not in metadata(out)  # it was that of the tensors before
     out.unlink()
-    save_file(load_file(source) | {"model.diffusion_model.out.0.bias": torch.full((32,), torch.inf)}, source)
+    save_file(load_file(single) | {"model.diffusion_model.out.0.bias": torch.full((32,), torch.inf)}, single)
     with pytest.raises(CheckpointError, match="not finite"):
-        export.main([str(student_of_it), "--to", "checkpoint", "--model", str(source), "--out", str(out)])
+        merge(student_of_it, single, out)
     assert not out.exists()
 
 
-def test_frozen_weights_have_no_averaged_copy(student_of_it: Path, ordinary: Path, tmp_path: Path):
+def test_frozen_weights_have_no_averaged_copy(single: Path):
     """The average of a fine-tune has only what was trained; the rest is as it was."""
-    plain, flags = tmp_path / "plain.safetensors", ["--to", "checkpoint", "--model"]
-    export.main([f"{student_of_it}:0", *flags, str(ordinary), "--out", str(plain)])
-    tensors = load_file(plain)
-    trained = "model.diffusion_model.out.2.weight"
-    save_file(tensors | {f"model_ema.{trained.removeprefix('model.').replace('.', '')}": 2 * tensors[trained]}, plain)
+    tensors, trained = load_file(single), "model.diffusion_model.out.2.weight"
+    save_file(tensors | {f"model_ema.{trained.removeprefix('model.').replace('.', '')}": 2 * tensors[trained]}, single)
     with pytest.warns(UserWarning, match="no EMA copy of"):
-        averaged = load(plain, dtype=torch.float16, ema=True, tokenizer=ordinary / "tokenizer").unet
+        averaged = load(single, dtype=torch.float16, ema=True).unet
     assert torch.equal(averaged.conv_out.weight, 2 * tensors[trained])
     assert torch.equal(averaged.conv_in.weight, tensors["model.diffusion_model.input_blocks.0.0.weight"])
 
 
-def test_a_folder_needs_a_folder(student_of_it: Path, ordinary: Path, tmp_path: Path):
-    flags = ["--to", "checkpoint", "--model"]
-    export.main([str(student_of_it), *flags, str(ordinary), "--out", str(tmp_path / "x.safetensors")])
+def test_a_folder_needs_a_folder(student_of_it: Path, single: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="tokenizer"):
-        export.main([str(student_of_it), *flags, str(tmp_path / "x.safetensors"), "--out", str(tmp_path / "folder")])
+        merge(student_of_it, single, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
 
-def test_heads_that_no_single_file_can_hold(student_of_it: Path, ordinary: Path, tmp_path: Path):
-    """A file holds no configuration: this model would be read back with eight heads."""
-    edit_json(shutil.copytree(ordinary, tmp_path / "model") / "unet/config.json", dict(attention_head_dim=4))
-    flags = ["--to", "checkpoint", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "x.safetensors")]
-    with pytest.raises(ValueError, match="Write a folder"):
-        export.main([str(student_of_it), *flags])
+def change_text_encoder(model: Path, **changes: int) -> None:
+    config = CLIPTextConfig.from_pretrained(model / "text_encoder", **changes)
+    CLIPTextModel(config).save_pretrained(model / "text_encoder")
+
+
+UNSTATED = {  # a file holds no configuration: other programs would read this model otherwise than it is
+    "heads": (lambda model: edit_json(model / "unet/config.json", dict(attention_head_dim=4)), "Write a folder"),
+    "noise levels": (
+        lambda model: edit_json(model / SCHEDULE, dict(beta_end=0.02)),
+        "noise levels that a single file cannot state",
+    ),
+    "width of the text encoder": (
+        lambda model: change_text_encoder(model, hidden_size=768, intermediate_size=32, num_attention_heads=12),
+        "expect 12 layers.*Write a folder",
+    ),
+    "words": (  # SDXL's pooled vector would be read at another token
+        lambda model: change_text_encoder(model, vocab_size=49410),
+        "expect 49408 tokens.*learned 2 more. Write a folder",
+    ),
+    "no scheduler": (lambda model: shutil.rmtree(model / "scheduler"), "not a complete.*scheduler"),
+}
+
+
+@pytest.mark.parametrize("change, message", UNSTATED.values(), ids=UNSTATED)
+def test_what_no_single_file_can_hold(change, message: str, student_of_it: Path, copied: Path, tmp_path: Path):
+    change(copied)
+    with pytest.raises(ValueError, match=message):
+        merge(student_of_it, copied, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
+    if "noise levels" in message:  # which a folder states
+        assert (merge(student_of_it, copied, tmp_path / "folder") / "unet").is_dir()
 
 
-def test_noise_levels_that_no_single_file_can_state(student_of_it: Path, ordinary: Path, tmp_path: Path):
-    model = shutil.copytree(ordinary, tmp_path / "model")
-    edit_json(model / "scheduler/scheduler_config.json", dict(beta_end=0.02))
-    flags = [str(student_of_it), "--to", "checkpoint", "--model", str(model), "--out"]
-    with pytest.raises(ValueError, match="noise levels that a single file cannot state"):
-        export.main([*flags, str(tmp_path / "one.safetensors")])
-    export.main([*flags, str(tmp_path / "folder")])
-    assert (tmp_path / "folder/unet").is_dir() and not (tmp_path / "one.safetensors").exists()
-
-
-def test_a_text_encoder_that_other_programs_would_misread(student_of_it: Path, ordinary: Path, tmp_path: Path):
-    model = Path(shutil.copytree(ordinary, tmp_path / "model"))
-    config = CLIPTextConfig.from_pretrained(model / "text_encoder")
-    config.hidden_size, config.intermediate_size, config.num_attention_heads = 768, 32, 12
-    CLIPTextModel(config).save_pretrained(model / "text_encoder")
-    flags = ["--to", "checkpoint", "--model", str(model), "--out", str(tmp_path / "x.safetensors")]
-    with pytest.raises(ValueError, match="expect 12 layers.*Write a folder"):
-        export.main([str(student_of_it), *flags])
-
-
-def test_words_that_no_single_file_can_hold(student_of_it: Path, ordinary: Path, tmp_path: Path):
-    """SDXL's pooled vector would be read at another token."""
-    model = Path(shutil.copytree(ordinary, tmp_path / "model"))
-    config = CLIPTextConfig.from_pretrained(model / "text_encoder")
-    config.vocab_size = 49410
-    CLIPTextModel(config).save_pretrained(model / "text_encoder")
-    out = tmp_path / "x.safetensors"
-    with pytest.raises(ValueError, match="expect 49408 tokens.*learned 2 more. Write a folder"):
-        export.main([str(student_of_it), "--to", "checkpoint", "--model", str(model), "--out", str(out)])
-    assert not out.exists()
-
-
-def test_a_read_only_folder(student_of_it: Path, ordinary: Path, tmp_path: Path):
-    model = Path(shutil.copytree(ordinary, tmp_path / "model"))
-    for path in model.rglob("*"):
+def test_a_read_only_folder(student_of_it: Path, copied: Path, tmp_path: Path):
+    for path in copied.rglob("*"):
         path.chmod(0o555 if path.is_dir() else 0o444)
-    export.main([str(student_of_it), "--to", "checkpoint", "--model", str(model), "--out", str(tmp_path / "out")])
-    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "out").rglob("*"))
+    out = merge(student_of_it, copied, tmp_path / "out")
+    assert all(path.stat().st_mode & 0o200 for path in out.rglob("*"))
 
 
 @pytest.mark.parametrize(
@@ -491,54 +466,39 @@ def test_tensors_that_share_memory(tmp_path: Path):
     assert torch.equal(found["a"], found["b"]) and found["c"].tolist() == [0, 1]
 
 
-def test_a_last_step_that_no_single_file_can_state(student_of_it: Path, ordinary: Path, tmp_path: Path):
-    model = shutil.copytree(ordinary, tmp_path / "model")
-    edit_json(model / "scheduler/scheduler_config.json", dict(set_alpha_to_one=True))
-    flags = ["--to", "checkpoint", "--model", str(model), "--out", str(tmp_path / "one.safetensors")]
+def test_a_last_step_that_no_single_file_can_state(student_of_it: Path, copied: Path, tmp_path: Path):
+    edit_json(copied / SCHEDULE, dict(set_alpha_to_one=True))
     with pytest.warns(UserWarning, match="cannot state how .*model spaces its steps or ends them"):
-        export.main([str(student_of_it), *flags])
+        merge(student_of_it, copied, tmp_path / "one.safetensors")
 
 
-def test_a_variant_stays_one(student_of_it: Path, ordinary: Path, tmp_path: Path):
+def test_a_variant_stays_one(student_of_it: Path, copied: Path, tmp_path: Path):
     """The output loads with the same --variant, although a .bin becomes a .safetensors."""
-    model = Path(shutil.copytree(ordinary, tmp_path / "model"))
-    for weights in list(model.glob("*/*.safetensors")):
+    for weights in list(copied.glob("*/*.safetensors")):
         weights.rename(weights.with_suffix(".fp16.safetensors"))
-    torch.save(
-        load_file(model / "unet/diffusion_pytorch_model.fp16.safetensors"),
-        model / UNET.replace("safetensors", "fp16.bin"),
-    )
-    (model / "unet/diffusion_pytorch_model.fp16.safetensors").unlink()
-    flags = ["--to", "checkpoint", "--model", str(model), "--variant", "fp16", "--out", str(tmp_path / "out")]
-    export.main([str(student_of_it), *flags])
-    assert (tmp_path / "out/unet/diffusion_pytorch_model.fp16.safetensors").exists()
-    load(tmp_path / "out", variant="fp16")
+    unet = copied / "unet/diffusion_pytorch_model.fp16.safetensors"
+    torch.save(load_file(unet), unet.with_suffix(".bin"))
+    unet.unlink()
+    out = merge(student_of_it, copied, tmp_path / "out", "--variant", "fp16")
+    assert (out / "unet/diffusion_pytorch_model.fp16.safetensors").exists()
+    load(out, variant="fp16")
 
 
 # Errors
 
 
-def test_a_folder_without_a_part_makes_no_single_file(student_of_it: Path, ordinary: Path, tmp_path: Path):
-    shutil.rmtree(shutil.copytree(ordinary, tmp_path / "model") / "scheduler")
-    flags = ["--to", "checkpoint", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "x.safetensors")]
-    with pytest.raises(CheckpointError, match="not a complete.*scheduler"):
-        export.main([str(student_of_it), *flags])
-    assert not (tmp_path / "x.safetensors").exists()
-
-
-def test_another_model_is_refused_and_nothing_written(run: Path, tmp_path: Path):
+def test_another_model_is_refused_and_nothing_written(run: Path, tiny_model: Path):
     unet = inject_lora(tiny_unet(config=replace(TINY_UNET, context_width=48)), rank=2)
     save_lora(unet, run / "lora.safetensors", dict(base="other"))
-    model = write_tiny(tmp_path / "model")
     with pytest.raises(CheckpointError, match="another model.*made for other"):
-        export.main([str(run), "--to", "checkpoint", "--model", str(model)])
+        merge(run, tiny_model, run / "out")
     assert [path.name for path in run.iterdir()] == ["lora.safetensors"]
 
 
 def test_an_existing_folder_is_left_alone(run: Path, tiny_model: Path):
     (run / "out").mkdir()
     with pytest.raises(ValueError, match="exists already"):
-        export.main([str(run), "--to", "checkpoint", "--model", str(tiny_model), "--out", str(run / "out")])
+        merge(run, tiny_model, run / "out")
     assert not list((run / "out").iterdir())
 
 
@@ -550,7 +510,7 @@ def test_an_interrupted_checkpoint_leaves_nothing(failure: BaseException, run: P
 
     monkeypatch.setattr(tensor_files, "save_file", save_half)
     with pytest.raises(type(failure)):
-        export.main([str(run), "--to", "checkpoint", "--model", str(tiny_model)])
+        merge(run, tiny_model, run / "out")
     assert [path.name for path in run.iterdir()] == ["lora.safetensors"]
 
 
@@ -558,7 +518,7 @@ def test_an_interrupted_checkpoint_leaves_nothing(failure: BaseException, run: P
     "flags, named",
     [
         (["{run}/unfinished", "--to", "peft"], "unfinished"),
-        (["{run}/nothing.safetensors", "--to", "kohya"], "nothing.safetensors"),
+        (["{run}/nothing.safetensors", "--to", "kohya"], "nothing.safetensors is missing"),
         (["{run}", "{run}", "--to", "peft"], "one by one"),
         (["{run}", "{run}", "--to", "checkpoint"], "each learned guidance"),
         (["{run}", "--to", "checkpoint", "--model", "nowhere"], "nowhere"),
@@ -581,30 +541,26 @@ def half(model: Path, dtype: torch.dtype) -> Path:
 
 def test_the_report_of_a_merge(run: Path, tmp_path: Path, capsys):
     model = half(write_tiny(tmp_path / "model"), torch.bfloat16)
-    export.main([str(run), "--to", "checkpoint", "--model", str(model), "--out", str(tmp_path / "large")])
+    merge(run, model, tmp_path / "large")
     assert re.search(r"(99|100)\.\d% of the change survives .* least in", capsys.readouterr().out)
     with pytest.warns(UserWarning, match="export --stochastic"):
-        export.main([f"{run}:1e-4", "--to", "checkpoint", "--model", str(model), "--out", str(tmp_path / "small")])
+        merge(f"{run}:1e-4", model, tmp_path / "small")
 
 
 def test_stochastic_rounding_is_seeded(run: Path, tmp_path: Path, capsys):
     model = half(write_tiny(tmp_path / "model"), torch.float16)
-    flags = [f"{run}:1e-3", "--to", "checkpoint", "--model", str(model), "--out"]
-    for name, seed in dict(
-        plain=[], one=["--stochastic", "1"], same=["--stochastic", "1"], zero=["--stochastic"]
-    ).items():
-        export.main([*flags, str(tmp_path / name), *seed])
-    plain, one, same, zero = ((tmp_path / name / UNET).read_bytes() for name in ("plain", "one", "same", "zero"))
+    seeds = dict(plain=[], one=["--stochastic", "1"], same=["--stochastic", "1"], zero=["--stochastic"])
+    plain, one, same, zero = (
+        (merge(f"{run}:1e-3", model, tmp_path / name, *seed) / UNET).read_bytes() for name, seed in seeds.items()
+    )
     assert one == same and len({plain, one, zero}) == 3
     assert re.search(r"survives on average, with noise of \d+% of its norm", capsys.readouterr().out)
-    with pytest.raises(ValueError, match="--to checkpoint"):
-        export.main([str(run), "--to", "kohya", "--stochastic"])
 
 
 def test_8_bits_are_refused(run: Path, tmp_path: Path):
     model = half(write_tiny(tmp_path / "model"), torch.float8_e4m3fn)
     with pytest.raises(CheckpointError, match=r"weights of 8 bits \(.*16 or 32 bits"):
-        export.main([str(run), "--to", "checkpoint", "--model", str(model), "--out", str(tmp_path / "out")])
+        merge(run, model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     write_checkpoint(model, replaced_by(tiny_unet()), tmp_path / "out", {})  # a full copy is whole, in float16
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / UNET).values()} == {torch.float16}

@@ -388,22 +388,6 @@ def test_with_zero_terminal_snr_the_spacing_is_the_files(kind: str, folder: Path
         assert images[0].tobytes() == images[1].tobytes() != images[2].tobytes()
 
 
-@pytest.mark.parametrize("changes", [{"_class_name": "FlowMatchEulerDiscreteScheduler"}, {"use_flow_sigmas": True}])
-def test_models_of_flow_matching_are_named(changes: dict, folder: Path) -> None:
-    file = folder / "scheduler/scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    with pytest.raises(CheckpointError, match="flow matching"):
-        load(folder)
-
-
-@pytest.mark.parametrize("changes", [{"_class_name": "LCMScheduler"}, {"timestep_spacing": "trailing"}], ids=str)
-def test_models_of_few_steps_are_named(changes: dict, folder: Path) -> None:
-    """SD Turbo, for example: guidance would burn its images."""
-    edit_json(folder / "scheduler/scheduler_config.json", {"_class_name": "EulerDiscreteScheduler"} | changes)
-    with pytest.raises(CheckpointError, match="few steps without guidance"):
-        load(folder)
-
-
 def test_a_text_encoder_that_is_a_whole_clip(folder: Path) -> None:
     file, expected = folder / "text_encoder/model.safetensors", load(folder).encode_prompt(["an apple"]).tokens
     extras = {"text_projection": torch.zeros(2, 2), "logit_scale": torch.ones(())}
@@ -413,34 +397,31 @@ def test_a_text_encoder_that_is_a_whole_clip(folder: Path) -> None:
     assert torch.equal(load(folder).encode_prompt(["an apple"]).tokens, expected)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [dict(timestep_spacing="trailing"), dict(timestep_spacing="linspace"), dict(beta_end=5), dict(beta_start=1)],
-    ids=str,
-)
-def test_other_schedules(changes: dict, folder: Path) -> None:
-    edit_json(folder / "scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"} | changes)
-    with pytest.raises(CheckpointError, match="scheduler_config.json"):
-        load(folder)
-
-
 @pytest.mark.parametrize("length", [-5, "x", 30_000_000])
 def test_a_prompt_is_as_long_as_the_encoder_reads(length: object, folder: Path) -> None:
     edit_json(folder / "tokenizer/tokenizer_config.json", {"model_max_length": length})
     assert load(folder).encode_prompt(["an apple"]).tokens.shape == (1, TOKENS, 32)
 
 
-@pytest.mark.parametrize(
-    "changes, kind",
-    [
-        (dict(in_channels=9), "inpainting"),
-        ({"addition_embed_type": "image"}, "another model"),
-        (dict(transformer_layers_per_block=[1, [1, 1]], reverse_transformer_layers_per_block=[[2, 2], 1]), "another"),
-    ],
-    ids=["inpainting", "image", "Segmind's smaller SDXL"],
-)
-def test_other_folders_are_named(changes: dict, kind: str, folder: Path) -> None:
-    edit_json(folder / "unet/config.json", changes)
+UNET_CONFIG, SCHEDULE = "unet/config.json", "scheduler/scheduler_config.json"
+NARROW = dict(transformer_layers_per_block=[1, [1, 1]], reverse_transformer_layers_per_block=[[2, 2], 1])
+FEW_STEPS = "few steps without guidance"  # SD Turbo, for example: guidance would burn its images
+OTHERS = [
+    (UNET_CONFIG, dict(in_channels=9), "inpainting"),
+    (UNET_CONFIG, dict(addition_embed_type="image"), "another model"),
+    (UNET_CONFIG, NARROW, "another"),  # Segmind's smaller SDXL
+    (SCHEDULE, dict(_class_name="FlowMatchEulerDiscreteScheduler"), "flow matching"),
+    (SCHEDULE, dict(use_flow_sigmas=True), "flow matching"),
+    (SCHEDULE, dict(_class_name="LCMScheduler"), FEW_STEPS),
+    (SCHEDULE, dict(_class_name="EulerDiscreteScheduler", timestep_spacing="trailing"), FEW_STEPS),
+    *((SCHEDULE, dict(_class_name="DDIMScheduler", timestep_spacing=x), SCHEDULE) for x in ("trailing", "linspace")),
+    *((SCHEDULE, dict(_class_name="DDIMScheduler") | x, SCHEDULE) for x in (dict(beta_end=5), dict(beta_start=1))),
+]
+
+
+@pytest.mark.parametrize("file, changes, kind", OTHERS, ids=str)
+def test_other_folders_are_named(file: str, changes: dict, kind: str, folder: Path) -> None:
+    edit_json(folder / file, changes)
     with pytest.raises(CheckpointError, match=kind):
         load(folder)
 
@@ -610,9 +591,13 @@ def test_the_tokenizer_of_a_single_file_is_the_hubs(cache: Path, single: Path, c
     assert len([line for line in capsys.readouterr().err.splitlines() if "tokenizer" in line]) == 1
 
 
-def served(folder: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Serve ``folder`` in place of the hub; downloaded files go to ``snapshot``."""
+@pytest.fixture
+def snapshot(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where downloaded files go, while ``folder`` is served in place of the hub."""
+    return served(folder, tmp_path / "snapshot", monkeypatch)
 
+
+def served(folder: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def download(repo: str, allow_patterns: list[str]) -> Path:
         for file in (file for file in folder.rglob("*") if file.is_file()):
             name = str(file.relative_to(folder))
@@ -625,33 +610,29 @@ def served(folder: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return snapshot
 
 
-def test_another_model_is_refused_before_its_weights(folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_another_model_is_refused_before_its_weights(folder: Path, snapshot: Path) -> None:
     edit_json(folder / "unet/config.json", {"in_channels": 9})
-    snapshot = served(folder, tmp_path / "snapshot", monkeypatch)
     with pytest.raises(CheckpointError, match="inpainting"):
         load("someone/large")
     assert not list(snapshot.rglob("*.safetensors"))
 
 
-def test_fp16_as_the_last_resort(folder: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.usefixtures("snapshot")
+def test_fp16_as_the_last_resort(folder: Path) -> None:
     file = folder / "unet/diffusion_pytorch_model.safetensors"
     file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    served(folder, tmp_path / "snapshot", monkeypatch)
     load("someone/tiny")
 
 
-def test_interrupted_shards_are_fetched_again(folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_interrupted_shards_are_fetched_again(folder: Path, snapshot: Path) -> None:
     as_shards(folder)
-    snapshot = served(folder, tmp_path / "snapshot", monkeypatch)
     load("someone/tiny")
     next(snapshot.rglob("*-of-*")).unlink()
     load("someone/tiny")
 
 
 @pytest.mark.parametrize("published", ["everything", "bin", "fp16"])
-def test_only_what_is_needed_is_fetched(
-    published: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_what_is_needed_is_fetched(published: str, folder: Path, snapshot: Path) -> None:
     if published == "bin":
         as_bin(folder)
     suffix = {"everything": ".safetensors", "bin": ".bin", "fp16": ".fp16.safetensors"}[published]
@@ -662,17 +643,15 @@ def test_only_what_is_needed_is_fetched(
     for extra in ("safety_checker/model.safetensors", "v1-5-pruned.ckpt", "README.md"):
         (folder / extra).parent.mkdir(exist_ok=True)
         (folder / extra).write_text("not needed")
-    snapshot = served(folder, tmp_path / "snapshot", monkeypatch)
     load("someone/tiny", variant="fp16" if published == "fp16" else None)
     weights = [file for file in snapshot.rglob("*") if file.is_file() and file.suffix not in (".json", ".txt")]
     assert len(weights) == 3 and all("".join(file.suffixes) == suffix for file in weights)
     assert (snapshot / "tokenizer/vocab.json").exists()
 
 
-def test_a_variant_of_one_part_is_fetched(folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_variant_of_one_part_is_fetched(folder: Path, snapshot: Path) -> None:
     file = folder / "unet/diffusion_pytorch_model.safetensors"
     shutil.copy(file, file.with_name("diffusion_pytorch_model.non_ema.safetensors"))
-    snapshot = served(folder, tmp_path / "snapshot", monkeypatch)
     with pytest.raises(CheckpointError, match="no diffusion_pytorch_model.int8.safetensors or other"):
         load("someone/tiny", variant="int8")
     assert not list(snapshot.rglob("*.safetensors"))
@@ -859,13 +838,9 @@ def test_values_too_large_for_the_dtype(tensors: dict[str, Tensor], tmp_path: Pa
 @pytest.mark.parametrize("part, changes", [("vae", dict(latent_channels=8)), ("text_encoder", dict(hidden_size=64))])
 def test_parts_of_different_models(part: str, changes: dict, folder: Path) -> None:
     file = folder / part / "config.json"
-    config = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps(config))
-    make = {
-        "vae": lambda: VAE(read_vae_config(file)),
-        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**config)),
-    }
-    save_file(make[part]().state_dict(), next((folder / part).glob("*.safetensors")))
+    edit_json(file, changes)
+    new = VAE(read_vae_config(file)) if part == "vae" else CLIPTextModel(CLIPTextConfig.from_pretrained(file.parent))
+    save_file(new.state_dict(), next((folder / part).glob("*.safetensors")))
     with pytest.raises(CheckpointError, match="parts of different models"):
         load(folder)
 

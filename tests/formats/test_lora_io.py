@@ -14,7 +14,7 @@ from minidistill import CheckpointError, load_lora, save_lora
 from minidistill.formats import tensor_files
 from minidistill.formats.lora_formats import read_lora
 from minidistill.formats.lora_io import merge_file
-from minidistill.lora import LoRALayer, lora_layers
+from minidistill.lora import lora_layers
 
 METADATA = dict(base="tiny", guidance="5", method="trajectories", negative_prompt="")
 
@@ -32,9 +32,7 @@ def rewrite(file: Path, header: dict[str, str], tensors: dict[str, Tensor] | Non
 
 
 def is_untouched(model: torch.nn.Module) -> bool:
-    return all(p.requires_grad for p in model.parameters()) and not any(
-        isinstance(m, LoRALayer) for m in model.modules()
-    )
+    return all(p.requires_grad for p in model.parameters()) and not lora_layers(model)
 
 
 def test_round_trip_is_bit_exact(file: Path):
@@ -84,11 +82,6 @@ def test_equal_students_give_equal_files(file: Path, tmp_path: Path):
     assert (tmp_path / "elsewhere/again.safetensors").read_bytes() == file.read_bytes()
 
 
-def test_a_bfloat16_network_loads_the_pair_in_float32(file: Path):
-    layers = lora_layers(load_lora(tiny_unet().to(torch.bfloat16), file))
-    assert all(layer.lora_up.dtype == torch.float32 for layer in layers.values())
-
-
 def test_nothing_to_save(tmp_path: Path):
     with pytest.raises(ValueError, match="inject_lora"):
         save_lora(tiny_unet(), tmp_path / "lora.safetensors")
@@ -125,11 +118,6 @@ def test_a_matrix_and_a_1x1_convolution_are_the_same(file: Path):
         assert error(unet.get_submodule(name).weight.detach().double(), weight + added.view_as(weight)) < 1e-6, name
 
 
-def test_a_network_with_a_lora_is_refused(file: Path):
-    with pytest.raises(ValueError, match="already"):
-        load_lora(tiny_student(), file)
-
-
 @pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: b"<html>404</html>", lambda data: b""])
 def test_a_damaged_file_is_named(damage, file: Path):
     file.write_bytes(damage(file.read_bytes()))
@@ -139,29 +127,15 @@ def test_a_damaged_file_is_named(damage, file: Path):
     assert is_untouched(unet)
 
 
-def test_a_missing_file_is_named(tmp_path: Path):
-    with pytest.raises(CheckpointError, match="nowhere.safetensors is missing"):
-        load_lora(tiny_unet(), tmp_path / "nowhere.safetensors")
-
-
 def test_weights_that_are_no_lora(tmp_path: Path):
     save_file(tiny_unet().state_dict(), tmp_path / "unet.safetensors")
     with pytest.raises(CheckpointError, match="not a LoRA"):
         load_lora(tiny_unet(), tmp_path / "unet.safetensors")
 
 
-def test_half_a_pair(file: Path):
-    tensors = load_file(file)
-    del tensors["mid_block.resnets.0.conv1.lora_up"]
-    rewrite(file, {}, tensors)
-    with pytest.raises(CheckpointError):
-        load_lora(tiny_unet(), file)
-
-
-def test_a_rank_that_does_not_fit_names_the_layer(file: Path):
-    tensors = load_file(file)
-    tensors["mid_block.resnets.0.conv1.lora_down"] = torch.zeros(3, 64, 3, 3)
-    rewrite(file, {}, tensors)
+@pytest.mark.parametrize("part, shape", [("lora_down", (3, 64, 3, 3)), ("lora_up", (64, 2, 3, 3))])
+def test_a_tensor_that_does_not_fit_names_the_layer(part: str, shape: tuple[int, ...], file: Path):
+    rewrite(file, {}, load_file(file) | {f"mid_block.resnets.0.conv1.{part}": torch.zeros(shape)})
     unet = tiny_unet()
     with pytest.raises(CheckpointError, match="mid_block.resnets.0.conv1"):
         load_lora(unet, file)
@@ -173,16 +147,6 @@ def test_a_header_that_does_not_fit(header: dict, file: Path):
     rewrite(file, header)
     with pytest.raises(CheckpointError, match="lora.safetensors"):
         load_lora(tiny_unet(), file)
-
-
-def test_a_misshapen_lora_up(file: Path):
-    tensors = load_file(file)
-    tensors["mid_block.resnets.0.conv1.lora_up"] = torch.zeros(64, 2, 3, 3)
-    rewrite(file, {}, tensors)
-    unet = tiny_unet()
-    with pytest.raises(CheckpointError, match="mid_block.resnets.0.conv1"):
-        load_lora(unet, file)
-    assert is_untouched(unet)
 
 
 @pytest.mark.parametrize("failure", [OSError("No space left on device"), KeyboardInterrupt()])
