@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import TOKENS, error, fill_up, levels, randn
+from tiny import TOKENS, error, fill_up, levels, tiny_student
 from torch import nn
 
 from minidistill import (
@@ -37,20 +37,10 @@ def student(sd: StableDiffusion) -> StableDiffusion:
     return sd
 
 
-def test_same_seed_same_image(sd: StableDiffusion):
-    first, again, other = (levels(sd.sample([APPLE], steps=2, seed=seed)) for seed in (3, 3, 4))
-    assert np.array_equal(first, again) and not np.array_equal(first, other)
-
-
-def test_a_model_loaded_again_gives_the_same_image(sd: StableDiffusion, tiny_model: Path):
-    again = load(tiny_model).sample([APPLE], steps=2)
-    assert np.array_equal(levels(sd.sample([APPLE], steps=2)), levels(again))
-
-
 def test_image_i_has_seed_plus_i(sd: StableDiffusion):
     together = levels(sd.sample([APPLE, APPLE], steps=2, seed=3))
     apart = levels(sd.sample([APPLE], steps=2, seed=3) + sd.sample([APPLE], steps=2, seed=4))
-    assert np.abs(together - apart).max() <= 1
+    assert np.abs(together - apart).max() <= 1 < np.abs(together[0] - together[1]).max()
 
 
 @pytest.mark.parametrize("lora_enabled", [False, True])
@@ -146,7 +136,7 @@ def test_a_merged_model_samples_as_the_student(student: StableDiffusion):
 
 def test_a_student_samples_at_the_strength_that_stands_for_a_guidance(sd: StableDiffusion, tmp_path: Path):
     lora = tmp_path / "lora.safetensors"
-    save_lora(fill_up(inject_lora(sd.unet, rank=2)), lora, dict(guidance="4", dial="2:0.7"))
+    save_lora(tiny_student(), lora, dict(guidance="4", dial="2:0.7"))
     at = {}
     for strength in (0.7, 1.0):
         again = load(sd.path)
@@ -173,21 +163,10 @@ def test_size(sd: StableDiffusion):
 
 
 @pytest.mark.parametrize("height, width", [(15, 16), (16, 17), (-16, 16)])
-def test_impossible_sizes_are_refused(height: int, width: int, sd: StableDiffusion):
+def test_impossible_sizes_are_refused_before_any_work(height: int, width: int, sd: StableDiffusion):
+    sd.unet.register_forward_pre_hook(lambda *_: pytest.fail("the UNet was called"))
     with pytest.raises(ValueError, match="multiples of 2"):
         sd.sample([APPLE], steps=1, height=height, width=width)
-
-
-def test_impossible_sizes_are_refused_before_any_work(sd: StableDiffusion):
-    sd.unet.register_forward_pre_hook(lambda *_: pytest.fail("the UNet was called"))
-    with pytest.raises(ValueError):
-        sd.sample([APPLE], height=15)
-
-
-@pytest.mark.parametrize("steps", [0, 1001])
-def test_impossible_numbers_of_steps_are_refused(steps: int, sd: StableDiffusion):
-    with pytest.raises(ValueError, match=f"1 to 1000 steps, not {steps}"):
-        sd.sample([APPLE], steps=steps)
 
 
 def test_a_long_prompt_warns_about_what_is_cut_off(sd: StableDiffusion):
@@ -210,15 +189,10 @@ def test_prompts_are_encoded_one_by_one(sd: StableDiffusion):
     assert error(together.tokens, torch.cat(alone)) < 1e-5
 
 
-def test_tokens_may_come_from_elsewhere(sd: StableDiffusion):
-    ids = sd.tokenizer([APPLE], padding="max_length", return_tensors="pt").input_ids
-    assert torch.equal(sd.encode_tokens(ids).tokens, sd.encode_prompt([APPLE]).tokens)
-
-
 def test_another_tokenizer(tiny_model: Path, tmp_path: Path):
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     tokenizer = shutil.move(folder / "tokenizer", tmp_path / "tokenizer")
-    with pytest.raises(CheckpointError, match="no tokenizer"):
+    with pytest.raises(CheckpointError, match="holds no tokenizer.*--tokenizer FOLDER"):
         load(folder).encode_prompt([APPLE])
     cond = load(folder, tokenizer=tokenizer).encode_prompt([APPLE])
     assert torch.equal(cond.tokens, load(tiny_model).encode_prompt([APPLE]).tokens)
@@ -292,11 +266,6 @@ def test_prediction_can_be_overridden(tiny_model: Path, sd: StableDiffusion):
     assert not np.array_equal(levels(v.sample([APPLE], steps=1)), levels(sd.sample([APPLE], steps=1)))
 
 
-def test_an_unknown_prediction_is_refused(tiny_model: Path):
-    with pytest.raises(ValueError, match="sample"):
-        load(tiny_model, prediction="sample")
-
-
 def test_everything_is_frozen(sd: StableDiffusion):
     parameters = [p for part in (sd.unet, sd.vae, sd.text_encoder) for p in part.parameters()]
     assert parameters and not any(p.requires_grad for p in parameters)
@@ -353,47 +322,38 @@ def test_to_images_rounds_and_clips():
     assert np.asarray(to_images(x)[0])[0, :, 0].tolist() == [0, 0, 128, 153, 255, 255]
 
 
-def test_encode_gives_latents_a_factor_smaller(sd: StableDiffusion):
-    x = randn(2, 3, 16, 24).clamp(-1, 1)
-    with torch.no_grad():
-        mean, sampled = sd.vae.encode(x), sd.vae.encode(x, generator=torch.Generator().manual_seed(0))
-    assert mean.shape == sampled.shape == (2, 4, 8, 12) and not torch.equal(mean, sampled)
-
-
-def test_a_student_is_not_guided_again(sd: StableDiffusion, tiny_model: Path, tmp_path: Path):
+def test_a_student_is_not_guided_again(sd: StableDiffusion, tmp_path: Path):
     """Neither where it is merged into W, nor by a second one beside W."""
-    save_lora(fill_up(inject_lora(sd.unet, rank=2)), tmp_path / "lora.safetensors", {"guidance": "4"})
-    fresh = load(tiny_model)
-    fresh.unet = load_lora(fresh.unet, tmp_path / "lora.safetensors")
-    merge_lora(fresh.unet)
-    assert fresh.sample([APPLE], steps=1, guidance=1) and fresh.sample([APPLE], steps=1, lora_enabled=True)
+    save_lora(tiny_student(), tmp_path / "lora.safetensors", {"guidance": "4"})
+    sd.unet = load_lora(sd.unet, tmp_path / "lora.safetensors")
+    merge_lora(sd.unet)
+    assert sd.sample([APPLE], steps=1, guidance=1) and sd.sample([APPLE], steps=1, lora_enabled=True)
     with pytest.raises(ValueError, match="has learned guidance 4: sample it with guidance 1"):
-        fresh.sample([APPLE], steps=1)
-    unmerge_lora(fresh.unet)
-    assert fresh.sample([APPLE], steps=1)
-    fresh.learned_guidance = "4"
+        sd.sample([APPLE], steps=1)
+    unmerge_lora(sd.unet)
+    assert sd.sample([APPLE], steps=1)
+    sd.learned_guidance = "4"
     with pytest.raises(ValueError, match="has learned guidance 4 already"):
-        fresh.sample([APPLE], steps=1, lora_enabled=True)
+        sd.sample([APPLE], steps=1, lora_enabled=True)
 
 
 def test_a_student_of_few_steps_has_their_spacing(sd: StableDiffusion, tmp_path: Path):
     header = dict(guidance="4", student_steps="2", teacher_steps="4")
-    save_lora(fill_up(inject_lora(sd.unet, rank=2)), tmp_path / "lora.safetensors", header)
-    fresh = load(sd.path)
-    fresh.unet = load_lora(fresh.unet, tmp_path / "lora.safetensors")
+    save_lora(tiny_student(), tmp_path / "lora.safetensors", header)
+    sd.unet = load_lora(sd.unet, tmp_path / "lora.safetensors")
     default, trailing, leading = (
-        fresh.sample([APPLE], steps=2, lora_enabled=True, spacing=s)[0] for s in (None, "trailing", "leading")
+        sd.sample([APPLE], steps=2, lora_enabled=True, spacing=s)[0] for s in (None, "trailing", "leading")
     )
     assert default.tobytes() == trailing.tobytes() != leading.tobytes()
     with pytest.warns(UserWarning, match="has learned 2 steps, not 3"):
-        fresh.sample([APPLE], steps=3, lora_enabled=True)
-    teacher = fresh.sample([APPLE], steps=2, guidance=1)[0]
-    assert teacher.tobytes() == fresh.sample([APPLE], steps=2, guidance=1, spacing="leading")[0].tobytes()
-    merge_lora(fresh.unet)  # now the switch has no effect
-    on, off = (fresh.sample([APPLE], steps=2, guidance=g, lora_enabled=g is None)[0] for g in (None, 1))
+        sd.sample([APPLE], steps=3, lora_enabled=True)
+    teacher = sd.sample([APPLE], steps=2, guidance=1)[0]
+    assert teacher.tobytes() == sd.sample([APPLE], steps=2, guidance=1, spacing="leading")[0].tobytes()
+    merge_lora(sd.unet)  # now the switch has no effect
+    on, off = (sd.sample([APPLE], steps=2, guidance=g, lora_enabled=g is None)[0] for g in (None, 1))
     assert off.tobytes() == on.tobytes()
     with pytest.warns(UserWarning, match="has learned 2 steps, not 3"):
-        fresh.sample([APPLE], steps=3, guidance=1)
+        sd.sample([APPLE], steps=3, guidance=1)
 
 
 def test_prompts_are_a_list_of_strings(sd: StableDiffusion):

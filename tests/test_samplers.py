@@ -18,11 +18,12 @@ from minidistill.schedule import Schedule, add_noise
 
 
 def gaussian_model(s: Schedule, spread: float = 0.5):
-    """The perfect prediction for Gaussian data: E[eps | z_t] = sigma z_t / (alpha^2 spread^2 + sigma^2)."""
+    """The perfect prediction for Gaussian data: E[eps | z_t] = sigma z_t / (alpha^2 spread^2 + sigma^2), or v."""
 
     def model(z_t: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = s.alpha_sigma(t, z_t)
-        return sigma * z_t / (alpha**2 * spread**2 + sigma**2)
+        eps = sigma * z_t / (alpha**2 * spread**2 + sigma**2)
+        return eps if s.prediction == "eps" else (eps - sigma * z_t) / alpha
 
     return model
 
@@ -116,8 +117,8 @@ def test_sampling_and_inversion_and_trajectories_go_through_the_loop(sd: StableD
     for module in ("minidistill.samplers", "minidistill.data.trajectories"):
         monkeypatch.setattr(f"{module}.ddim_loop", recorded)
     z = randn(1, 4, 8, 8)
-    assert torch.equal(last(ddim_sample(None, schedule(), z, 4)), z + 3)
-    assert torch.equal(last(ddim_invert(None, schedule(), z, 4)), z + 3)
+    for sampler in (ddim_sample, ddim_invert):
+        assert torch.equal(torch.cat(list(sampler(None, schedule(), z, 4))), torch.cat([z, z + 1, z + 2, z + 3]))
     cond = sd.encode_prompt(["a red apple"])
     z_t, target, z_0 = trajectories.teacher_trajectory(sd, cond, cond, 2.0, z, [751, 501, 1])
     assert taken[0] == [(751, 501), (501, 251), (251, 1), (1, -249)]
@@ -189,14 +190,18 @@ def test_eta_outside_0_to_1_is_refused(eta: float):
         last(ddim_sample(gaussian_model(schedule()), schedule(), randn(1, 4, 3, 3), 5, eta))
 
 
-def test_inversion_and_sampling_lead_back():
-    s, z_0 = schedule(), 0.5 * randn(1, 4, 8, 8, dtype=torch.float64)
+@pytest.mark.parametrize("one", [False, True])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_inversion_and_sampling_lead_back(prediction: str, one: bool):
+    s = schedule(prediction=prediction, set_alpha_to_one=one)
+    z_0 = 0.5 * randn(2, 4, 8, 8, dtype=torch.float64)
 
     def distance(steps: int) -> float:
         z_T = last(ddim_invert(gaussian_model(s), s, z_0, steps))
+        assert error(z_T, 2 * z_0) < 0.1  # noise of unit variance
         return error(last(ddim_sample(gaussian_model(s), s, z_T, steps)), z_0)
 
-    assert distance(500) < 0.02 and distance(500) < 0.5 * distance(50)
+    assert distance(500) < 0.02 and distance(500) < 0.5 * distance(50) < 0.05
 
 
 def test_sampling_keeps_no_graph():

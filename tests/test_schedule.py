@@ -46,26 +46,15 @@ def test_unknown_kinds_are_named(changes: dict):
         schedule(**changes)
 
 
-@pytest.mark.parametrize(
-    "steps, expected",
-    [
-        (50, [i * 20 + 1 for i in range(50)][::-1]),
-        (25, [i * 40 + 1 for i in range(25)][::-1]),
-        (30, [i * 33 + 1 for i in range(30)][::-1]),
-        (1, [1]),
-        (1000, list(range(1000))[::-1]),
-        (999, list(range(1, 1000))[::-1]),
-    ],
-)
-def test_timesteps(steps: int, expected: list[int]):
-    assert schedule().timesteps(steps) == expected
+LEADING = [(50, range(981, 0, -20)), (25, range(961, 0, -40)), (30, range(958, 0, -33)), (1, [1])]
+LEADING += [(1000, range(999, -1, -1)), (999, range(999, 0, -1))]
+TRAILING = [(1, [999]), (2, [999, 499]), (4, [999, 749, 499, 249]), (3, [999, 666, 332])]
 
 
-@pytest.mark.parametrize(
-    "steps, expected", [(1, [999]), (2, [999, 499]), (4, [999, 749, 499, 249]), (3, [999, 666, 332])]
-)
-def test_trailing_timesteps(steps: int, expected: list[int]):
-    assert schedule().timesteps(steps, "trailing") == expected
+@pytest.mark.parametrize("spacing, cases", [("leading", LEADING), ("trailing", TRAILING)])
+def test_timesteps(spacing: str, cases: list):
+    assert [schedule().timesteps(steps, spacing) for steps, _ in cases] == [list(expected) for _, expected in cases]
+    assert schedule(steps_offset=0).timesteps(4) == [750, 500, 250, 0]
 
 
 def test_an_unknown_spacing_is_refused():
@@ -84,10 +73,6 @@ def test_below_zero_is_the_end_of_sampling():
 def test_a_time_step_above_the_last_is_refused():
     with pytest.raises(IndexError):
         schedule().alpha_sigma(torch.tensor([1000]), torch.empty(0))
-
-
-def test_timesteps_without_offset():
-    assert schedule(steps_offset=0).timesteps(4) == [750, 500, 250, 0]
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])

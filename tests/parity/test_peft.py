@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from test_lora import LAYERS
 from tiny import error, randn
 from torch import nn
 
@@ -11,16 +12,8 @@ from minidistill import inject_lora, merge_lora
 
 peft = pytest.importorskip("peft", reason="compares with peft")
 
-LAYERS = {
-    "linear": lambda: nn.Linear(6, 5),
-    "1x1": lambda: nn.Conv2d(6, 5, 1),
-    "3x3": lambda: nn.Conv2d(6, 5, 3, padding=1),
-    "stride_2": lambda: nn.Conv2d(6, 5, 3, stride=2, padding=1),
-    "no_padding": lambda: nn.Conv2d(6, 5, 3, stride=2),
-}
 
-
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", ["linear", "1x1", "3x3", "stride_2", "no_padding"])
 def test_layer(kind: str) -> None:
     torch.manual_seed(0)
     base = nn.Sequential(LAYERS[kind]()).double()

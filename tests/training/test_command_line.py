@@ -114,13 +114,6 @@ def test_folders_near_a_model_get_advice(tiny_model: Path, tmp_path: Path):
         load(tmp_path / "empty")
 
 
-def test_no_tokenizer_names_the_flag(tiny_model: Path, tmp_path: Path):
-    folder = shutil.copytree(tiny_model, tmp_path / "model")
-    shutil.rmtree(folder / "tokenizer")
-    with pytest.raises(CheckpointError, match="holds no tokenizer.*--tokenizer FOLDER"):
-        load(folder).encode_prompt(["a rocket"])
-
-
 def test_the_default_model_is_that_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Elsewhere its path must not look like a hub id, which would be fetched."""
     monkeypatch.chdir(tmp_path)
