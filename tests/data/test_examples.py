@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_distill import tensors
 from tiny import error
-from torch import Tensor
 
 from minidistill import StableDiffusion, load
 from minidistill.data.examples import NoisedLatents, StoredStates, batch_indices, batch_to_device, prompts_of
 from minidistill.data.trajectories import Trajectories, generate
-from minidistill.distill import Batch
 
 CAPTIONS = ["a red apple", "a green pear", "a rocket on a purple background", "a cat", "never used"]
 
@@ -20,10 +19,6 @@ def states(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Trajec
     """Six trajectories of three steps, of which two prompts are used twice."""
     folder = tmp_path_factory.mktemp("states")
     return generate(load(tiny_model), CAPTIONS[:4], folder, count=6, steps=3, guidance=4.0, batch=4)
-
-
-def tensors(batch: Batch) -> list[Tensor]:
-    return [batch.z_t, batch.t, batch.cond.tokens, batch.weight, *([] if batch.target is None else [batch.target])]
 
 
 def examples_of(kind, sd: StableDiffusion, states: Trajectories, weighting: str = "even", seed: int = 5):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import error
 
-from minidistill import CheckpointError, StableDiffusion, guided_noise, load
+from minidistill import CheckpointError, StableDiffusion, load
 from minidistill.data.shards import read_shard
 from minidistill.data.trajectories import Trajectories, generate
 from minidistill.guidance import Interval
@@ -64,19 +64,10 @@ def test_shards_with_a_stride_take_the_first_step_and_together_every_step(sd: St
     assert error(ddim_step(sd.schedule, eps_hat, z_t, timesteps[4], timesteps[7]), following) < 2e-3
 
 
-def test_targets_are_the_guided_prediction(sd: StableDiffusion, tmp_path: Path):
-    states = generated(sd, tmp_path)
-    trajectories, steps = torch.tensor([4, 0, 3]), torch.tensor([2, 1, 0])
-    z_t, eps_hat, t = states.states(trajectories, steps)
-    cond = sd.encode_prompt([CAPTIONS[i] for i in states.prompts(trajectories)])
-    expected = guided_noise(sd.unet, z_t, t, cond, sd.encode_prompt([""]).expand(3), 4.0).detach()
-    assert error(eps_hat, expected) < 2e-3
-
-
 @pytest.mark.parametrize(
-    "interval, inside", [(Interval(300, 500), [False, True, False]), (Interval(1, 334), [0, 1, 1])]
+    "interval, inside", [(Interval(300, 500), [0, 1, 0]), (Interval(1, 334), [0, 1, 1]), (None, [1, 1, 1])]
 )
-def test_targets_of_an_interval_are_guided_within_it(interval: Interval, inside: list, sd, calls, tmp_path: Path):
+def test_targets_are_guided_within_the_interval(interval: Interval | None, inside: list, sd, calls, tmp_path: Path):
     """t = 667, 334, 1: guided inside, the plain prediction of one call elsewhere, each from its own state."""
     states = generated(sd, tmp_path, interval=interval)
     assert len(calls) == 3 * (3 + sum(inside))  # three shards
@@ -128,21 +119,10 @@ def test_every_prompt_comes_before_any_comes_again(sd: StableDiffusion, tmp_path
     assert len(states) == 5 and sorted(numbers[:3]) == [0, 1, 2]
 
 
-def test_negative_prompt_guides_away(sd: StableDiffusion, tmp_path: Path):
-    plain, negative = generated(sd, tmp_path / "a"), generated(sd, tmp_path / "b", negative_prompt="a green pear")
-    assert not torch.equal(plain.ends(torch.arange(5)), negative.ends(torch.arange(5)))
-
-
 def test_only_the_ends_are_stored_for_noised_latents(sd: StableDiffusion, tmp_path: Path):
     whole, ends = generated(sd, tmp_path / "a"), generated(sd, tmp_path / "b", keep_states=False)
     assert torch.equal(ends.ends(torch.arange(5)), whole.ends(torch.arange(5)))
     assert set(ends.shards[0]) == {"z_0", "prompt", "t"}
-
-
-def test_trajectories_are_read_as_float32(sd: StableDiffusion, tmp_path: Path):
-    z_t, eps_hat, _ = (states := generated(sd, tmp_path)).states(torch.tensor([1]), torch.tensor([1]))
-    assert {z_t.dtype, eps_hat.dtype, states.ends(torch.tensor([1])).dtype} == {torch.float32}
-    assert z_t.shape == eps_hat.shape == (1, 4, 8, 8)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists mapped files")
@@ -168,18 +148,6 @@ def test_steps_that_skip_a_time_of_the_student_are_refused(sd: StableDiffusion, 
 # Resuming
 
 
-def delete(file: Path) -> None:
-    file.unlink()
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-50])
-
-
-def empty(file: Path) -> None:
-    file.write_bytes(b"")
-
-
 def flip(file: Path) -> None:
     """One bit of a tensor, which safetensors does not notice."""
     contents = bytearray(file.read_bytes())
@@ -188,7 +156,10 @@ def flip(file: Path) -> None:
     load_file(file)
 
 
-@pytest.mark.parametrize("damage", [delete, truncate, empty, flip])
+DAMAGE = [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-50]), lambda file: file.write_bytes(b""), flip]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=["deleted", "truncated", "empty", "flipped"])
 def test_only_the_damaged_shard_is_made_again(damage, sd: StableDiffusion, calls: list[int], tmp_path: Path):
     generated(sd, tmp_path)
     before = contents(tmp_path)
@@ -223,17 +194,8 @@ def test_interrupted_generation_leaves_complete_shards_only(sd: StableDiffusion,
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        dict(steps=4),
-        dict(guidance=5.0),
-        dict(negative_prompt="a cat"),
-        dict(seed=1),
-        dict(batch=5),
-        dict(keep_states=False),
-        dict(captions=CAPTIONS[:2]),
-        dict(stride=2),
-        dict(interval=Interval(300, 900)),
-    ],
+    [dict(steps=4), dict(guidance=5.0), dict(negative_prompt="a cat"), dict(seed=1), dict(batch=5), dict(stride=2)]
+    + [dict(keep_states=False), dict(captions=CAPTIONS[:2]), dict(interval=Interval(300, 900))],
     ids=lambda changes: next(iter(changes)),
 )
 def test_other_settings_are_refused(changes: dict, sd: StableDiffusion, tmp_path: Path):
@@ -256,38 +218,20 @@ def test_more_trajectories_are_added_to_existing_ones(sd: StableDiffusion, tmp_p
     assert contents(tmp_path / "grown") == contents(tmp_path / "at once")
 
 
-def other_unet(sd: StableDiffusion) -> None:
-    sd.unet.conv_out.weight[0, 0, 0, 0] += 1e-6
+CHANGES: dict[str, Callable[[StableDiffusion], object]] = {
+    "unet": lambda sd: sd.unet.conv_out.weight[0, 0, 0, 0].add_(1e-6),
+    "heads": lambda sd: setattr(sd.unet, "config", replace(sd.unet.config, heads=(4, 4))),
+    "text encoder": lambda sd: next(sd.text_encoder.parameters()).view(-1)[0].add_(1e-6),
+    "activation": lambda sd: setattr(sd.text_encoder.config, "hidden_act", "gelu"),
+    "tokenizer": lambda sd: setattr(sd.tokenizer, "pad_token", "!"),
+    "schedule": lambda sd: setattr(sd, "schedule", replace(sd.schedule, final_alpha=torch.tensor(1.0))),
+}
 
 
-def other_text_encoder(sd: StableDiffusion) -> None:
-    next(sd.text_encoder.parameters()).view(-1)[0] += 1e-6
-
-
-def other_heads(sd: StableDiffusion) -> None:
-    sd.unet.config = replace(sd.unet.config, heads=(4, 4))
-
-
-def other_activation(sd: StableDiffusion) -> None:
-    sd.text_encoder.config.hidden_act = "gelu"
-
-
-def other_tokenizer(sd: StableDiffusion) -> None:
-    sd.tokenizer.pad_token = "!"
-
-
-def other_schedule(sd: StableDiffusion) -> None:
-    sd.schedule = replace(sd.schedule, final_alpha=torch.tensor(1.0))
-
-
-@pytest.mark.parametrize(
-    "other", [other_unet, other_heads, other_text_encoder, other_activation, other_tokenizer, other_schedule]
-)
-def test_trajectories_of_another_teacher_are_refused(
-    other: Callable[[StableDiffusion], None], sd: StableDiffusion, tmp_path: Path
-):
+@pytest.mark.parametrize("change", CHANGES)
+def test_trajectories_of_another_teacher_are_refused(change: str, sd: StableDiffusion, tmp_path: Path):
     generated(sd, tmp_path)
-    other(sd)
+    CHANGES[change](sd)
     with pytest.raises(ValueError, match="other settings"):
         generated(sd, tmp_path)
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from tiny import ROOT, error, fill_up
+from tiny import ROOT, error, tiny_student
 from torch import Tensor, nn
 
 from minidistill import CheckpointError, StableDiffusion, inject_lora, load, load_lora, save_lora
@@ -23,7 +22,6 @@ from minidistill.evaluate.__main__ import main
 from minidistill.evaluate.metrics import EVALUATION_SEED, frechet_distance, frechet_interval, ssim
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
-from minidistill.formats.tensor_files import write_tensors
 from minidistill.guidance import Interval
 
 PROMPTS = ["a red apple", "a green pear", "a rocket on a purple background"]
@@ -167,12 +165,20 @@ def test_interval_of_a_ratio_pools():
     assert value == 0.25 and low == 0 and high == 1
 
 
-@pytest.mark.parametrize("method, calls", [("teacher", 6), ("no guidance", 3), ("student", 3)])
-def test_draw_counts_unet_calls(method: str, calls: int, sd: StableDiffusion):
+INTERVALS = [((0, 1000), 10), ((401, 601), 7), ((402, 600), 5), ((1, 1), 6)]
+DRAWN = [("teacher", {}, 10), ("no guidance", {}, 5), ("student", {}, 5)]
+DRAWN += [("teacher", dict(selective=share), calls) for share, calls in ((0.2, 9), (0.5, 8), (1.0, 5))]
+DRAWN += [("teacher", dict(interval=Interval(*ends)), calls) for ends, calls in INTERVALS]
+DRAWN += [("no guidance", dict(interval=Interval(*ends)), 5) for ends, _ in INTERVALS]
+
+
+@pytest.mark.parametrize("method, options, calls", DRAWN, ids=str)
+def test_draw_counts_unet_calls(method: str, options: dict, calls: int, sd: StableDiffusion):
+    """Of five DDIM steps, at t = 801, 601, 401, 201 and 1."""
     sd.unet = inject_lora(sd.unet, rank=2)
     counted = []
     sd.unet.get_submodule("conv_in").register_forward_hook(lambda *_: counted.append(1))
-    drawn = draw(sd, method, PROMPTS[:2], steps=3, guidance=GUIDANCE)
+    drawn = draw(sd, method, PROMPTS[:2], steps=5, guidance=GUIDANCE, **options)
     assert drawn.unet_calls == len(counted) == calls
     assert drawn.method == method and len(drawn.images) == 2 and drawn.seconds > 0
 
@@ -196,39 +202,6 @@ def test_the_time_of_an_image_is_without_moves_and_prompts(sd: StableDiffusion, 
     for network, seconds in ((sd.unet, 1), (sd.vae.decoder, 10), (sd.text_encoder, 1000)):
         network.register_forward_pre_hook(partial(pass_time, seconds))
     assert draw(sd, "teacher", PROMPTS[:3], steps=3, guidance=GUIDANCE, batch=2).seconds == (2 * 6 + 3 * 10) / 3
-
-
-@pytest.mark.parametrize("selective, calls", [(0.0, 10), (0.2, 9), (0.5, 8), (1.0, 5)])
-def test_selective_guidance_drops_the_last_steps(selective: float, calls: int, sd: StableDiffusion):
-    contexts = []
-    uncond = sd.encode_prompt([""])
-    sd.unet.register_forward_pre_hook(lambda _, args: contexts.append(torch.equal(args[2].tokens, uncond.tokens)))
-    drawn = draw(sd, "teacher", PROMPTS[:1], steps=5, guidance=GUIDANCE, selective=selective)
-    assert drawn.unet_calls == len(contexts) == calls
-    guided = calls - 5  # cond and uncond in turn, then cond alone
-    assert contexts == [False, True] * guided + [False] * (5 - guided)
-
-
-def test_selective_guidance_in_no_step_is_no_guidance(sd: StableDiffusion):
-    nothing, none = (
-        draw(sd, method, PROMPTS, steps=3, guidance=GUIDANCE, selective=part)
-        for method, part in (("teacher", 1.0), ("no guidance", 0.0))
-    )
-    assert all(np.array_equal(a, b) for a, b in zip(nothing.images, none.images))
-    with pytest.raises(ValueError, match="selective"):
-        sd.sample(PROMPTS, steps=3, selective=1.5)
-
-
-@pytest.mark.parametrize("interval, calls", [((0, 1000), 10), ((401, 601), 7), ((402, 600), 5), ((1, 1), 6)])
-def test_guidance_in_an_interval_costs_two_calls_inside(interval: tuple, calls: int, sd: StableDiffusion):
-    """Five DDIM steps, at t = 801, 601, 401, 201 and 1."""
-    counted = []
-    sd.unet.register_forward_pre_hook(lambda *_: counted.append(1))
-    drawn = draw(sd, "teacher", PROMPTS[:1], steps=5, guidance=GUIDANCE, interval=Interval(*interval))
-    assert drawn.unet_calls == len(counted) == calls
-    assert (
-        draw(sd, "no guidance", PROMPTS[:1], steps=5, guidance=GUIDANCE, interval=Interval(*interval)).unet_calls == 5
-    )
 
 
 def test_methods_start_from_the_same_noise(sd: StableDiffusion):
@@ -274,14 +247,19 @@ def test_a_missing_clip_is_an_error(sd: StableDiffusion, tmp_path: Path):
         ClipScore(tmp_path / "nowhere", sd.tokenizer)
 
 
-@pytest.fixture
-def run(sd: StableDiffusion, tmp_path: Path) -> Path:
-    """A run's folder with a LoRA in it, which is all that evaluation reads."""
-    save_lora(fill_up(inject_lora(sd.unet, rank=2)), tmp_path / "a run/lora.safetensors", LEARNED)
-    return tmp_path / "a run"
-
-
 LEARNED = dict(base="tiny", guidance="4", negative_prompt="", method="trajectories")
+
+
+def write_student(file: Path, strength: float = 1.0, **header: str) -> Path:
+    """A LoRA for the tiny model, which is all of a run that evaluation reads."""
+    save_lora(tiny_student(alpha=2 * strength), file, LEARNED | header)
+    return file
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder."""
+    return write_student(tmp_path / "a run/lora.safetensors").parent
 
 
 @pytest.fixture
@@ -348,8 +326,7 @@ def test_intervals_add_teachers(run: Path, evaluate: Callable[..., Path], tiny_m
 
 def test_a_student_of_a_teacher_guided_in_an_interval(run: Path, evaluate: Callable[..., Path], tiny_model: Path):
     """The interval is in the LoRA's header, and the teacher in the comparison is guided there only."""
-    header = LEARNED | dict(interval="2 501", rank="2", alpha="2")
-    write_tensors(run / "lora.safetensors", load_file(run / "lora.safetensors"), header)
+    write_student(run / "lora.safetensors", interval="2 501")
     out = evaluate(run)
     results = json.loads((out / "results.json").read_text(), parse_constant=lambda text: pytest.fail(text))
     assert [row["unet_calls"] for row in results["rows"]] == [3, 2, 2]
@@ -364,8 +341,7 @@ def test_a_student_of_a_teacher_guided_in_an_interval(run: Path, evaluate: Calla
 
 def test_a_student_of_few_steps(run: Path, evaluate: Callable[..., Path], tiny_model: Path):
     """It takes the steps in its header, with trailing spacing; the dial is not for it."""
-    header = LEARNED | dict(student_steps="1", teacher_steps="2", rank="2", alpha="2")
-    write_tensors(run / "lora.safetensors", load_file(run / "lora.safetensors"), header)
+    write_student(run / "lora.safetensors", student_steps="1", teacher_steps="2")
     out = evaluate(run)
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert [row["unet_calls"] for row in rows] == [4, 2, 4, 1]
@@ -414,8 +390,7 @@ def test_images_are_cached(run: Path, evaluate: Callable[..., Path], monkeypatch
         patched.setattr(StableDiffusion, "sample", lambda *_, **__: pytest.fail("sampled again"))
         results.append((evaluate(run) / "results.json").read_text())
     assert results[0] == results[1]
-    other = {name: 2 * tensor for name, tensor in load_file(run / "lora.safetensors").items()}
-    write_tensors(run / "lora.safetensors", other, LEARNED | dict(rank="2", alpha="2"))
+    write_student(run / "lora.safetensors", strength=4)
     results.append((evaluate(run) / "results.json").read_text())
     before, after = (json.loads(text)["rows"] for text in results[1:])
     assert before[:2] == after[:2] and before[2]["PSNR"] != after[2]["PSNR"]
@@ -451,14 +426,10 @@ def test_bad_input_is_refused_before_sampling(
         evaluate(run, "--judge", "nonsense")
     with pytest.raises(ValueError, match="embedded model's captions"):
         evaluate(run, "--judge", "minidistill.pocket.judge")
-    same = load_file(run / "lora.safetensors")
-    header = LEARNED | dict(rank="2", alpha="2", teacher_lora="ink.safetensors:1")
-    write_tensors(run / "styled.safetensors", same, header)
     with pytest.raises(ValueError, match="ink.safetensors"):
-        evaluate(run / "styled.safetensors")
-    write_tensors(run / "odd.safetensors", same, LEARNED | dict(rank="2", alpha="2", interval="all"))
+        evaluate(write_student(run / "styled.safetensors", teacher_lora="ink.safetensors:1"))
     with pytest.raises(CheckpointError, match="odd.safetensors"):
-        evaluate(run / "odd.safetensors")
+        evaluate(write_student(run / "odd.safetensors", interval="all"))
 
 
 def test_the_teachers_predictions_are_made_once_for_all_students(
@@ -467,9 +438,8 @@ def test_the_teachers_predictions_are_made_once_for_all_students(
     batches = []
     found = metrics.teacher_states
     monkeypatch.setattr(metrics, "teacher_states", lambda *args, **how: batches.append(how) or found(*args, **how))
-    other = {name: 2 * tensor for name, tensor in load_file(run / "lora.safetensors").items()}
-    write_tensors(tmp_path / "other.safetensors", other, LEARNED | dict(rank="2", alpha="2"))
-    rows = json.loads((evaluate(run, tmp_path / "other.safetensors") / "results.json").read_text())["rows"]
+    other = write_student(tmp_path / "other.safetensors", strength=4)
+    rows = json.loads((evaluate(run, other) / "results.json").read_text())["rows"]
     assert [how["noised"] for how in batches] == [False, True]  # four prompts are one batch
     assert rows[2]["noise error share"] != rows[3]["noise error share"]
 
@@ -477,12 +447,9 @@ def test_the_teachers_predictions_are_made_once_for_all_students(
 def test_students_of_several_teachers_are_refused(run: Path, evaluate: Callable[..., Path]):
     with pytest.raises(ValueError, match="one teacher"):
         evaluate(run, "--guidance", 3)
-    other = load_file(run / "lora.safetensors")
-    write_tensors(run / "other.safetensors", other, LEARNED | dict(guidance="3", rank="2", alpha="2"))
     with pytest.raises(ValueError, match="one teacher"):
-        evaluate(run, run / "other.safetensors")
-    write_tensors(run / "other.safetensors", other, LEARNED | dict(interval="0 400", rank="2", alpha="2"))
+        evaluate(run, write_student(run / "other.safetensors", guidance="3"))
     with pytest.raises(ValueError, match="one teacher.* for 0 <= t <= 400"):
-        evaluate(run, run / "other.safetensors")
+        evaluate(run, write_student(run / "other.safetensors", interval="0 400"))
     with pytest.raises(ValueError, match='called "a run"'):
         evaluate(run, run)

@@ -26,6 +26,7 @@ from minidistill.evaluate.__main__ import COMMANDS, main
 from minidistill.evaluate.few_step_ways import Lesson
 from minidistill.evaluate.summary import MEASURES, summary
 from minidistill.formats.lora_formats import read_lora
+from minidistill.formats.lora_io import merge_file
 from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
 from minidistill.formats.tensor_files import read_tensors, write_tensors
 from minidistill.lora import lora_layers, lora_parameters
@@ -46,21 +47,9 @@ def lora(sd: StableDiffusion, tmp_path: Path) -> Path:
 
 
 def test_the_dial(lora: Path, tiny_model: Path, tmp_path: Path):
-    flags = [
-        "--model",
-        tiny_model,
-        "--guidance",
-        2,
-        "--prompts",
-        3,
-        "--steps",
-        2,
-        "--out",
-        tmp_path / "dial",
-        "--write",
-    ]
     before = read_tensors(lora)
-    main(["dial", str(lora), "--write", *map(str, flags)])
+    flags = f"--write --model {tiny_model} --guidance 2 --prompts 3 --steps 2 --out {tmp_path}/dial"
+    main(["dial", str(lora), *flags.split()])
     (row,) = json.loads((tmp_path / "dial/dial.json").read_text())["rows"]
     assert (row["guidance"], row["nominal"]["strength"]) == (2, 0.5)
 
@@ -125,9 +114,8 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
     ways = ["train.py", "on top of the one-pass student", "own states", "consistency distillation"]
     ways += ["through all steps", "begun from the one-pass student", "progressive distillation"]
     ways += ["one LoRA for 1, 2, 4 and 8 steps", "no guidance"]
-    flags = ["few-steps", "--model", str(tiny_model), "--one-pass", str(lora), "--out", str(tmp_path)]
-    for name, value in dict(teacher_steps=8, trajectories=8, updates=2, rank=2, prompts=2, each=2).items():
-        flags += [f"--{name.replace('_', '-')}", str(value)]
+    flags = f"few-steps --model {tiny_model} --one-pass {lora} --out {tmp_path} --teacher-steps 8 --trajectories 8"
+    flags = f"{flags} --updates 2 --rank 2 --prompts 2 --each 2".split()
     main([*flags, "--ways", *ways])
     report = json.loads((tmp_path / "few-steps-2.json").read_text())
     rows = {row["way"]: row for row in report["rows"]}
@@ -167,9 +155,8 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
 def test_steering_few_steps(lora: Path, tiny_model: Path, tmp_path: Path):
     """At the guidance that was learned, "coupled" is the way as it is; LoRAs that add differ from it at another."""
     learn_from(lora, guidance="3")
-    flags = ["--model", str(tiny_model), "--one-pass", str(lora), "--out", str(tmp_path), "--student-steps", "2"]
-    for name, value in dict(teacher_steps=4, trajectories=8, updates=2, rank=2, prompts=2, each=2, guidance=3).items():
-        flags += [f"--{name.replace('_', '-')}", str(value)]
+    flags = f"--model {tiny_model} --one-pass {lora} --out {tmp_path} --student-steps 2 --teacher-steps 4 --guidance 3"
+    flags = f"{flags} --trajectories 8 --updates 2 --rank 2 --prompts 2 --each 2".split()
     with pytest.raises(ValueError, match="--scales: each must be above 1"):
         main(["steering", *flags, "--scales", "1", "3"])
     main(["steering", *flags, "--scales", "2", "3"])
@@ -206,29 +193,19 @@ def test_the_first_way_is_train_pys(sd: StableDiffusion, tmp_path: Path):
 
 def test_spectrum_of_a_student_that_is_the_lora(lora: Path, tiny_model: Path, tmp_path: Path):
     """A full student equal to W plus a LoRA of rank 2: its change has two ranks, and is the LoRA's change."""
-    sd = load(tiny_model)
-    unet = load_lora(sd.unet, lora)
-    with torch.no_grad():
-        for layer in lora_layers(unet).values():
-            layer.weight += layer.delta()
-    change = replaced_by(load_weights(tiny_model, unet.state_dict()))
-    write_checkpoint(tiny_model, change, tmp_path / "full/student", LEARNED)
+    unet, file = load(tiny_model).unet, read_lora(lora)
+    merge_file(unet, file)
+    write_checkpoint(tiny_model, replaced_by(unet), tmp_path / "full/student", LEARNED)
     flags = [tmp_path / "full", lora, "--model", tiny_model, "--out", tmp_path / "out"]
     main(["spectrum", *map(str, flags)])
     rows = json.loads((tmp_path / "out/spectrum.json").read_text())["rows"]
-    assert {row["layer"] for row in rows} == set(lora_layers(unet))
+    assert {row["layer"] for row in rows} == set(file.layers)
     for row in rows:
         assert row["held"]["full"][1] > 1 - 1e-6 > row["held"]["full"][0] and row["cosine"] > 1 - 1e-6
         assert row["norm"]["full"] == pytest.approx(row["norm"]["lora"], rel=1e-4)
     assert Image.open(tmp_path / "out/spectrum.png").size[0] > 0
     with pytest.raises(ValueError, match="no run of --method full"):
         main(["spectrum", *map(str, [tmp_path, *flags[1:]])])
-
-
-def load_weights(model: Path, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    unet = load(model).unet
-    unet.load_state_dict({name: x for name, x in weights.items() if ".lora_" not in name})
-    return unet
 
 
 def test_share_by_rank_is_the_square_of_the_best_approximation():
@@ -243,21 +220,8 @@ def test_share_by_rank_is_the_square_of_the_best_approximation():
 def test_a_sweep(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sweeps, "VALUES", {"layers": ("attention",)})
-    flags = [
-        "sweeps",
-        "layers",
-        "--model",
-        tiny_model,
-        "--trajectories",
-        16,
-        "--updates",
-        2,
-        "--prompts",
-        2,
-        "--rank",
-        1,
-    ]
-    flags = [str(flag) for flag in [*flags, "--runs", tmp_path / "runs", "--out", tmp_path / "out"]]
+    flags = f"sweeps layers --model {tiny_model} --trajectories 16 --updates 2 --prompts 2 --rank 1"
+    flags = [*flags.split(), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     main(flags)
     (row,) = json.loads((tmp_path / "out/sweeps.json").read_text())["layers"]["rows"]
     run = next((tmp_path / "runs").glob("rank 1*/lora.safetensors"))
