@@ -96,6 +96,13 @@ def write_small(folder: Path, *, style: dict = SD1, prediction: str = "eps", vae
     return pipe
 
 
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same tensors, bit for bit; transformers' names have a prefix or not."""
+    found, expected = ({n.removeprefix("text_model."): x for n, x in part.items()} for part in (found, expected))
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 XL_UNET = dict(
     block_out_channels=(32, 64),
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),

@@ -5,20 +5,8 @@ from kernel_shapes import CONVS, SDXL
 from torch import Tensor, nn
 
 from .helpers import diffusers
+from .test_sdxl import PUBLISHED
 
-SDXL_CONFIG = dict(
-    sample_size=128,
-    block_out_channels=(320, 640, 1280),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    cross_attention_dim=2048,
-    attention_head_dim=(5, 10, 20),
-    transformer_layers_per_block=(1, 2, 10),
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
 SD15_CONFIG = dict(sample_size=64, cross_attention_dim=768)
 
 
@@ -46,5 +34,5 @@ def shapes(config: dict) -> tuple[set, set]:
 
 
 def test_no_layer_is_missing():
-    (linear, convolutions), (_, others) = shapes(SDXL_CONFIG), shapes(SD15_CONFIG)
+    (linear, convolutions), (_, others) = shapes(PUBLISHED), shapes(SD15_CONFIG)
     assert linear == set(SDXL) and convolutions | others == set(CONVS)

@@ -197,18 +197,22 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("names", ["peft", "diffusers"])
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_a_lora_trained_by_peft(kind: str, names: str, small: Path, tmp_path: Path) -> None:
-    """diffusers saves it with its configuration in the header, under its present names and its older scripts' names."""
-    pipe = pipeline(small)
-    adapter(pipe, **ADAPTERS[kind])
+def saved(pipe, folder: Path, names: str = "peft", configured: bool = True) -> Path:
+    """diffusers saves the LoRA, with its configuration in the header, under its present or its older scripts' names."""
     layers = peft.get_peft_model_state_dict(pipe.unet)
     if names == "diffusers":
         layers = diffusers.utils.convert_state_dict_to_diffusers(layers)
-    header = diffusers.training_utils._collate_lora_metadata({"unet": pipe.unet})
-    pipe.save_lora_weights(tmp_path, unet_lora_layers=layers, **header)
-    file = tmp_path / "pytorch_lora_weights.safetensors"
+    header = diffusers.training_utils._collate_lora_metadata({"unet": pipe.unet}) if configured else {}
+    pipe.save_lora_weights(folder, unet_lora_layers=layers, **header)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize("names", ["peft", "diffusers"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_lora_trained_by_peft(kind: str, names: str, small: Path, tmp_path: Path) -> None:
+    pipe = pipeline(small)
+    adapter(pipe, **ADAPTERS[kind])
+    file = saved(pipe, tmp_path, names)
     assert len(read_lora(file).layers) == len(adapted(pipe.unet))
     assert np.abs(draw_ours(small, file) - draw_theirs(pipe, small)).max() <= 1
 
@@ -217,18 +221,14 @@ def test_a_lora_without_a_configuration(small: Path, tmp_path: Path) -> None:
     """Without alpha in the file, diffusers and we use the rank."""
     pipe = pipeline(small)
     adapter(pipe, **ADAPTERS["convolutions"])
-    pipe.save_lora_weights(tmp_path, unet_lora_layers=peft.get_peft_model_state_dict(pipe.unet))
-    file = tmp_path / "pytorch_lora_weights.safetensors"
+    file = saved(pipe, tmp_path, configured=False)
     assert np.abs(draw_ours(small, file) - draw_theirs(pipeline(small, file), small)).max() <= 1
 
 
 def test_theirs_to_kohyas_names(small: Path, tmp_path: Path) -> None:
     pipe = pipeline(small)
     adapter(pipe, **ADAPTERS["convolutions"])
-    header = diffusers.training_utils._collate_lora_metadata({"unet": pipe.unet})
-    pipe.save_lora_weights(tmp_path, unet_lora_layers=peft.get_peft_model_state_dict(pipe.unet), **header)
-    file = tmp_path / "pytorch_lora_weights.safetensors"
-    export.main([str(file), "--to", "kohya", "--out", str(tmp_path / "kohya.safetensors")])
+    export.main([str(saved(pipe, tmp_path)), "--to", "kohya", "--out", str(tmp_path / "kohya.safetensors")])
     assert all(key.startswith("lora_unet_") for key in load_file(tmp_path / "kohya.safetensors"))
     again = draw_theirs(pipeline(small, tmp_path / "kohya.safetensors"), small)
     assert np.abs(again - draw_theirs(pipe, small)).max() <= 1

@@ -17,7 +17,7 @@ from minidistill.formats.single_file import UNET, to_single_file
 from minidistill.unet import UNet
 from minidistill.vae import VAE
 
-from .helpers import POCKET, PROMPTS, randn, single, small_xl
+from .helpers import POCKET, PROMPTS, assert_same, randn, single, small_xl
 
 TEXT, TEXT_2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
@@ -75,18 +75,12 @@ def test_names_are_those_that_diffusers_converts(pipe, tensors: dict[str, Tensor
     """diffusers converts what we write back to its own tensors, bit for bit, and nothing is left over."""
     from diffusers.loaders import single_file_utils as theirs
 
-    def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-        found = {name.removeprefix("text_model."): tensor for name, tensor in found.items()}
-        expected = {name.removeprefix("text_model."): tensor for name, tensor in expected.items()}
-        assert set(found) == set(expected)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-
     left = dict(tensors)
-    compare(theirs.convert_ldm_unet_checkpoint(left, dict(pipe.unet.config)), pipe.unet.state_dict())
-    compare(theirs.convert_ldm_vae_checkpoint(left, dict(pipe.vae.config)), pipe.vae.state_dict())
-    compare(theirs.convert_ldm_clip_checkpoint(left, remove_prefix=TEXT), pipe.text_encoder.state_dict())
+    assert_same(theirs.convert_ldm_unet_checkpoint(left, dict(pipe.unet.config)), pipe.unet.state_dict())
+    assert_same(theirs.convert_ldm_vae_checkpoint(left, dict(pipe.vae.config)), pipe.vae.state_dict())
+    assert_same(theirs.convert_ldm_clip_checkpoint(left, remove_prefix=TEXT), pipe.text_encoder.state_dict())
     found = theirs.convert_open_clip_checkpoint(pipe.text_encoder_2, dict(tensors), prefix=TEXT_2)
-    compare(found, pipe.text_encoder_2.state_dict())
+    assert_same(found, pipe.text_encoder_2.state_dict())
     prefixes = (UNET, "first_stage_model.", TEXT + "text_model.", TEXT_2)
     assert all(name.startswith(prefixes) for name in tensors)
 

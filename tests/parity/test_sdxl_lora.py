@@ -28,7 +28,7 @@ from .test_lora_formats import (
     EVERYTHING,
     adapted,
     adapter,
-    peft,
+    saved,
     with_lora,
     write_student,
 )
@@ -90,10 +90,7 @@ def test_diffusers_draws_the_merged_checkpoint(folder: Path, tmp_path: Path) -> 
 def test_a_lora_trained_by_peft(kind: str, folder: Path, tmp_path: Path) -> None:
     pipe = pipeline(folder)
     adapter(pipe, **ADAPTERS[kind])
-    layers, header = peft.get_peft_model_state_dict(pipe.unet), {"unet": pipe.unet}
-    header = diffusers.training_utils._collate_lora_metadata(header)
-    pipe.save_lora_weights(tmp_path, unet_lora_layers=layers, **header)
-    file = tmp_path / "pytorch_lora_weights.safetensors"
+    file = saved(pipe, tmp_path)
     assert len(read_lora(file).layers) == len(adapted(pipe.unet))
     assert np.abs(draw_ours(folder, file) - draw_theirs(pipe, folder)).max() <= 1
 

@@ -15,7 +15,7 @@ from minidistill.conditioning import Conditioning
 from minidistill.guidance import guided
 from minidistill.samplers import ddim_sample
 
-from .helpers import POCKET, PROMPTS, ddim_scheduler, diffusers, randn, single, small_unet, small_vae
+from .helpers import POCKET, PROMPTS, assert_same, ddim_scheduler, diffusers, randn, single, small_unet, small_vae
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT = {1: "cond_stage_model.transformer.", 2: "cond_stage_model.model."}
@@ -161,19 +161,13 @@ def test_names_are_those_that_diffusers_converts(version: int, tmp_path: Path) -
 
     pipe = small_pipe(version, "eps")
     tensors = single(pipe, tmp_path)
-
-    def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-        assert set(found) == set(expected)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-    compare(theirs.convert_ldm_unet_checkpoint(dict(tensors), dict(pipe.unet.config)), pipe.unet.state_dict())
-    compare(theirs.convert_ldm_vae_checkpoint(dict(tensors), dict(pipe.vae.config)), pipe.vae.state_dict())
-    text = {name.removeprefix("text_model."): t for name, t in pipe.text_encoder.state_dict().items()}
+    assert_same(theirs.convert_ldm_unet_checkpoint(dict(tensors), dict(pipe.unet.config)), pipe.unet.state_dict())
+    assert_same(theirs.convert_ldm_vae_checkpoint(dict(tensors), dict(pipe.vae.config)), pipe.vae.state_dict())
     if version == 1:
         found = theirs.convert_ldm_clip_checkpoint(dict(tensors))
     else:
         found = theirs.convert_open_clip_checkpoint(pipe.text_encoder, dict(tensors))
-    compare({name.removeprefix("text_model."): t for name, t in found.items()}, text)
+    assert_same(found, pipe.text_encoder.state_dict())
 
 
 @pytest.mark.parametrize("version, guess", [(1, "eps"), (2, "v")])

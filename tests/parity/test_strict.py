@@ -80,13 +80,6 @@ def test_missing_or_unreadable_file(name: str, folder: Path) -> None:
         load(folder)
 
 
-def test_truncated_weights(folder: Path) -> None:
-    file = folder / WEIGHTS["unet"][0]
-    file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
-        load(folder)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -94,7 +87,6 @@ def test_truncated_weights(folder: Path) -> None:
         dict(up_block_types=["UpBlock2D", "UpBlock2D", "UpBlock2D"]),
         dict(mid_block_type="UNetMidBlock2D"),
         dict(addition_embed_type="text_image"),
-        dict(in_channels=9),
     ],
     ids=lambda changes: next(iter(changes)),
 )
