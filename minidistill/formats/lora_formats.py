@@ -128,10 +128,11 @@ class LoRAFile:
 def xl_names(layers: Mapping[str, Pair]) -> dict[str, str]:
     """The names of an SDXL's layers, with a dot at the end -> those of single files, which number blocks consecutively.
 
-    A smaller model has other widths. If all its residual blocks have a LoRA, their names tell how many there are at
-    each level; otherwise two, as in SDXL.
+    A smaller model has residual blocks of other widths. If all of them have a LoRA, their names tell how many there are
+    at each level; otherwise two, as in SDXL.
     """
-    if any(len(pair.up) in SDXL_UNET.widths for pair in layers.values()):
+    widths = {len(pair.up) for name, pair in layers.items() if ".resnets." in name}
+    if widths <= set(SDXL_UNET.widths):
         return unet_names(SDXL_UNET)
     down, up = (
         {int(block[1]) for name in layers if (block := re.match(rf"{side}_blocks\.\d+\.resnets\.(\d+)\.", name))}

@@ -1,5 +1,6 @@
 """LoRA files of SDXL exchanged with diffusers and peft, and read as kohya's scripts write them."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -7,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import levels
+from tiny import TINY_XL_UNET, levels
 from torch import Tensor
 
 from minidistill import inject_lora, load, load_lora
-from minidistill.config import SDXL_UNET
+from minidistill.config import SDXL_UNET, UNetConfig
 from minidistill.export import __main__ as export
 from minidistill.formats.lora_formats import LoRAFile, Pair, kohya_tensors, read_lora
 from minidistill.formats.lora_io import merge_file
 from minidistill.formats.original_names import translate, unet_names
-from minidistill.lora import lora_layers
+from minidistill.lora import DEFAULT_TARGETS, lora_layers
 from minidistill.unet import UNet
 
 from . import test_lora_formats as lora_formats
@@ -131,17 +132,29 @@ def test_a_style_by_kohyas_scripts(folder: Path, tmp_path: Path) -> None:
     assert np.abs(ours - without_lora(folder)).max() > 8
 
 
+def kohya_names(config: UNetConfig, *targets: str) -> set[str]:
+    """What the layers of a LoRA are called in kohya's format."""
+    with torch.device("meta"):
+        unet = inject_lora(UNet(config), 1, targets=targets)
+    layers = {name: Pair(x.lora_down, x.lora_up, 1.0) for name, x in lora_layers(unet).items()}
+    keys = {name.partition(".")[0] for name in kohya_tensors(LoRAFile(Path("x"), layers, {}))}
+    names = unet_names(config)
+    assert keys == {"lora_unet_" + translate(f"{name}.", names)[:-1].replace(".", "_") for name in layers}
+    return keys
+
+
 @pytest.mark.parametrize("attention", ["attn2_to_k", "attn1_to_q"])
 def test_names_at_full_size_do_not_depend_on_the_layers_that_have_a_lora(attention: str) -> None:
     """Even if only the first residual block of each level has one, and no layer reads the prompt."""
     targets = ["down_blocks.*.resnets.0.*", "up_blocks.*.resnets.[01].*", f"*.{attention.replace('_', '.', 1)}"]
-    with torch.device("meta"):
-        unet = inject_lora(UNet(SDXL_UNET), 1, targets=targets)
-    layers = {name: Pair(x.lora_down, x.lora_up, 1.0) for name, x in lora_layers(unet).items()}
-    keys = {name.partition(".")[0] for name in kohya_tensors(LoRAFile(Path("x"), layers, {}))}
     assert {
         f"lora_unet_input_blocks_7_1_transformer_blocks_0_{attention}",
         "lora_unet_output_blocks_1_0_out_layers_3",
-    } <= keys
-    names = unet_names(SDXL_UNET)
-    assert keys == {"lora_unet_" + translate(f"{name}.", names)[:-1].replace(".", "_") for name in layers}
+    } <= kohya_names(SDXL_UNET, *targets)
+
+
+@pytest.mark.parametrize("widths", [(32, 64), (40, 80), (160, 320)])
+def test_names_of_a_smaller_model(widths: tuple[int, int]) -> None:
+    """Also where a feed-forward layer or a level is as wide as a level of SDXL."""
+    names = kohya_names(replace(TINY_XL_UNET, widths=widths, groups=8), *DEFAULT_TARGETS)
+    assert "lora_unet_input_blocks_3_1_transformer_blocks_1_ff_net_0_proj" in names
