@@ -213,6 +213,11 @@ def test_noise_depends_on_the_seed_alone(sd: StableDiffusion):
     torch.manual_seed(2)
     assert torch.equal(sd.starting_noise([6]), first[1:])
     assert torch.equal(load(sd.path, dtype=torch.bfloat16).starting_noise([6]), first[1:])  # in float32, as the steps
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(sd.starting_noise([6]), first[1:])
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_fresh_noise_depends_on_the_images_seed_alone(sd: StableDiffusion):

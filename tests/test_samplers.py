@@ -63,6 +63,12 @@ def test_the_last_step_ends_at_the_final_alpha(one: bool, expected: float):
         assert error(ddim_step(s, eps, end, -19, 1), add_noise(s, z_0, eps, torch.tensor([1]))) < 1e-6
 
 
+def test_eta_one_is_finite_from_pure_noise():
+    """With zero terminal SNR all of z_next's noise is fresh; the radicand of the rest is 0, or rounds to just below."""
+    s, z = schedule(prediction="v", zero_terminal_snr=True), randn(1, 4, 3, 3)
+    assert all(ddim_step(s, z, z, 999, t, 1.0, z).isfinite().all() for t in range(999))
+
+
 def test_eta_one_is_ddpm():
     """Between neighbouring time steps: DDPM's posterior mean and variance (DDPM, eq. 7)."""
     t, bar = 500, exact_alphas()
