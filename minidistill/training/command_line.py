@@ -208,7 +208,9 @@ def run_command(program: str, doc: str, commands: Mapping[str, ModuleType], argv
 def check_interval(interval: Interval | None, timesteps: list[int]) -> None:
     """Raise ValueError for an interval without any of the time steps."""
     if interval and not interval.includes(torch.tensor(timesteps)).any():
-        raise ValueError(f"--interval: none of the DDIM steps, t = {timesteps}, lies inside.")
+        raise ValueError(
+            f"--interval: none of the DDIM steps, t = {timesteps}, lies inside: widen it, or take more steps."
+        )
 
 
 def model_name(path: Path) -> str:

@@ -1,10 +1,13 @@
 """training/command_line.py: a readable --help, and likely mistakes that end in one line with advice."""
 
 import io
+import os
 import re
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentTypeError
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -14,7 +17,15 @@ from tiny import ROOT
 from tqdm import tqdm
 
 from minidistill import CheckpointError, load
-from minidistill.training.command_line import DEFAULT_DEVICE, ScaledFile, new_parser, one_line_errors, require_compiler
+from minidistill.training.command_line import (
+    DEFAULT_DEVICE,
+    ScaledFile,
+    new_parser,
+    one_line_errors,
+    out_file,
+    out_folder,
+    require_compiler,
+)
 
 SCRIPTS = ["train.py", "sample.py"]
 
@@ -64,6 +75,13 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(program: str, tmp_pat
         complaint = capsys.readouterr().err.splitlines()[-1]
         assert "error: argument --out: " in complaint and "a folder" in complaint
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.parametrize("kind", [out_file, out_folder])
+def test_a_folder_of_somebody_else(kind: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ArgumentTypeError, match=f"{re.escape(str(tmp_path))} is not a folder that can be written into"):
+        kind(str(tmp_path / "new"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -42,10 +42,15 @@ def guided_everywhere(
 
 
 def test_an_interval_between_the_stored_steps_is_refused(command, flags, tmp_path: Path):
-    """The teacher guides at t = 41, but one shard keeps other steps."""
-    run = flags(tmp_path / "run", sample_steps=25, trajectories=4, batch=4)
-    assert "--interval: none of the DDIM steps" in command("train.py", *run, "--interval", 40, 50, ALONE).complaint
+    """The teacher guides at t = 41, but one shard keeps other steps. In the loop, every t is learned."""
+    settings = dict(sample_steps=25, trajectories=4, batch=4)
+    complaint = command("train.py", *flags(tmp_path / "run", **settings), "--interval", 40, 50, ALONE).complaint
+    assert "--interval: none of the DDIM steps" in complaint and "widen it, or take more steps" in complaint
     assert not list((tmp_path / "run").glob("*.safetensors"))
+    noised = flags(tmp_path / "noised", **settings, source="noised")
+    assert command("train.py", *noised, "--interval", 40, 50, ALONE).code == 0
+    few = flags(tmp_path / "few", **settings | dict(sample_steps=24, student_steps=2))
+    assert command("train.py", *few, "--interval", 40, 50, ALONE).code == 0
 
 
 @pytest.mark.parametrize("source", ["trajectories", "noised"])
