@@ -242,8 +242,8 @@ def merge_lora(model: nn.Module, generator: torch.Generator | None = None) -> fl
     of a merged model has a ``merged`` entry for each layer. A ``generator`` rounds stochastically (``add_to_weight``).
 
     Returns how much of the change survives the rounding to W's dtype, 1 being all; warns below 0.9. Raises ValueError
-    within ``lora_strength``, because unmerging after it would subtract another multiple of the pair; and, with nothing
-    merged, for a W that cannot hold the sum (not finite, or in 8 bits).
+    within ``lora_strength``, because unmerging after it would subtract another multiple of the pair, and for a W that
+    cannot hold the sum (not finite, or in 8 bits). Then nothing stays merged.
     """
     if any(layer.scale != layer.alpha / len(layer.lora_down) for layer in lora_layers(model).values()):
         raise ValueError("A LoRA is merged at its own strength: merge outside lora_strength, or load_lora(..., scale).")

@@ -63,8 +63,8 @@ SIZES = {
     "sd21": _LARGE(config.SD21_BASE_UNET, text=SD21_TEXT),
     "sdxl": _LARGE(config.SDXL_UNET, vae=config.SDXL_VAE, text=SD15_TEXT, text_2=XL_TEXT_2),
 }
-# As small as can be, with every kind of layer. Run before a peak is measured, it makes the packages import and allocate
-# what they need once.
+# As small as can be, with every kind of layer. Run it before a peak is measured: it makes the packages import and
+# allocate what they need only once.
 _SMALLEST_UNET = config.UNetConfig(widths=(8, 16), layers=1, depth=(1, 0), heads=(1, 1), groups=8, sample_size=4)
 SMALLEST = replace(SIZES["pocket"], unet=_SMALLEST_UNET, batch=1)
 

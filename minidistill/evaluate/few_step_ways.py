@@ -68,7 +68,10 @@ def check_teacher(sd: StableDiffusion, student: LoRAFile, guidance: float) -> No
     """Raise ValueError for a student of another teacher than ours, guided at all t and without a negative prompt."""
     learned, ours = teacher_of(student), Teacher(guidance, sd.stated_negative(None))
     if learned._replace(negative_prompt=sd.stated_negative(learned.negative_prompt)) != ours:
-        raise ValueError(f"{student.path} learned from another teacher ({learned}) than this one ({ours}).")
+        raise ValueError(
+            f"{student.path} learned from another teacher ({learned}) than this one ({ours}): name another student, or "
+            "another --guidance."
+        )
 
 
 @dataclass

@@ -86,7 +86,7 @@ def run(args: Namespace) -> None:
     report = args.provenance | {"prompts": len(prompts) // args.each, "each": args.each}
 
     def compare(N: int) -> None:
-        # First, because a LoRA of other settings ends the comparison, and must not cost the rows of an earlier one.
+        # Before anything is written: train_way raises for a LoRA of other settings, and an earlier table must survive.
         learned = {name: train_way(name, WAYS[name].steps or N, lesson, one_pass, args) for name in taught}
         rows, drawn = [], []
 

@@ -35,7 +35,7 @@ class FromTrajectories:
         self.stamp = {"prompts": digest(str(self.captions).encode())}
 
     def latents(self, sd: StableDiffusion, folder: Path, weights: str, ranks: Ranks) -> Trajectories:
-        """Have the teacher sample what is missing in ``folder``. ``weights`` is the fingerprint of its networks."""
+        """Have the teacher sample what is missing in ``folder``. ``weights`` is its fingerprint."""
         args = self.args
         return generate(
             sd,

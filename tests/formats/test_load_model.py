@@ -159,7 +159,7 @@ def test_tensors_that_are_not_needed_are_ignored(version: int, tmp_path: Path) -
 
 
 def test_a_merge_of_two_text_encoders_is_refused(tensors: dict[str, Tensor], tmp_path: Path) -> None:
-    """One with the names of older transformers, without ``text_model.``: which one to use, nothing says."""
+    """One has the names of older transformers, without ``text_model.``. Nothing says which one to use."""
     text = SD1.text + "text_model."
     old = {name.replace(text, SD1.text): tensor + 1 for name, tensor in tensors.items() if name.startswith(text)}
     with pytest.raises(CheckpointError, match=f"{SD1.text}.* under old and new names"):

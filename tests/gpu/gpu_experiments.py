@@ -28,8 +28,9 @@ def copy_package(task: Task, name: str) -> None:
     folder = task.scratch / name
     shutil.copytree(ROOT / "minidistill", folder / "minidistill", ignore=shutil.ignore_patterns("__pycache__"))
     if name in PATCHES:
-        beyond = os.environ | {"GIT_CEILING_DIRECTORIES": str(task.scratch)}  # within a repository git skips the files
-        subprocess.run(["git", "apply", PATCHES[name]], cwd=folder, env=beyond, check=True)
+        # Without this, git finds a repository above the folder and skips the patch.
+        environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(task.scratch)}
+        subprocess.run(["git", "apply", PATCHES[name]], cwd=folder, env=environment, check=True)
 
 
 def start(task: Task, name: str, *command: object) -> subprocess.Popen:
