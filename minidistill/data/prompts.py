@@ -1,6 +1,7 @@
 """Prompts to distil with: four thousand of our own, from the grammar in grammar.toml, or yours from a text file."""
 
 import json
+import math
 import random
 import re
 import tomllib
@@ -18,6 +19,12 @@ GRAMMAR = {name: " ".join(alternatives.split()).split(" | ") for name, alternati
 SLOT = re.compile(r"\{(\w+)\}")
 AN = re.compile(r"\ba (?=(?!unicorn|ukulele)[aeiou]|hour)")  # the rules write "a" everywhere; here it becomes "an"
 LONG_WORD = re.compile(r"\w{5,}")
+PATIENCE = 2000  # draws in a row without a new prompt before the grammar counts as used up
+
+
+def ways(name: str) -> int:
+    """How many ways there are to fill the rule: an upper bound on its distinct prompts."""
+    return sum(math.prod(ways(slot) for slot in SLOT.findall(text)) for text in GRAMMAR[name])
 
 
 def expand(text: str, rng: random.Random) -> str:
@@ -25,14 +32,24 @@ def expand(text: str, rng: random.Random) -> str:
     return SLOT.sub(lambda slot: expand(rng.choice(GRAMMAR[slot[1]]), rng), text)
 
 
-def prompts() -> list[str]:
-    """Four thousand distinct English prompts, always the same. All fit in CLIP's 77 tokens."""
-    rng, distinct = random.Random(0), {}  # distinct: a dict, as a set that keeps the order
-    while len(distinct) < 4000:
+def prompts(count: int = 4000, seed: int = 0) -> list[str]:
+    """``count`` distinct English prompts, the same for the same seed; a smaller count gives the first of them.
+
+    All fit in CLIP's 77 tokens. Raises ValueError if the grammar cannot give ``count`` different ones.
+    """
+    limit = ways("prompt")
+    if not 0 <= count <= limit:
+        raise ValueError(f"prompts() was asked for {count} distinct prompts; the grammar gives 0 to {limit}")
+    rng, distinct, misses = random.Random(seed), {}, 0  # distinct: a dict, as a set that keeps the order
+    while len(distinct) < count:
         text = AN.sub("an ", expand("{prompt}", rng))
         words = LONG_WORD.findall(text)
-        if len(set(words)) == len(words):  # the same long word twice reads badly: draw again
-            distinct[text] = None
+        if text not in distinct and len(set(words)) == len(words):  # the same long word twice reads badly: draw again
+            distinct[text], misses = None, 0
+        elif (misses := misses + 1) == PATIENCE:
+            raise ValueError(
+                f"prompts() was asked for {count} distinct prompts; the grammar ran out at {len(distinct)}"
+            )
     return list(distinct)
 
 

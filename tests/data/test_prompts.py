@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import minidistill.data.prompts as module
 from minidistill.data.prompts import (
     GRAMMAR,
     SLOT,
@@ -42,10 +43,12 @@ def test_every_slot_has_a_rule_and_every_rule_is_reached():
 
 def test_count_and_distinct(ours):
     assert len(ours) == len(set(ours)) == 4000
+    assert prompts(0) == []
 
 
-def test_the_prompts_are_always_the_same(ours):
-    assert prompts() == ours
+def test_the_same_seed_gives_the_same_prompts(ours):
+    assert prompts(300) == prompts(300, seed=0) == ours[:300]
+    assert len(set(prompts(300, seed=1)) & set(ours[:300])) < 30
 
 
 def test_lengths_vary_and_fit_clip(ours):
@@ -68,6 +71,17 @@ def test_plain_tidy_text(ours):
         assert re.fullmatch(r"[A-Za-zé0-9 ,'\"-]+", text), text
         assert text == text.strip() and "  " not in text and " ," not in text and ",," not in text, text
         assert not re.search(r"\b(\w+) \1\b", text), text
+
+
+def test_asking_for_more_prompts_than_the_grammar_has(monkeypatch):
+    with pytest.raises(ValueError, match="distinct prompts"):
+        prompts(10**30)
+    with pytest.raises(ValueError, match="-1 distinct"):
+        prompts(-1)
+    monkeypatch.setattr(module, "GRAMMAR", {"prompt": ["a {pet}", "a cat"], "pet": ["cat", "owl"]})
+    assert sorted(prompts(2)) == ["a cat", "an owl"]
+    with pytest.raises(ValueError, match="ran out at 2"):
+        prompts(3)
 
 
 def test_read_prompts(tmp_path):
