@@ -8,7 +8,7 @@
 # over.
 # Made separately, because they take long or rarely change:
 #   python -m minidistill.evaluate sweeps                  (about 50 minutes on one core)
-#   python -m minidistill.bench updates --repeats 3        bench-train.json
+#   python -m minidistill.bench updates --repeats 9        bench-train.json
 #   python -m minidistill.bench loading                    load.json
 #   python -m minidistill.evaluate few-steps ...           few-steps/, by the commands in results/README.md
 #   python -m minidistill.evaluate quality "runs/front/student.safetensors" "runs/front/student of two steps.safetensors" \
