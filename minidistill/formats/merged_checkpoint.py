@@ -166,7 +166,8 @@ def folder_to_file(
     schedule = model.schedule
     check_source(metadata, schedule.prediction, model.unet.learned_guidance, source)
     read_back = file_schedule(schedule.prediction, schedule.zero_terminal_snr)
-    if replace(schedule, spacing=read_back.spacing, set_alpha_to_one=read_back.set_alpha_to_one) != read_back:
+    spaced = dict(spacing=read_back.spacing, steps_offset=read_back.steps_offset)
+    if replace(schedule, **spaced, set_alpha_to_one=read_back.set_alpha_to_one) != read_back:
         raise ValueError(f"{source} has noise levels that a single file cannot state: write a folder, not {out}.")
     if schedule != read_back:
         warnings.warn(f"{out} cannot state how {source} spaces its steps or ends them.", stacklevel=2)

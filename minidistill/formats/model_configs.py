@@ -173,7 +173,7 @@ def check_fixed(contents: dict, fixed: dict, file: Path) -> None:
 
 Config = TypeVar("Config", UNetConfig, VAEConfig, ScheduleConfig)
 LARGEST = {"layers": 4, "depth": 10, "mid_depth": 10, "num_hidden_layers": 64}  # more would build modules without end
-SMALLEST = dict.fromkeys(("depth", "pooled_width", "bos_token_id", "eos_token_id", "pad_token_id"), 0)
+SMALLEST = dict.fromkeys(("depth", "pooled_width", "bos_token_id", "eos_token_id", "pad_token_id", "steps_offset"), 0)
 
 
 def is_plausible(value: object, like: object, least: int, most: int) -> bool:
@@ -301,7 +301,7 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}  # published name: ours
 PUBLISHED = {ours: published for published, ours in PREDICTIONS.items()}
 
 
-def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
+def read_schedule_config(file: Path, prediction: str | None, xl: bool = False) -> ScheduleConfig:
     """Betas and prediction type, whichever sampler the file names. An absent key has that sampler's default."""
     contents = read_json(file)
     with reading(file):
@@ -315,7 +315,7 @@ def read_schedule_config(file: Path, prediction: str | None) -> ScheduleConfig:
         config = ScheduleConfig(
             **pick(contents, SCHEDULE_KEYS),
             prediction=prediction or PREDICTIONS[published],
-            steps_offset=1,  # the official pipeline overrides any other value for Stable Diffusion
+            steps_offset=contents.get("steps_offset", 0) if xl else 1,  # diffusers' pipeline of SD 1.x and 2.x insists
             set_alpha_to_one=contents.get("set_alpha_to_one", kind == "DDIMScheduler"),
             spacing="trailing" if spacing == "trailing" else "leading",
         )

@@ -49,7 +49,7 @@ def read_model_folder(folder: Path, prediction: str | None = None, variant: str 
     unet_config = read_unet_config(folder / "unet/config.json")
     vae_config = read_vae_config(folder / "vae/config.json")
     text_configs = [read_text_config(folder / part / "config.json") for part in parts if "text" in part]
-    schedule = read_schedule_config(folder / "scheduler/scheduler_config.json", prediction)
+    schedule = read_schedule_config(folder / "scheduler/scheduler_config.json", prediction, xl)
     require_variant(folder, variant)
     unet, vae, *texts = (read_weights(folder / part, stem, variant) for part, stem in parts.items())
     vae = vae._replace(tensors=rename_old_attention(vae.tensors))

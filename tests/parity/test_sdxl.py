@@ -77,6 +77,21 @@ def test_guided_image(negative_prompt: str | None, force_zeros: bool, tmp_path: 
     assert np.abs(levels(images) - levels(pipe(PROMPTS, **options).images)).max() <= 1
 
 
+@pytest.mark.parametrize("offset", [dict(), dict(steps_offset=0), dict(steps_offset=2)], ids=str)
+def test_time_steps_begin_where_the_scheduler_says(offset: dict, tmp_path: Path) -> None:
+    """diffusers' pipeline of SDXL keeps the offset, where that of SD 1.x and 2.x makes it 1."""
+    pipe = small_xl()
+    settings = {name: value for name, value in pipe.scheduler.config.items() if name != "steps_offset"}
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(settings | offset)
+    pipe.save_pretrained(tmp_path)
+    sd = load(tmp_path, dtype=torch.float64)
+    options = dict(latents=sd.starting_noise([3], height=16, width=24), height=16, width=24, num_inference_steps=4)
+    theirs = pipe(PROMPTS[0], guidance_scale=1, output_type="latent", **options).images
+    cond = sd.encode_prompt(PROMPTS[:1], 16, 24)
+    *_, ours = ddim_sample(lambda z_t, t: sd.unet(z_t, t, cond), sd.schedule, options["latents"], 4)
+    assert error(ours, theirs) <= 1e-9
+
+
 def test_other_sizes_than_the_images(pipe, sd: StableDiffusion) -> None:
     z_T = sd.starting_noise([3], height=16, width=24)
     sizes = dict(original_size=(300, 400), crops_coords_top_left=(7, 30), target_size=(128, 256))
