@@ -95,8 +95,8 @@ UNET_FIXED = dict(
     time_cond_proj_dim=None, time_embedding_act_fn=None, time_embedding_type="positional", timestep_post_act=None,
 )
 VAE_FIXED = dict(
-    act_fn="silu", in_channels=3, latents_mean=None, latents_std=None, out_channels=3, shift_factor=None,
-    use_post_quant_conv=True, use_quant_conv=True,
+    act_fn="silu", in_channels=3, latents_mean=None, latents_std=None, mid_block_add_attention=True, out_channels=3,
+    shift_factor=None, use_post_quant_conv=True, use_quant_conv=True,
 )
 # fmt: on
 SCHEDULE_FIXED = dict(trained_betas=None)

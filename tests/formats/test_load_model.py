@@ -410,6 +410,7 @@ OTHERS = [
     (UNET_CONFIG, dict(in_channels=9), "inpainting"),
     (UNET_CONFIG, dict(addition_embed_type="image"), "another model"),
     (UNET_CONFIG, NARROW, "another"),  # Segmind's smaller SDXL
+    ("vae/config.json", dict(mid_block_add_attention=False), "another model"),
     (SCHEDULE, dict(_class_name="FlowMatchEulerDiscreteScheduler"), "flow matching"),
     (SCHEDULE, dict(use_flow_sigmas=True), "flow matching"),
     (SCHEDULE, dict(_class_name="LCMScheduler"), FEW_STEPS),
