@@ -46,8 +46,10 @@ def main() -> None:
 
     sd = load(args.model, **cli.load_options(args))
     cli.prepare(sd.device, compiled=False)
-    if sd.few_steps and not args.steps:  # of a student that was merged into the model
-        options["steps"] = sd.few_steps[0]
+    if sd.few_steps:  # of a student that was merged into the model
+        options["steps"] = args.steps or sd.few_steps[0]
+        if sd.few_steps[0] < sd.few_steps[1] and args.spacing == "leading":
+            raise ValueError(f"{args.model} was taught with trailing spacing: leave out --spacing leading.")
     spacing = args.spacing or ("trailing" if options["student_steps"] else None)
     cli.check_interval(args.interval, sd.schedule.timesteps(options["steps"], spacing))
     for style in styles:

@@ -29,8 +29,8 @@ class Network(NamedTuple):
 
     @property
     def few_steps(self) -> tuple[int, int] | None:
-        """``taught_steps`` of a student that was merged into a UNet."""
-        return taught_steps(self.metadata, self.file)
+        """``taught_steps`` of a student that was merged into a UNet; None if it was merged at strength 0."""
+        return taught_steps(self.metadata, self.file) if self.learned_guidance else None
 
 
 def taught_steps(header: Mapping[str, str], file: Path) -> tuple[int, int] | None:

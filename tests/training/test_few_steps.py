@@ -178,6 +178,8 @@ def test_a_merged_student_takes_its_steps(few_step_run: Path, command, tiny_mode
     assert (a - b).abs().max() <= 1
     with pytest.warns(UserWarning, match="has learned 2 steps, not 3"):
         command("sample.py", *prompt, "--model", merged, "--guidance", 1, "--steps", 3, "--out", other)
+    leading = command("sample.py", *prompt, "--model", merged, "--guidance", 1, "--spacing", "leading", "--out", other)
+    assert "taught with trailing spacing" in leading.complaint
 
 
 def test_the_export_says_how_to_sample(few_step_run: Path, tmp_path: Path):
@@ -195,6 +197,10 @@ def test_as_many_steps_as_the_teacher_have_a_dial(few_step_run: Path, command, t
     assert dict(read_lora(lora).dial.points).keys() == {1.0, 1.8, 4.0}
     run = command("sample.py", "a red apple", *model, "--lora", lora, "--guidance", 1.8, "--out", tmp_path / "one.png")
     assert run.code == 0
+    for strength, steps in (("0", None), ("0.5", (4, 4))):  # at strength 0 it is the teacher, which takes any steps
+        out = tmp_path / f"merged at {strength}"
+        export([f"{lora}:{strength}", "--to", "checkpoint", "--model", str(tiny_model), "--out", str(out)])
+        assert load(out).few_steps == steps
 
 
 @pytest.mark.parametrize("changes", [dict(steps=5), dict(stride=2), dict(keep_states=False)])
