@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from minidistill.data.shards import fingerprint, read_shard, write_shard
+from minidistill.data.shards import read_shard, vae_fingerprint, write_shard
 from minidistill.formats.files import digest
 from minidistill.pipeline import StableDiffusion, on_device
 
@@ -157,7 +157,7 @@ def encode(
     Raises ValueError if no image is left.
     """
     size = sd.height if sd.height == sd.width else f"{sd.width}x{sd.height}"
-    made_with = f"{fingerprint(sd.vae)} {sd.vae.config} {size}"
+    made_with = f"{vae_fingerprint(sd.vae)} {size}"
     files = [folder / f"image-{digest(f'{made_with} {image.digest}'.encode())}.safetensors" for image in images]
     unusable: dict[Path, str] = {}  # latents that were not written, and why
     if rank == 0:

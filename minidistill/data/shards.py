@@ -15,6 +15,7 @@ from minidistill.formats.model_configs import TEXT_KEYS
 from minidistill.formats.tensor_files import sort_header
 from minidistill.pipeline import StableDiffusion
 from minidistill.schedule import Schedule
+from minidistill.vae import VAE
 
 
 def fingerprint(*networks: nn.Module) -> str:
@@ -30,6 +31,11 @@ def teacher_fingerprint(sd: StableDiffusion) -> str:
     texts = [part.config for part in sd.text_encoder.modules() if isinstance(part, PreTrainedModel)]
     settings = [sd.unet_config, *([getattr(text, key) for key in TEXT_KEYS] for text in texts)]
     return digest(f"{fingerprint(sd.unet, sd.text_encoder)} {settings}".encode())
+
+
+def vae_fingerprint(vae: VAE) -> str:
+    """A hash of the VAE's weights, and its settings."""
+    return f"{fingerprint(vae)} {vae.config}"
 
 
 def schedule_fingerprint(schedule: Schedule) -> str:

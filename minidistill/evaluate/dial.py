@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minidistill.data.prompts import prompt_split, spread
 from minidistill.distill import Dial
-from minidistill.evaluate.figures import figure_file
+from minidistill.evaluate.figures import figure_file, plot_estimates
 from minidistill.evaluate.image_grid import write_grid
 from minidistill.evaluate.metrics import EVALUATION_SEED, Estimate, Make, interval, noise_error_share, psnr
 from minidistill.evaluate.sampling import draw
@@ -174,8 +174,7 @@ def plot(rows: Sequence[dict], learned: float, path: Path) -> None:
             measured = [(row["guidance"], row[name]["strength"]) for row in rows] if name == "measured" else []
             left.plot(*zip(*Dial.through(learned, measured).points), style, label=name)
             shares = [Estimate(**row[name]["noise error share"]) for row in rows]
-            errors = [[x.value - x.low for x in shares], [x.high - x.value for x in shares]]
-            right.errorbar(scales, [x.value for x in shares], errors, fmt=style, capsize=3, label=name)
+            plot_estimates(right, scales, shares, style, name)
         left.set(xlabel="guidance scale w", ylabel="strength λ of the LoRA", xlim=(1, None), ylim=(0, None))
         right.set(xlabel="guidance scale w", ylabel="noise error share", xlim=(1, None), ylim=(0, None))
         left.legend()

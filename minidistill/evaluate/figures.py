@@ -5,9 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from minidistill.evaluate.metrics import Estimate
 from minidistill.formats.files import atomic_write
 
 
@@ -18,6 +20,12 @@ def figure_file(path: Path, width: float, height: float) -> Iterator[Figure]:
     yield figure
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def plot_estimates(axes: Axes, x: Sequence, estimates: Sequence[Estimate], style: str, label: str = "") -> None:
+    """Plot estimates over ``x``, each with its 95% interval."""
+    errors = [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]
+    axes.errorbar(x, [e.value for e in estimates], errors, fmt=style, capsize=3, label=label)
 
 
 def picture_grid(

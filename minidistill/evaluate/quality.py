@@ -23,7 +23,13 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from minidistill.data.prompts import prompt_split, read_prompts, spread
-from minidistill.data.shards import fingerprint, read_shard, schedule_fingerprint, teacher_fingerprint, write_shard
+from minidistill.data.shards import (
+    read_shard,
+    schedule_fingerprint,
+    teacher_fingerprint,
+    vae_fingerprint,
+    write_shard,
+)
 from minidistill.evaluate import metrics
 from minidistill.evaluate.figures import figure_file
 from minidistill.evaluate.image_grid import write_grid
@@ -161,7 +167,7 @@ def read_judge(name: str | None) -> ModuleType | None:
 def model_stamp(sd: StableDiffusion, args: Namespace) -> dict[str, object]:
     """What images depend on besides prompts and guidance: weights, settings, schedule, device, dtype and size."""
     return {
-        "networks": [teacher_fingerprint(sd), fingerprint(sd.vae), str(sd.vae.config)],
+        "networks": [teacher_fingerprint(sd), vae_fingerprint(sd.vae)],
         "schedule": schedule_fingerprint(sd.schedule),
         "force zeros": sd.force_zeros,
         "where": f"{args.device} {args.dtype} {sd.width}x{sd.height}",

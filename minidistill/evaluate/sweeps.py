@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from minidistill.data.prompts import prompt_split, spread
 from minidistill.data.shards import teacher_fingerprint
-from minidistill.evaluate.figures import figure_file
+from minidistill.evaluate.figures import figure_file, plot_estimates
 from minidistill.evaluate.metrics import Estimate, interval, noise_error_share
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import read_json, write_json
@@ -138,9 +138,8 @@ def table(report: Mapping[str, Mapping]) -> str:
 def plot(sweep: str, rows: Sequence[dict], path: Path) -> None:
     """Plot the noise error share by value, with its 95% interval."""
     shares = [Estimate(**row["noise error share"]) for row in rows]
-    errors = [[x.value - x.low for x in shares], [x.high - x.value for x in shares]]
     style = "ko" if isinstance(rows[0]["value"], str) else "ko-"  # a line only between numbers
     with figure_file(path, 4.5, 3) as figure:
         axes = figure.subplots()
-        axes.errorbar([str(row["value"]) for row in rows], [x.value for x in shares], errors, fmt=style, capsize=3)
+        plot_estimates(axes, [str(row["value"]) for row in rows], shares, style)
         axes.set(xlabel=sweep, ylabel="noise error share", ylim=(0, None))

@@ -94,6 +94,7 @@ class LoRAFile:
 
     @property
     def few_steps(self) -> tuple[int, int] | None:
+        """``taught_steps`` of the file's header."""
         return taught_steps(self.metadata, self.path)
 
     @property

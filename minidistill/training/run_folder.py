@@ -13,7 +13,7 @@ from typing import IO
 import torch
 from torch import nn
 
-from minidistill.data.shards import fingerprint, schedule_fingerprint
+from minidistill.data.shards import schedule_fingerprint, vae_fingerprint
 from minidistill.formats.files import atomic_write, digest, write_text
 from minidistill.pipeline import StableDiffusion
 from minidistill.training.cuda_graph import load_moments
@@ -101,7 +101,7 @@ def fixed_settings(
     the same weights under another. ``weights`` is the ``teacher_fingerprint``, ``style`` what
     ``prepare_teacher`` returned, ``stamp`` the fingerprint of the prompts or images to learn from, by flag.
     """
-    model = f"{weights} {fingerprint(sd.vae)} {sd.vae.config} {schedule_fingerprint(sd.schedule)}"
+    model = f"{weights} {vae_fingerprint(sd.vae)} {schedule_fingerprint(sd.schedule)}"
     fingerprints = {"model": digest(model.encode())}
     fingerprints |= {flag: digest(file_and_scale.encode()) for flag, file_and_scale in style.items()}
     if args.tokenizer:
