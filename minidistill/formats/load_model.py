@@ -154,16 +154,15 @@ def build(
     with reading(network.file):
         weights = {}
         for name, tensor in network.tensors.items():
-            weights[name] = convert(tensor, dtype)
-            if not is_finite(weights[name]):
+            weight = convert(tensor, dtype)
+            if not is_finite(weight):
                 original, kind = network.name_in_file(name), str(dtype).removeprefix("torch.")
                 check_finite({original: tensor.float()}, network.file)
                 raise CheckpointError(
                     f"{network.file} has values in {original} that {kind} cannot hold: load it in float32 or bfloat16."
                 )
-            if stored:
-                weights[name] = stored(name, weights[name])
-            release_pages(weights[name])
+            weights[name] = stored(name, weight) if stored else weight
+            release_pages(weight)
     module.load_state_dict(weights, assign=True)
     return module.eval().requires_grad_(False)
 

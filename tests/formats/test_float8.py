@@ -14,6 +14,9 @@ from minidistill import inject_lora, load, load_lora, merge_lora
 from minidistill.data.shards import fingerprint
 from minidistill.export.__main__ import main as export
 from minidistill.formats.float8 import Float8Weight, has_float8, to_float8
+from minidistill.formats.load_model import build
+from minidistill.formats.model_configs import Network
+from minidistill.formats.tensor_files import read_tensors
 from minidistill.lora import lora_parameters
 from minidistill.training.recompute import recompute
 
@@ -163,6 +166,18 @@ def test_loaded_are_the_blocks_in_8_bits(tiny_xl: Path):
     for (name, p), q in zip(unet.named_parameters(), plain.parameters(), strict=True):
         assert isinstance(p, Float8Weight) == (q.ndim > 1 and "block" in name), name
         assert not p.requires_grad and p.shape == q.shape and p.dtype == q.dtype and error(p + 0, q + 0) < 2**-4
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux lists resident pages")
+def test_the_original_w_leaves_the_memory(tmp_path: Path):
+    """Once W is in 8 bits, its pages of the mapped file are freed."""
+    file, name = tmp_path / "model.safetensors", "down_blocks.weight"
+    save_file({name: torch.zeros(1024, 1024)}, file)
+    network = Network(read_tensors(file)[0], file)
+    build(lambda: nn.ModuleDict({"down_blocks": nn.Linear(1024, 1024, bias=False)}), network, torch.float32, to_float8)
+    mapping = Path("/proc/self/smaps").read_text().partition(str(file))[2]
+    resident = int(mapping.partition("Rss:")[2].split()[0]) * 1024
+    assert resident < 0.1 * file.stat().st_size and network.tensors[name].data_ptr()  # still mapped
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_xl"])
