@@ -14,7 +14,7 @@ from minidistill.formats.hub import find_model
 from minidistill.formats.load_model import check_model, check_parts
 from minidistill.formats.lora_formats import LoRAFile
 from minidistill.formats.lora_io import check_source, fit
-from minidistill.formats.model_configs import MODEL_INDEX, PUBLISHED, XL_INDEX
+from minidistill.formats.model_configs import MODEL_INDEX, PUBLISHED, XL_INDEX, Description
 from minidistill.formats.model_folder import STEMS, read_index, read_model_folder
 from minidistill.formats.single_file import (
     EMA,
@@ -53,14 +53,18 @@ def write_checkpoint(
     """
     source = find_model(source, variant, ema)
     to_file = out.suffix == ".safetensors"
-    if source.is_file() and not to_file:
-        raise ValueError(f"{source} is a single file, without the tokenizer of a folder: --out FILE.safetensors.")
     if source.is_file():
+        if not to_file:
+            raise ValueError(f"{source} is a single file, without the tokenizer of a folder: --out FILE.safetensors.")
         file_to_file(source, change, out, metadata, ema, prediction)
-    elif to_file:
-        folder_to_file(source, change, out, metadata, variant, prediction)
+        return
+    model = read_model_folder(source, prediction, variant)
+    check_model(model, source)
+    check_source(metadata, model.schedule.prediction, model.unet.learned_guidance, source)
+    if to_file:
+        folder_to_file(source, model, change, out, metadata)
     else:
-        folder_to_folder(source, change, out, metadata, variant, prediction)
+        folder_to_folder(source, model, change, out, metadata, prediction)
 
 
 def with_loras(files: Sequence[LoRAFile], squares: Squares, generator: torch.Generator | None = None) -> Change:
@@ -97,15 +101,11 @@ def replaced_by(unet: nn.Module) -> Change:
 
 
 def folder_to_folder(
-    source: Path, change: Change, out: Path, metadata: Mapping[str, str], variant: str | None, prediction: str | None
+    source: Path, model: Description, change: Change, out: Path, metadata: Mapping[str, str], prediction: str | None
 ) -> None:
-    """Everything but the UNet's weights is copied unchanged, and the prediction if it is corrected."""
-    scheduler = "scheduler/scheduler_config.json"
-    model = read_model_folder(source, prediction, variant)
-    check_model(model, source)
+    """Copy everything but the UNet's weights unchanged, or with the ``prediction`` that corrects it."""
     check_parts(model, source)
-    unet = model.unet
-    check_source(metadata, model.schedule.prediction, unet.learned_guidance, source)
+    scheduler, unet = "scheduler/scheduler_config.json", model.unet
     tensors = change(unet.tensors)
     index = read_index(source) or (XL_INDEX if model.is_xl else MODEL_INDEX)
     with atomic_folder(out) as temporary:
@@ -116,8 +116,10 @@ def folder_to_folder(
                 (temporary / part.name).chmod(part.stat().st_mode | 0o700)  # the source may be read-only
         (temporary / "unet").mkdir()
         shutil.copyfile(source / "unet/config.json", temporary / "unet/config.json")
-        infix = next((f".{v}" for v in (variant, "fp16") if v and f".{v}." in unet.file.name), "")  # as in the source
-        file = temporary / "unet" / f"{STEMS['unet']}{infix}.safetensors"
+        # The name keeps the source's variant, such as fp16.
+        suffixes = ("safetensors", "bin", "index", "json")
+        variant = [word for word in unet.file.name.split(".")[1:] if word not in suffixes]
+        file = temporary / "unet" / ".".join([STEMS["unet"], *variant, "safetensors"])
         write_tensors(file, tensors, {**without_hashes(unet.metadata), **metadata})
         if prediction:
             contents = read_json(source / scheduler)
@@ -157,26 +159,21 @@ def state_prediction(tensors: dict[str, Tensor], predicts: str, xl: bool) -> dic
     return {"modelspec.prediction_type": MODELSPEC[predicts]}
 
 
-def folder_to_file(
-    source: Path, change: Change, out: Path, metadata: Mapping[str, str], variant: str | None, prediction: str | None
-) -> None:
+def folder_to_file(source: Path, model: Description, change: Change, out: Path, metadata: Mapping[str, str]) -> None:
     """UNet, VAE and text encoder go into one file, under the names that such files use."""
-    model = read_model_folder(source, prediction, variant)
-    check_model(model, source)
     schedule = model.schedule
-    check_source(metadata, schedule.prediction, model.unet.learned_guidance, source)
-    read_back = file_schedule(schedule.prediction, schedule.zero_terminal_snr)
-    spaced = dict(spacing=read_back.spacing, steps_offset=read_back.steps_offset)
-    if replace(schedule, **spaced, set_alpha_to_one=read_back.set_alpha_to_one) != read_back:
+    stated = file_schedule(schedule.prediction, schedule.zero_terminal_snr)  # as the file will be read
+    sampling = {name: getattr(stated, name) for name in ("spacing", "steps_offset", "set_alpha_to_one")}
+    if replace(schedule, **sampling) != stated:
         raise ValueError(f"{source} has noise levels that a single file cannot state: write a folder, not {out}.")
-    if schedule != read_back:
+    if schedule != stated:
         warnings.warn(f"{out} cannot state how {source} spaces its steps or ends them.", stacklevel=2)
     texts = zip((text.tensors for text in model.texts), model.text_configs)
     unet = change(model.unet.tensors)
     tensors = to_single_file(unet, model.unet_config, model.vae.tensors, model.vae_config, *texts)
     check_parts(model, source)  # after to_single_file, whose refusals say more about another text encoder
-    read_back = unet_shapes(tensors, detect_version(tensors, source), schedule.prediction)
-    if read_back.sample_size != model.unet_config.sample_size:
+    stated_unet = unet_shapes(tensors, detect_version(tensors, source), schedule.prediction)
+    if stated_unet.sample_size != model.unet_config.sample_size:
         warnings.warn(f"{out} cannot state the image size of {source}: sample with --height and --width.", stacklevel=2)
     if model.is_xl and not model.force_zeros:
         warnings.warn(
