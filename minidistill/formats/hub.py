@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from minidistill.formats.files import CheckpointError, read_json, reading, user_path
+from minidistill.formats.files import CheckpointError, user_path
 from minidistill.formats.model_configs import read_unet_config
 from minidistill.formats.model_folder import (
     XL_STEMS,
@@ -15,6 +15,7 @@ from minidistill.formats.model_folder import (
     refuse_other_pipelines,
     require_variant,
     stems,
+    weight_files,
 )
 
 CLIP = "openai/clip-vit-large-patch14"  # OpenCLIP, in SD 2.x, has the same vocabulary
@@ -82,10 +83,7 @@ def fetch_model(repo: str, variant: str | None = None) -> Path:
 def has_weights(folder: Path, stem: str, variant: str | None) -> bool:
     """True if a network's weights are complete: a download may have stopped before the last shard."""
     file = find_weights(folder, stem, variant)
-    if file is None or file.suffix != ".json":
-        return file is not None
-    with reading(file):
-        return all((folder / name).exists() for name in set(read_json(file)["weight_map"].values()))
+    return file is not None and all(part.exists() for part in weight_files(file))
 
 
 def fetch_tokenizer() -> Path:

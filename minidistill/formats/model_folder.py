@@ -147,25 +147,28 @@ def read_weights(folder: Path, stem: str, variant: str | None = None) -> Network
         )
     if wanted is None and variant:
         warnings.warn(f"{folder} has no weights of variant {variant}: reading {file.name} instead.", stacklevel=2)
-    tensors, metadata = (read_shards(file), {}) if file.suffix == ".json" else read_tensors(file)
-    network = Network(tensors, file, metadata=metadata)
-    if inside := next((name for name in network.tensors if LORA_INSIDE.search(name)), None):
+    tensors, metadata = {}, {}
+    for part in weight_files(file):
+        in_part, header = read_tensors(part)
+        tensors, metadata = tensors | in_part, metadata | header
+    if inside := next((name for name in tensors if LORA_INSIDE.search(name)), None):
         raise CheckpointError(
             f"{file} was saved with a LoRA inside that is not merged ({inside}): merge or unload it where it was made "
             "(fuse_lora, then unload_lora_weights, in diffusers), and save the model again."
         )
-    return network
+    return Network(tensors, file, metadata=metadata)
 
 
-def read_shards(index: Path) -> dict[str, Tensor]:
-    """The tensors of all files that an index names. They must lie next to it."""
-    with reading(index):
-        tensors = {}
-        for name in sorted(set(read_json(index)["weight_map"].values())):
+def weight_files(file: Path) -> list[Path]:
+    """The file itself; if it is an index, the shards that it names. They must lie next to it."""
+    if file.suffix != ".json":
+        return [file]
+    with reading(file):
+        names = sorted(set(read_json(file)["weight_map"].values()))
+        for name in names:
             if name != Path(name).name or "\\" in name:
-                raise CheckpointError(f'{index} names "{name}", which is not a file beside it: do not use this model.')
-            tensors |= read_tensors(index.with_name(name))[0]
-        return tensors
+                raise CheckpointError(f'{file} names "{name}", which is not a file beside it: do not use this model.')
+        return [file.with_name(name) for name in names]
 
 
 PROJECTION = "text_projection.weight"  # of SDXL's second text encoder

@@ -775,6 +775,13 @@ def test_shards_of_a_compiled_network_are_read(folder: Path, sd: StableDiffusion
     assert equal(load(folder).unet.state_dict(), sd.unet.state_dict())
 
 
+def test_shards_of_a_merged_student_say_so(folder: Path) -> None:
+    as_shards(folder)
+    for shard in folder.glob("unet/*-of-*"):
+        save_file(load_file(shard), shard, {"guidance": "4"})
+    assert load(folder).learned_guidance == "4"
+
+
 @pytest.mark.parametrize(
     "key", ["to_q.base_layer.weight", "to_q.lora_A.default.weight", "processor.to_q_lora.up.weight"]
 )
