@@ -49,7 +49,6 @@ class Version:
     text: str  # prefix of the text encoder
     openclip: bool = False  # True: OpenCLIP's text encoder, with its names and gelu; False: CLIP's, with quick_gelu
     linear_projection: bool = False  # True: the UNet's heads have width 64; False: 8 heads at every width
-    prediction: str = "eps"  # unless the file or the user says otherwise
     pad_token: str = "<|endoftext|>"
     sample_size: int = 64
     scaling_factor: float = 0.18215
@@ -68,7 +67,6 @@ SD2 = Version(
     "cond_stage_model.model.",
     openclip=True,
     linear_projection=True,
-    prediction="v",
     pad_token="!",
 )
 XL = Version(
@@ -124,17 +122,17 @@ def read_single_file(path: Path, prediction: str | None = None, ema: bool = Fals
     """
     tensors, metadata = read_tensors(path)
     version = detect_version(tensors, path)
-    stated = prediction or stated_prediction(tensors, metadata, path)
-    if version.prediction == "v" and not stated:
-        stated = likely_prediction(tensors)
+    prediction = prediction or stated_prediction(tensors, metadata, path)
+    if version is SD2 and not prediction:
+        prediction = likely_prediction(tensors)
         sizes = {"v": "SD 2.0 and 2.1 at 768 pixels", "eps": "the base models of SD 2, at 512 pixels"}
-        other = "eps" if stated == "v" else "v"
+        other = "eps" if prediction == "v" else "v"
         warnings.warn(
-            f"{path} does not say what the UNet predicts: assuming {stated}, as in {sizes[stated]}. "
+            f"{path} does not say what the UNet predicts: assuming {prediction}, as in {sizes[prediction]}. "
             f'If it is one of {sizes[other]}, set prediction="{other}" (--prediction {other}).',
             stacklevel=2,
         )
-    prediction = stated or version.prediction
+    prediction = prediction or "eps"
     with reading(path):
         try:
             unet_config = check_config(unet_shapes(tensors, version, prediction), path)
@@ -268,7 +266,7 @@ def unet_shapes(tensors: Tensors, version: Version, prediction: str) -> UNetConf
     def shape(name: str) -> tuple[int, ...]:
         return tensors[UNET + name].shape
 
-    large = version.prediction == prediction == "v"  # SD 2.1 at 768 pixels, which overflows in float16
+    large = version is SD2 and prediction == "v"  # SD 2.1 at 768 pixels, which overflows in float16
     layers = number(tensors, UNET + "input_blocks.{}.0.in_layers.0.weight", first=1)
     firsts = [1]  # the first block of each level
     while f"{UNET}input_blocks.{firsts[-1] + layers}.0.op.weight" in tensors:
