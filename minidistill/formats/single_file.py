@@ -164,11 +164,12 @@ def stated_prediction(tensors: Tensors, metadata: Mapping[str, str], path: Path)
     """What the file says the UNet predicts, "eps" or "v": by an empty tensor, or in its header."""
     if V_PREDICTION in tensors:
         return "v"
-    said = [metadata[key] for key in PREDICTION_KEYS if metadata.get(key)]
-    if said and said[0] not in PREDICTION_VALUES:
-        raise CheckpointError(f'{path} says that it predicts "{said[0]}"; known are epsilon and v (--prediction).')
-    architecture = metadata.get("modelspec.architecture")
-    return PREDICTION_VALUES[said[0]] if said else ARCHITECTURES.get(architecture)
+    said = next(filter(None, map(metadata.get, PREDICTION_KEYS)), None)
+    if said is None:
+        return ARCHITECTURES.get(metadata.get("modelspec.architecture"))
+    if said not in PREDICTION_VALUES:
+        raise CheckpointError(f'{path} says that it predicts "{said}"; known are epsilon and v (--prediction).')
+    return PREDICTION_VALUES[said]
 
 
 def likely_prediction(tensors: Tensors) -> str:
