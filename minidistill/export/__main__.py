@@ -145,11 +145,11 @@ def kohya_metadata(file: LoRAFile, tensors: dict[str, Tensor]) -> dict[str, str]
     Without the version, AUTOMATIC1111 does not offer a LoRA for SD 2 or XL; other tools show rank, alpha and base.
     """
     ranks = {pair.rank for pair in file.layers.values()}
-    alphas = {tensor.item() for key, tensor in tensors.items() if key.endswith(".alpha")}
+    alpha = next(tensor for key, tensor in tensors.items() if key.endswith(".alpha")).item()  # all layers have the same
     header = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+        "ss_network_alpha": f"{alpha:g}",
     }
     if "base" in file.metadata:
         header["ss_sd_model_name"] = file.metadata["base"]
