@@ -82,11 +82,12 @@ def main(argv: list[str] | None = None) -> None:
 def merge(files: list[LoRAFile], out: Path, args: Namespace) -> None:
     """Write the model with the LoRAs merged into its UNet, and say how much of the change survives."""
     student, styles = student_and_styles(files)
-    metadata, files = (plain_metadata(student), [*styles, student]) if student else ({}, styles)
+    metadata = plain_metadata(student) if student else {}
     squares: Squares = {}
     generator = torch.Generator().manual_seed(args.stochastic) if args.stochastic is not None else None
     which = dict(variant=args.variant, ema=args.ema, prediction=args.prediction)
-    write_checkpoint(args.model, with_loras(files, squares, generator), out, metadata, **which)
+    change = with_loras([*styles, student] if student else styles, squares, generator)
+    write_checkpoint(args.model, change, out, metadata, **which)
     share, sentence = surviving_change(squares)
     if generator:  # what was added is the change and independent noise, whose squares add up
         noise = max(share**2 - 1, 0) ** 0.5

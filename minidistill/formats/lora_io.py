@@ -52,8 +52,9 @@ def load_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> LoRAMod
 @torch.no_grad()
 def inject_file(model: nn.Module, file: LoRAFile) -> LoRAModel:
     """``load_lora`` for a file that has been read."""
-    pairs, dial = fit(file, dict(model.named_parameters())), file.dial if file.scale == 1 else None
-    few_steps = file.few_steps  # read before the model is changed: a damaged header raises
+    pairs = fit(file, dict(model.named_parameters()))
+    # Read before the model is changed: a damaged header raises.
+    dial, few_steps = file.dial if file.scale == 1 else None, file.few_steps
     model = inject_pairs(model, {name: (pair.rank, pair.alpha) for name, pair in pairs.items()})
     model.dial, model.few_steps = dial, few_steps
     model.learned_guidance = file.metadata.get("guidance") if file.scale else None
@@ -161,13 +162,14 @@ def student_and_styles(files: list[LoRAFile]) -> tuple[LoRAFile | None, list[LoR
     Raises ValueError for two students. Warns if the student's teacher had a style that is not among the files.
     """
     students, styles = [f for f in files if f.is_student], [f for f in files if not f.is_student]
+    student = students[0] if students else None
     if len(students) > 1:
         raise ValueError(f"{' and '.join(str(f.path) for f in students)} have each learned guidance: give one of them.")
-    teacher_lora = students[0].metadata.get("teacher_lora") if students else None
+    teacher_lora = student.metadata.get("teacher_lora") if student else None
     if teacher_lora and teacher_lora not in [f"{f.path.name}:{f.scale:g}" for f in styles]:
         warnings.warn(
-            f"{students[0].path} was distilled from a teacher with the LoRA {teacher_lora}: "
+            f"{student.path} was distilled from a teacher with the LoRA {teacher_lora}: "
             "give that one too, at the same strength.",
             stacklevel=2,
         )
-    return (students[0] if students else None), styles
+    return student, styles
