@@ -37,9 +37,10 @@ def find_model(path: str | Path, variant: str | None = None, ema: bool = False) 
             raise CheckpointError(f"There is no {path}: name a Stable Diffusion folder, a single file or a hub id.")
         path = fetch_model(str(path), variant)
     path = newest_snapshot(path)
-    flag = "--ema" if ema and path.is_dir() else "--variant" if variant and path.is_file() else None
-    if flag:
-        raise CheckpointError(f"{path} is a {'folder' if path.is_dir() else 'single file'}: leave {flag} out.")
+    if ema and path.is_dir():
+        raise CheckpointError(f"{path} is a folder: leave --ema out.")
+    if variant and path.is_file():
+        raise CheckpointError(f"{path} is a single file: leave --variant out.")
     return path
 
 

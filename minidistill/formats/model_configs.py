@@ -99,7 +99,6 @@ VAE_FIXED = dict(
     shift_factor=None, use_post_quant_conv=True, use_quant_conv=True,
 )
 # fmt: on
-SCHEDULE_FIXED = dict(trained_betas=None)
 
 # Field of our configuration: its key in the file, and the value of a key that is absent.
 Keys = dict[str, tuple[str, object]]
@@ -305,7 +304,7 @@ def read_schedule_config(file: Path, prediction: str | None, xl: bool = False) -
     """Betas and prediction type, whichever sampler the file names. An absent key has that sampler's default."""
     contents = read_json(file)
     with reading(file):
-        check_fixed(contents, SCHEDULE_FIXED, file)
+        check_fixed(contents, {"trained_betas": None}, file)
         kind, spacing = contents.get("_class_name"), contents.get("timestep_spacing")
         if kind in ("DDIMScheduler", "PNDMScheduler") and spacing != "trailing":  # others have spacings of their own
             check_fixed(contents, {"timestep_spacing": "leading"}, file)

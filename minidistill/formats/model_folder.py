@@ -78,8 +78,8 @@ def refuse_other_schedules(folder: Path) -> None:
         )
 
 
-def refuse_other_xl(folder: Path) -> None:
-    """Raise CheckpointError for an SDXL with a padding that is not SDXL's."""
+def refuse_other_padding(folder: Path) -> None:
+    """Raise CheckpointError if SDXL's second tokenizer says that it pads with something else than "!"."""
     tokenizer = folder / "tokenizer_2/tokenizer_config.json"
     pad = read_json(tokenizer).get("pad_token") if tokenizer.exists() else None
     pad = pad.get("content") if isinstance(pad, dict) else pad
@@ -108,7 +108,7 @@ def refuse_other_pipelines(folder: Path) -> None:
         raise CheckpointError(f"{folder} is the SDXL refiner, which only finishes images: name SDXL itself.")
     refuse_other_schedules(folder)
     if stems(folder) is XL_STEMS:
-        refuse_other_xl(folder)
+        refuse_other_padding(folder)
 
 
 def candidates(stem: str, variant: str | None) -> Iterator[str]:
