@@ -273,13 +273,7 @@ def read_lora(path: str | Path, scale: float = 1.0) -> LoRAFile:
     path = find_lora(newest_snapshot(user_path(path)))
     with reading(path):
         tensors, metadata = read_tensors(path)
-        parts, others = group_by_layer(path, tensors)
-        if others:
-            warnings.warn(
-                f"{path} also changes the text encoder or teaches it words ({others} tensors), which minidistill "
-                "leaves as it is: only the LoRA of the UNet is used.",
-                stacklevel=2,
-            )
+        parts = group_by_layer(path, tensors)
         if any(key.endswith((".lora_down", ".lora_up")) for key in tensors):
             alphas = our_alphas(path, parts, metadata)
         elif config := peft_config(path, tensors, metadata):
@@ -307,8 +301,8 @@ def peft_config(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 Parts = Mapping[str, Mapping[str, Tensor]]  # down, up and perhaps alpha of each layer
 
 
-def group_by_layer(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Parts, int]:
-    """The tensors of the UNet by layer and part, and the number of tensors for text encoders."""
+def group_by_layer(path: Path, tensors: Mapping[str, Tensor]) -> Parts:
+    """The tensors of the UNet by layer and part. Warns of others, for text encoders."""
     parts: dict[str, dict[str, Tensor]] = {}
     others, unknown = 0, []
     for key, tensor in tensors.items():
@@ -341,12 +335,18 @@ def group_by_layer(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Parts, in
             f"16 bits or more: {', '.join(wrong)}. The file is damaged: make or fetch it again."
         )
     for part in parts.values():  # to float32 at least: products of narrower numbers would lose digits
-        part |= {key: convert(x, torch.promote_types(x.dtype, torch.float32)) for key, x in part.items()}
+        part.update({key: convert(x, torch.promote_types(x.dtype, torch.float32)) for key, x in part.items()})
     check_finite({f"{n}.lora_{key}": x for n, part in parts.items() for key, x in part.items() if key != "alpha"}, path)
     for part in parts.values():
         if "mid" in part:  # LyCORIS: a 1x1 convolution, one with the kernel [rank, rank, k, k], and another 1x1
             part["down"] = torch.einsum("srkl,ri->sikl", part.pop("mid"), part["down"].flatten(1))
-    return parts, others
+    if others:
+        warnings.warn(
+            f"{path} also changes the text encoder or teaches it words ({others} tensors), which minidistill "
+            "leaves as it is: only the LoRA of the UNet is used.",
+            stacklevel=3,
+        )
+    return parts
 
 
 def is_pair(part: Mapping[str, Tensor]) -> bool:
