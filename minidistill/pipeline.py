@@ -266,7 +266,8 @@ class StableDiffusion:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts or batch < 1:
             raise ValueError(f"{len(prompts)} prompts in batches of {batch}: both must be 1 or more.")
-        noise = self.starting_noise(range(seed, seed + len(prompts)), height, width)
+        seeds = range(seed, seed + len(prompts))
+        noise = self.starting_noise(seeds, height, width)
         uncond = self.encode_negative(negative_prompt, height, width)
         if selective and interval:
             raise ValueError("selective is an interval of its own: give one of selective and interval.")
@@ -282,23 +283,21 @@ class StableDiffusion:
         images = []
         bar = tqdm(total=-(-len(prompts) // batch) * steps, desc="sampling", unit="step", disable=not progress)
         for first in range(0, len(prompts), batch):
-            cond = self.encode_prompt(prompts[first : first + batch], height, width)
+            rows = slice(first, first + batch)
+            cond = self.encode_prompt(prompts[rows], height, width)
             if lora_enabled:
                 model = student(self.unet, cond)
             elif guidance == 1:
                 model = plain(self.unet, cond)
             else:
                 model = guided(self.unet, cond, uncond.expand(len(cond)), guidance, interval)
-            z_T = noise[first : first + batch]
-            seeds = range(seed + first, seed + first + len(z_T))
-            generators = [torch.Generator().manual_seed(FRESH_NOISE + own) for own in seeds]
-            leads_away = lora_enabled and negative_prompt
+            generators = [torch.Generator().manual_seed(FRESH_NOISE + own) for own in seeds[rows]]
             with (
                 clock,
                 lora_strength(self.unet, strength) if strength != 1 else nullcontext(),
-                away_from(self.unet, uncond) if leads_away else nullcontext(),
+                away_from(self.unet, uncond) if lora_enabled and negative_prompt else nullcontext(),
             ):
-                for z_t in ddim_sample(model, self.schedule, z_T, steps, eta, generators, spacing):
+                for z_t in ddim_sample(model, self.schedule, noise[rows], steps, eta, generators, spacing):
                     bar.update()
             require_finite(z_t, self.unet)
             with on_device(self.vae, self.device), clock:
