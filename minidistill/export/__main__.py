@@ -29,8 +29,6 @@ from minidistill.formats.tensor_files import without_hashes, write_tensors
 from minidistill.lora import SURVIVING, Squares, surviving_change, warn_of_lost_change
 from minidistill.training.command_line import DEFAULT_MODEL, ScaledFile, new_parser, one_line_errors, seed_number
 
-PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-
 
 def read_flags(argv: list[str] | None) -> Namespace:
     parser = new_parser(
@@ -67,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     first = files[0].path
     suffix = "" if args.to == "checkpoint" and not args.model.is_file() else ".safetensors"
     out = args.out or first.with_name(f"{first.stem}-{args.to}{suffix}")
-    if out.suffix.lower() in PICKLES or (args.to != "checkpoint" and out.is_dir()):
+    if out.suffix.lower() in (".ckpt", ".bin", ".pt", ".pth") or (args.to != "checkpoint" and out.is_dir()):
         raise ValueError(f"--out {out}: name a .safetensors file{' or a folder' * (args.to == 'checkpoint')}.")
     if out.resolve() in [path.resolve() for path in (args.model, *(file.path for file in files))]:
         raise ValueError(f"--out {out} would be written over what it is made from: name another.")
@@ -120,9 +118,6 @@ def convert(file: LoRAFile, out: Path, to: str) -> None:
         print(f"Strengths of the LoRA, each with the guidance that it stands for: {strengths}")
 
 
-HINT = "guidance scale (CFG) exactly 1, no negative prompt"
-
-
 def plain_metadata(file: LoRAFile) -> dict[str, str]:
     """The file's metadata without alpha, which the exported tensors contain.
 
@@ -133,7 +128,9 @@ def plain_metadata(file: LoRAFile) -> dict[str, str]:
     metadata = {key: value for key, value in without_hashes(file.metadata).items() if key not in without}
     if not file.is_student:
         return metadata
-    hint = f"{HINT}, {file.few_steps[0]} steps with trailing spacing" if file.skips_steps else HINT
+    hint = "guidance scale (CFG) exactly 1, no negative prompt"
+    if file.skips_steps:
+        hint += f", {file.few_steps[0]} steps with trailing spacing"
     return metadata | {"guidance": f"{file.guidance:g}", "modelspec.usage_hint": hint}
 
 
