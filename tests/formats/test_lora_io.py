@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY_UNET, error, tiny_student, tiny_unet, unet_inputs
+from tiny import TINY_UNET, error, tiny_student, tiny_unet
 from torch import Tensor
 
 from minidistill import CheckpointError, load_lora, save_lora
@@ -44,13 +44,6 @@ def test_round_trip_is_bit_exact(file: Path):
         assert loaded[name].scale == layer.scale
 
 
-def test_the_loaded_student_predicts_the_same(file: Path):
-    loaded = load_lora(tiny_unet(), file)
-    for setting in (False, True):
-        expected = tiny_student()(*unet_inputs(), lora_enabled=setting)
-        assert torch.equal(loaded(*unet_inputs(), lora_enabled=setting), expected)
-
-
 @pytest.mark.parametrize("rank, alpha", [(3, 1.0), (3, 0.1), (2, 2.718281828459045), (2, 12345678.0), (2, 0.0)])
 def test_the_scale_is_kept_exactly(rank: int, alpha: float, tmp_path: Path):
     model = tiny_student(rank, alpha)
@@ -75,11 +68,6 @@ def test_metadata_may_be_any_text(tmp_path: Path):
     text = 'a "quoted" été\n苹果'
     save_lora(tiny_student(), tmp_path / "lora.safetensors", dict(negative_prompt=text))
     assert read_lora(tmp_path / "lora.safetensors").metadata["negative_prompt"] == text
-
-
-def test_equal_students_give_equal_files(file: Path, tmp_path: Path):
-    save_lora(tiny_student(), tmp_path / "elsewhere/again.safetensors", METADATA)
-    assert (tmp_path / "elsewhere/again.safetensors").read_bytes() == file.read_bytes()
 
 
 def test_nothing_to_save(tmp_path: Path):

@@ -1,12 +1,10 @@
-"""Damaged folders written by diffusers: one error lists everything that is wrong."""
+"""Damaged folders written by diffusers: one error names what is wrong."""
 
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from tiny import edit_json
 
 from minidistill import load
@@ -28,31 +26,6 @@ def folder(written: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(written, tmp_path / "model"))
 
 
-WEIGHTS = {
-    "unet": ("unet/diffusion_pytorch_model.safetensors", "conv_in.weight", "conv_out.bias"),
-    "vae": ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_in.weight", "quant_conv.bias"),
-    "text_encoder": ("text_encoder/model.safetensors", "final_layer_norm.weight", "final_layer_norm.bias"),
-}
-
-
-@pytest.mark.parametrize("part", WEIGHTS)
-def test_all_wrong_tensors_are_listed(part: str, folder: Path) -> None:
-    name, gone, misshapen = WEIGHTS[part]
-    tensors = load_file(folder / name)
-    gone, misshapen = (next(key for key in tensors if key.endswith(end)) for end in (gone, misshapen))
-    del tensors[gone]
-    tensors[misshapen] = torch.zeros(3, 5)
-    tensors["one.too.many"] = torch.zeros(7)
-    save_file(tensors, folder / name)
-    with pytest.raises(CheckpointError) as caught:
-        load(folder)
-    message = str(caught.value)
-    assert str(folder / name) in message and "(3 tensors)" in message
-    assert f"missing: {gone} [" in message
-    assert f"misshapen: {misshapen} is [3, 5], should be [" in message
-    assert "unexpected: one.too.many [7]" in message
-
-
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler"])
 def test_missing_part(part: str, folder: Path) -> None:
     shutil.rmtree(folder / part)
@@ -67,7 +40,9 @@ def test_missing_part(part: str, folder: Path) -> None:
         "vae/config.json",
         "text_encoder/config.json",
         "scheduler/scheduler_config.json",
-        *(name for name, _, _ in WEIGHTS.values()),
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
     ],
 )
 def test_missing_or_unreadable_file(name: str, folder: Path) -> None:
