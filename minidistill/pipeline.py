@@ -70,7 +70,7 @@ class StableDiffusion:
 
     def __post_init__(self) -> None:
         self.height, self.width = self.height or self.trained_side, self.width or self.trained_side
-        self.latent_size()
+        self.latent_size()  # raises if images of this size cannot be made
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
@@ -271,9 +271,10 @@ class StableDiffusion:
         uncond = self.encode_negative(negative_prompt, height, width)
         if selective and interval:
             raise ValueError("selective is an interval of its own: give one of selective and interval.")
-        of_lora = getattr(self.unet, "few_steps", None) if lora_enabled or self.is_merged else None
-        if few_steps := of_lora or self.few_steps:
-            spacing, (few, many) = spacing or "trailing", few_steps
+        loaded = getattr(self.unet, "few_steps", None) if lora_enabled or self.is_merged else None
+        if few_steps := loaded or self.few_steps:
+            spacing = spacing or "trailing"
+            few, many = few_steps
             if few < many and steps != few:
                 warnings.warn(f"This student has learned {few} steps, not {steps}.", stacklevel=3)
         interval = Interval(*interval) if interval else selective_interval(self.schedule, steps, selective, spacing)
@@ -310,12 +311,11 @@ class StableDiffusion:
 def require_finite(x: Tensor, network: nn.Module) -> None:
     """Raise ValueError for latents or images of ``network`` with NaN or infinities, which would be black."""
     if not x.isfinite().all():
-        dtype = next(network.parameters()).dtype
-        cause = "the guidance or a LoRA's strength is too large, or the model is damaged"
-        raise ValueError(
-            f"The image is not finite (NaN or infinite), computed in {str(dtype).removeprefix('torch.')}: "
-            f"{'use --dtype bfloat16 or float32' if dtype == torch.float16 else cause}."
-        )
+        dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
+        advice = "the guidance or a LoRA's strength is too large, or the model is damaged"
+        if dtype == "float16":
+            advice = "use --dtype bfloat16 or float32"
+        raise ValueError(f"The image is not finite (NaN or infinite), computed in {dtype}: {advice}.")
 
 
 def to_images(x: Tensor) -> list[Image.Image]:
