@@ -140,14 +140,13 @@ def build(
     make: Callable[[], nn.Module],
     network: Network,
     dtype: torch.dtype,
-    stored: Callable[[str, Tensor], Tensor] | None = None,
+    quantize: Callable[[str, Tensor], Tensor] | None = None,
 ) -> nn.Module:
     """The frozen module that ``make`` returns, with the network's tensors as its parameters.
 
-    ``stored(name, tensor)`` changes how each is kept.
-
-    It is made without memory of its own, so weights that need no conversion stay mapped from the file. Raises
-    CheckpointError that lists every missing, unexpected and misshapen tensor.
+    It is made without memory of its own, so weights that need no conversion stay mapped from the file.
+    ``quantize(name, tensor)`` replaces each. Raises CheckpointError that lists every missing, unexpected and misshapen
+    tensor.
     """
     module = skeleton(make, network.file)
     check(module, network)
@@ -161,7 +160,7 @@ def build(
                 raise CheckpointError(
                     f"{network.file} has values in {original} that {kind} cannot hold: load it in float32 or bfloat16."
                 )
-            weights[name] = stored(name, weight) if stored else weight
+            weights[name] = quantize(name, weight) if quantize else weight
             release_pages(weight)
     module.load_state_dict(weights, assign=True)
     return module.eval().requires_grad_(False)

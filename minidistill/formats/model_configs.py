@@ -1,4 +1,4 @@
-"""The configurations of a Stable Diffusion: the JSON files of the official folder layout, read and written."""
+"""What describes a Stable Diffusion: its networks' tensors, and the JSON files of the official layout, both ways."""
 
 import math
 from collections.abc import Callable, Mapping
