@@ -168,7 +168,6 @@ def encode(
                     x = read_image(image.file, sd.height, sd.width)
                 except Exception as error:  # decoders raise anything at a damaged file
                     unusable[file] = str(error) or type(error).__name__
-                    file.unlink(missing_ok=True)  # damaged, or it would not be missing
                     continue
                 z_0 = sd.run_vae(sd.vae.encode, x[None].to(sd.device, sd.dtype))[0]  # [4, h, w]
                 if not z_0.isfinite().all():
