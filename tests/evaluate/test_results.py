@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ from minidistill.formats.lora_io import merge_file
 from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
 from minidistill.formats.tensor_files import read_tensors, write_tensors
 from minidistill.lora import lora_layers, lora_parameters
-from minidistill.schedule import Schedule
+from minidistill.schedule import Schedule, add_noise
 
 LEARNED = dict(base="tiny", guidance="3", negative_prompt="a cat", method="trajectories")
 
@@ -189,6 +191,23 @@ def test_the_first_way_is_train_pys(sd: StableDiffusion, tmp_path: Path):
     F.mse_loss(lesson.step(unet, z_t, lesson.cond, steps), z_s).backward()
     for p, grad in zip(lora_parameters(unet), expected):
         assert (p.grad / lesson.q.square().mean() - grad).abs().max() < 1e-4 * grad.abs().max()
+
+
+def test_a_constant_prediction_is_perfect_in_every_way(sd: StableDiffusion, monkeypatch: pytest.MonkeyPatch):
+    """From wherever DDIM starts, it then leads to the same place in steps of any number and length."""
+    unet, z_0, cond = inject_lora(sd.unet, rank=2), randn(3, 4, 8, 8), sd.encode_prompt(["a cat", "a dog", "a pear"])
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    eps = torch.nn.init.normal_(unet.conv_out.bias).view(4, 1, 1).expand_as(z_0)
+    times = [*sd.schedule.timesteps(8, "trailing"), -1]
+    z = torch.stack([add_noise(sd.schedule, z_0, eps, torch.tensor([t])) for t in times], 1)
+    lesson = Lesson(sd.schedule, z, cond, sd.encode_negative(), guidance=4.0, updates=1)
+    losses = [few_step_ways.one_step, few_step_ways.own_states, few_step_ways.through_all_steps]
+    losses += [few_step_ways.any_number_of_steps]
+    losses += [partial(few_step_ways.two_steps_in_one, 4, before) for before in (None, unet)]
+    monkeypatch.setattr(few_step_ways, "fit", lambda unet, lesson, loss: losses.append(loss))
+    few_step_ways.learn_consistency(unet, lesson)
+    for loss, seed in product(losses, range(4)):
+        assert loss(unet, lesson, z, cond, torch.Generator().manual_seed(seed)) < 1e-6
 
 
 def test_spectrum_of_a_student_that_is_the_lora(lora: Path, tiny_model: Path, tmp_path: Path):
