@@ -1,5 +1,6 @@
 """data/examples.py: batches depend on their number alone, and hold what was stored or noised."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,8 @@ def test_batches_of_noised_latents(sd: StableDiffusion, states: Trajectories):
             assert error(batch.cond.tokens[i], sd.encode_prompt([caption]).tokens[0]) < 1e-5
         times += batch.t.tolist()
     assert len(set(times)) > 25 and min(times) < 200 and max(times) > 800
+    examples.schedule = replace(sd.schedule, alphas_cumprod=sd.schedule.alphas_cumprod[:2])
+    assert {t for step in range(8) for t in examples.batch(step).t.tolist()} == {0, 1}  # every t, also the last
 
 
 @pytest.mark.parametrize("kind", [StoredStates, NoisedLatents])

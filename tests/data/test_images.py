@@ -166,6 +166,7 @@ def test_other_pixel_formats(mode: str, tmp_path: Path):
 def test_unusable_images_are_left_out_and_named(folder: Path, sd: StableDiffusion, tmp_path: Path):
     good = (folder / "0.png").read_bytes()
     write(folder / "tiny.png", 0, "too small", height=7, width=40)
+    write(folder / "narrow.png", 0, "too small", height=40, width=7)
     write(folder / "just.png", 0, "large enough", height=8, width=40)
     write(folder / "cut.png", 0, "half of a file").write_bytes(good[: len(good) // 2])
     write(folder / "empty.jpg", 0, "nothing").write_bytes(b"")
@@ -174,7 +175,7 @@ def test_unusable_images_are_left_out_and_named(folder: Path, sd: StableDiffusio
     Image.fromarray(np.zeros((SIDE, SIDE), np.uint16)).save(write(folder / "deep.png", 0, "16 bits"))
     latents, left_out = encoded(sd, folder, tmp_path / "cache")
     reasons = {file.name: reason for file, reason in left_out.items()}
-    assert set(reasons) == {"tiny.png", "cut.png", "empty.jpg", "empty too.jpg", "vector.jpg", "deep.png"}
+    assert set(reasons) == {"tiny.png", "narrow.png", "cut.png", "empty.jpg", "empty too.jpg", "vector.jpg", "deep.png"}
     assert "40x7 pixels" in reasons["tiny.png"] and "16" in reasons["tiny.png"]
     assert len(latents) == 13 and len(list((tmp_path / "cache").iterdir())) == 13
 
@@ -211,6 +212,9 @@ def test_only_what_changed_is_encoded_again(folder: Path, sd: StableDiffusion, c
         sd.vae.quant_conv.weight[0, 0, 0, 0] += 1e-3
     encoded(sd, folder, tmp_path / "cache")
     assert len(calls) == 2 + 13
+    sd.height //= 2
+    encoded(sd, folder, tmp_path / "cache")
+    assert len(calls) == 2 + 13 + 13
 
 
 def test_damaged_latents_are_encoded_again(folder: Path, sd: StableDiffusion, calls: list[int], tmp_path: Path):

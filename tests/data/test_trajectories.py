@@ -224,6 +224,7 @@ CHANGES: dict[str, Callable[[StableDiffusion], object]] = {
     "text encoder": lambda sd: next(sd.text_encoder.parameters()).view(-1)[0].add_(1e-6),
     "activation": lambda sd: setattr(sd.text_encoder.config, "hidden_act", "gelu"),
     "tokenizer": lambda sd: setattr(sd.tokenizer, "pad_token", "!"),
+    "width": lambda sd: setattr(sd, "width", 2 * sd.width),
     "schedule": lambda sd: setattr(sd, "schedule", replace(sd.schedule, final_alpha=torch.tensor(1.0))),
 }
 
