@@ -164,6 +164,9 @@ def test_resuming_with_another_style_is_refused(command, flags, style: Path, tmp
     shutil.rmtree(tmp_path / "run/states")
     other = flags(tmp_path / "run", teacher_lora=f"{style}:0.5")
     assert f"--teacher-lora {style}:1" in command("train.py", *other, "--no-report", "--resume").complaint
+    (tmp_path / "moved").mkdir()
+    same = flags(tmp_path / "run", teacher_lora=shutil.copy(style, tmp_path / "moved"))
+    assert command("train.py", *same, "--no-report", "--resume").code == 0
 
 
 def test_a_student_is_refused_as_a_style(whole_run, command, flags, tmp_path: Path):
