@@ -22,7 +22,7 @@ from minidistill.export import __main__ as export
 from minidistill.formats import tensor_files
 from minidistill.formats.files import read_json, write_json
 from minidistill.formats.lora_formats import peft_tensors, read_lora
-from minidistill.formats.lora_io import add_student
+from minidistill.formats.lora_io import add_student, fit
 from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
 from minidistill.formats.model_configs import published_unet, published_vae
 from minidistill.formats.tensor_files import write_tensors
@@ -547,7 +547,12 @@ def test_stochastic_rounding_is_seeded(run: Path, tmp_path: Path, capsys):
         (merge(f"{run}:1e-3", model, tmp_path / name, *seed) / UNET).read_bytes() for name, seed in seeds.items()
     )
     assert one == same and len({plain, one, zero}) == 3
-    assert re.search(r"survives on average, with noise of \d+% of its norm", capsys.readouterr().out)
+    before, after = (load_file(folder / UNET) for folder in (model, tmp_path / "zero"))
+    deltas = {f"{name}.weight": pair.delta("cpu") for name, pair in fit(read_lora(run, 1e-3), before).items()}
+    noise = sum((after[name].float() - before[name].float() - d).square().sum() for name, d in deltas.items())
+    wanted = 100 * (noise / sum(d.square().sum() for d in deltas.values())).sqrt().item()
+    said = re.findall(r"survives on average, with noise of (\d+)% of its norm", capsys.readouterr().out)
+    assert int(said[-1]) == pytest.approx(wanted, rel=0.1)
 
 
 def test_8_bits_are_refused(run: Path, tmp_path: Path):
