@@ -151,9 +151,14 @@ def test_a_student_samples_at_the_strength_that_stands_for_a_guidance(sd: Stable
         again.sample([APPLE], steps=3, guidance=2, lora_enabled=True)
 
 
-def test_a_student_without_a_dial_has_one_guidance(student: StableDiffusion):
-    with pytest.raises(ValueError, match="only at the scale it has learned"):
-        student.sample([APPLE], steps=3, guidance=2, lora_enabled=True)
+def test_a_student_without_a_dial_has_one_guidance(student: StableDiffusion, tmp_path: Path):
+    """Not from a file, or at another strength than the dial is for."""
+    save_lora(student.unet, tmp_path / "lora.safetensors", dict(guidance="4"))
+    weaker = load(student.path)
+    weaker.unet = load_lora(weaker.unet, tmp_path / "lora.safetensors", 0.5)
+    for sd in (student, weaker):
+        with pytest.raises(ValueError, match="only at the scale it has learned"):
+            sd.sample([APPLE], steps=3, guidance=2, lora_enabled=True)
 
 
 def test_size(sd: StableDiffusion):
@@ -342,6 +347,10 @@ def test_a_student_is_not_guided_again(sd: StableDiffusion, tmp_path: Path):
     sd.learned_guidance = "4"
     with pytest.raises(ValueError, match="has learned guidance 4 already"):
         sd.sample([APPLE], steps=1, lora_enabled=True)
+    again = load(sd.path)
+    again.unet = load_lora(again.unet, tmp_path / "lora.safetensors", 0)  # merged, it is the teacher
+    merge_lora(again.unet)
+    assert again.sample([APPLE], steps=1)
 
 
 def test_a_student_of_few_steps_has_their_spacing(sd: StableDiffusion, tmp_path: Path):
