@@ -147,9 +147,14 @@ def test_a_damaged_header_is_named(header: dict, complaint: str, sd: StableDiffu
         _ = read_lora(tmp_path / "lora.safetensors").few_steps
 
 
+@pytest.mark.filterwarnings("error")
 def test_without_the_teachers_steps(sd: StableDiffusion, tmp_path: Path):
+    """As many as the teacher has: any number will do."""
     save_lora(inject_lora(sd.unet, rank=2), tmp_path / "lora.safetensors", dict(guidance="4", student_steps="3"))
     assert read_lora(tmp_path / "lora.safetensors").few_steps == (3, 3)
+    sd = load(sd.path)
+    sd.unet = load_lora(sd.unet, tmp_path / "lora.safetensors")
+    assert sd.sample(["a cat"], steps=2, lora_enabled=True)
 
 
 def test_another_strength_is_refused(few_step_run: Path, command, tiny_model: Path, tmp_path: Path):
