@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from minidistill import kernels, load
 from minidistill.data.examples import batch_to_device
-from minidistill.data.prompts import spread
 from minidistill.data.shards import teacher_fingerprint
 from minidistill.distill import Batch, guided_target, stored_target
-from minidistill.evaluate.run_report import report_prompts, write_preview, write_report
+from minidistill.evaluate.run_report import write_preview, write_report
 from minidistill.training import command_line as cli
 from minidistill.training.bookkeeping import Progress
 from minidistill.training.cuda_graph import UpdateGraph, adamw, can_record
@@ -102,7 +101,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
         out, losses, sd.unet, trained, optimizer, recorded, ranks, parts=args.accumulate, total=args.steps, peak=peak,
         # With few steps, the way from any state to the next may be guided.
         interval=None if args.student_steps else args.interval, save_every=args.save_every, before_saving=update.forget,
-        preview=None if args.no_report else partial(write_preview, sd, out, spread(source.held_out, 8), **sampling),
+        preview=None if args.no_report else partial(write_preview, sd, out, source.held_out, **sampling),
     )  # fmt: skip
     with closing(progress.steps()) as steps:  # restores the normal Ctrl-C, even after an error
         for step in steps:  # sets the learning rate
@@ -119,7 +118,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
         student.save(sd, result, args, header(args, name, sd.schedule.prediction) | style)
         print(f"Wrote {result}")
     if not args.no_report:
-        write_report(sd, out, spread(source.held_out, report_prompts(sd)), losses, **sampling)
+        write_report(sd, out, source.held_out, losses, **sampling)
 
 
 def sampling_options(args: argparse.Namespace) -> dict:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from minidistill.data.prompts import spread
 from minidistill.evaluate.figures import figure_file
 from minidistill.evaluate.image_grid import write_grid
 from minidistill.evaluate.metrics import ClipScore, noise_error_share, psnr
@@ -15,33 +16,32 @@ from minidistill.lora import unmerge_lora
 from minidistill.pipeline import StableDiffusion
 
 
-def report_prompts(sd: StableDiffusion) -> int:
-    """The number of prompts in a report: 8 for large images, which would otherwise take longer than the training."""
-    return 24 if sd.height * sd.width <= 256**2 else 8
-
-
-def write_preview(sd: StableDiffusion, out: Path, prompts: list[str], step: int, **options) -> None:
-    """Images of the student as it is after ``step`` updates. ``options`` are those of ``write_report``."""
+def write_preview(sd: StableDiffusion, out: Path, held_out: Sequence[str], step: int, **options) -> None:
+    """Images of the student as it is after ``step`` updates. ``options`` are those of ``draw``."""
+    prompts = spread(held_out, 8)
     write_grid(out / f"pictures/step-{step:06d}.png", [draw(sd, "student", prompts, **options)], prompts)
 
 
 def write_report(
     sd: StableDiffusion,
     out: Path,
-    prompts: list[str],
-    losses: list[float],
+    held_out: Sequence[str],
+    losses: Sequence[float],
     *,
-    guidance: float,
     steps: int,
-    negative_prompt: str | None,
-    batch: int,
-    interval: Interval | None = None,
-    student_steps: int | None = None,
+    guidance: float,
+    interval: Interval | None,
+    student_steps: int | None,
+    **options,
 ) -> None:
-    """Evaluate the student in ``sd.unet`` on held-out ``prompts``; write images, a plot and a table into ``out``."""
+    """Evaluate the student in ``sd.unet`` on ``held_out`` prompts; write images, a plot and a table into ``out``.
+
+    The keywords are those of ``draw``.
+    """
+    # Of large images only 8: more would take longer than the training.
+    prompts = spread(held_out, 24 if sd.height * sd.width <= 256**2 else 8)
     print(f"Evaluating on {len(prompts)} held-out prompts ...")
-    options = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt, interval=interval, batch=batch)
-    options |= dict(student_steps=student_steps, progress=True)
+    options |= dict(steps=steps, guidance=guidance, interval=interval, student_steps=student_steps, progress=True)
     share = noise_error_share(sd, prompts, **options).pooled
     sd.sample(prompts[:1], steps=1)  # warm up: the first calls are slower
     rows = [draw(sd, method, prompts, **options) for method in ("teacher", "no guidance")]
