@@ -20,7 +20,7 @@ from minidistill.evaluate.figures import figure_file, plot_estimates
 from minidistill.evaluate.image_grid import write_grid
 from minidistill.evaluate.metrics import EVALUATION_SEED, Estimate, Make, interval, noise_error_share, psnr
 from minidistill.evaluate.sampling import draw
-from minidistill.evaluate.students import check_student
+from minidistill.evaluate.students import teacher_of
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import write_json
 from minidistill.formats.load_model import load
@@ -60,34 +60,34 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     file = read_lora(args.run)
-    check_student(file)
+    teacher = teacher_of(file)
     if file.dial is None:
         raise ValueError(f"{file.path} has no dial: name a LoRA that has learned guidance, and not few steps.")
-    learned = file.guidance
+    learned = teacher.guidance
     scales = [float(f"{w:g}") for w in args.guidance or [1 + part * (learned - 1) for part in PARTS]]  # as --write does
     if any(w <= 1 or w == learned for w in scales):
         raise ValueError(
             f"--guidance: name scales above 1 other than {learned:g}, which the student has at strength 1."
         )
     sd = load(args.model, **load_options(args))
-    check_interval(file.interval, sd.schedule.timesteps(args.steps))
+    check_interval(teacher.interval, sd.schedule.timesteps(args.steps))
     add_student(sd, file)
     training, held_out = (spread(prompts, args.prompts) for prompts in prompt_split(args.model))
-    teacher = dict(negative_prompt=file.metadata.get("negative_prompt"), interval=file.interval)
     student_steps = file.few_steps and file.few_steps[0]  # a student with a dial takes as many as its teacher
-    teacher |= dict(steps=student_steps or args.steps, student_steps=student_steps, batch=args.batch, progress=True)
+    same = dict(steps=student_steps or args.steps, student_steps=student_steps, batch=args.batch, progress=True)
 
     rows, images = [], []
     for w in sorted(scales):
+        options = same | teacher._replace(guidance=w)._asdict()
         start = (w - 1) / (learned - 1)
-        strengths = {"nominal": start, "measured": nearest_strength(sd, training, start, guidance=w, **teacher)}
-        images.append(draw(sd, "teacher", held_out, guidance=w, **teacher))
+        strengths = {"nominal": start, "measured": nearest_strength(sd, training, start, **options)}
+        images.append(draw(sd, "teacher", held_out, **options))
         images[-1].method = f"teacher, guidance {w:g}"
-        row, states, target = {"guidance": w}, {}, images[-1].images
+        row, cache, target = {"guidance": w}, memory_cache(), images[-1].images
         for name, strength in strengths.items():
             with lora_strength(sd.unet, strength):
-                share = noise_error_share(sd, held_out, guidance=w, cache=cache_in(states), **teacher)
-                student = draw(sd, "student", held_out, guidance=w, **teacher)
+                share = noise_error_share(sd, held_out, cache=cache, **options)
+                student = draw(sd, "student", held_out, **options)
             student.method = f"student x {strength:.3g}, {name}"
             images.append(student)
             row[name] = {
@@ -106,8 +106,9 @@ def run(args: Namespace) -> None:
         write_dial(file, [(row["guidance"], row["measured"]["strength"]) for row in rows])
 
 
-def cache_in(states: dict[str, dict[str, Tensor]]) -> Callable[[str, Make], dict[str, Tensor]]:
-    """A cache for ``noise_error_share``: the teacher's tensors are made once and kept in ``states``."""
+def memory_cache() -> Callable[[str, Make], dict[str, Tensor]]:
+    """A cache for ``noise_error_share``: the teacher's tensors are made once and kept in memory."""
+    states: dict[str, dict[str, Tensor]] = {}
 
     def cache(name: str, make: Make) -> dict[str, Tensor]:
         if name not in states:
@@ -117,16 +118,16 @@ def cache_in(states: dict[str, dict[str, Tensor]]) -> Callable[[str, Make], dict
     return cache
 
 
-def nearest_strength(sd: StableDiffusion, prompts: Sequence[str], strength: float, **teacher) -> float:
+def nearest_strength(sd: StableDiffusion, prompts: Sequence[str], strength: float, **options) -> float:
     """The strength whose predictions are nearest to the teacher's, on its trajectories for ``prompts``.
 
     With e = eps_student - eps_cond and g = eps_hat - eps_cond, the factor (e . g) / (e . e) brings e nearest to g. As e
     is nearly proportional to the strength, we multiply the strength by it a few times, and keep the best.
     """
-    tried, states = [], {}
+    tried, cache = [], memory_cache()
     for _ in range(ROUNDS):
         with lora_strength(sd.unet, strength):
-            share = noise_error_share(sd, prompts, cache=cache_in(states), **teacher)
+            share = noise_error_share(sd, prompts, cache=cache, **options)
         tried.append((share.pooled, strength))
         e_e = share.errors + 2 * share.along - share.gaps  # as |e - g|^2 = e . e - 2 e . g + g . g
         strength *= (share.along.sum() / e_e.sum()).item()

@@ -70,8 +70,11 @@ def read_student(path: Path, scale: float, args: Namespace) -> Student:
     return Student(learned.path, teacher, install, learned.few_steps)
 
 
-def check_student(learned: LoRAFile) -> None:
-    """Raise ValueError for a LoRA that has not learned guidance, or learned it from a teacher with a style."""
+def teacher_of(learned: LoRAFile) -> Teacher:
+    """The teacher that a student learned from.
+
+    Raises ValueError for a LoRA that has not learned guidance, or learned it from a teacher with a style.
+    """
     if not learned.is_student:
         raise ValueError(f"{learned.path} does not say which guidance it has learned: it is not a student.")
     if style := learned.metadata.get("teacher_lora"):
@@ -79,11 +82,6 @@ def check_student(learned: LoRAFile) -> None:
             f"{learned.path} was distilled from a teacher with the LoRA {style}. Merge that LoRA into the model first "
             "(python -m minidistill.export STYLE --to checkpoint --model MODEL), and pass the result as --model."
         )
-
-
-def teacher_of(learned: LoRAFile) -> Teacher:
-    """The teacher that a student learned from. Raises ValueError as ``check_student`` does."""
-    check_student(learned)
     return Teacher(learned.guidance, learned.metadata.get("negative_prompt"), learned.interval)
 
 
