@@ -50,8 +50,7 @@ def main() -> None:
         options["steps"] = args.steps or sd.few_steps[0]
         if sd.few_steps[0] < sd.few_steps[1] and args.spacing == "leading":
             raise ValueError(f"{args.model} was taught with trailing spacing: leave out --spacing leading.")
-    spacing = args.spacing or ("trailing" if options["student_steps"] else None)
-    cli.check_interval(args.interval, sd.schedule.timesteps(options["steps"], spacing))
+    cli.check_interval(args.interval, sd.schedule.timesteps(options["steps"], options["spacing"]))
     for style in styles:
         merge_file(sd.unet, style)
     if student:
@@ -150,7 +149,8 @@ def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict
             raise ValueError(f"{student.path} was taught with trailing spacing: leave out --spacing leading.")
         student_steps = args.steps or student_steps
     return dict(
-        steps=steps, student_steps=student_steps, guidance=guidance, spacing=args.spacing,
+        steps=steps, student_steps=student_steps, guidance=guidance,
+        spacing=args.spacing or ("trailing" if student_steps else None),
         negative_prompt=negative_prompt, student_negative=student_negative,
         interval=interval, selective=args.selective, seed=args.seed, batch=args.batch, progress=True,
     )  # fmt: skip
