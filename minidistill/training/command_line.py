@@ -227,13 +227,9 @@ def prepare(device: torch.device, compiled: bool) -> None:
         if device.index is not None:
             torch.cuda.set_device(device)  # streams and CUDA graphs belong to the current one
         torch.backends.cuda.matmul.allow_tf32 = True  # float32 matmuls with ten bits of mantissa, as convolutions have
-    if compiled:
-        require_compiler(device)
-
-
-def require_compiler(device: torch.device) -> None:
-    """Raise ValueError unless torch.compile works here: better now than after the teacher has sampled for hours."""
-    try:
+    if not compiled:
+        return
+    try:  # better now than after the teacher has sampled for hours
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # of PyTorch's compiler, whose kinds change with the version
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -24,7 +24,7 @@ from minidistill.training.command_line import (
     one_line_errors,
     out_file,
     out_folder,
-    require_compiler,
+    prepare,
 )
 
 SCRIPTS = ["train.py", "sample.py"]
@@ -198,4 +198,4 @@ def test_no_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(torch, "compile", compiler)
     with pytest.raises(ValueError, match=r"^--compile finds .* \(InvalidCxxCompiler: none found\): install one"):
-        require_compiler(torch.device(DEFAULT_DEVICE))
+        prepare(torch.device(DEFAULT_DEVICE), compiled=True)
