@@ -10,6 +10,7 @@ are against float64. "base" is the frozen layer in cuBLAS, "r = 0" the fused ker
 
 import faulthandler
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Callable
 from itertools import product
 from statistics import median
@@ -63,13 +64,12 @@ STUDY = [  # few rows and many, narrow and wide
 
 def layer_shapes(config: UNetConfig = SD15_UNET, batch: int = 1, tokens: int = 77) -> dict[Shape, int]:
     """Shape -> number of linear layers and 1x1 convolutions with a LoRA that have it."""
-    shapes: dict[Shape, int] = {}
+    shapes: Counter[Shape] = Counter()
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if layer.weight[0, 0].numel() == 1:  # a 1x1 convolution is linear in the channels
             N, K = layer.weight.shape[:2]
-            shape = Shape(inputs[0].numel() // K, K, N)
-            shapes[shape] = shapes.get(shape, 0) + 1
+            shapes[Shape(inputs[0].numel() // K, K, N)] += 1
 
     with torch.device("meta"):
         unet = inject_lora(UNet(config))
