@@ -61,14 +61,13 @@ def read_prompts(path: str | Path) -> list[str]:
     path, advice = user_path(path), "give a UTF-8 text file with one prompt per line"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file: {advice}")
-    data = path.read_bytes()
     try:
-        lines = [line.strip() for line in data.decode("utf-8-sig").replace("\r", "\n").split("\n")]
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {advice}") from error
-    if b"\0" in data:  # valid UTF-8, but not text
+    if "\0" in text:  # valid UTF-8, but not text
         raise ValueError(f"{path} is not UTF-8 text: {advice}")
-    lines = [line for line in lines if line]
+    lines = [line for line in map(str.strip, text.split("\n")) if line]
     if not lines:
         raise ValueError(f"{path} has no prompts: {advice}")
     return lines
