@@ -10,6 +10,7 @@ python -m minidistill.evaluate summary                                results/su
 """
 
 import sys
+from collections.abc import Sequence
 
 from minidistill.evaluate import dial, few_steps, quality, spectrum, steering, summary, sweeps
 from minidistill.training.command_line import one_line_errors, run_command
@@ -18,10 +19,10 @@ COMMANDS = {"quality": quality, "dial": dial, "few-steps": few_steps, "spectrum"
 COMMANDS |= {"steering": steering, "sweeps": sweeps, "summary": summary}
 
 
-def main(argv: list[str] | None = None) -> None:
-    run_command("minidistill.evaluate", __doc__, COMMANDS, sys.argv[1:] if argv is None else argv)
+def main(argv: Sequence[str]) -> None:
+    run_command("minidistill.evaluate", __doc__, COMMANDS, argv)
 
 
 if __name__ == "__main__":
     with one_line_errors("minidistill.evaluate", "stopped. The same command reuses what it has kept."):
-        main()
+        main(sys.argv[1:])
