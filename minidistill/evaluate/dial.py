@@ -18,7 +18,7 @@ from minidistill.data.prompts import prompt_split, spread
 from minidistill.distill import Dial
 from minidistill.evaluate.figures import figure_file, plot_estimates
 from minidistill.evaluate.image_grid import write_grid
-from minidistill.evaluate.metrics import EVALUATION_SEED, Estimate, Make, interval, noise_error_share, psnr
+from minidistill.evaluate.metrics import EVALUATION_SEED, Estimate, Make, estimate, noise_error_share, psnr
 from minidistill.evaluate.sampling import draw
 from minidistill.evaluate.students import teacher_of
 from minidistill.evaluate.tables import markdown_table
@@ -92,8 +92,8 @@ def run(args: Namespace) -> None:
             images.append(student)
             row[name] = {
                 "strength": strength,
-                "noise error share": interval(share.errors, share.gaps)._asdict(),
-                "PSNR": interval(psnr(student.images, target)[:, None])._asdict(),
+                "noise error share": estimate(share.errors, share.gaps)._asdict(),
+                "PSNR": estimate(psnr(student.images, target)[:, None])._asdict(),
             }
         rows.append(row)
         print(table([row]).splitlines()[-1], flush=True)

@@ -27,7 +27,7 @@ from minidistill.evaluate.few_step_ways import (
     train_way,
 )
 from minidistill.evaluate.image_grid import write_grid
-from minidistill.evaluate.metrics import EVALUATION_SEED, ClipScore, Estimate, interval, pixels, psnr
+from minidistill.evaluate.metrics import EVALUATION_SEED, ClipScore, Estimate, estimate, pixels, psnr
 from minidistill.evaluate.quality import cached, model_stamp, read_judge, results_table
 from minidistill.evaluate.sampling import Drawn
 from minidistill.evaluate.students import label_of
@@ -137,14 +137,14 @@ def make_measures(
     def measures(images: list[Image.Image], teacher: list[Image.Image]) -> dict[str, dict]:
         estimates = {}
         if images is not teacher:
-            estimates["PSNR"] = interval(by_prompt(psnr(images, teacher)))
+            estimates["PSNR"] = estimate(by_prompt(psnr(images, teacher)))
         # The ratio of two means over the same prompts: both are resampled together.
-        estimates["sharpness"] = interval(by_prompt(sharpness(images)), by_prompt(sharpness(teacher)))
+        estimates["sharpness"] = estimate(by_prompt(sharpness(images)), by_prompt(sharpness(teacher)))
         if clip:
-            estimates["CLIP score"] = interval(by_prompt(clip(images, prompts)))
+            estimates["CLIP score"] = estimate(by_prompt(clip(images, prompts)))
         if judge:
-            estimates |= {name: interval(by_prompt(x)) for name, x in judge.measures(pixels(images), prompts).items()}
-        return {name: estimate._asdict() for name, estimate in estimates.items()}
+            estimates |= {name: estimate(by_prompt(x)) for name, x in judge.measures(pixels(images), prompts).items()}
+        return {name: x._asdict() for name, x in estimates.items()}
 
     return measures
 

@@ -151,7 +151,7 @@ def resample(prompts: int, resamples: int) -> Tensor:
     return torch.randint(prompts, (resamples, prompts), generator=torch.Generator().manual_seed(0))
 
 
-def interval(values: Tensor, per: Tensor | None = None) -> Estimate:
+def estimate(values: Tensor, per: Tensor | None = None) -> Estimate:
     """sum ``values`` / sum ``per`` (default: ones) with its 95% interval, both [P, ...], resampled over P prompts."""
     per = torch.ones_like(values) if per is None else per
     values, per = values.double().flatten(1).sum(1), per.double().flatten(1).sum(1)

@@ -143,7 +143,7 @@ def run(args: Namespace) -> None:
     measures: dict[str, Row] = {}
     for row in rows:
         print(f"measuring: {row.method}", flush=True)
-        errors = {name: metrics.interval(x.errors, x.gaps) for name, x in shares.get(row.method, {}).items()}
+        errors = {name: metrics.estimate(x.errors, x.gaps) for name, x in shares.get(row.method, {}).items()}
         few_steps = row.method in students and students[row.method].few_steps
         own_teacher = teachers[few_steps[1]] if few_steps else rows[0]
         compared = measure(row, own_teacher, repeated, each, clip, features, rendered, judge)
@@ -214,7 +214,7 @@ def measure(
         references["rendered"] = rendered
     if judge:
         by_image |= judge.measures(pixels(row.images), prompts)
-    estimates = {name: metrics.interval(values.view(-1, each)) for name, values in by_image.items()}
+    estimates = {name: metrics.estimate(values.view(-1, each)) for name, values in by_image.items()}
     if len(row.images) == 1:
         return estimates  # without a Fréchet distance: one image has no covariance
     for name, others in references.items():

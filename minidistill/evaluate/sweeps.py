@@ -19,7 +19,7 @@ from tqdm import tqdm
 from minidistill.data.prompts import prompt_split, spread
 from minidistill.data.shards import teacher_fingerprint
 from minidistill.evaluate.figures import figure_file, plot_estimates
-from minidistill.evaluate.metrics import Estimate, interval, noise_error_share
+from minidistill.evaluate.metrics import Estimate, estimate, noise_error_share
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import read_json, write_json
 from minidistill.formats.load_model import load
@@ -121,7 +121,7 @@ def train_and_measure(args: Namespace, command: Sequence[str]) -> dict:
     share = noise_error_share(sd, prompts, steps=25, guidance=lora.guidance, batch=len(prompts))
     return {
         "parameters": sum(pair.down.numel() + pair.up.numel() for pair in lora.layers.values()),
-        "noise error share": interval(share.errors, share.gaps)._asdict(),
+        "noise error share": estimate(share.errors, share.gaps)._asdict(),
     }
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minidistill import load
-from minidistill.evaluate import draw, interval, pixels
+from minidistill.evaluate import draw, estimate, pixels
 from minidistill.evaluate.metrics import Estimate
 from minidistill.evaluate.students import one_teacher, read_students
 from minidistill.evaluate.tables import markdown_table
@@ -122,7 +122,7 @@ def mean_distance(images: Tensor, each: int) -> float:
 def row(method: str, kind: str, right: dict[str, Tensor], images: Tensor, compositions: Sequence[Composition]) -> dict:
     """One method's numbers for the JSON file; ``wrong`` counts, by caption, the images that are not all right."""
     each = right[MEASURES[0]].shape[1]
-    numbers = {m: interval(values)._asdict() for m, values in right.items()}
+    numbers = {m: estimate(values)._asdict() for m, values in right.items()}
     counts = (each - right["all right"].sum(1)).int().tolist()
     wrong = {c.caption: n for c, n in zip(compositions, counts) if n}
     distance = mean_distance(images, each)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minidistill import CheckpointError, StableDiffusion, inject_lora, load, load_lora, save_lora
 from minidistill.conditioning import Conditioning
-from minidistill.evaluate import ClipScore, comparison_grid, draw, interval, metrics, noise_error_share, psnr
+from minidistill.evaluate import ClipScore, comparison_grid, draw, estimate, metrics, noise_error_share, psnr
 from minidistill.evaluate.__main__ import main
 from minidistill.evaluate.metrics import EVALUATION_SEED, frechet_distance, frechet_interval, ssim
 from minidistill.evaluate.tables import markdown_table
@@ -152,16 +152,16 @@ def test_the_interval_of_a_distance_lies_around_it():
 
 
 def test_interval_resamples_prompts():
-    assert interval(torch.ones(10, 4)) == (1, 1, 1)
+    assert estimate(torch.ones(10, 4)) == (1, 1, 1)
     values = torch.tensor([[1.0] * 4, [0.0] * 4]).repeat(50, 1)  # all images of a prompt agree
-    value, low, high = interval(values)
+    value, low, high = estimate(values)
     assert value == 0.5 and abs(high - low - 2 * 1.96 * 0.05) < 0.03  # the width for 100 independent values, not 400
 
 
 def test_interval_of_a_ratio_pools():
     """It is a ratio of sums: prompts with a large gap weigh more."""
     errors, gaps = torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [3.0, 3.0]])
-    value, low, high = interval(errors, gaps)
+    value, low, high = estimate(errors, gaps)
     assert value == 0.25 and low == 0 and high == 1
 
 
