@@ -236,7 +236,7 @@ class Update:
         self.weights = [p for network in networks for p in network.parameters()]
         self.trained = [p for p in self.weights if p.requires_grad]
         self.optimizer = adamw(self.trained, peak=1e-4) if self.trained else None
-        for network in networks if below else ():
+        for network in networks:
             recompute(network, below)
 
     def step(self, loss: Tensor) -> Tensor:
