@@ -152,7 +152,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "the built-in ones)")
     add("--images", **path, help="folder of images with captions, in metadata.jsonl or in a .txt beside each: learn "
         "from these, noised, instead of images that the teacher samples")
-    add("--guidance", **x, default=cli.DEFAULT_GUIDANCE, help="guidance scale; 7.5 for large models (default: 4)")
+    add("--guidance", **x, default=cli.DEFAULT_GUIDANCE, help="guidance scale; 7.5 for large models (default: "
+        f"{cli.DEFAULT_GUIDANCE:g})")
     add("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default: none)")
     add("--interval", type=cli.finite, nargs=2, metavar=("LOW", "HIGH"), help="guide only at time steps t "
         "from LOW to HIGH, with one UNet call elsewhere (default: guide at every step)")
