@@ -62,10 +62,6 @@ def test_a_resumed_run_sees_the_batches_that_would_have_come(start: int):
     assert order(14, 4, 5, range(start, start + 6)) == expected[start:]
 
 
-def test_the_seed_decides_the_order():
-    assert order(12, 4, 0, range(3)) != order(12, 4, 7, range(3))
-
-
 def test_fewer_examples_than_a_batch():
     assert [sorted(batch) for batch in order(3, 8, 0, range(2))] == [[0, 1, 2], [0, 1, 2]]
 

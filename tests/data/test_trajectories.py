@@ -170,13 +170,6 @@ def test_only_the_damaged_shard_is_made_again(damage, sd: StableDiffusion, calls
     assert len(calls) == 3 * 2 and contents(tmp_path) == before
 
 
-def test_intact_shards_need_no_teacher(sd: StableDiffusion, calls: list[int], tmp_path: Path):
-    first = generated(sd, tmp_path)
-    calls.clear()
-    again = generated(sd, tmp_path)
-    assert not calls and torch.equal(again.ends(torch.arange(5)), first.ends(torch.arange(5)))
-
-
 def test_interrupted_generation_leaves_complete_shards_only(sd: StableDiffusion, calls: list[int], tmp_path: Path):
     def interrupt(*_):
         if len(calls) == 3 * 2 + 1:  # within the second shard

@@ -90,11 +90,6 @@ def test_noise_error_share_does_not_depend_on_the_batch(sd: StableDiffusion):
     assert error(one.errors, three.errors) < 1e-4 and error(one.gaps, three.gaps) < 1e-4
 
 
-def test_an_untrained_student_misses_all_of_the_guidance(sd: StableDiffusion):
-    sd.unet = inject_lora(sd.unet, rank=2)
-    assert abs(noise_error_share(sd, PROMPTS, steps=2, guidance=GUIDANCE).pooled - 1) < 1e-6
-
-
 def flat(level: int) -> Image.Image:
     return Image.new("RGB", (8, 6), (level, level, level))
 
