@@ -304,7 +304,7 @@ def read_schedule_config(file: Path, prediction: str | None, xl: bool = False) -
     """Betas and prediction type, whichever sampler the file names. An absent key has that sampler's default."""
     contents = read_json(file)
     with reading(file):
-        check_fixed(contents, {"trained_betas": None}, file)
+        check_fixed(contents, {"trained_betas": None, "thresholding": False}, file)
         kind, spacing = contents.get("_class_name"), contents.get("timestep_spacing")
         if kind in ("DDIMScheduler", "PNDMScheduler") and spacing != "trailing":  # others have spacings of their own
             check_fixed(contents, {"timestep_spacing": "leading"}, file)

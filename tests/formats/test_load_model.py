@@ -414,6 +414,7 @@ OTHERS = [
     ("vae/config.json", dict(mid_block_add_attention=False), "another model"),
     (SCHEDULE, dict(_class_name="FlowMatchEulerDiscreteScheduler"), "flow matching"),
     (SCHEDULE, dict(use_flow_sigmas=True), "flow matching"),
+    (SCHEDULE, dict(thresholding=True), "thresholding"),  # clips z_0 at every step
     (SCHEDULE, dict(_class_name="LCMScheduler"), FEW_STEPS),
     (SCHEDULE, dict(_class_name="EulerDiscreteScheduler", timestep_spacing="trailing"), FEW_STEPS),
     *((SCHEDULE, dict(_class_name="DDIMScheduler", timestep_spacing=x), SCHEDULE) for x in ("trailing", "linspace")),
