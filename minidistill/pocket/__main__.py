@@ -57,6 +57,12 @@ def read_part(folder: Path, network: nn.Module) -> None:
     network.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
 
 
+def drop_states(folder: Path, part: str) -> None:
+    """Delete what stopped runs would continue from, whatever their settings: they began from other weights."""
+    for state in folder.glob(f"{part}*, * updates of *.pt"):
+        state.unlink()
+
+
 def read_flags(argv: list[str] | None) -> Namespace:
     parser = cli.new_parser(__doc__, prog="python -m minidistill.pocket")
     flag = parser.add_argument
@@ -86,6 +92,8 @@ def read_flags(argv: list[str] | None) -> Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = read_flags(argv)
+    if args.more and not is_complete(args.out / args.more):
+        raise ValueError(f"{args.out} has no {args.more} to train further: leave out --more.")
     cli.prepare(torch.device(args.device), args.compile)
     renderer = Renderer(args.emoji, device=args.device)
     compositions = all_compositions()
@@ -105,8 +113,6 @@ def main(argv: list[str] | None = None) -> None:
     right = (nearest == torch.arange(len(unseen)) // 4).float().mean()  # the caption of unseen[i] is captions[i // 4]
     print(f"CLIP: the nearest of {len(captions)} captions is the right one for {right:.1%} of the held-out images")
 
-    if args.more and not is_complete(args.out / args.more):
-        raise ValueError(f"{args.out} has no {args.more} to train further: leave out --more.")
     torch.manual_seed(0)
     vae = make_vae(args, renderer, trained)
     print(f"VAE: {psnr(vae, unseen):.2f} dB on held-out images")
@@ -128,13 +134,14 @@ def make_vae(args: Namespace, renderer: Renderer, trained: list[Composition]) ->
     if is_complete(folder):
         read_part(folder, vae)
     if args.more == "vae" or not is_complete(folder):
-        state = args.out / f"vae{' further' * bool(args.more)}, {args.vae_steps} updates of {args.vae_batch}.pt"
+        state = args.out / f"vae{' further' * (args.more == 'vae')}, {args.vae_steps} updates of {args.vae_batch}.pt"
         how = dict(compiled=args.compile, bfloat16=args.bf16)
         vae = train_vae(vae, new_images, state, args.vae_steps, decoder_only=has_unet, **how)
         if not has_unet:
+            drop_states(args.out, "unet")  # of a UNet that learned other latents
             normalise_latents(vae, encode_all(vae, render(renderer, trained, 1, LATENTS_SEED)))
         write_part(folder, published_vae(POCKET_VAE, renderer.side), vae.state_dict())
-        state.unlink()
+        drop_states(args.out, "vae")
         read_part(folder, vae)  # rounded to fp16
     return vae
 
@@ -156,12 +163,12 @@ def make_unet(
     captions = torch.arange(len(trained), device=args.device).repeat_interleave(args.renders)
     schedule = Schedule.from_config(ScheduleConfig()).to(args.device)
     data = Captioned(latents, captions, contexts[:-1], contexts[-1], schedule)
-    further = " further" * bool(args.more)
+    further = " further" * (args.more == "unet")
     state = args.out / f"unet{further}, {args.unet_steps} updates of {args.unet_batch} at {lr:g}.pt"
     how = dict(compiled=args.compile, bfloat16=args.bf16)
     unet = train_unet(unet, data, state, args.unet_steps, args.unet_batch, lr, **how)
     write_part(folder, published_unet(POCKET_UNET), unet.state_dict())
-    state.unlink()
+    drop_states(args.out, "unet")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from minidistill.formats.files import write_text
+
 CONTEXT = 20  # tokens per prompt, including start and end
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -56,10 +58,8 @@ def write_tokenizer(captions: list[str], folder: str | Path) -> None:
             **special,
         },
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         text = json.dumps(content, ensure_ascii=False, indent=None if name == "vocab.json" else 2)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
+        write_text(Path(folder) / name, text + "\n")
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(Path(folder) / "merges.txt", "\n".join(lines) + "\n")

@@ -1,5 +1,7 @@
 """Training the embedded model: stages resume where they stopped, and the command makes a model that draws."""
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from minidistill.pocket.compositions import all_compositions
 from minidistill.pocket.denoiser import Captioned, train_unet
 from minidistill.pocket.images import Renderer
 from minidistill.pocket.stage import fit
+from minidistill.pocket.tokenizer import write_tokenizer
 from minidistill.schedule import Schedule, clean_and_noise
 from minidistill.unet import UNet
 from minidistill.vae import VAE
@@ -124,32 +127,91 @@ def test_the_empty_prompt_replaces_dropped_captions(tmp_path: Path, dropout: flo
     assert len(seen) == 2 and all((context == 1 - dropout).all() for context in seen)
 
 
-def test_the_command_makes_a_model_and_does_nothing_twice(
-    tmp_path: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All stages with two updates each and narrow networks; then more of two of them."""
-    some = all_compositions()[::250]
-    monkeypatch.setattr(command, "all_compositions", lambda: some)
+@pytest.fixture
+def make(tmp_path: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[Path, int]]:
+    """``make("--flag", ...)`` makes a model of narrow networks in new/model, with two updates in each stage.
+
+    Returns when each network was written.
+    """
+    monkeypatch.setattr(command, "all_compositions", lambda: all_compositions()[::250])
     monkeypatch.setattr(command, "Renderer", lambda emoji, device: renderer)
     monkeypatch.setattr(command, "POCKET_UNET", replace(command.POCKET_UNET, widths=(16, 16, 32), groups=8))
     monkeypatch.setattr(command, "POCKET_VAE", replace(command.POCKET_VAE, widths=(4, 8, 8)))
     flags = ["--out", tmp_path / "new/model", "--device", "cpu"]
     flags += [x for part in ("clip", "vae", "unet") for x in (f"--{part}-steps", 2)] + ["--clip-batch", 8]
 
-    def run(*more: str) -> dict[Path, int]:
+    def make(*more: str) -> dict[Path, int]:
         command.main([*map(str, flags), *more])
         return {file: file.stat().st_mtime_ns for file in (tmp_path / "new").rglob("*.safetensors")}
 
-    networks = run()
-    assert run() == networks
-    (image,) = load(tmp_path / "new/model").sample(some[0].caption, steps=2, guidance=2.5)
+    return make
+
+
+def test_the_command_makes_a_model_and_does_nothing_twice(make: Callable[..., dict[Path, int]], tmp_path: Path) -> None:
+    """All stages, then more of two of them."""
+    networks = make()
+    assert make() == networks
+    (image,) = load(tmp_path / "new/model").sample(all_compositions()[0].caption, steps=2, guidance=2.5)
     assert image.size == (64, 64)
     for part in ("vae", "unet"):
-        again = run("--more", part)
+        again = make("--more", part)
         changed = {file.parent.name for file in networks if again[file] != networks[file]}
         assert changed == {part}
         networks = again
     assert not list(tmp_path.rglob("*.pt"))  # nothing unfinished is left
+
+
+def test_a_stopped_stage_continues_only_from_its_own_start(
+    make: Callable[..., dict[Path, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def states() -> list[str]:
+        return [state.name.split(",")[0] for state in (tmp_path / "new/model").glob("*.pt")]
+
+    def stop(*more: str, before: str = "published_unet") -> None:
+        """By default when the UNet is trained, but not yet written."""
+
+        def interrupt(*_, **__) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(command, before, interrupt)
+            make(*more)
+
+    stop()
+    assert states() == ["unet"]
+    stop("--more", "vae", before="train_unet")
+    assert states() == []  # it had learned the latents of another VAE
+    stop("--unet-steps", "3")
+    make()
+    assert states() == []
+    stop("--more", "unet", "--unet-steps", "3")
+    assert states() == ["unet further"]
+    stop("--more", "vae", before="published_vae")
+    make("--more", "vae")
+    assert states() == ["unet further"]  # the decoder's latents are the same
+    make("--more", "unet")
+    assert states() == []  # the other run would take the UNet back to where it began
+
+
+def test_more_of_nothing_is_refused_before_anything_is_made(
+    tmp_path: Path, emoji: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "train_clip", lambda *_: pytest.fail("a CLIP is trained"))
+    with pytest.raises(ValueError, match="has no unet to train further"):
+        command.main(["--more", "unet", "--emoji", str(emoji), "--out", str(tmp_path / "model")])
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_full_disk_leaves_the_tokenizer_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_tokenizer(["a red cat"], tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_tokenizer(["a blue dog"], tmp_path)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_without_the_images_nothing_is_written(tmp_path: Path) -> None:
