@@ -246,6 +246,7 @@ def write_results(
     table = results_table([(row.method, row.unet_calls, measures[row.method]) for row in rows])
     write_text(args.out / "table.md", f"{table}\n\n`{args.provenance['command']}`\n")
     write_grid(args.out / "pictures.png", [replace(row, images=row.images[::each]) for row in rows], prompts)
+    (args.out / "error_by_step.png").unlink(missing_ok=True)  # of other students
     if shares:
         curves = {label: both["noise error share"] for label, both in shares.items()}
         plot_shares(curves, timesteps, args.out / "error_by_step.png")

@@ -365,6 +365,11 @@ def test_a_prompt_that_is_listed_twice_is_one_prompt(run: Path, evaluate: Callab
     assert (twice["prompts"], twice["each"], twice["rows"]) == (4, 2, once["rows"])
 
 
+def test_a_plot_of_other_students_does_not_stay(run: Path, evaluate: Callable[..., Path]):
+    assert (evaluate(run) / "error_by_step.png").exists()
+    assert not (evaluate() / "error_by_step.png").exists()  # no student, no error
+
+
 def test_a_judge_that_is_none(run: Path, evaluate: Callable[..., Path]):
     with pytest.raises(ValueError, match="--judge minidistill.pocket: .*measures"):
         evaluate(run, "--judge", "minidistill.pocket")
