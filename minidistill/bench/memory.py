@@ -171,8 +171,7 @@ def markdown(size: str, rows: dict[str, dict]) -> str:
 
 
 def run_ledger(args: Namespace) -> None:
-    device = args.device or "cuda"
-    device = find_device(device) if args.measure else torch.device(device)
+    device = find_device(args.device or "cuda", needed=args.measure)
     machine = device_name(device) if args.measure else device.type
     report = new_report(args, machine, rank=args.rank, keep_attention=args.keep_attention, sizes={})
     out = args.out or Path("results/memory.json")

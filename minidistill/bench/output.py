@@ -15,13 +15,13 @@ def add_out_flag(parser: ArgumentParser, default: str) -> None:
     parser.add_argument("--out", type=out_file, default=default, metavar="FILE", help=out)
 
 
-def find_device(name: str) -> torch.device:
-    """The device called ``name``. Raises ValueError for no device, and for a CUDA device on a machine without one."""
+def find_device(name: str, needed: bool = True) -> torch.device:
+    """The device called ``name``. Raises ValueError for no device, and for a CUDA device that is needed and absent."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if needed and device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("There is no CUDA device here: use --device cpu.")
     return device
 

@@ -251,8 +251,9 @@ def test_without_a_gpu_it_says_so(command: str) -> None:
 
 
 def test_an_unknown_device_is_named() -> None:
-    with pytest.raises(ValueError, match="--device gpu: "):
-        find_device("gpu")
+    for needed in (True, False):
+        with pytest.raises(ValueError, match="--device gpu: "):
+            find_device("gpu", needed)
 
 
 @needs_peers
