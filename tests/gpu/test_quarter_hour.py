@@ -35,6 +35,8 @@ def test_every_stage_runs_dry(tmp_path: Path) -> None:
     for part in ("unet", "vae"):
         files = [f"{part}/config.json", f"{part}/diffusion_pytorch_model.safetensors"]
         assert contents[f"model-{part}.tar.gz"] == files
+    assert {"clip/model.safetensors", "text_encoder/model.safetensors"} <= set(contents["model-clip.tar.gz"])
+    assert list(stages["from_nothing"]["seconds until"]) == ["clip", "vae", "unet"]
     assert {"lora.safetensors", "teacher_vs_student.png", "judge.json"} <= set(contents["student.tar.gz"])
     assert {"logs/stages.txt", "logs/profile.txt", "logs/kernel-table.md"} <= set(contents["logs.tar.gz"])
 
