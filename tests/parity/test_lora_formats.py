@@ -133,7 +133,7 @@ def test_diffusers_draws_what_we_draw(
     same_pictures(small, tmp_path / f"lora-{to}.safetensors", lora)
 
 
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("steps", [1, 2, 4])
 def test_diffusers_draws_the_same_in_few_steps(steps: int, small: Path, tmp_path: Path) -> None:
     """With trailing spacing, set as docs/formats-and-tools.md says."""
     lora = write_student(small, tmp_path / "lora.safetensors", 4, 4, CONVOLUTIONS)
