@@ -13,8 +13,8 @@
 #   python -m minidistill.evaluate few-steps ...           few-steps/, by the commands in results/README.md
 #   python -m minidistill.evaluate quality "runs/front/student.safetensors" "runs/front/student of two steps.safetensors" \
 #     --pictures 8 --out runs/front                         the README's image; these are copies of the LoRAs that ship
-#   python -m minidistill.pocket.judge --lora weights/pocket-emoji/{guidance,fewstep}-lora.safetensors --limit 256 --seeds 2 \
-#     --out results/pocket.json
+#   python -m minidistill.pocket.judge --lora weights/pocket-emoji/{guidance,fewstep}-lora.safetensors \
+#     runs/all/trajectories --limit 256 --seeds 2 --out results/pocket.json
 set -euo pipefail
 
 student=weights/pocket-emoji/guidance-lora.safetensors
