@@ -25,6 +25,7 @@ from minidistill.bench.peak_memory import in_fresh_process, peak_bytes
 from minidistill.bench.timing import take_turns
 from minidistill.bench.workloads import GUIDANCE, IMAGES, PEERS, ROWS, SIZES, SMALLEST, Setup, error
 from minidistill.evaluate.tables import markdown_table
+from minidistill.formats.files import write_json
 from minidistill.training.command_line import DEFAULT_DEVICE, positive_int
 
 # The largest difference between correct implementations, relative to the largest value.
@@ -184,11 +185,12 @@ def run(args: Namespace) -> None:
         repeats, steps = args.repeats or (10 if cuda else size.cpu_repeats), size.steps if cuda else size.cpu_steps
         setup = Setup(size, device, getattr(torch, args.dtype), args.rank, steps)
         table = measure(setup, repeats, rows, peers)
+        counts = {"steps": size.steps, "timed_steps": steps, "batch": size.batch, "repeats": repeats}
+        report["sizes"][name] = counts | {"rows": table}
+        write_json(args.out, report)
         for row, who in tqdm(contestants(rows, peers), "peak memory") if args.memory else ():
             if row != "unet_compiled":
                 table[row][f"{who}_bytes"] = in_fresh_process(peak_memory, replace(setup, timed_steps=1), row, who)
-        counts = {"steps": size.steps, "timed_steps": steps, "batch": size.batch, "repeats": repeats}
-        report["sizes"][name] = counts | {"rows": table}
         print(f"\n{markdown(name, report['sizes'][name])}", flush=True)
         save_report(report, args.out)
     versions = ", ".join(map(" ".join, report["versions"].items()))

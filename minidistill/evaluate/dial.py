@@ -76,6 +76,7 @@ def run(args: Namespace) -> None:
     student_steps = file.few_steps and file.few_steps[0]  # a student with a dial takes as many as its teacher
     same = dict(steps=student_steps or args.steps, student_steps=student_steps, batch=args.batch, progress=True)
 
+    report = args.provenance | {"prompts": len(held_out), "seed": EVALUATION_SEED, "learned": learned}
     rows, images = [], []
     for w in sorted(scales):
         options = same | teacher._replace(guidance=w)._asdict()
@@ -96,9 +97,8 @@ def run(args: Namespace) -> None:
                 "PSNR": estimate(psnr(student.images, target)[:, None])._asdict(),
             }
         rows.append(row)
+        write_json(args.out / "dial.json", report | {"rows": rows})
         print(table([row]).splitlines()[-1], flush=True)
-    report = args.provenance | {"prompts": len(held_out), "seed": EVALUATION_SEED, "learned": learned}
-    write_json(args.out / "dial.json", report | {"rows": rows})
     plot(rows, learned, args.out / "dial.png")
     write_grid(args.out / "dial-pictures.png", images, held_out, columns=COLUMNS, side=96)
     print(f"\n{table(rows)}\n\nFigure, images and JSON: {args.out}")

@@ -68,6 +68,17 @@ def test_every_row_in_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not list(tmp_path.glob("**/*.tmp"))
 
 
+def test_times_are_kept_if_a_peak_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise ChildProcessError("out of memory")
+
+    monkeypatch.setattr(speed, "in_fresh_process", killed)
+    with pytest.raises(ChildProcessError):
+        run(tmp_path / "bench.json", "--memory")
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert list(report["sizes"]["pocket"]["rows"]) == MEASURED + SELECTIVE
+
+
 def test_without_peers_their_columns_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(speed, "find_spec", lambda package: None if package in PEERS else find_spec(package))
     for package in PEERS:

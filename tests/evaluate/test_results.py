@@ -74,6 +74,21 @@ def test_the_dial(lora: Path, tiny_model: Path, tmp_path: Path):
     assert tensors.keys() == before[0].keys() and all(torch.equal(tensors[name], before[0][name]) for name in tensors)
 
 
+def test_a_dial_that_is_stopped_keeps_its_rows(
+    lora: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stopped(*_: object, guidance: float, **__: object) -> float:
+        if guidance > 2:
+            raise KeyboardInterrupt
+        return 0.5
+
+    monkeypatch.setattr(dial, "nearest_strength", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main(f"dial {lora} --model {tiny_model} --guidance 2 2.5 --prompts 2 --steps 2 --out {tmp_path}".split())
+    (row,) = json.loads((tmp_path / "dial.json").read_text())["rows"]
+    assert row["guidance"] == 2
+
+
 def test_a_dial_that_goes_back_is_not_written(lora: Path):
     before = lora.read_bytes()
     for points in ([(2, -0.1)], [(1.5, 0.4), (2, 0.3)], [(2, 1.1)]):
