@@ -214,7 +214,7 @@ def convert(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype == dtype and tensor.is_contiguous() and tensor.data_ptr() % tensor.itemsize == 0:
         return tensor
     layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-    copy = tensor.to(dtype, copy=True).contiguous(memory_format=layout)
+    copy = tensor.to(dtype, copy=True, memory_format=layout)
     release_pages(tensor)
     return copy
 
@@ -224,7 +224,8 @@ def is_finite(tensor: Tensor) -> bool:
     if not tensor.numel():
         return True
     wide = tensor.detach().float() if tensor.itemsize < 2 else tensor.detach()  # 8 bits have no aminmax
-    low, high = wide.aminmax()
+    in_memory = sorted(range(wide.ndim), key=wide.stride, reverse=True)
+    low, high = wide.permute(in_memory).aminmax()  # in any other order of dimensions it would make a copy
     return math.isfinite(low) and math.isfinite(high)
 
 

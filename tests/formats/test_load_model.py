@@ -1,6 +1,7 @@
 """load_model.py: which models load, in every form, and what is refused. tests/parity compares with diffusers."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
-from tiny import END, ROOT, TOKENS, VOCABULARY, edit_json, tiny_tensors
+from tiny import END, ROOT, TOKENS, VOCABULARY, edit_json, randn, tiny_tensors
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -19,7 +20,7 @@ from minidistill import CheckpointError, StableDiffusion, load
 from minidistill.formats.load_model import read_tokenizer
 from minidistill.formats.model_configs import read_schedule_config, read_vae_config
 from minidistill.formats.single_file import SD1, UNET, read_single_file, to_single_file
-from minidistill.formats.tensor_files import read_tensors
+from minidistill.formats.tensor_files import convert, is_finite, read_tensors
 from minidistill.vae import VAE
 
 TOKENIZER = ROOT / "weights/pocket-emoji/tokenizer"
@@ -884,3 +885,17 @@ def test_a_learned_word_needs_no_merge(folder: Path, older: bool) -> None:
         (folder / "tokenizer/merges.txt").unlink()
     tokenizer = read_tokenizer(folder / "tokenizer", CLIPTextConfig())
     assert tokenizer.tokenize("a <sks> apple") == ["a</w>", "<sks>", "apple</w>"]
+
+
+def test_each_weight_is_copied_once():
+    """A second copy, to reorder a kernel or to look for NaN, took as long as reading the weight."""
+    stored = randn(64, 64, 3, 3, dtype=torch.float16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        weight = convert(stored, torch.float32)
+        assert is_finite(weight)
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    assert weight.nbytes <= allocated < 1.1 * weight.nbytes
+    assert torch.equal(weight, stored.float()) and weight.is_contiguous(memory_format=torch.channels_last)
+    for value in (math.inf, -math.inf, math.nan):
+        weight[5, 6, 1, 2] = value
+        assert not is_finite(weight) and not is_finite(weight[:, :, 1].mT)
