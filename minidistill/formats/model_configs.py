@@ -154,6 +154,7 @@ def check_fixed(contents: dict, fixed: dict, file: Path) -> None:
     def agrees(value: object, expected: object) -> bool:
         if isinstance(value, list):  # one value per level
             return all(one == expected for one in value)
+        value = "silu" if value == "swish" else value  # two names of one function
         return value == expected or (value is None and expected is False)
 
     differing = [
@@ -202,6 +203,11 @@ def per_level(value: int | list[int] | tuple[int, ...], levels: int) -> tuple[in
     return tuple(value) if isinstance(value, list | tuple) else (value,) * levels
 
 
+def one_for_all(value: object) -> object:
+    """The value that every level has, instead of a tuple of equal ones; anything else unchanged."""
+    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
+
+
 def up_blocks(down_blocks: list[str]) -> list[str]:
     """The types of the blocks on the way up, which mirror those on the way down."""
     return [name.replace("Down", "Up") for name in reversed(down_blocks)]
@@ -213,6 +219,7 @@ def read_unet_config(file: Path) -> UNetConfig:
     with reading(file):
         check_fixed(contents, UNET_FIXED, file)
         values = pick(contents, UNET_KEYS)
+        values |= {name: one_for_all(values[name]) for name in ("layers", "context_width", "sample_size")}
         levels = len(values["widths"])
         blocks = contents.get("down_block_types", ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"])
         up = contents.get("up_block_types", up_blocks(blocks))
@@ -227,8 +234,6 @@ def read_unet_config(file: Path) -> UNetConfig:
             values["size_width"] = contents["addition_time_embed_dim"]
             values["pooled_width"] = contents["projection_class_embeddings_input_dim"] - 6 * values["size_width"]
         side = values["sample_size"]
-        if isinstance(side, tuple) and side == side[:1] * 2:
-            side = side[0]
         version = str(contents.get("_diffusers_version", "1.0")).split(".")[:2]
         if side == 32 and [int(number) for number in version] < [0, 9]:
             side = 64  # early converters wrote 32 for every SD 1.x; diffusers replaces it with 64 too
@@ -306,6 +311,8 @@ def read_schedule_config(file: Path, prediction: str | None, xl: bool = False) -
     with reading(file):
         check_fixed(contents, {"trained_betas": None, "thresholding": False}, file)
         kind, spacing = contents.get("_class_name"), contents.get("timestep_spacing")
+        if xl and kind in ("DDIMScheduler", "DDPMScheduler"):  # diffusers' pipeline of SD 1.x and 2.x ignores it
+            check_fixed(contents, {"clip_sample": False}, file)
         if kind in ("DDIMScheduler", "PNDMScheduler") and spacing != "trailing":  # others have spacings of their own
             check_fixed(contents, {"timestep_spacing": "leading"}, file)
         published = contents.get("prediction_type", "epsilon")

@@ -1,5 +1,6 @@
 """SDXL compared with diffusers' StableDiffusionXLPipeline, in float64 at small widths."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from tiny import TOKENS, error, levels
 
-from minidistill import StableDiffusion, load
+from minidistill import CheckpointError, StableDiffusion, load
 from minidistill.bench.workloads import SIZES, Setup
 from minidistill.conditioning import Conditioning
 from minidistill.config import SDXL_UNET, SDXL_VAE
@@ -90,6 +91,21 @@ def test_time_steps_begin_where_the_scheduler_says(offset: dict, tmp_path: Path)
     cond = sd.encode_prompt(PROMPTS[:1], 16, 24)
     *_, ours = ddim_sample(lambda z_t, t: sd.unet(z_t, t, cond), sd.schedule, options["latents"], 4)
     assert error(ours, theirs) <= 1e-9
+
+
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])
+def test_a_sampler_that_clips_is_refused(kind: str, pipe, folder: Path, tmp_path: Path) -> None:
+    """diffusers' pipeline of SDXL obeys clip_sample, where that of SD 1.x and 2.x turns it off; Euler has no such."""
+    copy = Path(shutil.copytree(folder, tmp_path / "xl"))
+    config = dict(pipe.scheduler.config) | {"clip_sample": True}
+    scheduler = getattr(diffusers, kind).from_config(config)
+    assert scheduler.config.clip_sample is True
+    scheduler.save_pretrained(copy / "scheduler")
+    if kind == "EulerDiscreteScheduler":
+        assert load(copy).schedule.timesteps(4) == load(folder).schedule.timesteps(4)
+    else:
+        with pytest.raises(CheckpointError, match="clip_sample is True"):
+            load(copy)
 
 
 def test_other_sizes_than_the_images(pipe, sd: StableDiffusion) -> None:
