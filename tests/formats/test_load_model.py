@@ -288,6 +288,7 @@ def test_an_index_names_no_file_elsewhere(name: str, folder: Path) -> None:
         ("unet", dict(mid_block_only_cross_attention=True)),
         ("unet", dict(only_cross_attention=[False, True])),
         ("unet", dict(sample_size=[8, 16])),
+        ("unet", dict(layers_per_block=[1, 2])),
         ("vae", dict(scaling_factor=float("nan"))),
         ("text_encoder", dict(num_hidden_layers=10**9)),
         ("text_encoder", dict(hidden_act="unheard of")),
@@ -318,7 +319,13 @@ def test_unknown_text_encoder_settings_are_ignored(changes: dict, folder: Path, 
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(sample_size=[8, 8]), dict(only_cross_attention=[False, False]), dict(upcast_attention=None)],
+    [
+        dict(sample_size=[8, 8]),
+        dict(only_cross_attention=[False, False]),
+        dict(upcast_attention=None),
+        dict(layers_per_block=[1, 1], cross_attention_dim=[32, 32]),
+        dict(act_fn="swish"),
+    ],
     ids=str,
 )
 def test_equivalent_settings(changes: dict, folder: Path, sd: StableDiffusion) -> None:

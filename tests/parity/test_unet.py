@@ -35,6 +35,10 @@ CASES = {
     "sd2": (SD2, {}),
     "sd2, 2 layers, 32 groups": (SD2, dict(layers_per_block=2, norm_num_groups=32)),
     "sd2 base": (SD2, dict(upcast_attention=False)),
+    "lists of equal values, swish": (
+        SD1,
+        dict(layers_per_block=[2, 2, 2], cross_attention_dim=[24, 24, 24], act_fn="swish"),
+    ),
     "depth per level": (SD2, dict(transformer_layers_per_block=[1, 2, 3])),
 }
 

@@ -18,6 +18,7 @@ from .helpers import diffusers, randn, write_small
 
 CASES = {
     "3 levels": {},
+    "swish": dict(act_fn="swish"),
     "2 layers, 16 groups": dict(layers_per_block=2, norm_num_groups=16),
     "4 levels": dict(
         block_out_channels=(16, 16, 32, 32),
