@@ -71,7 +71,7 @@ SDXL_UNET = UNetConfig(
 )
 SDXL_VAE = replace(SD15_VAE, scaling_factor=0.13025)
 
-# The embedded model: 64x64 images, 16x16 latents.
+# The emoji model: 64x64 images, 16x16 latents.
 POCKET_UNET = UNetConfig(
     widths=(64, 128, 160),
     layers=1,

@@ -1,6 +1,6 @@
 """The autoencoder of Stable Diffusion: images to latents of an eighth of their height and width, and back.
 
-The latents of the embedded model have a quarter of both.
+The latents of the emoji model have a quarter of both.
 """
 
 import torch

@@ -24,7 +24,7 @@ from minidistill.vae import VAE
 
 ROOT = Path(__file__).parents[1]
 UPDATES = 6  # of the training runs that the fixture `flags` describes
-VOCABULARY, TOKENS = 1518, 20  # of the embedded model's tokenizer: its words, and how many a prompt has
+VOCABULARY, TOKENS = 1518, 20  # of the emoji model's tokenizer: its words, and how many a prompt has
 END = VOCABULARY - 1  # the token that ends a prompt, and that pads it
 TINY_UNET = UNetConfig(
     widths=(32, 64), layers=1, depth=(1, 0), heads=(2, 2), context_width=32, groups=8, sample_size=8
@@ -116,7 +116,7 @@ def tiny_student(rank: int = 2, alpha: float | None = None, dtype: torch.dtype =
 
 
 def text_config(**sizes) -> CLIPTextConfig:
-    """Of a text encoder for the tokenizer of the embedded model."""
+    """Of a text encoder for the tokenizer of the emoji model."""
     sizes |= dict(vocab_size=VOCABULARY, max_position_embeddings=TOKENS, bos_token_id=END - 1, eos_token_id=END)
     return CLIPTextConfig(**sizes)
 
@@ -148,7 +148,7 @@ def tiny_tensors(version: int = 1, dtype: torch.dtype = torch.float32) -> dict[s
 
 
 def write_tiny(folder: Path, seed: int = 0) -> Path:
-    """Write unet, vae, text_encoder, tokenizer and scheduler; the tokenizer is that of the embedded model."""
+    """Write unet, vae, text_encoder, tokenizer and scheduler; the tokenizer is that of the emoji model."""
     unet, vae = tiny_unet(seed), shake(VAE(TINY_VAE), seed)
     encoder = text_config(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=END

@@ -1,6 +1,6 @@
 """How fast a training step is: the plain loop, each technique alone, and all of them together.
 
-  python -m minidistill.bench updates                              the embedded model's size
+  python -m minidistill.bench updates                              the emoji model's size
   python -m minidistill.bench updates --size sd15 --device cuda
 
 The plain loop computes in float32 with channels first and attention in separate operations; it calls the teacher twice

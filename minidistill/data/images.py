@@ -151,7 +151,7 @@ def encode(
     Each image gets a file under ``folder``, named after its bytes, the VAE and the size. Existing files are kept, so an
     interrupted run continues where it stopped, and only new or changed images are encoded: one at a time, which takes
     the least memory and makes a latent independent of other images. A latent is the posterior mean; the posterior's
-    spread (0.008 in the embedded model, where latents have 1) is below the least noise ever added (0.029). Process 0
+    spread (0.008 in the emoji model, where latents have 1) is below the least noise ever added (0.029). Process 0
     encodes; the others ``wait()`` for it.
 
     Raises ValueError if no image is left.

@@ -5,7 +5,7 @@
 
 Each use of W makes the product anew, in the forward and in the backward pass. Autograd keeps the 8 bits only. In a
 frozen linear layer that is all it keeps, because dL/dx = dL/dy W needs no x. A scale for each output channel would be
-no better: the codes are floating point, so rounding is relative (2.65% of W's norm either way in the embedded model).
+no better: the codes are floating point, so rounding is relative (2.65% of W's norm either way in the emoji model).
 """
 
 import torch

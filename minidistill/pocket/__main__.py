@@ -1,4 +1,4 @@
-"""Make the embedded model from scratch.
+"""Make the emoji model from scratch.
 
   python -m minidistill.pocket --out runs/pocket/model
 

@@ -1,4 +1,4 @@
-"""The world of the embedded model: things on coloured backgrounds, alone and in pairs, and which are held out."""
+"""The world of the emoji model: things on coloured backgrounds, alone and in pairs, and which are held out."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Recognise the background, and what stands on it, in the images of the embedded model from their pixels alone.
+"""Recognise the background, and what stands on it, in the images of the emoji model from their pixels alone.
 
 The background is the median colour of the border. Each thing is identified twice: as the nearest of all things, drawn
 at several sizes and places, and by a small classifier trained on rendered images only.

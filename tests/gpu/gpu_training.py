@@ -1,4 +1,4 @@
-"""The stages of quarter_hour.py that train: the embedded model, its student, and a student of a large model."""
+"""The stages of quarter_hour.py that train: the emoji model, its student, and a student of a large model."""
 
 import io
 import runpy
@@ -70,7 +70,7 @@ def pack(task: Task, name: str, folder: Path, files: Sequence[Path]) -> None:
             archive.add(file, file.relative_to(folder))
 
 
-# The embedded model.
+# The emoji model.
 
 
 def emoji_images(task: Task) -> Path:
@@ -82,7 +82,7 @@ def emoji_images(task: Task) -> Path:
 
 
 def tiny_world(task: Task) -> ExitStack:
-    """Dry: what the embedded model is trained and judged with, made so small that it takes seconds."""
+    """Dry: what the emoji model is trained and judged with, made so small that it takes seconds."""
     changes = ExitStack()
     if task.dry:
         learned, held_out = ([c for c in all_compositions() if c.held_out == kind] for kind in (False, True))
@@ -98,7 +98,7 @@ def tiny_world(task: Task) -> ExitStack:
 
 
 def retrain(task: Task) -> Figures:
-    """Train the embedded model further, its UNet and then its VAE's decoder; each is packed as soon as it is done."""
+    """Train the emoji model further, its UNet and then its VAE's decoder; each is packed as soon as it is done."""
     if not task.dry and not (ROOT / images.PACKAGE).is_dir():
         yield "skipped", f"there are no images in {images.PACKAGE}"
         return
@@ -111,7 +111,7 @@ def retrain(task: Task) -> Figures:
 
 
 def from_nothing(task: Task) -> Figures:
-    """Make the whole embedded model from random weights."""
+    """Make the whole emoji model from random weights."""
     if not task.dry and not (ROOT / images.PACKAGE).is_dir():
         yield "skipped", f"there are no images in {images.PACKAGE}"
         return
@@ -128,7 +128,7 @@ def from_nothing(task: Task) -> Figures:
 
 
 def distil(task: Task) -> Figures:
-    """train.py with its report on the embedded model, the newest there is, and the judge on teacher and student."""
+    """train.py with its report on the emoji model, the newest there is, and the judge on teacher and student."""
     trained = [task.scratch / "from-nothing", task.scratch / "pocket-emoji", ROOT / DEFAULT_MODEL]
     model, out = next(model for model in trained if model.exists()), task.scratch / "distilled"
     yield "train.py", run(train, "--model", model, "--out", out, *where(task), *(BRIEF_RUN if task.dry else []))

@@ -1,4 +1,4 @@
-"""The world of the embedded model: its things, its captions, what is held out."""
+"""The world of the emoji model: its things, its captions, what is held out."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The embedded model as it ships: its size, its captions, its tokenizer, its CLIP."""
+"""The emoji model as it ships: its size, its captions, its tokenizer, its CLIP."""
 
 import re
 from pathlib import Path

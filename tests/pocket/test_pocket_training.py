@@ -1,4 +1,4 @@
-"""Training the embedded model: stages resume where they stopped, and the command makes a model that draws."""
+"""Training the emoji model: stages resume where they stopped, and the command makes a model that draws."""
 
 import errno
 import os
