@@ -57,7 +57,7 @@ def main() -> None:
         add_student(sd, student)
     (args.out.parent if is_png(args.out) else args.out).mkdir(parents=True, exist_ok=True)
     if args.compare:
-        sd.sample(args.prompt[:1], steps=1)  # not timed: the first calls of everything are slower
+        sd.sample(args.prompt[:1], steps=1)  # not timed: first calls are slower
         teacher = draw(sd, "teacher", args.prompt, **options)
         merge_to_sample(sd.unet)
         rows = [teacher, draw(sd, "student", args.prompt, **options)]
@@ -108,7 +108,7 @@ def at_strength(student: LoRAFile, args: argparse.Namespace) -> LoRAFile:
 
 
 def sampling_options(args: argparse.Namespace, student: LoRAFile | None) -> dict:
-    """How to sample. Beside a student the teacher has its guidance, and the negative prompt and interval it learned.
+    """How to sample. The teacher takes the guidance, negative prompt and interval of a student beside it.
 
     A student is led away from a negative prompt that it has not learned. Raises ValueError for flags that do not fit.
     """
@@ -193,8 +193,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "more exact (default: %(default)s)")
     add = parser.add_argument_group("how to sample").add_argument
     add("--guidance", type=cli.finite, metavar="X", help="guidance scale; 7.5 is usual for large models, and exactly 1 "
-        f"is none, with one UNet call a step (default: {cli.DEFAULT_GUIDANCE:g}; with a LoRA the scale it has learned: "
-        "at others it samples by its strength, as measured)")
+        f"is none, with one UNet call a step (default: {cli.DEFAULT_GUIDANCE:g}; with a LoRA the scale it has learned; "
+        "others set its strength, as measured)")
     add("--selective", type=cli.fraction, default=0.0, metavar="SHARE", help="the teacher goes without guidance "
         "on this share of the steps, the last ones (default: %(default)s)")
     add("--interval", type=cli.finite, nargs=2, metavar=("LOW", "HIGH"), help="the teacher is guided only at "

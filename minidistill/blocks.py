@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut; in the UNet the time embedding is added between them.
+    """Two 3x3 convolutions, with a shortcut around them; in the UNet the time embedding is added between them.
 
     ``x`` is [B, C_in, H, W], ``emb`` [B, time_width]; returns [B, C_out, H, W].
     """

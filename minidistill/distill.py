@@ -195,5 +195,5 @@ class Dial:
                 stacklevel=2,
             )
         lines = list(pairwise(self.points))
-        (w_0, low), (w_1, high) = next((line for line in lines if guidance <= line[1][0]), lines[-1])
-        return low + (guidance - w_0) / (w_1 - w_0) * (high - low)
+        (s_0, low), (s_1, high) = next((line for line in lines if guidance <= line[1][0]), lines[-1])
+        return low + (guidance - s_0) / (s_1 - s_0) * (high - low)

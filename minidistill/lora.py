@@ -168,7 +168,7 @@ def inject_lora(
         The model in a thin wrapper whose call takes ``lora_enabled``: True for the student, False for the teacher.
 
     Raises:
-        ValueError: a rank below 1, a model that already has LoRA, patterns that match nothing, a grouped convolution.
+        ValueError: a rank below 1, a model that has LoRA, patterns that match nothing, a layer that cannot have it.
     """
     if rank < 1:
         raise ValueError(f"The rank of a LoRA must be 1 or more, not {rank}.")

@@ -37,7 +37,7 @@ def ddim_step(
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # they stay on the CPU, so that a GPU never waits for them
     z_0, eps = clean_and_noise(schedule.prediction, prediction, z_t, alpha, sigma)
     sigma_eta = torch.zeros(())
-    if eta:  # 0 on the way back to noise, where the variance would be negative
+    if eta:  # never on the way back to noise, where the variance would be negative
         sigma_eta = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
     z_next = alpha_bar_next.sqrt() * z_0 + (1 - alpha_bar_next - sigma_eta**2).clamp(min=0).sqrt() * eps
     return z_next + sigma_eta * noise if eta else z_next

@@ -17,7 +17,7 @@ from minidistill.config import UNetConfig
 
 
 def run(block: Callable[..., Tensor], *args: Tensor | torch.Size) -> Tensor:
-    """Call a part of the network. To save memory, training/recompute.py replaces ``UNet.run_block``, which is this."""
+    """Call a block: the default ``UNet.run_block``, which training/recompute.py replaces to save memory."""
     return block(*args)
 
 
