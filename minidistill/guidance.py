@@ -128,10 +128,10 @@ def normalized_guidance(
 ) -> Tensor:
     """Push what attention reads from the prompt (Z+) away from what it reads from the negative prompt (Z-).
 
-    All are [B, L, C]. "Normalized Attention Guidance", arXiv 2505.21179, section 3, for each token, with phi ``scale``,
-    tau ``limit`` and alpha ``share``:
+    All are [B, L, C]. "Normalized Attention Guidance", arXiv 2505.21179, section 3, for each token, with phi
+    ``scale`` - 1, tau ``limit`` and alpha ``share``:
 
-        Z~ = Z- + phi (Z+ - Z-)
+        Z~ = Z+ + phi (Z+ - Z-)
         Z^ = Z~ min(|Z~|_1, tau |Z+|_1) / |Z~|_1
         alpha Z^ + (1 - alpha) Z+
     """
