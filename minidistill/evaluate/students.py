@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from minidistill.distill import FullStudent
+from minidistill.formats.files import CheckpointError
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import LoRAFile, read_lora
-from minidistill.formats.lora_io import add_student
+from minidistill.formats.lora_io import add_student, check_source
 from minidistill.formats.model_folder import STEMS, read_weights
 from minidistill.formats.tensor_files import read_tensors
 from minidistill.guidance import Interval
@@ -60,7 +61,8 @@ def read_student(path: Path, scale: float, args: Namespace) -> Student:
         raise ValueError(f"{full} is a whole model: only a LoRA has a strength.")
     if full:
         file = read_weights(full / "unet", STEMS["unet"], args.variant).file if full.is_dir() else full
-        learned, install = LoRAFile(file, {}, read_tensors(file)[1]), partial(install_full, full, args)  # no layers
+        learned = LoRAFile(file, {}, read_tensors(file)[1])  # no layers
+        install = partial(install_full, full, args, learned.metadata)
     else:
         learned = read_lora(path, scale)
         install = partial(add_student, file=learned)
@@ -90,8 +92,14 @@ def full_student(run: Path) -> Path | None:
     return next((path for path in (run / "student", run / "student.safetensors") if path.exists()), None)
 
 
-def install_full(path: Path, args: Namespace, sd: StableDiffusion) -> None:
-    sd.unet = FullStudent(sd.unet, read_full(path, args.variant, dtype=getattr(torch, args.dtype), device=args.device))
+def install_full(path: Path, args: Namespace, metadata: Mapping[str, str], sd: StableDiffusion) -> None:
+    """Raises CheckpointError, as ``add_student`` does, for a student of another model."""
+    check_source(metadata, sd.schedule.prediction, sd.learned_guidance, sd.path, student=str(path))
+    student = read_full(path, args.variant, dtype=getattr(torch, args.dtype), device=args.device)
+    ours, theirs = ({name: p.shape for name, p in unet.named_parameters()} for unet in (sd.unet, student))
+    if ours != theirs:
+        raise CheckpointError(f"{path} is a copy of another UNet than that of {sd.path}: give --model its teacher.")
+    sd.unet = FullStudent(sd.unet, student)
 
 
 def read_full(path: Path, variant: str | None, **options) -> nn.Module:

@@ -406,6 +406,19 @@ def test_a_full_student_is_measured(
     assert rows[2]["PSNR"] == rows[1]["PSNR"]
 
 
+def test_a_full_student_of_another_model_is_refused(
+    sd: StableDiffusion, tiny_model: Path, tiny_xl: Path, evaluate: Callable[..., Path], tmp_path: Path
+):
+    """As a LoRA is: one whose teacher predicts v where this model predicts eps, and one of other shapes."""
+    learned = LEARNED | dict(method="full", prediction="v")
+    write_checkpoint(tiny_model, replaced_by(sd.unet), tmp_path / "v/student", learned, prediction="v")
+    with pytest.raises(CheckpointError, match="student learned from a model that predicts v"):
+        evaluate(tmp_path / "v")
+    write_checkpoint(tiny_xl, replaced_by(load(tiny_xl).unet), tmp_path / "xl/student", LEARNED | dict(method="full"))
+    with pytest.raises(CheckpointError, match="xl/student is a copy of another UNet"):
+        evaluate(tmp_path / "xl")
+
+
 def test_a_scaled_lora_is_compared_with_the_teacher_of_its_nominal_guidance(
     run: Path, evaluate: Callable[..., Path], tiny_model: Path
 ):
