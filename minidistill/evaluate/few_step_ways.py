@@ -28,7 +28,7 @@ from minidistill.evaluate.students import Teacher, teacher_of
 from minidistill.formats.files import digest
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import LoRAFile, read_lora
-from minidistill.formats.lora_io import add_student, merge_file, save_lora
+from minidistill.formats.lora_io import add_student, check_source, merge_file, save_lora
 from minidistill.guidance import guided, plain, student
 from minidistill.lora import LoRAModel, inject_lora, lora_parameters
 from minidistill.pipeline import StableDiffusion, to_images
@@ -65,7 +65,11 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def check_teacher(sd: StableDiffusion, student: LoRAFile, guidance: float) -> None:
-    """Raise ValueError for a student of another teacher than ours, guided at all t and without a negative prompt."""
+    """Raise ValueError for a student of another teacher than ours, guided at all t and without a negative prompt.
+
+    And CheckpointError, as ``check_source`` does: here a student is merged into W.
+    """
+    check_source(student.metadata, sd.schedule.prediction, sd.learned_guidance, sd.path, student=str(student.path))
     learned, ours = teacher_of(student), Teacher(guidance, sd.stated_negative(None))
     if learned._replace(negative_prompt=sd.stated_negative(learned.negative_prompt)) != ours:
         raise ValueError(
