@@ -60,11 +60,13 @@ def read_folder(folder: Path) -> tuple[list[CaptionedImage], dict[Path, str]]:
             continue
         try:
             caption = " ".join(text_file.read_text(encoding="utf-8-sig").split()) if text_file else caption
+            if "\0" in caption:  # UTF-16 without its mark is valid UTF-8, with a NUL beside each letter
+                raise ValueError("its caption is not UTF-8 text")
             if caption:
                 images.append(CaptionedImage(file, caption, digest(file.read_bytes())))
             else:
                 left_out[file] = f"no caption, neither in {file.stem}.txt nor in metadata.jsonl"
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             left_out[file] = f"cannot be read ({error})"
     left_out |= {Path(file): "listed in metadata.jsonl, but there is no such image" for file in listed}
     if not images:

@@ -78,13 +78,15 @@ def test_images_without_a_caption_are_named(folder: Path):
     write(folder / "silent.png", 20)
     write(folder / "blank.png", 21, " \n")
     write(folder / "binary.png", 22).with_suffix(".txt").write_bytes(b"\xff\xfe\x00")
+    write(folder / "wide.png", 23).with_suffix(".txt").write_bytes("a wide letter".encode("utf-16-le"))
     with (folder / "more/metadata.jsonl").open("a") as file:
         file.write('{"file_name": "gone.jpg", "text": "a ghost"}\n')
     images, left_out = read_folder(folder)
     assert len(images) == 12
     reasons = {file.name: reason for file, reason in left_out.items()}
-    assert set(reasons) == {"silent.png", "blank.png", "binary.png", "gone.jpg"}
+    assert set(reasons) == {"silent.png", "blank.png", "binary.png", "wide.png", "gone.jpg"}
     assert "no caption" in reasons["silent.png"] and "no caption" in reasons["blank.png"]
+    assert "not UTF-8 text" in reasons["wide.png"]  # its bytes are valid, with a NUL beside each letter
     assert "utf-8" in reasons["binary.png"] and "metadata.jsonl" in reasons["gone.jpg"]
 
 
