@@ -90,20 +90,22 @@ def spelling(path: Path) -> str:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """Captions by the ``spelling`` of the image. Raises ValueError that names the malformed line."""
+    """Captions by the ``spelling`` of the image. Raises ValueError that names a bad line."""
     captions = {}
     for number, line in enumerate(re.split(rb"\r\n?|\n", file.read_bytes()), 1):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                row = json.loads(line)
-                image, text = file.parent / row["file_name"], " ".join(row["text"].split())
-                if not image.exists():
-                    image = file.parent / row["file_name"].replace("\\", "/")  # as written on Windows
-                text.encode()  # raises for half a character, which JSON can write
-                captions[spelling(image)] = text
+            row = json.loads(line)
+            image, text = file.parent / row["file_name"], " ".join(row["text"].split())
+            if not image.exists():
+                image = file.parent / row["file_name"].replace("\\", "/")  # as written on Windows
+            text.encode()  # raises for half a character, which JSON can write
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             example = '{"file_name": "a.jpg", "text": "its caption"}'
             raise ValueError(f"{file}, line {number} should look like {example}.") from error
+        if captions.setdefault(spelling(image), text) != text:
+            raise ValueError(f"{file}, line {number}: {image} has another caption above: give each image one line.")
     return captions
 
 

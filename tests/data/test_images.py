@@ -98,6 +98,16 @@ def test_a_bad_line_of_metadata_is_named(line: str, folder: Path):
         read_folder(folder)
 
 
+def test_a_second_caption_of_an_image_is_named(folder: Path):
+    """Datasets with several captions for each image are common; only one of them would be learned."""
+    file = folder / "more/metadata.jsonl"
+    file.write_text(file.read_text() + '{"file_name": "8.JPG", "text": "image  8"}\n')  # the same once more
+    assert len(read_folder(folder)[0]) == 12
+    file.write_text(file.read_text() + '{"file_name": "./7.JPG", "text": "another"}\n')
+    with pytest.raises(ValueError, match=r"metadata.jsonl, line 8: .*7.JPG has another caption above"):
+        read_folder(folder)
+
+
 def test_nothing_to_learn_from(tmp_path: Path, sd: StableDiffusion):
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         read_folder(tmp_path / "nowhere")
