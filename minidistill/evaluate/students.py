@@ -18,7 +18,7 @@ from minidistill.formats.model_folder import STEMS, read_weights
 from minidistill.formats.tensor_files import read_tensors
 from minidistill.guidance import Interval
 from minidistill.pipeline import StableDiffusion
-from minidistill.training.command_line import DEFAULT_GUIDANCE, ScaledFile
+from minidistill.training.command_line import DEFAULT_GUIDANCE, ScaledFile, model_name
 
 
 class Teacher(NamedTuple):
@@ -109,7 +109,7 @@ def read_full(path: Path, variant: str | None, **options) -> nn.Module:
 
 def label_of(path: Path) -> str:
     """What a run's folder or a LoRA file is called in a table."""
-    return path.name if path.is_dir() else path.stem
+    return model_name(path) if path.is_dir() else path.stem
 
 
 def read_students(runs: Sequence[ScaledFile], args: Namespace) -> dict[str, Student]:

@@ -214,7 +214,7 @@ def check_interval(interval: Interval | None, timesteps: list[int]) -> None:
 
 
 def model_name(path: Path) -> str:
-    """The last part of a model's path; where it is a link, the name of the link."""
+    """The last part of the path of a model or a run, also of "."; where it is a link, the name of the link."""
     return Path(os.path.abspath(path)).name
 
 

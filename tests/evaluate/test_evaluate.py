@@ -351,6 +351,11 @@ def test_a_student_of_few_steps(run: Path, evaluate: Callable[..., Path], tiny_m
         main(["dial", str(run), "--model", str(tiny_model)])
 
 
+def test_the_folder_one_is_in_has_its_name(run: Path, evaluate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(run)
+    assert json.loads((evaluate(".") / "results.json").read_text())["rows"][2]["method"] == "a run"
+
+
 def test_one_image_has_no_distance_between_distributions(run: Path, evaluate: Callable[..., Path]):
     rows = json.loads((evaluate(run, "--pictures", 1) / "results.json").read_text())["rows"]
     assert "PSNR" in rows[1] and not any(name.startswith("Fréchet") for row in rows for name in row)
