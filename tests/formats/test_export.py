@@ -233,7 +233,7 @@ def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = CLIPTextConfig.from_dict(read_json(folder / "text_encoder/config.json"))
     text.hidden_size, text.num_attention_heads = 64, 1
     torch.manual_seed(0)
-    save_file(UNet(unet).half().state_dict(), folder / UNET)
+    save_file(UNet(unet).half().state_dict(), folder / UNET, {"base": "its own", "author": "somebody"})
     save_file(VAE(vae).state_dict(), folder / "vae/diffusion_pytorch_model.safetensors")
     save_file(CLIPTextModel(text).state_dict(), folder / "text_encoder/model.safetensors")
     write_json(folder / "unet/config.json", published_unet(unet))
@@ -273,30 +273,35 @@ def test_a_single_file_of_a_folder(student_of_it: Path, ordinary: Path, tmp_path
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert load_file(tmp_path / "file.safetensors")["model.diffusion_model.out.2.weight"].dtype == torch.float16
-    assert metadata(tmp_path / "file.safetensors").items() >= METADATA.items()
+    for file in (tmp_path / "folder" / UNET, tmp_path / "file.safetensors"):  # the student's base, and all else
+        assert metadata(file).items() >= (METADATA | {"author": "somebody"}).items()
 
 
-@pytest.mark.parametrize("published, ours", [("epsilon", "eps"), ("v_prediction", "v")])
+@pytest.mark.parametrize(
+    "published, ours, zero_snr", [("epsilon", "eps", False), ("v_prediction", "v", False), ("v_prediction", "v", True)]
+)
 def test_a_single_file_says_what_it_predicts(
-    published: str, ours: str, student_of_it: Path, copied: Path, tmp_path: Path
+    published: str, ours: str, zero_snr: bool, student_of_it: Path, copied: Path, tmp_path: Path
 ):
     """A folder's scheduler states it; for a file it would be guessed from the version."""
-    edit_json(copied / "scheduler/scheduler_config.json", {"prediction_type": published})
+    edit_json(copied / SCHEDULE, {"prediction_type": published, "rescale_betas_zero_snr": zero_snr})
     out = merge(student_of_it, copied, tmp_path / "x.safetensors")
-    assert load(copied).schedule.prediction == load(out).schedule.prediction == ours
+    before, after = load(copied).schedule, load(out).schedule
+    assert before.prediction == after.prediction == ours
+    assert torch.equal(before.alphas_cumprod, after.alphas_cumprod) and (after.alphas_cumprod[-1] < 1e-6) == zero_snr
     assert metadata(out)["modelspec.prediction_type"] == {"eps": "epsilon", "v": "v"}[ours]
 
 
 def test_a_single_file_of_a_single_file(student_of_it: Path, ordinary: Path, single: Path, tmp_path: Path):
     """Everything but the UNet is unchanged. EMA copies are left out, since nothing was merged into them."""
     extra = {"betas": torch.ones(3), "model_ema.diffusion_modelout2weight": torch.ones(1)}
-    save_file(load_file(single) | extra, single, {"modelspec.prediction_type": "epsilon"})
+    save_file(load_file(single) | extra, single, {"modelspec.prediction_type": "epsilon", "base": "its own"})
     found = merge(student_of_it, single, tmp_path / "found.safetensors")
     expected = merge(student_of_it, ordinary, tmp_path / "expected.safetensors")
     tensors = load_file(expected) | {"betas": torch.ones(3)}
     assert load_file(found).keys() == tensors.keys()
     assert all(torch.equal(load_file(found)[name], tensor) for name, tensor in tensors.items())
-    assert metadata(found)["modelspec.prediction_type"] == "epsilon"
+    assert metadata(found).items() >= (METADATA | {"modelspec.prediction_type": "epsilon"}).items()
     export.main([str(student_of_it), "--to", "checkpoint", "--model", str(single)])
     assert (tmp_path / "lora-checkpoint.safetensors").read_bytes() == found.read_bytes()
 
@@ -319,6 +324,12 @@ def test_a_student_of_another_prediction_is_refused(
     assert not out.exists()
     merge(student_of_it, model, out, "--prediction", "v")
     assert load(out).schedule.prediction == "v"  # what is written is corrected
+
+
+def test_a_mark_that_the_flag_corrects_is_left_out(student_of_it: Path, single: Path, tmp_path: Path):
+    save_file(load_file(single) | {"v_pred": torch.zeros(0)}, single)
+    out = merge(student_of_it, single, tmp_path / "out.safetensors", "--prediction", "eps")
+    assert (load(single).schedule.prediction, load(out).schedule.prediction) == ("v", "eps")
 
 
 def test_the_averaged_copy_of_a_single_file(student_of_it: Path, ordinary: Path, single: Path, tmp_path: Path):
