@@ -158,3 +158,10 @@ def test_names_of_a_smaller_model(widths: tuple[int, int]) -> None:
     """Also where a feed-forward layer or a level is as wide as a level of SDXL."""
     names = kohya_names(replace(TINY_XL_UNET, widths=widths, groups=8), *DEFAULT_TARGETS)
     assert "lora_unet_input_blocks_3_1_transformer_blocks_1_ff_net_0_proj" in names
+
+
+@pytest.mark.parametrize("down, up", [("1", "[01]"), ("0", "0")])
+def test_names_of_a_smaller_model_with_few_layers(down: str, up: str) -> None:
+    """Its levels have two residual blocks, but only one of them has a LoRA: taken for SDXL's two."""
+    targets = [f"down_blocks.*.resnets.{down}.*", f"up_blocks.*.resnets.{up}.*", "*.attn2.to_k"]
+    kohya_names(replace(TINY_XL_UNET, layers=2, groups=8), *targets)
