@@ -26,6 +26,7 @@ from minidistill.distill import few_step_weight
 from minidistill.evaluate import dial, few_step_ways, noise_error_share, spectrum, sweeps
 from minidistill.evaluate.__main__ import COMMANDS, main
 from minidistill.evaluate.few_step_ways import Lesson
+from minidistill.evaluate.metrics import EVALUATION_SEED, psnr
 from minidistill.evaluate.summary import MEASURES, summary
 from minidistill.formats.lora_formats import read_lora
 from minidistill.formats.lora_io import merge_file
@@ -148,6 +149,7 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
     assert list(rows["teacher, 8 steps"]["measures"]["sharpness"].values()) == [1, 1, 1]  # whichever prompts are drawn
     files = sorted(tmp_path.glob("*-*.safetensors"))
     assert len({file.read_bytes() for file in files}) == len(files) == len(ways) - 1  # no guidance learns nothing
+    assert [file.name for file in files if file.name[0] != "2"] == ["8-one-lora-for-1-2-4-and-8-steps.safetensors"]
     assert Image.open(tmp_path / "few-steps-2.png").size[0] > 0
 
     before = [file.stat().st_mtime_ns for file in files]
@@ -178,7 +180,7 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
 
 def test_steering_few_steps(lora: Path, tiny_model: Path, tmp_path: Path):
     """At the guidance that was learned, "coupled" is the way as it is; LoRAs that add differ from it at another."""
-    learn_from(lora, guidance="3")
+    learn_from(lora, guidance="3", dial="2:0.3")
     flags = f"--model {tiny_model} --one-pass {lora} --out {tmp_path} --student-steps 2 --teacher-steps 4 --guidance 3"
     flags = f"{flags} --trajectories 8 --updates 2 --rank 2 --prompts 2 --each 2".split()
     with pytest.raises(ValueError, match="--scales: each must be above 1"):
@@ -192,7 +194,17 @@ def test_steering_few_steps(lora: Path, tiny_model: Path, tmp_path: Path):
     unsteered = {row["way"]: row for row in json.loads((tmp_path / "few-steps-2.json").read_text())["rows"]}
     assert rows[7]["measures"] == unsteered["train.py"]["measures"]
     assert rows[8]["measures"] == unsteered["on top of the one-pass student"]["measures"]
-    assert len({row["measures"]["PSNR"]["value"] for row in rows[1:5]}) == 4
+    coupled, on_top = (tmp_path / f"2-{way}.safetensors" for way in ("train-py", "on-top-of-the-one-pass-student"))
+    steered = [], [(coupled, 0.5)], [(lora, 0.3), (on_top, 1)], [(lora, 0.3)]  # at w = 2, by the dial
+    prompts = [prompt for prompt in spread(prompt_split(tiny_model)[1], 2) for _ in range(2)]
+    how = dict(prompts=prompts, seed=EVALUATION_SEED, spacing="trailing")
+    teacher = load(tiny_model).sample(steps=4, guidance=2, **how)
+    for row, loras in zip(rows[1:5], steered, strict=True):
+        sd = load(tiny_model)
+        for path, strength in loras:
+            merge_file(sd.unet, read_lora(path, strength))
+        expected = psnr(sd.sample(steps=2, guidance=1 if loras else 2, **how), teacher).mean().item()
+        assert row["measures"]["PSNR"]["value"] == pytest.approx(expected, rel=1e-3), row["way"]
     assert Image.open(tmp_path / "steering-2.png").size[0] > 0
 
 
@@ -234,6 +246,7 @@ def test_a_constant_prediction_is_perfect_in_every_way(sd: StableDiffusion, monk
 
 def test_spectrum_of_a_student_that_is_the_lora(lora: Path, tiny_model: Path, tmp_path: Path):
     """A full student equal to W plus a LoRA of rank 2: its change has two ranks, and is the LoRA's change."""
+    learn_from(lora, **LEARNED, alpha="1")
     unet, file = load(tiny_model).unet, read_lora(lora)
     merge_file(unet, file)
     write_checkpoint(tiny_model, replaced_by(unet), tmp_path / "full/student", LEARNED)
@@ -247,6 +260,17 @@ def test_spectrum_of_a_student_that_is_the_lora(lora: Path, tiny_model: Path, tm
     assert Image.open(tmp_path / "out/spectrum.png").size[0] > 0
     with pytest.raises(ValueError, match="no run of --method full"):
         main(["spectrum", *map(str, [tmp_path, *flags[1:]])])
+    learn_from(lora, **LEARNED | dict(guidance="2"))
+    with pytest.raises(ValueError, match="from one teacher"):
+        main(["spectrum", *map(str, flags)])
+
+
+def test_the_table_of_spectra():
+    held = {"full": [0.1, 0.3], "lora": [0.5, 1.0]}
+    rows = [dict(held={name: [x] * 8 for name, x in zip(held, pair)}, cosine=pair[0]) for pair in zip(*held.values())]
+    text = spectrum.table(rows)
+    assert "20% (12% to 28%) |" in text and text.index("20%") < text.index("75% (55% to 95%)")
+    assert "0.20 (0.12 to 0.28)" in text
 
 
 def test_share_by_rank_is_the_square_of_the_best_approximation():
@@ -261,7 +285,7 @@ def test_share_by_rank_is_the_square_of_the_best_approximation():
 def test_a_sweep(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sweeps, "VALUES", {"layers": ("attention",)})
-    flags = f"sweeps layers --model {tiny_model} --trajectories 16 --updates 2 --prompts 2 --rank 1"
+    flags = f"sweeps layers --model {tiny_model} --trajectories 16 --updates 2 --prompts 2 --rank 1 --guidance 3"
     flags = [*flags.split(), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     main(flags)
     (row,) = json.loads((tmp_path / "out/sweeps.json").read_text())["layers"]["rows"]
@@ -270,6 +294,9 @@ def test_a_sweep(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     unet = load_lora(sd.unet, run)
     assert all(".attn" in name for name in lora_layers(unet)) and row["value"] == "attention"
     assert row["parameters"] == sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    sd.unet, prompts = unet, spread(prompt_split(tiny_model)[1], 2)
+    share = noise_error_share(sd, prompts, steps=25, guidance=3).pooled
+    assert row["noise error share"]["value"] == pytest.approx(share, rel=1e-4)
     assert Image.open(tmp_path / "out/sweep-layers.png").size[0] > 0
     monkeypatch.setattr(sweeps, "train_and_measure", lambda *_: pytest.fail("done again"))
     main(flags)
