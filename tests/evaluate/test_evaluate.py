@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from minidistill import CheckpointError, StableDiffusion, inject_lora, load, load_lora, save_lora
 from minidistill.conditioning import Conditioning
+from minidistill.config import ScheduleConfig
 from minidistill.evaluate import ClipScore, comparison_grid, draw, estimate, metrics, noise_error_share, psnr
 from minidistill.evaluate.__main__ import main
 from minidistill.evaluate.metrics import EVALUATION_SEED, frechet_distance, frechet_interval, ssim
+from minidistill.evaluate.quality import model_stamp
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.merged_checkpoint import replaced_by, write_checkpoint
 from minidistill.guidance import Interval
+from minidistill.schedule import Schedule
 
 PROMPTS = ["a red apple", "a green pear", "a rocket on a purple background"]
 GUIDANCE = 4.0
@@ -322,14 +325,14 @@ def test_intervals_add_teachers(run: Path, evaluate: Callable[..., Path], tiny_m
 def test_a_student_of_a_teacher_guided_in_an_interval(run: Path, evaluate: Callable[..., Path], tiny_model: Path):
     """The interval is in the LoRA's header, and the teacher in the comparison is guided there only."""
     write_student(run / "lora.safetensors", interval="2 501")
-    out = evaluate(run)
+    out = evaluate(run, "--selective", 1)
     results = json.loads((out / "results.json").read_text(), parse_constant=lambda text: pytest.fail(text))
-    assert [row["unet_calls"] for row in results["rows"]] == [3, 2, 2]
+    assert [row["unet_calls"] for row in results["rows"]] == [3, 2, 2, 2]
     sd = load(tiny_model)
     sd.unet = load_lora(sd.unet, run / "lora.safetensors")
     prompts = (out.parent / "four.txt").read_text().splitlines()
     share = noise_error_share(sd, prompts, steps=2, guidance=4.0, interval=Interval(2, 501))
-    assert math.isclose(results["rows"][2]["noise error share"]["value"], share.pooled, rel_tol=1e-4)
+    assert math.isclose(results["rows"][3]["noise error share"]["value"], share.pooled, rel_tol=1e-4)
     first, last = results["by step"]["a run"]["noise error share"]
     assert math.isclose(first, share.per_step[0], rel_tol=1e-4) and last is None  # at t = 1 there is no guidance
 
@@ -399,6 +402,23 @@ def test_images_are_cached(run: Path, evaluate: Callable[..., Path], monkeypatch
     results.append((evaluate(run) / "results.json").read_text())
     before, after = (json.loads(text)["rows"] for text in results[1:])
     assert before[:2] == after[:2] and before[2]["PSNR"] != after[2]["PSNR"]
+
+
+def test_images_of_another_model_are_not_reused(sd: StableDiffusion):
+    """Whatever they depend on is in the stamp of the cache: these changes, one upon the other."""
+    args = SimpleNamespace(device="cpu", dtype="float32")
+    stamps = [model_stamp(sd, args)]
+    for name, value in dict(device="cuda", dtype="bfloat16").items():
+        setattr(args, name, value)
+        stamps.append(model_stamp(sd, args))
+    other = Schedule.from_config(ScheduleConfig(steps_offset=0))
+    for name, value in dict(width=8, height=8, force_zeros=True, schedule=other).items():
+        setattr(sd, name, value)
+        stamps.append(model_stamp(sd, args))
+    for network in (sd.unet, sd.text_encoder, sd.vae):
+        next(network.parameters()).data += 1
+        stamps.append(model_stamp(sd, args))
+    assert len(set(map(json.dumps, stamps))) == len(stamps) == 10
 
 
 def test_a_full_student_is_measured(
