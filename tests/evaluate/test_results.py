@@ -112,6 +112,18 @@ def learn_from(lora: Path, **teacher: str) -> None:
     write_tensors(lora, tensors, metadata | dict(negative_prompt="") | teacher)
 
 
+def merged(model: Path, *loras: tuple[Path, float]) -> StableDiffusion:
+    """The model with these LoRAs in W, each at its strength."""
+    sd = load(model)
+    for path, strength in loras:
+        merge_file(sd.unet, read_lora(path, strength))
+    return sd
+
+
+ON_TOP = "on-top-of-the-one-pass-student"
+SAMPLED = dict(seed=EVALUATION_SEED, spacing="trailing")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -151,6 +163,17 @@ def test_ways_to_learn_few_steps(lora: Path, tiny_model: Path, tmp_path: Path, c
     assert len({file.read_bytes() for file in files}) == len(files) == len(ways) - 1  # no guidance learns nothing
     assert [file.name for file in files if file.name[0] != "2"] == ["8-one-lora-for-1-2-4-and-8-steps.safetensors"]
     assert Image.open(tmp_path / "few-steps-2.png").size[0] > 0
+
+    prompts = [prompt for prompt in spread(prompt_split(tiny_model)[1], 2) for _ in range(2)]
+    teacher = load(tiny_model).sample(prompts, steps=8, guidance=4, **SAMPLED)
+    on_top, consistent = (tmp_path / f"2-{way}.safetensors" for way in (ON_TOP, "consistency-distillation"))
+    sampled = {  # two LoRAs at once, and z_0 noised afresh
+        ways[1]: merged(tiny_model, (lora, 1), (on_top, 1)).sample(prompts, steps=2, guidance=1, **SAMPLED),
+        ways[3]: few_step_ways.sample_renoised(merged(tiny_model, (consistent, 1)), prompts, 2),
+    }
+    for way, images in sampled.items():
+        expected = psnr(images, teacher).mean().item()
+        assert rows[way]["measures"]["PSNR"]["value"] == pytest.approx(expected, rel=1e-3)
 
     before = [file.stat().st_mtime_ns for file in files]
     tensors, metadata = read_tensors(tmp_path / "2-train-py.safetensors")
@@ -194,17 +217,13 @@ def test_steering_few_steps(lora: Path, tiny_model: Path, tmp_path: Path):
     unsteered = {row["way"]: row for row in json.loads((tmp_path / "few-steps-2.json").read_text())["rows"]}
     assert rows[7]["measures"] == unsteered["train.py"]["measures"]
     assert rows[8]["measures"] == unsteered["on top of the one-pass student"]["measures"]
-    coupled, on_top = (tmp_path / f"2-{way}.safetensors" for way in ("train-py", "on-top-of-the-one-pass-student"))
+    coupled, on_top = (tmp_path / f"2-{way}.safetensors" for way in ("train-py", ON_TOP))
     steered = [], [(coupled, 0.5)], [(lora, 0.3), (on_top, 1)], [(lora, 0.3)]  # at w = 2, by the dial
     prompts = [prompt for prompt in spread(prompt_split(tiny_model)[1], 2) for _ in range(2)]
-    how = dict(prompts=prompts, seed=EVALUATION_SEED, spacing="trailing")
-    teacher = load(tiny_model).sample(steps=4, guidance=2, **how)
+    teacher = load(tiny_model).sample(prompts, steps=4, guidance=2, **SAMPLED)
     for row, loras in zip(rows[1:5], steered, strict=True):
-        sd = load(tiny_model)
-        for path, strength in loras:
-            merge_file(sd.unet, read_lora(path, strength))
-        expected = psnr(sd.sample(steps=2, guidance=1 if loras else 2, **how), teacher).mean().item()
-        assert row["measures"]["PSNR"]["value"] == pytest.approx(expected, rel=1e-3), row["way"]
+        images = merged(tiny_model, *loras).sample(prompts, steps=2, guidance=1 if loras else 2, **SAMPLED)
+        assert row["measures"]["PSNR"]["value"] == pytest.approx(psnr(images, teacher).mean().item(), rel=1e-3)
     assert Image.open(tmp_path / "steering-2.png").size[0] > 0
 
 
