@@ -11,6 +11,7 @@ from tiny import losses, same_result
 from minidistill import StableDiffusion
 from minidistill.data.prompts import prompt_split
 from minidistill.data.shards import read_shard
+from minidistill.evaluate import run_report
 from minidistill.formats.lora_formats import read_lora
 from minidistill.guidance import Interval
 from minidistill.training.bookkeeping import Progress
@@ -96,14 +97,18 @@ def test_the_interval_is_recorded(whole_run, command, flags, tmp_path: Path):
     assert "interval" not in read_lora(whole_run[0] / "lora.safetensors").metadata
 
 
-def test_the_report_is_of_the_interval(command, flags, tmp_path: Path):
+def test_the_report_is_of_the_interval_and_the_negative_prompt(command, flags, tmp_path: Path, monkeypatch):
     """t = 667, 334, 1, of which one is guided: four calls of the UNet for the teacher, three for the student."""
-    result = command("train.py", *flags(tmp_path / "run"), "--interval", 300, 600)
+    negative, draw = [], run_report.draw
+    monkeypatch.setattr(
+        run_report, "draw", lambda *x, **how: negative.append(how["negative_prompt"]) or draw(*x, **how)
+    )
+    result = command("train.py", *flags(tmp_path / "run"), "--interval", 300, 600, "--negative-prompt", "a rocket")
     assert result.code == 0, result.err
     report = (tmp_path / "run/report.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in report.splitlines() if line.startswith("|")]
     assert rows[2:] == [["teacher", "4"], ["no guidance", "3"], ["student", "3"]]
-    assert "300 <= t <= 600" in report
+    assert "300 <= t <= 600" in report and set(negative) == {"a rocket"}
 
 
 def test_resuming_with_another_interval_is_refused(whole_run, command, flags, tmp_path: Path):
