@@ -58,6 +58,8 @@ def test_no_negative_prompt_is_not_the_empty_one(run: Path, xl: StableDiffusion,
     none, empty = xl.encode_negative(), xl.encode_negative("")
     assert not none.tokens.any() and not none.pooled.any() and none.sizes.tolist() == empty.sizes.tolist()
     assert error(empty.tokens, xl.encode_prompt([""]).tokens) == 0 and empty.pooled.any()
+    shutil.copytree(xl.path, tmp_path / "bare").joinpath("model_index.json").unlink()  # which could say otherwise
+    assert not load(tmp_path / "bare").encode_negative().tokens.any()
     flags = [APPLE, "--model", xl.path, "--lora", run, "--compare", "--steps", 2, "--out", tmp_path / "a.png"]
     assert command("sample.py", *flags).code == 0
     assert "must have the same" in command("sample.py", *flags, "--negative-prompt", "").complaint
