@@ -11,6 +11,7 @@ from tiny import error
 from minidistill import StableDiffusion, load
 from minidistill.data.examples import NoisedLatents, StoredStates, batch_indices, batch_to_device, prompts_of
 from minidistill.data.trajectories import Trajectories, generate
+from minidistill.distill import few_step_weight
 
 CAPTIONS = ["a red apple", "a green pear", "a rocket on a purple background", "a cat", "never used"]
 
@@ -129,6 +130,16 @@ def test_min_snr_weights(kind, sd: StableDiffusion, states: Trajectories):
     snr = alpha_bar / (1 - alpha_bar)
     assert batch.weight.shape == (4, 1, 1, 1) and batch.weight.dtype == torch.float32
     assert error(batch.weight.flatten().double(), snr.clamp(max=5) / snr) < 1e-5
+
+
+def test_weights_of_few_steps(sd: StableDiffusion, states: Trajectories):
+    """Each of the states on the way to the next has the weight of its own step."""
+    examples = examples_of(StoredStates, sd, states)
+    examples.student_steps = 3
+    batch = examples.batch(0)
+    steps = [sd.schedule.timesteps(3).index(t) for t in batch.t]
+    assert len(set(steps)) > 1
+    assert torch.equal(batch.weight.flatten(), few_step_weight(sd.schedule, 3)[steps])
 
 
 def test_a_batch_moves_whole(sd: StableDiffusion, states: Trajectories):
