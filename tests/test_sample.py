@@ -328,6 +328,7 @@ BAD = [
     ("--selective 1.5", "from 0 to 1"),
     ("--guidance 1 --negative-prompt cat", "--guidance 1 is no guidance"),
     ("--selective 0.5 --lora {lora}", "the teacher's"),
+    ("--lora {lora} --negative-prompt=", 'has learned to avoid "a cat" for good'),
     ("--lora {lora} --guidance 1", "above 1, not at 1: leave guidance out"),
     ("--lora {lora} --guidance 3 --lora-scale 0.5", "give one of them"),
     ("--lora {lora} --guidance 3 --lora {lora}:0.5", "give one of"),
