@@ -200,8 +200,10 @@ def test_as_many_steps_as_the_teacher_have_a_dial(few_step_run: Path, command, t
     lora, model = str(tmp_path / "lora.safetensors"), ("--model", str(tiny_model), "--device", "cpu")
     evaluate(["dial", lora, "--write", "--guidance", "1.8", "--prompts", "2", *model, "--out", str(tmp_path / "dial")])
     assert dict(read_lora(lora).dial.points).keys() == {1.0, 1.8, 4.0}
-    run = command("sample.py", "a red apple", *model, "--lora", lora, "--guidance", 1.8, "--out", tmp_path / "one.png")
-    assert run.code == 0
+    draw = ["sample.py", "a red apple", *model, "--lora", lora, "--guidance", 1.8, "--out"]
+    assert command(*draw, tmp_path / "one.png").code == 0
+    assert command(*draw, tmp_path / "leading.png", "--spacing", "leading").code == 0  # not refused, and not ignored
+    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "leading.png").read_bytes()
     for strength, steps in (("0", None), ("0.5", (4, 4))):  # at strength 0 it is the teacher, which takes any steps
         out = tmp_path / f"merged at {strength}"
         export([f"{lora}:{strength}", "--to", "checkpoint", "--model", str(tiny_model), "--out", str(out)])
