@@ -35,7 +35,7 @@ STAGES = {  # the seconds that each takes on an H200, roughly
     "facts": 20,  # with the imports
     "forward": 15,
     "retrain": 390,  # 54 of them in reserve
-    "from_nothing": 360,  # not measured yet, as the next, "compiled" and "experiments"
+    "from_nothing": 390,  # 30 of them in reserve; not measured yet, as the next, "compiled" and "experiments"
     "distil": 70,
     "images": 30,
     "profile": 12,

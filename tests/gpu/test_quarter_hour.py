@@ -58,6 +58,13 @@ def test_only_and_budget(tmp_path: Path) -> None:
     assert list(stages) == ["facts", "memory"] and all("skipped" in figures for figures in stages.values())
 
 
+def test_the_first_command_measures_and_trains_no_model() -> None:
+    """Of docs/on-a-gpu.md, as fast as the stages before were on an H200."""
+    done = json.loads((ROOT / "results/gpu/h200.json").read_text())["stages"]
+    left = quarter_hour.parse(["--out", "new"]).budget - done["facts"]["seconds"] - done["forward"]["seconds"]
+    assert left < min(STAGES["retrain"], STAGES["from_nothing"])
+
+
 def stages_that_fail(pipe: Connection, task: Task) -> None:
     def raises(task: Task):
         yield "first", 1
