@@ -128,9 +128,9 @@ def from_nothing(task: Task) -> Figures:
 
 
 def distil(task: Task) -> Figures:
-    """train.py with its report on the emoji model, the newest there is, and the judge on teacher and student."""
+    """train.py with its report on the emoji model, the newest complete one, and the judge on teacher and student."""
     trained = [task.scratch / "from-nothing", task.scratch / "pocket-emoji", ROOT / DEFAULT_MODEL]
-    model, out = next(model for model in trained if model.exists()), task.scratch / "distilled"
+    model, out = next(model for model in trained if (model / "model_index.json").exists()), task.scratch / "distilled"
     yield "train.py", run(train, "--model", model, "--out", out, *where(task), *(BRIEF_RUN if task.dry else []))
     results = [out / "lora.safetensors", out / "metrics.jsonl", out / "report.md", *out.rglob("*.png")]
     pack(task, "student.tar.gz", out, results)

@@ -9,6 +9,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import pytest
 import quarter_hour
 from quarter_hour import ROOT, STAGES, Task, failed, run_stages, serve
 
@@ -100,6 +101,15 @@ def test_a_failing_stage_costs_its_own_results_only(tmp_path: Path) -> None:
     ]
     assert stages["works"]["process"] == stages["again"]["process"] != os.getpid()
     assert json.loads((tmp_path / "gpu.json").read_text())["stages"] == stages
+
+
+def test_a_model_that_was_not_completed_is_not_distilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_training
+
+    (tmp_path / "from-nothing/tokenizer").mkdir(parents=True)
+    monkeypatch.setattr(gpu_training, "run", lambda main, *flags: flags)
+    _, flags = next(gpu_training.distil(Task(tmp_path, tmp_path, tmp_path, dry=True)))
+    assert flags[:2] == ("--model", ROOT / "weights/pocket-emoji")
 
 
 def test_a_part_that_failed_counts() -> None:
