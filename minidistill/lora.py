@@ -190,7 +190,7 @@ def inject_pairs(model: nn.Module, pairs: Mapping[str, tuple[int, float]]) -> Lo
     layers = {name: model.get_submodule(name) for name in pairs}
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, layer in layers.items():
-        if type(layer) not in (nn.Linear, nn.Conv2d):  # a subclass may compute something else than W x + b
+        if type(layer) not in (nn.Linear, nn.Conv2d):  # a subclass may compute something other than W x + b
             raise ValueError(f"{name} is a {type(layer).__name__}: LoRA here is for linear layers and convolutions.")
         if getattr(layer, "groups", 1) != 1:
             raise ValueError(f"{name} is a grouped convolution, which is not supported: leave it out of targets.")

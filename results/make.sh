@@ -59,7 +59,7 @@ step "memory, measured" -m minidistill.bench memory --size pocket --device cpu -
   --out results/memory-pocket.json
 step "memory, measured at full size" -m minidistill.bench memory --size sd15 --device cpu --dtype float32 --measure \
   --out results/memory-sd15.json
-step "time, embedded model" -m minidistill.bench speed --size pocket --memory --compile --out results/bench-pocket.json
+step "time, emoji model" -m minidistill.bench speed --size pocket --memory --compile --out results/bench-pocket.json
 step "time, Stable Diffusion 1.5" -m minidistill.bench speed --size sd15 --memory --out results/bench-sd15.json
 
 python -m minidistill.evaluate summary

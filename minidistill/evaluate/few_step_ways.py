@@ -67,7 +67,7 @@ def add_flags(parser: ArgumentParser) -> None:
 def check_teacher(sd: StableDiffusion, student: LoRAFile, guidance: float) -> None:
     """Raise ValueError for a student of another teacher than ours, guided at all t and without a negative prompt.
 
-    And CheckpointError, as ``check_source`` does: here a student is merged into W.
+    Raises CheckpointError for a student of a model that predicts something else: ``merge_file``, used here, does not.
     """
     check_source(student.metadata, sd.schedule.prediction, sd.learned_guidance, sd.path, student=str(student.path))
     learned, ours = teacher_of(student), Teacher(guidance, sd.stated_negative(None))

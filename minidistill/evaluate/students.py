@@ -93,7 +93,7 @@ def full_student(run: Path) -> Path | None:
 
 
 def install_full(path: Path, args: Namespace, metadata: Mapping[str, str], sd: StableDiffusion) -> None:
-    """Raises CheckpointError, as ``add_student`` does, for a student of another model."""
+    """Put the copy in ``path`` beside its teacher. Raises CheckpointError if ``sd`` is another model."""
     check_source(metadata, sd.schedule.prediction, sd.learned_guidance, sd.path, student=str(path))
     student = read_full(path, args.variant, dtype=getattr(torch, args.dtype), device=args.device)
     ours, theirs = ({name: p.shape for name, p in unet.named_parameters()} for unet in (sd.unet, student))

@@ -81,7 +81,7 @@ def check_source(
     source: Path,
     student: str = "The student",
 ) -> None:
-    """Raises CheckpointError if ``source`` predicts something else than the student's teacher did, or has learned
+    """Raises CheckpointError if ``source`` predicts something other than the student's teacher did, or has learned
     guidance already.
     """
     if "guidance" in metadata:

@@ -48,7 +48,7 @@ def write_checkpoint(
 
     ``change`` is ``with_loras(...)`` or ``replaced_by(...)``. ``metadata`` goes into the header of the UNet's weights.
     ``variant`` and ``ema`` select weights, and ``prediction`` corrects what the source says, as in ``load``. Raises
-    CheckpointError for a source that is damaged, does not fit the LoRAs or says that it predicts something else than
+    CheckpointError for a source that is damaged, does not fit the LoRAs or says that it predicts something other than
     they learned, and ValueError for an ``out`` that cannot be written.
     """
     source = find_model(source, variant, ema)

@@ -1,4 +1,4 @@
-"""What describes a Stable Diffusion: its networks' tensors, and the JSON files of the official layout, both ways."""
+"""What describes a Stable Diffusion: its networks' tensors, and the official layout's JSON files, read and written."""
 
 import math
 from collections.abc import Callable, Mapping

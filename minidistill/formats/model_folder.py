@@ -79,7 +79,7 @@ def refuse_other_schedules(folder: Path) -> None:
 
 
 def refuse_other_padding(folder: Path) -> None:
-    """Raise CheckpointError if SDXL's second tokenizer says that it pads with something else than "!"."""
+    """Raise CheckpointError if SDXL's second tokenizer says that it pads with anything but "!"."""
     tokenizer = folder / "tokenizer_2/tokenizer_config.json"
     pad = read_json(tokenizer).get("pad_token") if tokenizer.exists() else None
     pad = pad.get("content") if isinstance(pad, dict) else pad
