@@ -74,12 +74,12 @@ def run(args: Namespace) -> None:
     add_student(sd, file)
     training, held_out = (spread(prompts, args.prompts) for prompts in prompt_split(args.model))
     student_steps = file.few_steps and file.few_steps[0]  # a student with a dial takes as many as its teacher
-    same = dict(steps=student_steps or args.steps, student_steps=student_steps, batch=args.batch, progress=True)
+    common = dict(steps=student_steps or args.steps, student_steps=student_steps, batch=args.batch, progress=True)
 
     report = args.provenance | {"prompts": len(held_out), "seed": EVALUATION_SEED, "learned": learned}
     rows, images = [], []
     for w in sorted(scales):
-        options = same | teacher._replace(guidance=w)._asdict()
+        options = common | teacher._replace(guidance=w)._asdict()
         start = (w - 1) / (learned - 1)
         strengths = {"nominal": start, "measured": nearest_strength(sd, training, start, **options)}
         images.append(draw(sd, "teacher", held_out, **options))

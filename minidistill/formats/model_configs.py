@@ -204,7 +204,7 @@ def per_level(value: int | list[int] | tuple[int, ...], levels: int) -> tuple[in
 
 
 def one_for_all(value: object) -> object:
-    """The value that every level has, instead of a tuple of equal ones; anything else unchanged."""
+    """One value instead of a tuple of equal ones; anything else unchanged."""
     return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
 
 

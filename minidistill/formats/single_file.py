@@ -164,7 +164,7 @@ def stated_prediction(tensors: Tensors, metadata: Mapping[str, str], path: Path)
     """What the file says the UNet predicts, "eps" or "v": by an empty tensor, or in its header."""
     if V_PREDICTION in tensors:
         return "v"
-    said = next(filter(None, map(metadata.get, PREDICTION_KEYS)), None)
+    said = next((metadata[key] for key in PREDICTION_KEYS if metadata.get(key)), None)
     if said is None:
         return ARCHITECTURES.get(metadata.get("modelspec.architecture"))
     if said not in PREDICTION_VALUES:

@@ -97,10 +97,16 @@ def tiny_world(task: Task) -> ExitStack:
     return changes
 
 
+def missing_images(task: Task) -> str | None:
+    """Why the emoji model cannot be trained; None if it can."""
+    there = task.dry or (ROOT / images.PACKAGE).is_dir()
+    return None if there else f"there are no images in {images.PACKAGE}"
+
+
 def retrain(task: Task) -> Figures:
     """Train the emoji model further, its UNet and then its VAE's decoder; each is packed as soon as it is done."""
-    if not task.dry and not (ROOT / images.PACKAGE).is_dir():
-        yield "skipped", f"there are no images in {images.PACKAGE}"
+    if reason := missing_images(task):
+        yield "skipped", reason
         return
     model = shutil.copytree(ROOT / DEFAULT_MODEL, task.scratch / "pocket-emoji")
     flags = ["--out", model, "--emoji", emoji_images(task), *where(task)]
@@ -112,11 +118,11 @@ def retrain(task: Task) -> Figures:
 
 def from_nothing(task: Task) -> Figures:
     """Make the whole emoji model from random weights."""
-    if not task.dry and not (ROOT / images.PACKAGE).is_dir():
-        yield "skipped", f"there are no images in {images.PACKAGE}"
+    if reason := missing_images(task):
+        yield "skipped", reason
         return
     model = task.scratch / "from-nothing"
-    shutil.copytree(TOKENIZER, model / "tokenizer")  # dry, none is written
+    shutil.copytree(TOKENIZER, model / "tokenizer")  # a dry run writes none
     flags, start = BRIEFLY_FROM_NOTHING if task.dry else FROM_NOTHING, time.time()
     with tiny_world(task):
         yield "printed", run(pocket.main, "--out", model, "--emoji", emoji_images(task), *where(task), *flags)
