@@ -109,8 +109,14 @@ def train_command(args: Namespace, **swept: object) -> list[str]:
 
 def train_and_measure(args: Namespace, command: Sequence[str]) -> dict:
     """Finish the run if necessary, and measure its LoRA."""
-    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)  # stderr has progress bars
-    if done.returncode:
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL) as train:  # stderr has progress bars
+        try:
+            failed = train.wait()
+        except KeyboardInterrupt:
+            train.terminate()  # on Ctrl-C it has a signal already; it saves a checkpoint, which takes a while
+            train.wait()
+            raise
+    if failed:
         raise ValueError(
             f"python {shlex.join(command)} ended with an error (above). If {args.runs} holds runs of another teacher, "
             "choose another folder with --runs."

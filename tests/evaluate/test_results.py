@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -51,27 +52,27 @@ def lora(sd: StableDiffusion, tmp_path: Path) -> Path:
 
 def test_the_dial(lora: Path, tiny_model: Path, tmp_path: Path):
     before = read_tensors(lora)
-    flags = f"--write --model {tiny_model} --guidance 2 --prompts 3 --steps 2 --out {tmp_path}/dial"
+    flags = f"--write --model {tiny_model} --guidance 2.5 2 --prompts 3 --steps 2 --out {tmp_path}/dial"
     main(["dial", str(lora), *flags.split()])
-    (row,) = json.loads((tmp_path / "dial/dial.json").read_text())["rows"]
-    assert (row["guidance"], row["nominal"]["strength"]) == (2, 0.5)
+    row, other = json.loads((tmp_path / "dial/dial.json").read_text())["rows"]
+    assert [(x["guidance"], x["nominal"]["strength"]) for x in (row, other)] == [(2, 0.5), (2.5, 0.75)]
 
-    def share(strength: float, prompts: list[str]) -> float:
+    def share(strength: float, prompts: list[str], guidance: float = 2) -> float:
         sd = load(tiny_model)
         sd.unet = load_lora(sd.unet, lora, strength)
-        return noise_error_share(sd, spread(prompts, 3), guidance=2, steps=2, negative_prompt="a cat").pooled
+        return noise_error_share(sd, spread(prompts, 3), guidance=guidance, steps=2, negative_prompt="a cat").pooled
 
     training, held_out = prompt_split(tiny_model)
-    for name in ("nominal", "measured"):
-        expected = share(row[name]["strength"], held_out)
-        assert row[name]["noise error share"]["value"] == pytest.approx(expected, rel=1e-4)
+    for measured in (row["nominal"], row["measured"], other["nominal"]):
+        expected = share(measured["strength"], held_out, 2.5 if measured is other["nominal"] else 2)
+        assert measured["noise error share"]["value"] == pytest.approx(expected, rel=1e-4)
     # Measured on the training prompts: better there than the nominal strength, and than a little more or less.
     strength = row["measured"]["strength"]
     assert share(strength, training) < min(share(x, training) for x in (0.5, strength - 0.05, strength + 0.05))
     assert all(Image.open(tmp_path / "dial" / name).size[0] > 0 for name in ("dial.png", "dial-pictures.png"))
 
     tensors, metadata = read_tensors(lora)
-    assert metadata == before[1] | {"dial": f"2:{strength:.4g}"}
+    assert metadata == before[1] | {"dial": f"2:{strength:.4g} 2.5:{other['measured']['strength']:.4g}"}
     assert tensors.keys() == before[0].keys() and all(torch.equal(tensors[name], before[0][name]) for name in tensors)
 
 
@@ -319,6 +320,8 @@ def test_a_sweep(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert Image.open(tmp_path / "out/sweep-layers.png").size[0] > 0
     monkeypatch.setattr(sweeps, "train_and_measure", lambda *_: pytest.fail("done again"))
     main(flags)
+    with pytest.raises(pytest.fail.Exception, match="done again"):
+        main([*flags, "--prompts", "3"])
     monkeypatch.setattr(sweeps, "teacher_fingerprint", lambda sd: "other weights, of the same name")
     with pytest.raises(pytest.fail.Exception, match="done again"):
         main(flags)
@@ -326,13 +329,39 @@ def test_a_sweep(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         main(["sweeps", "colour"])
 
 
-def test_equal_settings_give_equal_commands():
+STOPPED = """
+import os, pathlib, signal, sys, time
+def save(*_):
+    time.sleep(0.5)
+    pathlib.Path(sys.argv[1]).touch()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, save)
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_a_sweep_that_is_stopped_lets_its_run_save(tmp_path: Path):
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as in one_line_errors
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sweeps.train_and_measure(Namespace(), ["-c", STOPPED, str(tmp_path / "checkpoint")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "checkpoint").exists()
+
+
+def test_equal_settings_give_equal_commands(train):
     parser = ArgumentParser()
     sweeps.add_flags(parser)
     args = parser.parse_args([])
     default = sweeps.train_command(args)
     assert sweeps.train_command(args, rank=args.rank) == sweeps.train_command(args, updates=args.updates) == default
     assert sweeps.train_command(args, rank=args.rank + 1) != default
+    names = dict(layers="targets", updates="steps")  # in train.py
+    for sweep, value in [(sweep, value) for sweep, values in sweeps.VALUES.items() for value in values]:
+        learned = vars(train.parse(sweeps.train_command(args, **{sweep: value})[1:]))
+        assert learned[names.get(sweep, sweep)] == (sweeps.LAYERS[value] if sweep == "layers" else value)
 
 
 @pytest.fixture
