@@ -195,5 +195,8 @@ def test_away_from_is_one_call_and_ends_with_its_block(inputs):
     before = predict(z_t, t)
     with pytest.raises(KeyError), away_from(model, Conditioning(negative[:1])):
         led = predict(z_t, t)
+        with away_from(model, Conditioning(negative[1:2])):
+            led_by_both = predict(z_t, t)
+        assert not torch.allclose(led_by_both, led) and torch.equal(predict(z_t, t), led)
         raise KeyError
-    assert len(calls) == 2 and not torch.allclose(led, before) and torch.equal(predict(z_t, t), before)
+    assert len(calls) == 4 and not torch.allclose(led, before) and torch.equal(predict(z_t, t), before)

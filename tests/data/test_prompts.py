@@ -86,8 +86,8 @@ def test_asking_for_more_prompts_than_the_grammar_has(monkeypatch):
 
 def test_read_prompts(tmp_path):
     path = tmp_path / "mine.txt"
-    path.write_bytes("\ufeffa red apple\r\n\r\n  un café  \n\ra boat".encode())
-    assert read_prompts(path) == read_prompts(str(path)) == ["a red apple", "un café", "a boat"]
+    path.write_bytes("\ufeffa red apple\r\n\r\n  un café  \n\ra boat\nan\u2028owl".encode())
+    assert read_prompts(path) == read_prompts(str(path)) == ["a red apple", "un café", "a boat", "an\u2028owl"]
 
 
 @pytest.mark.parametrize("data", [b"", b" \n\n\t\n", b"\xff\xfe\x80\n", b"a\0b\n"])
