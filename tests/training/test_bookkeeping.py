@@ -1,9 +1,11 @@
 """training/bookkeeping.py: signals stop a run between updates, and no checkpoint is written of a diverged student."""
 
+import math
 import os
 import re
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,16 @@ def test_a_signal_during_the_last_preview_stops_the_run(command, flags, tmp_path
     assert not (tmp_path / "run/report.md").exists()
     assert command("train.py", *run, "--resume").code == 0
     assert (tmp_path / "run/report.md").exists() and (tmp_path / "run/lora.safetensors").exists()
+
+
+@pytest.mark.parametrize("done", [0, 1, 25])
+def test_a_resumed_run_has_the_learning_rates_of_a_whole_one(done: int, tmp_path: Path):
+    """A warm-up over a tenth of all updates, then a cosine over all of them."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    progress = replace(new_progress(tmp_path), losses=[0.5] * done, optimizer=optimizer, total=40)
+    rates = [(step, optimizer.param_groups[0]["lr"]) for step in progress.steps()]
+    whole = [min((step + 1) / 4, (1 + math.cos(math.pi * step / 40)) / 2) for step in range(40)]
+    assert rates == [(step, pytest.approx(whole[step])) for step in range(done, 40)]
 
 
 def new_progress(out: Path, parts: int = 1) -> Progress:

@@ -20,6 +20,8 @@ from minidistill import CheckpointError, load
 from minidistill.training.command_line import (
     DEFAULT_DEVICE,
     ScaledFile,
+    add_model_flags,
+    load_options,
     new_parser,
     one_line_errors,
     out_file,
@@ -53,6 +55,14 @@ def test_every_flag_has_help_and_a_default(script: str, command, monkeypatch: py
     for flag in flags:
         assert re.match(r"--[\w-]+( \S+)*?(  |\n) *\w", flag), flag  # followed by words
         assert "default: )" not in flag and "None" not in flag, flag
+
+
+def test_every_model_flag_reaches_load():
+    parser = new_parser(None)
+    add_model_flags(parser)
+    flags = "--ema --variant fp16 --prediction v --tokenizer a --height 64 --width 32 --device meta --weights float8"
+    args = parser.parse_args([*flags.split(), "--dtype", "float16"])
+    assert load_options(args) | {"model": args.model} == vars(args) | {"dtype": torch.float16}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -20,7 +20,7 @@ UPDATES = 20
 
 # Runs train.py. HAPPENS says what happens to which rank after which update, in the first attempt.
 WORKER = f"""
-import os, runpy, signal, sys
+import os, runpy, signal, sys, torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 rank, update, what = os.environ["HAPPENS"].split()
@@ -40,6 +40,9 @@ def record(event, args):
             print(os.environ["RANK"], os.path.basename(args[1]), file=file)
 
 sys.addaudithook(record)
+if os.environ["RANK"] == "1":  # as a GPU of another kind, which draws other random numbers
+    manual_seed = torch.manual_seed
+    torch.manual_seed = lambda seed: manual_seed(seed + 1)
 if os.environ["RANK"] == rank:
     register_optimizer_step_post_hook(happen)
 runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")

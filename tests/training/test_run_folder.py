@@ -24,7 +24,7 @@ from minidistill.data import shards
 from minidistill.evaluate.dial import write_dial
 from minidistill.formats.files import read_json, write_json
 from minidistill.formats.lora_formats import read_lora
-from minidistill.training.run_folder import lock, resume, save_checkpoint
+from minidistill.training.run_folder import fixed_settings, lock, resume, save_checkpoint
 
 # Interrupted and resumed
 
@@ -173,6 +173,21 @@ def test_resume_with_other_settings_is_refused(changes: dict, whole_run, command
     result = command("train.py", *flags(whole_run[0], **changes), "--resume")
     assert "settings" in result.complaint or f"--{next(iter(changes))}" in result.complaint
     assert listing(whole_run[0]) == before
+
+
+LEARNED = ["--sample-steps 4", "--stride 2", "--trajectories 9", "--interval 1 900", "--negative-prompt x"]
+LEARNED += ["--sample-batch 2", "--prediction v", "--dtype float64", "--ema", "--variant fp16", "--height 8"]
+FREE = ["--save-every 9", "--memory low", "--accumulate 2", "--kernel torch", "--compile", "--no-graph", "--no-report"]
+FREE += ["--states x", "--device meta"]
+
+
+@pytest.mark.parametrize("flag", LEARNED + FREE)
+def test_a_flag_is_recorded_if_it_changes_what_is_learned(flag: str, train, flags, sd, tmp_path: Path):
+    without, with_it = (
+        fixed_settings(train.parse([*flags(tmp_path), *more]), sd, "the teacher", {}, {}) for more in ([], flag.split())
+    )
+    differing = [f"--{name.replace('_', '-')}" for name in without if without[name] != with_it[name]]
+    assert differing == ([flag.split()[0]] if flag in LEARNED else [])
 
 
 def test_resume_with_other_prompts_in_the_file_is_refused(command, flags, prompts_file: Path, tmp_path: Path):

@@ -15,6 +15,8 @@ from minidistill.evaluate import run_report
 from minidistill.formats.lora_formats import read_lora
 from minidistill.guidance import Interval
 from minidistill.training.bookkeeping import Progress
+from minidistill.training.distributed import Ranks
+from minidistill.training.sources import SOURCES
 
 ALONE = "--no-report"
 
@@ -149,6 +151,17 @@ def test_trajectories_that_another_run_made_are_used(whole_run, command, flags, 
     assert command("train.py", *flags(tmp_path / "run", states=whole_run[0] / "states"), ALONE).code == 0
     assert same_result(tmp_path / "run", whole_run[0]) and not (tmp_path / "run/states").exists()
     assert shards == {file: file.stat().st_mtime_ns for file in shards}
+
+
+@pytest.mark.parametrize("source", ["trajectories", "noised"])
+def test_the_examples_are_those_of_the_flags(source: str, train, flags, sd, tmp_path: Path):
+    changes = dict(source=source, seed=5, sample_batch=2, weighting="min-snr", guidance=3)
+    args = train.parse(flags(tmp_path, **changes))
+    examples = SOURCES[source](args).prepare(sd, tmp_path, "the teacher", Ranks())
+    assert (examples.seed, examples.weighting, examples.batch_size) == (5, "min-snr", 4)
+    shards = list(tmp_path.glob("*.safetensors"))
+    made_with = [json.loads(read_shard(shard)[1]) for shard in shards]
+    assert len(shards) == 8 / 2 and all((x["seed"], x["guidance"], x["steps"]) == (5, 3, 3) for x in made_with)
 
 
 @pytest.mark.parametrize("source, states", [("trajectories", {"z_t", "target"}), ("noised", set())])
