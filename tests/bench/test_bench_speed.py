@@ -17,6 +17,7 @@ from tiny import TINY_SIZE as TINY
 
 from minidistill.bench import __main__ as bench
 from minidistill.bench import speed, timing, workloads
+from minidistill.bench.counting import Work
 from minidistill.bench.output import find_device
 from minidistill.bench.peak_memory import in_fresh_process
 from minidistill.bench.workloads import IMAGES, PEERS, ROWS, SIZES, Setup
@@ -175,6 +176,22 @@ def test_outputs_that_disagree_are_not_timed(change, row: str, monkeypatch: pyte
     monkeypatch.setattr(timing, "timed", lambda *args: pytest.fail("timed"))
     with pytest.raises(ValueError, match=rf"{row}: our output and the peer's differ by \d"):
         speed.measure(case, 1, [row])
+
+
+def test_the_work_of_a_row_is_that_of_its_calls() -> None:
+    """An image with the LoRA merged takes as much as one without a LoRA; what is recomputed takes more."""
+
+    def work(row: str) -> int:
+        run = ROWS[row].make(replace(setup(), size=replace(TINY, batch=1)), "ours")
+        with Work() as counted:
+            run()
+        return counted.multiply_adds
+
+    call = work("unet")
+    assert work("merged") == TINY.steps * call < work("unmerged")
+    assert work("guided") == work("batched") == 2 * TINY.steps * call
+    assert work("noised") - work("trajectories") == 2 * call
+    assert work("recomputed") > work("trajectories")
 
 
 def test_nan_never_agrees() -> None:

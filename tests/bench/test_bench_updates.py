@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import TINY_SIZE as TINY
+from torch.profiler import profile
 
 from minidistill.bench import __main__ as bench
 from minidistill.bench import timing
@@ -72,6 +73,16 @@ def test_ways_learn_the_same(method: str, setup: Setup):
         exact = WAYS[name].dtype == torch.float32
         assert (losses / expected - 1).abs().max() < (1e-4 if exact else 5e-2), name
         assert exact or not torch.equal(losses, expected), name
+
+
+def test_ways_compute_as_they_say(setup: Setup, unet_calls: list[int]):
+    """The teacher in two calls on the batch of two, or in one on four; attention in one operation, or in several."""
+    for name, sizes in (("plain", [2, 2, 2]), ("teacher in one call", [4, 2]), ("fused attention", [2, 2, 2])):
+        unet_calls.clear()
+        with profile() as profiled:
+            updates(setup, WAYS[name], "noised", 1)()
+        fused = any("flash_attention" in event.key for event in profiled.key_averages())
+        assert unet_calls == sizes and fused == (name == "fused attention"), name
 
 
 def test_losses_that_disagree_are_not_timed(setup: Setup, monkeypatch: pytest.MonkeyPatch):
