@@ -199,8 +199,12 @@ def check_config(config: Config, file: Path) -> Config:
     return config
 
 
-def per_level(value: int | list[int] | tuple[int, ...], levels: int) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value,) * levels
+def per_level(value: object, levels: int) -> tuple:
+    """One value per level, from a list or from one value for all. Raises ValueError for a list of another length."""
+    values = tuple(value) if isinstance(value, list | tuple) else (value,) * levels
+    if len(values) != levels:
+        raise ValueError(f"{str(value)[:100]} should have {levels} values, one for each of block_out_channels")
+    return values
 
 
 def one_for_all(value: object) -> object:
@@ -226,7 +230,8 @@ def read_unet_config(file: Path) -> UNetConfig:
         if not set(blocks) <= {"CrossAttnDownBlock2D", "DownBlock2D"} or up != up_blocks(blocks):
             raise CheckpointError(f"{file} asks for blocks that SD 1.x, 2.x and XL do not have: {blocks}, {up}.")
         depths = per_level(contents.get("transformer_layers_per_block", 1), levels)
-        values["depth"] = tuple(d if name.startswith("CrossAttn") else 0 for d, name in zip(depths, blocks))
+        is_cross = [name.startswith("CrossAttn") for name in per_level(blocks, levels)]
+        values["depth"] = tuple(depth if cross else 0 for depth, cross in zip(depths, is_cross))
         values["mid_depth"] = depths[-1]
         values["heads"] = per_level(contents.get("num_attention_heads") or values["heads"], levels)
         if contents.get("addition_embed_type"):  # SDXL's

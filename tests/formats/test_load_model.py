@@ -336,6 +336,22 @@ def test_equivalent_settings(changes: dict, folder: Path, sd: StableDiffusion) -
     assert load(folder).unet.config.sample_size == 64
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(attention_head_dim=[2]),
+        dict(attention_head_dim=[2, 2, 2]),
+        dict(transformer_layers_per_block=[1]),
+        dict(down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"]),
+    ],
+    ids=str,
+)
+def test_every_list_has_a_value_for_each_level(changes: dict, folder: Path) -> None:
+    edit_json(folder / "unet/config.json", changes)
+    with pytest.raises(CheckpointError, match="unet/config.json .*should have 2 values, .*block_out_channels"):
+        load(folder)
+
+
 @pytest.mark.parametrize("version, side", [("0.4.0.dev0", 64), ("0.8.1", 64), ("0.9.0", 32), ("0.42.1", 32)])
 def test_the_size_that_early_converters_wrote(version: str, side: int, folder: Path) -> None:
     """diffusers' pipeline replaces it with 64 in files written before 0.9."""
