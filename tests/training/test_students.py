@@ -94,6 +94,12 @@ def test_a_full_copy_becomes_a_model_of_its_own(command, flags, tiny_model: Path
         afresh = command("train.py", *flags(out, method="full", guidance=5.0), "--resume")
     assert "holds a result, and no checkpoint" in afresh.complaint
     assert listing(out) == before
+    for file in (out / "checkpoints").iterdir():
+        file.unlink()
+    before = listing(out)
+    another = command("train.py", *flags(out), "--resume")  # a LoRA: the folder would hold the results of two runs
+    assert "holds a result, and no checkpoint" in another.complaint
+    assert listing(out) == before
 
 
 def test_a_full_copy_learns_from_noised_images(command, flags, tiny_model: Path, tmp_path: Path):
