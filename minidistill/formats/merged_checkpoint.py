@@ -52,7 +52,7 @@ def write_checkpoint(
     they learned, and ValueError for an ``out`` that cannot be written.
     """
     source = find_model(source, variant, ema)
-    to_file = out.suffix == ".safetensors"
+    to_file = out.suffix.lower() == ".safetensors"
     if source.is_file():
         if not to_file:
             raise ValueError(f"{source} is a single file, without the tokenizer of a folder: --out FILE.safetensors.")

@@ -267,6 +267,7 @@ def test_a_single_file_of_a_folder(student_of_it: Path, ordinary: Path, tmp_path
         load(merge(student_of_it, ordinary, tmp_path / name), tokenizer=ordinary / "tokenizer")
         for name in ("folder", "file.safetensors")
     )
+    assert merge(student_of_it, ordinary, tmp_path / "IN.SAFETENSORS").is_file()
     for part in ("unet", "vae", "text_encoder"):
         expected = getattr(folder, part).state_dict()
         found = getattr(file, part).state_dict()
