@@ -159,7 +159,7 @@ def read_judge(name: str | None) -> ModuleType | None:
     try:
         judge = importlib.import_module(name)
         _ = judge.measures, judge.rendered
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:  # TypeError: a name that begins with a dot
         raise ValueError(f"--judge {name}: {error}") from error
     return judge
 

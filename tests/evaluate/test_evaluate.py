@@ -460,8 +460,9 @@ def test_bad_input_is_refused_before_sampling(
     run: Path, evaluate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(StableDiffusion, "sample", lambda *_, **__: pytest.fail("sampled"))
-    with pytest.raises(ValueError, match="--judge nonsense"):
-        evaluate(run, "--judge", "nonsense")
+    for judge in ("nonsense", "./nonsense.py"):
+        with pytest.raises(ValueError, match=f"--judge {judge}"):
+            evaluate(run, "--judge", judge)
     with pytest.raises(ValueError, match="embedded model's captions"):
         evaluate(run, "--judge", "minidistill.pocket.judge")
     with pytest.raises(ValueError, match="ink.safetensors"):
