@@ -87,6 +87,10 @@ def read_flags(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if args.compile and args.bf16 and args.device == "cpu":
         raise ValueError("PyTorch compiles wrong gradients of bfloat16 on a CPU: give one of --compile and --bf16.")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # no device's name; PyTorch without CUDA
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     return args
 
 

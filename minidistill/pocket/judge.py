@@ -180,6 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     args = read_flags(argv)
     if args.seeds < 2:
         raise ValueError("--seeds must be at least 2, to measure a distance over seeds.")
+    if args.check and args.lora:
+        raise ValueError("--check is for the judges, without a model: leave out --lora.")
     path = args.model / "compositions.json"
     compositions = held_out(all_compositions() if args.check else read_compositions(path), args.limit)
     reference = render(Renderer(args.emoji), compositions, args.seeds, JUDGING_SEED)

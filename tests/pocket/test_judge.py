@@ -146,6 +146,11 @@ def test_a_number_below_one_is_refused_by_its_flag(flag, capsys):
     assert f"argument {flag}" in capsys.readouterr().err
 
 
+def test_a_check_takes_no_students():
+    with pytest.raises(ValueError, match="leave out --lora"):
+        judge.main(["--check", "--lora", "runs/a-run"])
+
+
 def test_one_seed_is_refused():
     with pytest.raises(ValueError, match="--seeds must be at least 2"):
         judge.main(["--seeds", "1"])

@@ -57,6 +57,13 @@ def test_the_text_encoder_is_the_clips():
         assert torch.equal(clip.text_model(ids).last_hidden_state, encoder(ids).last_hidden_state)
 
 
+@pytest.mark.parametrize("device", ["gpu", "meta:x"])
+def test_an_unknown_device_is_named(device: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=f"--device {device}: "):
+        main(["--device", device, "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
 def test_compiled_bfloat16_is_refused_on_a_cpu():
     with pytest.raises(ValueError, match="one of --compile and --bf16"):
         main(["--compile", "--bf16", "--device", "cpu"])
