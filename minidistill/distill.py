@@ -124,7 +124,7 @@ def ddim_coefficients(schedule: Schedule, steps: int) -> tuple[Tensor, Tensor]:
     They follow from z_s = alpha_s z_0 + sigma_s eps, with the z_0 and eps that the prediction implies at z_t.
     """
     t = torch.tensor([*schedule.timesteps(steps, "trailing"), -1])
-    alpha, sigma = (x.double() for x in schedule.alpha_sigma(t, like=torch.empty(0)))  # rounded as in ddim_step
+    alpha, sigma = (x.double() for x in schedule.alpha_sigma(t, like=schedule.alphas_cumprod))  # as in ddim_step
     (alpha_t, alpha_s), (sigma_t, sigma_s) = (alpha[:-1], alpha[1:]), (sigma[:-1], sigma[1:])
     if schedule.prediction == "eps":
         k = alpha_s / alpha_t

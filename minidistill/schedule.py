@@ -34,10 +34,11 @@ class Schedule:
         """Raises ValueError for an unknown ``beta_schedule`` or ``prediction``, and for eps with zero terminal SNR."""
         if config.prediction not in ("eps", "v"):
             raise ValueError(f'prediction must be "eps" or "v", not "{config.prediction}".')
+        first, last, steps = config.beta_start, config.beta_end, config.train_steps
         if config.beta_schedule == "scaled_linear":
-            betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.train_steps) ** 2
+            betas = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float32) ** 2
         elif config.beta_schedule == "linear":
-            betas = torch.linspace(config.beta_start, config.beta_end, config.train_steps)
+            betas = torch.linspace(first, last, steps, dtype=torch.float32)
         else:
             raise ValueError(f'beta_schedule must be "scaled_linear" or "linear", not "{config.beta_schedule}".')
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # "DDPM", arXiv 2006.11239, above eq. 4

@@ -249,6 +249,16 @@ def test_our_ddim_step_lands_on_the_teachers_next_state(prediction: str, student
         assert (target - predictions).abs().max() < 1e-12
 
 
+def test_few_steps_do_not_depend_on_pytorchs_default_dtype():
+    s, fine, _, z_0 = fine_trajectory("eps", 4)
+    expected, weight = few_step_states(s, fine, z_0, 2)[1], few_step_weight(s, 2)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(few_step_states(s, fine, z_0, 2)[1], expected) and torch.equal(few_step_weight(s, 2), weight)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_the_weight_makes_an_error_of_the_prediction_one_of_the_landing(prediction: str):
     s = Schedule.from_config(ScheduleConfig(prediction=prediction))

@@ -30,6 +30,18 @@ def test_alphas_are_those_of_stable_diffusion():
     assert math.isclose(alphas[0], 0.99915, rel_tol=1e-6) and math.isclose(alphas[-1], 0.0046601, rel_tol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["scaled_linear", "linear"])
+def test_alphas_do_not_depend_on_pytorchs_default_dtype(kind: str, dtype: torch.dtype):
+    """In bfloat16 alpha_bar would be off by 0.2."""
+    expected = schedule(beta_schedule=kind).alphas_cumprod
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(schedule(beta_schedule=kind).alphas_cumprod, expected) and expected.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_linear_betas():
     alphas = schedule(beta_schedule="linear", beta_start=1e-4, beta_end=0.02).alphas_cumprod.double().numpy()
     assert np.abs(alphas / np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)) - 1).max() < 1e-5
