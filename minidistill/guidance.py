@@ -26,6 +26,8 @@ def guide(eps_cond: Tensor, eps_uncond: Tensor, guidance: float | Tensor) -> Ten
 
     v is affine in eps at a given z_t, and the weights s and 1 - s sum to 1, so the same formula holds for v.
     """
+    if isinstance(guidance, Tensor) and guidance.ndim == 1:  # one for each image, not for each column of its pixels
+        guidance = guidance.view(-1, 1, 1, 1)
     return eps_uncond + guidance * (eps_cond - eps_uncond)
 
 
@@ -37,7 +39,7 @@ def guided_noise(
     Args:
         z_t: noisy latents [B, 4, h, w].  t: time steps [B].
         cond: B prompts.  uncond: the empty or negative prompt, B times. Both may be token embeddings [B, L, D].
-        guidance: the scale s, or one for each image as a tensor [B, 1, 1, 1]. 1 is no guidance.
+        guidance: the scale s, or one for each image as a tensor [B] or [B, 1, 1, 1]. 1 is no guidance.
     """
     return guide(unet(z_t, t, cond), unet(z_t, t, uncond), guidance)
 

@@ -61,6 +61,17 @@ def test_batched_guidance_is_one_call_of_twice_the_batch_size(wrap, inputs):
     assert [len(x) for call in model.calls for x in call] == [2 * len(z_t)] * 3
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 1, 1, 1)])
+@pytest.mark.parametrize("call", [guided_noise, batched_guided_noise])
+def test_each_image_may_have_its_own_guidance(call, shape: tuple):
+    """Compared with one image at a time, for as many images as the latents have columns."""
+    z_t, t, cond = unet_inputs(batch=4, side=4, dtype=torch.float64)
+    uncond, scales = randn(*cond.shape, seed=5, dtype=torch.float64), [1.0, 0.0, -2.0, 7.5]
+    prediction = call(Recorded(), z_t, t, cond, uncond, torch.tensor(scales, dtype=torch.float64).view(shape))
+    inputs = zip(*(x.split(1) for x in (z_t, t, cond, uncond)), scales)
+    assert error(prediction, torch.cat([guided_noise(Recorded(), *one) for one in inputs])) < 1e-12
+
+
 def test_two_calls_on_the_same_latents(inputs):
     z_t, t, cond, uncond = inputs
     model = Recorded()
