@@ -288,7 +288,8 @@ def add_to_weight(
         step = torch.ldexp(torch.full_like(exact, dtype.eps), exact.frexp().exponent - 1)
         step = step.clamp(min=dtype.smallest_normal * dtype.eps)  # between neighbours in W's dtype
         below = (exact / step).floor()
-        up = torch.rand(exact.shape, generator=generator).to(exact.device) < exact / step - below
+        drawn = torch.rand(exact.shape, generator=generator, device=generator.device).to(exact.device)
+        up = drawn < exact / step - below
         merged = ((below + up) * step).to(weight.dtype)
     if not all(map(math.isfinite, merged.aminmax())):
         raise ValueError(f"With its LoRA, {name} is not finite in {weight.dtype}: take W in bfloat16 or float32.")
@@ -301,7 +302,7 @@ def add_to_weight(
 def surviving_change(squares: Squares) -> tuple[float, str]:
     """How much of a change has survived the rounding: the ratio of norms, and a sentence with the worst layers."""
     shares = {name: ratio_of_norms(of_layer) for name, of_layer in squares.items()}
-    share = ratio_of_norms(sum(squares.values(), torch.zeros(2)))
+    share = ratio_of_norms(sum(squares.values(), torch.zeros(2, device="cpu")))
     worst = ", ".join(f"{name} ({shares[name]:.0%})" for name in sorted(shares, key=shares.get)[:3])
     return share, f"{share:.1%} of the change survives the rounding of W{f', and least in {worst}' * bool(worst)}."
 

@@ -570,6 +570,16 @@ def test_stochastic_merging_is_seeded_and_keeps_a_small_change():
     assert 0.8 < kept / wanted < 1.2  # the part along the change; the rest is noise
 
 
+@pytest.mark.parametrize("seed", [None, 1])
+def test_merging_does_not_depend_on_pytorchs_default_device(seed: int | None):
+    merged, model = small_change(torch.bfloat16, 0.1), small_change(torch.bfloat16, 0.1)
+    generators = [None if seed is None else torch.Generator().manual_seed(seed) for _ in range(2)]
+    share = merge_lora(merged, generators[0])
+    with torch.device("meta"):  # stands for torch.set_default_device("cuda")
+        assert merge_lora(model, generators[1]) == share
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), merged.state_dict().values()))
+
+
 def test_a_merge_that_is_not_finite_names_the_layer_and_merges_nothing():
     model = small_change(torch.float16, 0.1)
     before = {name: layer.weight.clone() for name, layer in lora_layers(model).items()}
