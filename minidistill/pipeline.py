@@ -160,7 +160,7 @@ class StableDiffusion:
         """
         shape = (self.unet_config.in_channels, *self.latent_size(height, width))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        noise = torch.stack([torch.randn(shape, generator=own, dtype=torch.float32) for own in generators])
+        noise = torch.stack([torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators])
         return noise.to(self.device, torch.promote_types(self.dtype, torch.float32))
 
     def run_vae(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -257,8 +257,8 @@ class StableDiffusion:
 
         Raises:
             ValueError: no student, a guidance that it cannot sample at, an image that is not finite, more steps than
-                DDIM can take, a size that is not a whole number of latents, ``selective`` or ``eta`` outside 0 to 1, or
-                both ``selective`` and ``interval``; or more guidance for a model that has learned it.
+                DDIM can take, a size that is not a whole number of latents, ``selective`` or ``eta`` outside 0 to 1, an
+                empty ``interval``, or ``selective`` beside it; or more guidance for a model that has learned it.
         """
         self._refuse_second_guidance(guidance, lora_enabled)
         if lora_enabled and not hasattr(self.unet, "base"):  # it is the UNet alone
@@ -271,6 +271,8 @@ class StableDiffusion:
         uncond = self.encode_negative(negative_prompt, height, width)
         if selective and interval:
             raise ValueError("selective is an interval of its own: give one of selective and interval.")
+        if interval and interval[0] > interval[1]:
+            raise ValueError(f"interval {interval[0]:g} to {interval[1]:g} is empty: give the lower time step first.")
         loaded = getattr(self.unet, "few_steps", None) if lora_enabled or self.is_merged else None
         if few_steps := loaded or self.few_steps:
             spacing = spacing or "trailing"

@@ -114,6 +114,11 @@ def test_an_interval_beside_selective_guidance_is_refused(sd: StableDiffusion):
         sd.sample([APPLE], steps=2, selective=0.5, interval=Interval(0, 500))
 
 
+def test_an_interval_whose_ends_are_swapped_is_refused(sd: StableDiffusion):
+    with pytest.raises(ValueError, match="500 to 200 is empty: give the lower"):
+        sd.sample([APPLE], steps=2, interval=(500, 200))
+
+
 def test_a_student_is_led_away_from_a_negative_prompt(student: StableDiffusion):
     """The image is that of a loop written out, and without the prompt it is the student's again."""
 
@@ -223,6 +228,8 @@ def test_noise_depends_on_the_seed_alone(sd: StableDiffusion):
         assert torch.equal(sd.starting_noise([6]), first[1:])
     finally:
         torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):  # stands for torch.set_default_device("cuda")
+        assert torch.equal(sd.starting_noise([6]), first[1:])
 
 
 def test_fresh_noise_depends_on_the_images_seed_alone(sd: StableDiffusion):
