@@ -56,10 +56,7 @@ def load(
         ValueError: the device is not available here, or an image of that size is not a whole number of latents. (A
             CheckpointError is a ValueError too.)
     """
-    try:
-        torch.zeros(1, device=device).item()  # "meta" exists, but nothing can be read from it
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'The device "{device}" is not available here: {str(error).splitlines()[0]}') from error
+    require_device(device)
     if weights not in (None, "float8"):
         raise ValueError(f'weights={weights!r}: "float8", or None for the dtype.')
     if dtype not in DTYPES:
@@ -231,6 +228,14 @@ def read_tokenizer(folder: Path | None, encoder: CLIPTextConfig, pad_token: str 
     if pad_token:
         tokenizer.pad_token = pad_token
     return tokenizer
+
+
+def require_device(device: str | torch.device) -> None:
+    """Raise ValueError for a device that PyTorch does not know, or that this machine lacks."""
+    try:
+        torch.zeros(1, device=device).item()  # "meta" exists, but nothing can be read from it
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'The device "{device}" is not available here: {str(error).splitlines()[0]}') from error
 
 
 def place(module: nn.Module, device: str | torch.device) -> nn.Module:

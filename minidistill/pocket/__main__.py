@@ -25,6 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from minidistill.config import POCKET_UNET, POCKET_VAE, ScheduleConfig
 from minidistill.evaluate import ClipScore
 from minidistill.formats.files import write_json
+from minidistill.formats.load_model import require_device
 from minidistill.formats.model_configs import MODEL_INDEX, published_schedule, published_unet, published_vae
 from minidistill.formats.tensor_files import write_tensors
 from minidistill.pipeline import pil_images
@@ -87,10 +88,7 @@ def read_flags(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if args.compile and args.bf16 and args.device == "cpu":
         raise ValueError("PyTorch compiles wrong gradients of bfloat16 on a CPU: give one of --compile and --bf16.")
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # no device's name; PyTorch without CUDA
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    require_device(args.device)
     return args
 
 

@@ -59,7 +59,7 @@ def test_the_text_encoder_is_the_clips():
 
 @pytest.mark.parametrize("device", ["gpu", "meta:x"])
 def test_an_unknown_device_is_named(device: str, tmp_path: Path):
-    with pytest.raises(ValueError, match=f"--device {device}: "):
+    with pytest.raises(ValueError, match=f'The device "{device}" is not available here: '):
         main(["--device", device, "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 
