@@ -213,7 +213,8 @@ def write_tiny_xl(folder: Path) -> Path:
     (folder / "model_index.json").write_text(json.dumps(XL_INDEX))
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
         shutil.copytree(ROOT / "weights/pocket-emoji/tokenizer", folder / name)
-        edit_json(folder / name / "tokenizer_config.json", {"pad_token": pad})
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            edit_json(folder / name / file, {"pad_token": pad})
     return folder
 
 

@@ -80,11 +80,12 @@ def refuse_other_schedules(folder: Path) -> None:
 
 def refuse_other_padding(folder: Path) -> None:
     """Raise CheckpointError if SDXL's second tokenizer says that it pads with anything but "!"."""
-    tokenizer = folder / "tokenizer_2/tokenizer_config.json"
-    pad = read_json(tokenizer).get("pad_token") if tokenizer.exists() else None
-    pad = pad.get("content") if isinstance(pad, dict) else pad
-    if pad not in (None, "!"):
-        raise CheckpointError(f'{tokenizer} pads with {pad}, but minidistill pads with "!", as SDXL: fetch it again.')
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # older folders have both, and the second counts
+        file = folder / "tokenizer_2" / name
+        pad = read_json(file).get("pad_token") if file.exists() else None
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        if pad not in (None, "!"):
+            raise CheckpointError(f'{file} pads with {pad}, but minidistill pads with "!", as SDXL: fetch it again.')
 
 
 def advice(folder: Path) -> str:

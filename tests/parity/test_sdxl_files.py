@@ -1,14 +1,15 @@
 """Files of SDXL compared with diffusers: folders it wrote, and single files that it converts."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TOKENS, error
+from tiny import TOKENS, edit_json, error
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from minidistill import CheckpointError, StableDiffusion, load
 from minidistill.bench.workloads import SIZES
@@ -176,6 +177,17 @@ CHANGES = {
     "pads with": ("tokenizer_2/tokenizer_config.json", dict(pad_token="<|endoftext|>")),
     "different models": ("unet/config.json", dict(cross_attention_dim=128)),
 }
+
+
+def test_padding_in_an_older_folder(tiny_xl: Path, tmp_path: Path) -> None:
+    """special_tokens_map.json counts more than tokenizer_config.json, as transformers reads them."""
+    folder = shutil.copytree(tiny_xl, tmp_path / "xl")
+    tokenizer = folder / "tokenizer_2"
+    assert CLIPTokenizer.from_pretrained(tokenizer).pad_token == "!"
+    edit_json(tokenizer / "special_tokens_map.json", {"pad_token": "<|endoftext|>"})
+    assert CLIPTokenizer.from_pretrained(tokenizer).pad_token == "<|endoftext|>"
+    with pytest.raises(CheckpointError, match=r"special_tokens_map.json pads with <\|endoftext\|>"):
+        load(folder)
 
 
 @pytest.mark.parametrize("kind", CHANGES)
