@@ -203,8 +203,8 @@ def fill_positions(encoder: nn.Module) -> None:
 def read_tokenizer(folder: Path | None, encoder: CLIPTextConfig, pad_token: str | None = None) -> CLIPTokenizer:
     """The tokenizer in ``folder``, or CLIP's from the hub, for a text ``encoder``.
 
-    Raises CheckpointError for a folder without a tokenizer, for one that lacks merges, and for one with more words than
-    the encoder has embeddings of. ``pad_token`` replaces the folder's own.
+    Raises CheckpointError for a folder without a tokenizer, for one that lacks merges, for one with more words than the
+    encoder has embeddings of, and for a learned word of several embeddings. ``pad_token`` replaces the folder's own.
     """
     folder = folder or fetch_tokenizer()
     # transformers 5 writes everything into one tokenizer.json.
@@ -223,6 +223,12 @@ def read_tokenizer(folder: Path | None, encoder: CLIPTextConfig, pad_token: str 
         raise CheckpointError(
             f"{folder} and the text encoder are of different models: the tokenizer has {len(tokenizer)} tokens, and "
             f"the encoder knows {encoder.vocab_size}. Name the tokenizer that belongs to it with --tokenizer FOLDER."
+        )
+    added = tokenizer.get_added_vocab()
+    if several := next((word for word in added if f"{word}_1" in added), None):  # diffusers writes it out in prompts
+        raise CheckpointError(
+            f'{folder} has a learned word of several embeddings ("{several}", "{several}_1", ...), which minidistill '
+            "does not read: name a tokenizer without it with --tokenizer FOLDER."
         )
     tokenizer.model_max_length = encoder.max_position_embeddings
     if pad_token:

@@ -301,6 +301,7 @@ def read_text_config(file: Path) -> CLIPTextConfig:
     with reading(file):
         if contents.get("model_type", "clip_text_model") != "clip_text_model":
             raise CheckpointError(f"{file} does not describe a CLIP text encoder of Stable Diffusion.")
+        check_fixed(contents, {"use_attention_mask": False}, file)  # of padding, which Stable Diffusion attends to
         known = {name: contents[name] for name in TEXT_KEYS if contents.get(name) is not None}
         check_values(known, CLIPTextConfig(), file)
         return CLIPTextConfig(**known, attn_implementation="sdpa")
@@ -317,7 +318,7 @@ def read_schedule_config(file: Path, prediction: str | None, xl: bool = False) -
         check_fixed(contents, {"trained_betas": None, "thresholding": False}, file)
         kind, spacing = contents.get("_class_name"), contents.get("timestep_spacing")
         if xl and kind in ("DDIMScheduler", "DDPMScheduler"):  # diffusers' pipeline of SD 1.x and 2.x ignores it
-            check_fixed(contents, {"clip_sample": False}, file)
+            check_fixed({"clip_sample": True} | contents, {"clip_sample": False}, file)  # True is their default
         if kind in ("DDIMScheduler", "PNDMScheduler") and spacing != "trailing":  # others have spacings of their own
             check_fixed(contents, {"timestep_spacing": "leading"}, file)
         published = contents.get("prediction_type", "epsilon")

@@ -436,6 +436,7 @@ OTHERS = [
     (UNET_CONFIG, dict(addition_embed_type="image"), "another model"),
     (UNET_CONFIG, NARROW, "another"),  # Segmind's smaller SDXL
     ("vae/config.json", dict(mid_block_add_attention=False), "another model"),
+    ("text_encoder/config.json", dict(use_attention_mask=True), "use_attention_mask"),  # diffusers would mask padding
     (SCHEDULE, dict(_class_name="FlowMatchEulerDiscreteScheduler"), "flow matching"),
     (SCHEDULE, dict(use_flow_sigmas=True), "flow matching"),
     (SCHEDULE, dict(thresholding=True), "thresholding"),  # clips z_0 at every step
@@ -908,6 +909,14 @@ def test_a_learned_word_needs_no_merge(folder: Path, older: bool) -> None:
         (folder / "tokenizer/merges.txt").unlink()
     tokenizer = read_tokenizer(folder / "tokenizer", CLIPTextConfig())
     assert tokenizer.tokenize("a <sks> apple") == ["a</w>", "<sks>", "apple</w>"]
+
+
+def test_a_learned_word_of_several_embeddings_is_refused(folder: Path) -> None:
+    """Textual inversion may save <sks>, <sks>_1, ... For <sks> in a prompt, diffusers writes them all."""
+    words = {"<sks>": VOCABULARY, "<sks>_1": VOCABULARY + 1}
+    (folder / "tokenizer/added_tokens.json").write_text(json.dumps(words))
+    with pytest.raises(CheckpointError, match='tokenizer has a learned word of several embeddings ."<sks>", "<sks>_1"'):
+        read_tokenizer(folder / "tokenizer", CLIPTextConfig())
 
 
 def test_each_weight_is_copied_once():

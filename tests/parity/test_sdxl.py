@@ -93,14 +93,15 @@ def test_time_steps_begin_where_the_scheduler_says(offset: dict, tmp_path: Path)
     assert error(ours, theirs) <= 1e-9
 
 
+@pytest.mark.parametrize("clip_sample", [dict(clip_sample=True), dict()], ids=["stated", "default"])
 @pytest.mark.parametrize("kind", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])
-def test_a_sampler_that_clips_is_refused(kind: str, pipe, folder: Path, tmp_path: Path) -> None:
+def test_a_sampler_that_clips_is_refused(kind: str, clip_sample: dict, pipe, folder: Path, tmp_path: Path) -> None:
     """diffusers' pipeline of SDXL obeys clip_sample, where that of SD 1.x and 2.x turns it off; Euler has no such."""
     copy = Path(shutil.copytree(folder, tmp_path / "xl"))
-    config = dict(pipe.scheduler.config) | {"clip_sample": True}
-    scheduler = getattr(diffusers, kind).from_config(config)
-    assert scheduler.config.clip_sample is True
-    scheduler.save_pretrained(copy / "scheduler")
+    config = {name: value for name, value in pipe.scheduler.config.items() if name != "clip_sample"} | clip_sample
+    write_json(copy / "scheduler/scheduler_config.json", config | {"_class_name": kind})
+    scheduler = getattr(diffusers, kind).from_pretrained(copy / "scheduler")
+    assert kind == "EulerDiscreteScheduler" or scheduler.config.clip_sample is True
     if kind == "EulerDiscreteScheduler":
         assert load(copy).schedule.timesteps(4) == load(folder).schedule.timesteps(4)
     else:
