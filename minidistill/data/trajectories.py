@@ -124,8 +124,7 @@ def generate(
         if first in mine:
             cond = prompts[torch.searchsorted(used, captions_of[first])].to(sd.device)
             z_T = sd.starting_noise(range(seed + first, seed + first + len(cond)))
-            offset = first // batch % stride
-            timesteps = [t for i, t in enumerate(every_t) if i == 0 or i % stride == offset]
+            timesteps = strided(every_t, stride, first // batch)
             z_t, target, z_0 = teacher_trajectory(
                 sd, cond, uncond.expand(len(cond)), guidance, z_T, timesteps, interval
             )
@@ -142,6 +141,11 @@ def generate(
     bar.close()
     wait()
     return Trajectories(list(files.values()), count)
+
+
+def strided(timesteps: Sequence[int], stride: int, shard: int) -> list[int]:
+    """The steps that the teacher takes in a shard, by its number: the first, and with an offset every n-th."""
+    return [t for i, t in enumerate(timesteps) if i == 0 or i % stride == shard % stride]
 
 
 PROMPTS_AT_ONCE = 8  # with 64, SDXL's encoders would keep 0.6 GB of hidden states

@@ -4,12 +4,10 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-import torch
-
 from minidistill.data import images
 from minidistill.data.examples import Examples, NoisedLatents, StoredStates, prompts_of
 from minidistill.data.prompts import prompt_split
-from minidistill.data.trajectories import Trajectories, generate
+from minidistill.data.trajectories import Trajectories, generate, strided
 from minidistill.formats.files import digest
 from minidistill.pipeline import StableDiffusion
 from minidistill.training.command_line import check_interval
@@ -59,11 +57,14 @@ class FromTrajectories:
 
     def prepare(self, sd: StableDiffusion, folder: Path, weights: str, ranks: Ranks) -> Examples:
         """Everything to learn from, with the prompts encoded."""
-        latents = self.latents(sd, folder, weights, ranks)
-        prompts, prompt_of = prompts_of(sd, self.captions, latents)
         args = self.args
         if not (self.asks_teacher or args.student_steps):
-            check_interval(args.interval, sorted(set(torch.cat([shard["t"] for shard in latents.shards]).tolist())))
+            timesteps = sd.schedule.timesteps(args.sample_steps)
+            shards = -(-args.trajectories // (args.sample_batch or args.batch))
+            stored = {t for shard in range(shards) for t in strided(timesteps, args.stride, shard)}
+            check_interval(args.interval, sorted(stored))
+        latents = self.latents(sd, folder, weights, ranks)
+        prompts, prompt_of = prompts_of(sd, self.captions, latents)
         settings = dict(weighting=args.weighting, student_steps=args.student_steps)
         return self.batches(latents, prompts, prompt_of, sd.schedule, args.batch, args.seed, **settings)
 
