@@ -145,7 +145,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.new_parser(__doc__)
     cli.add_model_flags(parser, dtypes=("float32", "bfloat16", "float64"))
     n, x = dict(type=cli.positive_int, metavar="N"), dict(type=cli.positive, metavar="X")
-    path = dict(type=Path, metavar="PATH")
+    path, folder = dict(type=Path, metavar="PATH"), dict(type=cli.out_folder, metavar="PATH")
     # fmt: off
     add = parser.add_argument_group("the teacher, two UNet calls a step, samples images").add_argument
     add("--prompts", **path, help="text file, one prompt per line (default: those shipped with the model, else "
@@ -191,9 +191,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--kernel", default="auto", choices=("auto", "fused", "torch"), help="compute LoRA layers with one CUDA kernel "
         "(on a GPU, in bfloat16) or with PyTorch; auto: with what was measured to be faster (default: %(default)s)")
     add = parser.add_argument_group("the run itself").add_argument
-    add("--out", **path, help="folder of this run (default: runs/<name of the model>)")
+    add("--out", **folder, help="folder of this run (default: runs/<name of the model>)")
     add("--seed", type=cli.seed_number, default=0, metavar="N", help="random seed (default: %(default)s)")
-    add("--states", **path, help="folder of trajectories or encoded images, which runs may share (default: in --out)")
+    add("--states", **folder, help="folder of trajectories or encoded images, which runs may share (default: in --out)")
     add("--save-every", **n, default=100, help="updates between checkpoints (default: %(default)s)")
     add("--resume", action="store_true", help="continue from the last checkpoint in --out, if there is one")
     add("--no-report", action="store_true", help="only the student: no evaluation, no images")

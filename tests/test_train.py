@@ -242,9 +242,11 @@ def test_an_empty_prompts_file(command, flags, tmp_path: Path):
     assert "empty.txt has no prompts" in result.complaint
 
 
-def test_out_below_a_file(command, flags, tmp_path: Path):
+@pytest.mark.parametrize("flag", ["--out", "--states"])
+def test_a_folder_below_a_file(flag: str, command, flags, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in command("train.py", *flags(tmp_path / "file/run")).complaint
+    complaint = command("train.py", *flags(tmp_path / "run"), flag, tmp_path / "file/run").complaint
+    assert f"argument {flag}: {tmp_path / 'file'} is not a folder that can be written into" in complaint
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
