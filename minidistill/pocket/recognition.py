@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minidistill.formats.files import digest
 from minidistill.formats.tensor_files import read_tensors, write_tensors
 from minidistill.pocket.compositions import COLOURS, THINGS
-from minidistill.pocket.images import ALONE, IN_A_PAIR, NOTHING, Renderer, centred, stamp
+from minidistill.pocket.images import ALONE, IN_A_PAIR, NOTHING, Renderer, centred, find_emoji, stamp
 
 CROP_SIDE = 32  # pixels a side at which one thing is judged
 SIZE_IN_A_CROP = (ALONE[0], 2 * IN_A_PAIR[1])  # smallest and largest; a pair's crop is half an image wide
@@ -120,10 +121,11 @@ def train_classifier(renderer: Renderer, steps: int = 2000, batch: int = 32) -> 
 
 
 def load_classifier(work: Path, emoji: Path) -> nn.Sequential:
-    """The classifier of today's things in ``work``; trained first if there is none, which takes a few minutes."""
-    path, things = work / "judge.safetensors", " ".join(THINGS)
-    if not path.exists() or read_tensors(path)[1].get("things") != things:
-        write_tensors(path, train_classifier(Renderer(emoji)).state_dict(), {"things": things})
+    """The classifier of today's things, in these images of them; trained if ``work`` has none, in a few minutes."""
+    path, images = work / "judge.safetensors", b"".join(find_emoji(thing, emoji).read_bytes() for thing in THINGS)
+    learned = {"things": " ".join(THINGS), "images": digest(images)}
+    if not path.exists() or not learned.items() <= read_tensors(path)[1].items():
+        write_tensors(path, train_classifier(Renderer(emoji)).state_dict(), learned)
     model = build_classifier()
     model.load_state_dict(read_tensors(path)[0])
     return model.eval()

@@ -1,12 +1,15 @@
 """pocket/recognition.py: recognises things and colours in drawn images, degraded ones too."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from scenes import FEW, FEW_PAIRS, flat
 
 from minidistill.pocket import recognition
 from minidistill.pocket.compositions import COLOURS, THINGS, pair_compositions, single_compositions
-from minidistill.pocket.images import NOTHING, render
+from minidistill.pocket.images import NOTHING, find_emoji, render
 from minidistill.pocket.judge import degraded
 
 KINDS = pytest.mark.parametrize("few", [FEW, FEW_PAIRS], ids=["one", "two"])
@@ -86,6 +89,11 @@ def test_classifier_is_trained_once_and_stored(tmp_path, monkeypatch, emoji):
     for model in (first, again):
         assert torch.equal(model(x), made[0](x))
     assert not list((tmp_path / "work").glob("*.tmp"))
+    other = Path(shutil.copytree(emoji, tmp_path / "other package"))
+    assert torch.equal(recognition.load_classifier(tmp_path / "work", other)(x), made[0](x)) and len(made) == 1
+    one, two, *_ = (find_emoji(thing, other) for thing in THINGS)
+    shutil.copy(one, two)  # the same things, in other images
+    assert torch.equal(recognition.load_classifier(tmp_path / "work", other)(x), made[1](x))
 
 
 def test_classifier_learns(renderer, monkeypatch):
