@@ -17,13 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidistill.evaluate.figures import figure_file
-from minidistill.evaluate.students import full_student, one_teacher, read_full, read_student
+from minidistill.evaluate.students import full_student, one_teacher, read_student
 from minidistill.evaluate.tables import markdown_table
 from minidistill.formats.files import write_json
 from minidistill.formats.load_model import load
 from minidistill.formats.lora_formats import read_lora
-from minidistill.formats.lora_io import fit
-from minidistill.lora import low_rank
+from minidistill.formats.lora_io import add_student
+from minidistill.lora import lora_layers
 from minidistill.training.command_line import add_weight_flags, out_folder
 
 POSITIONAL = "FULL_RUN RUN_OR_LORA "
@@ -40,18 +40,17 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    path = full_student(args.full)
-    if path is None:
+    if full_student(args.full) is None:
         raise ValueError(f"{args.full} is no run of --method full: it holds no student/ and no student.safetensors.")
-    one_teacher({str(run): read_student(run, 1, args) for run in (args.full, args.lora)}, None)  # raises if they differ
-    teacher = load(args.model, variant=args.variant, ema=args.ema).unet.state_dict()
-    pairs = fit(read_lora(args.lora), teacher)
-    student = read_full(path, args.variant).state_dict()
+    full, lora = (read_student(run, 1, args) for run in (args.full, args.lora))
+    one_teacher({str(student.file): student for student in (full, lora)}, None)  # raises if they differ
+    sd = load(args.model, variant=args.variant, ema=args.ema)
+    full.install(sd)  # raises for a student of another model
+    student, sd.unet = sd.unet.student.state_dict(), sd.unet.base
+    add_student(sd, read_lora(args.lora))
     rows = []
-    for name, pair in tqdm(pairs.items(), desc="layers", unit="layer"):
-        full = student[f"{name}.weight"] - teacher[f"{name}.weight"]
-        lora = low_rank(pair.down.float(), pair.up.float(), pair.scale)
-        rows.append(dict(layer=name, **compare(full, lora)))
+    for name, layer in tqdm(lora_layers(sd.unet).items(), desc="layers", unit="layer"):
+        rows.append(dict(layer=name, **compare(student[f"{name}.weight"] - layer.weight, layer.delta())))
 
     write_json(args.out / "spectrum.json", args.provenance | {"rows": rows})
     plot(rows, args.out / "spectrum.png")

@@ -6,9 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import nn
-
 from minidistill.distill import FullStudent
 from minidistill.formats.files import CheckpointError
 from minidistill.formats.load_model import load
@@ -95,16 +92,12 @@ def full_student(run: Path) -> Path | None:
 def install_full(path: Path, args: Namespace, metadata: Mapping[str, str], sd: StableDiffusion) -> None:
     """Put the copy in ``path`` beside its teacher. Raises CheckpointError if ``sd`` is another model."""
     check_source(metadata, sd.schedule.prediction, sd.learned_guidance, sd.path, student=str(path))
-    student = read_full(path, args.variant, dtype=getattr(torch, args.dtype), device=args.device)
+    like = next(sd.unet.parameters())
+    student = load(path, variant=args.variant if path.is_dir() else None, dtype=like.dtype, device=like.device).unet
     ours, theirs = ({name: p.shape for name, p in unet.named_parameters()} for unet in (sd.unet, student))
     if ours != theirs:
         raise CheckpointError(f"{path} is a copy of another UNet than that of {sd.path}: give --model its teacher.")
     sd.unet = FullStudent(sd.unet, student)
-
-
-def read_full(path: Path, variant: str | None, **options) -> nn.Module:
-    """The UNet of a full student, loaded with ``options``; only a folder has variants."""
-    return load(path, variant=variant if path.is_dir() else None, **options).unet
 
 
 def label_of(path: Path) -> str:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tiny import ROOT, fill_up, randn
 
-from minidistill import StableDiffusion, inject_lora, load, load_lora, save_lora
+from minidistill import CheckpointError, StableDiffusion, inject_lora, load, load_lora, save_lora
 from minidistill.bench.__main__ import COMMANDS as BENCH_COMMANDS
 from minidistill.config import ScheduleConfig
 from minidistill.data.prompts import prompt_split, spread
@@ -280,7 +280,14 @@ def test_spectrum_of_a_student_that_is_the_lora(lora: Path, tiny_model: Path, tm
     assert Image.open(tmp_path / "out/spectrum.png").size[0] > 0
     with pytest.raises(ValueError, match="no run of --method full"):
         main(["spectrum", *map(str, [tmp_path, *flags[1:]])])
-    learn_from(lora, **LEARNED | dict(guidance="2"))
+    other = LEARNED | dict(prediction="v")
+    write_checkpoint(tiny_model, replaced_by(unet), tmp_path / "v/student", other, prediction="v")
+    with pytest.raises(CheckpointError, match="v/student learned from a model that predicts v"):
+        main(["spectrum", *map(str, [tmp_path / "v", *flags[1:]])])
+    learn_from(lora, **other)
+    with pytest.raises(CheckpointError, match="lora.safetensors learned from a model that predicts v"):
+        main(["spectrum", *map(str, flags)])
+    learn_from(lora, **other | dict(guidance="2"))
     with pytest.raises(ValueError, match="from one teacher"):
         main(["spectrum", *map(str, flags)])
 
