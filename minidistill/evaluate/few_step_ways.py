@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from minidistill.conditioning import Conditioning
 from minidistill.data.examples import batch_indices, prompts_of
+from minidistill.data.prompts import prompt_split
 from minidistill.data.trajectories import generate
 from minidistill.distill import ddim_coefficients, learning_rate
 from minidistill.evaluate.metrics import EVALUATION_SEED
@@ -284,7 +285,7 @@ def train_way(name: str, steps: int, lesson: Lesson, one_pass: LoRAFile | None, 
     start_of = way.needs_one_pass and digest(one_pass.path.read_bytes())
     made_with = (
         f"{args.updates} updates, rank {args.rank}, {args.trajectories} trajectories of {args.teacher_steps} steps, "
-        f"guidance {args.guidance:g}, {model_stamp(sd, args)}, {start_of}"
+        f"guidance {args.guidance:g}, {model_stamp(sd, args, prompt_split(args.model)[0])}, {start_of}"
     )
     if not file.exists():
         clock = Stopwatch(sd.device)

@@ -81,7 +81,7 @@ def run(args: Namespace) -> None:
     def teacher_images() -> dict[str, Tensor]:
         return {"images": pixels(sd.sample(prompts, steps=args.teacher_steps, guidance=args.guidance, **SAMPLING))}
 
-    stamp = model_stamp(sd, args) | dict(prompts=prompts, steps=args.teacher_steps, guidance=args.guidance)
+    stamp = model_stamp(sd, args, prompts) | dict(steps=args.teacher_steps, guidance=args.guidance)
     teacher = pil_images(cached(args.out / "teacher.safetensors", stamp, teacher_images)["images"])
     report = args.provenance | {"prompts": len(prompts) // args.each, "each": args.each}
 

@@ -88,8 +88,7 @@ def run(args: Namespace) -> None:
     clip = ClipScore(args.clip, CLIPTokenizer.from_pretrained(args.clip)) if args.clip else ClipScore.in_model(sd)
     judge = read_judge(args.judge)
     truth = judge.rendered(repeated, sd.height) if judge else None
-    tokens = sd.tokenizer([*repeated, teacher.negative_prompt or ""], verbose=False).input_ids
-    stamp = options | model_stamp(sd, args) | {"tokens": digest(json.dumps(tokens).encode())}
+    stamp = options | model_stamp(sd, args, [*repeated, teacher.negative_prompt or ""])
 
     def cache(name: str, make: Make, **made_with: object) -> dict[str, Tensor]:
         return cached(args.work / "cache" / f"{name}.safetensors", stamp | made_with, make)
@@ -164,13 +163,15 @@ def read_judge(name: str | None) -> ModuleType | None:
     return judge
 
 
-def model_stamp(sd: StableDiffusion, args: Namespace) -> dict[str, object]:
-    """What images depend on besides prompts and guidance: weights, settings, schedule, device, dtype and size."""
+def model_stamp(sd: StableDiffusion, args: Namespace, prompts: list[str]) -> dict[str, object]:
+    """What images depend on besides guidance: weights, settings, schedule, device, dtype, size and tokens."""
+    tokens = [sd.tokenizer(prompts, verbose=False).input_ids, sd.tokenizer.pad_token_id]
     return {
         "networks": [teacher_fingerprint(sd), vae_fingerprint(sd.vae)],
         "schedule": schedule_fingerprint(sd.schedule),
         "force zeros": sd.force_zeros,
         "where": f"{args.device} {args.dtype} {sd.width}x{sd.height}",
+        "tokens": digest(json.dumps(tokens).encode()),
     }
 
 

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -407,18 +408,20 @@ def test_images_are_cached(run: Path, evaluate: Callable[..., Path], monkeypatch
 def test_images_of_another_model_are_not_reused(sd: StableDiffusion):
     """Whatever they depend on is in the stamp of the cache: these changes, one upon the other."""
     args = SimpleNamespace(device="cpu", dtype="float32")
-    stamps = [model_stamp(sd, args)]
+    stamps = [model_stamp(sd, args, prompts) for prompts in (PROMPTS, PROMPTS[:2])]
     for name, value in dict(device="cuda", dtype="bfloat16").items():
         setattr(args, name, value)
-        stamps.append(model_stamp(sd, args))
+        stamps.append(model_stamp(sd, args, PROMPTS))
     other = Schedule.from_config(ScheduleConfig(steps_offset=0))
-    for name, value in dict(width=8, height=8, force_zeros=True, schedule=other).items():
+    padded = deepcopy(sd.tokenizer)
+    padded.pad_token = padded.bos_token
+    for name, value in dict(width=8, height=8, force_zeros=True, schedule=other, tokenizer=padded).items():
         setattr(sd, name, value)
-        stamps.append(model_stamp(sd, args))
+        stamps.append(model_stamp(sd, args, PROMPTS))
     for network in (sd.unet, sd.text_encoder, sd.vae):
         next(network.parameters()).data += 1
-        stamps.append(model_stamp(sd, args))
-    assert len(set(map(json.dumps, stamps))) == len(stamps) == 10
+        stamps.append(model_stamp(sd, args, PROMPTS))
+    assert len(set(map(json.dumps, stamps))) == len(stamps) == 12
 
 
 def test_a_full_student_is_measured(
