@@ -65,7 +65,7 @@ def run(args: Namespace) -> None:
     if len(set(labels)) < len(labels):
         raise ValueError(f"--loras: two would have the same name in the table ({', '.join(labels)}): rename one.")
     for lora in finished:
-        if not lora.few_steps or lora.few_steps[0] not in args.student_steps or lora.guidance != args.guidance:
+        if not lora.few_steps or lora.few_steps[0] not in args.student_steps:
             numbers = " or ".join(map(str, args.student_steps))
             raise ValueError(f"--loras {lora.path} has not learned {numbers} steps at guidance {args.guidance:g}.")
     steps = {*args.student_steps, *(WAYS[name].steps for name in taught)} - {None}

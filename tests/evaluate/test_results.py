@@ -142,7 +142,7 @@ def test_few_steps_of_another_teacher_are_refused(
     """The students would be compared with a teacher that they did not learn from."""
     learn_from(lora, **dict(guidance="4") | change)
     monkeypatch.setattr(few_step_ways, "generate", lambda *_, **__: pytest.fail("the teacher samples"))
-    with pytest.raises(ValueError, match=r"lora.safetensors( learned from a| was distilled from a|: it must)"):
+    with pytest.raises(ValueError, match="lora.safetensors( learned from a| was distilled from a)"):
         main([command, "--model", str(tiny_model), "--one-pass", str(lora), "--out", str(tmp_path)])
 
 
