@@ -98,9 +98,9 @@ def run(args: Namespace) -> None:
             }
         rows.append(row)
         write_json(args.out / "dial.json", report | {"rows": rows})
+        plot(rows, learned, args.out / "dial.png")
+        write_grid(args.out / "dial-pictures.png", images, held_out, columns=COLUMNS, side=96)
         print(table([row]).splitlines()[-1], flush=True)
-    plot(rows, learned, args.out / "dial.png")
-    write_grid(args.out / "dial-pictures.png", images, held_out, columns=COLUMNS, side=96)
     print(f"\n{table(rows)}\n\nFigure, images and JSON: {args.out}")
     if args.write:
         write_dial(file, [(row["guidance"], row["measured"]["strength"]) for row in rows])

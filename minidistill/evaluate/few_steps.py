@@ -95,6 +95,7 @@ def run(args: Namespace) -> None:
             rows.append(row | {"measures": measures(images, teacher)})
             drawn.append(Drawn(name, images[:: args.each], calls, 0.0))
             write_json(args.out / f"few-steps-{N}.json", report | {"rows": rows})
+            write_grid(args.out / f"few-steps-{N}.png", drawn, prompts[:: args.each], side=96)
             print(table(rows).splitlines()[-1], flush=True)
 
         def add_lora(name: str, *loras: LoRAFile) -> None:
@@ -117,7 +118,6 @@ def run(args: Namespace) -> None:
                 add_lora(name, *([one_pass, lora] if way.on_top else [lora]))
         if UNGUIDED in args.ways:
             add(UNGUIDED, sd.sample(prompts, steps=N, guidance=1, **SAMPLING), N)
-        write_grid(args.out / f"few-steps-{N}.png", drawn, prompts[:: args.each], side=96)
         print(f"\n{table(rows)}\n")
 
     for N in args.student_steps:

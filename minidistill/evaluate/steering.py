@@ -65,5 +65,5 @@ def run(args: Namespace) -> None:
             rows.append(row | {"guidance": w, "seconds of learning": 0.0})
             drawn.append(Drawn(rows[-1]["way"], sampled[:: args.each], calls, 0.0))
         write_json(args.out / f"steering-{N}.json", report | {"rows": rows})
-    write_grid(args.out / f"steering-{N}.png", drawn, prompts[:: args.each], columns=6, side=96)
+        write_grid(args.out / f"steering-{N}.png", drawn, prompts[:: args.each], columns=6, side=96)
     print(f"{table(rows)}\n\nImages and JSON: {args.out}")

@@ -89,7 +89,7 @@ def run(args: Namespace) -> None:
             rows.append(done[key] | {"value": value})
             report[sweep] = {"command": args.provenance["command"], "rows": rows}
             write_json(file, report)  # after every run
-        plot(sweep, rows, args.out / f"sweep-{sweep}.png")
+            plot(sweep, rows, args.out / f"sweep-{sweep}.png")
     print(f"{table(report)}\n\nFigures and JSON: {args.out}")
 
 

@@ -89,6 +89,7 @@ def test_a_dial_that_is_stopped_keeps_its_rows(
         main(f"dial {lora} --model {tiny_model} --guidance 2 2.5 --prompts 2 --steps 2 --out {tmp_path}".split())
     (row,) = json.loads((tmp_path / "dial.json").read_text())["rows"]
     assert row["guidance"] == 2
+    assert all(Image.open(tmp_path / name).size[0] > 0 for name in ("dial.png", "dial-pictures.png"))  # of these rows
 
 
 def test_a_dial_that_goes_back_is_not_written(lora: Path):
