@@ -173,7 +173,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "LoRA file says so, and sample.py follows it (default: as many as the teacher)")
     add("--method", choices=METHODS, help="short for --student and --source; trajectories, noised: a LoRA from them; "
         "full: a full copy from trajectories")
-    add("--rank", **n, help="rank of the LoRA (default: 16)")
+    add("--rank", **n, default=16, help="rank of the LoRA (default: %(default)s)")
     add("--targets", nargs="+", metavar="TEXT", help="patterns for the names of layers that get a LoRA, for example "
         "'*.attn?.to_*' (default: every linear layer and convolution of attention and residual blocks)")
     add("--alpha", **x, help="the LoRA is scaled by alpha / rank (default: the rank)")

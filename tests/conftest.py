@@ -75,8 +75,6 @@ def flags(tiny_model: Path, prompts_file: Path) -> Callable[..., list[str]]:
     def flags(out: Path, **changes: object) -> list[str]:
         settings = dict(model=tiny_model, prompts=prompts_file, out=out, steps=UPDATES, sample_steps=3, trajectories=8)
         settings |= dict(batch=4, rank=2, save_every=2, device="cpu") | changes
-        if "full" in (changes.get("student"), changes.get("method")):
-            del settings["rank"]  # it is for a LoRA
         return [x for name, value in settings.items() for x in (f"--{name.replace('_', '-')}", str(value))]
 
     return flags

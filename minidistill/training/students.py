@@ -71,7 +71,6 @@ METHODS = {"trajectories": ("lora", "trajectories"), "noised": ("lora", "noised"
 def choose_method(args: argparse.Namespace) -> None:
     """Fill in ``args.student``, ``args.source`` and ``args.method``, each of which may be None, from one another.
 
-    Also sets the default of ``args.rank``.
     Raises ValueError for flags that contradict each other.
     """
     if args.method and (args.student or args.source):
@@ -95,11 +94,8 @@ def choose_method(args: argparse.Namespace) -> None:
         )
     if args.weights:
         args.kernel = "torch"  # the kernel reads W itself, not codes and scales
-    if args.student == "full" and (args.rank or args.alpha or args.targets):
-        raise ValueError(
-            "--rank, --alpha and --targets are for a LoRA: leave them out, or --student full (--method full)."
-        )
-    args.rank = args.rank or 16
+    if args.student == "full" and (args.alpha or args.targets):
+        raise ValueError("--alpha and --targets are for a LoRA: leave them out, or --student full (--method full).")
     noised = args.source != "trajectories"
     if args.batched_teacher and not noised:
         raise ValueError("--batched-teacher is for a teacher in the loop: add --source noised.")
