@@ -338,10 +338,8 @@ def test_paths_and_line_ends_in_metadata(end: str, tmp_path: Path):
     lines = [json.dumps({"file_name": name, "text": f"by {name}"}) for name in names]
     (tmp_path / "metadata.jsonl").write_bytes(end.join(lines).encode())
     images, left_out = read_folder(tmp_path)
-    assert {str(image.file.relative_to(tmp_path)): image.caption for image in images} == {
-        file: f"by {name}" for name, file in names.items()
-    }
-    assert not left_out
+    found = {str(image.file.relative_to(tmp_path)): image.caption for image in images}
+    assert found == {file: f"by {name}" for name, file in names.items()} and not left_out
 
 
 def test_an_accent_in_the_name_of_a_text_file(tmp_path: Path):

@@ -320,7 +320,6 @@ def loads_or_says_why(healthy: dict[str, Path], place: Path, data: st.DataObject
 
 
 FEW = settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-MANY = settings(FEW, max_examples=1000)
 
 
 @FEW
@@ -330,7 +329,7 @@ def test_damage(healthy: dict[str, Path], tmp_path: Path, data: st.DataObject) -
 
 
 @pytest.mark.slow
-@MANY
+@settings(FEW, max_examples=1000)
 @given(data=st.data())
 def test_much_damage(healthy: dict[str, Path], tmp_path: Path, data: st.DataObject) -> None:
     loads_or_says_why(healthy, tmp_path / "copy", data)

@@ -55,9 +55,8 @@ def test_the_scale_is_kept_exactly(rank: int, alpha: float, tmp_path: Path):
 def test_only_the_layers_in_the_file_are_adapted(file: Path):
     tensors = {name: tensor for name, tensor in load_file(file).items() if "mid_block" in name}
     rewrite(file, {}, tensors)
-    assert {f"{name}.lora_up" for name in lora_layers(load_lora(tiny_unet(), file))} == {
-        name for name in tensors if name.endswith("up")
-    }
+    adapted = lora_layers(load_lora(tiny_unet(), file))
+    assert {f"{name}.{part}" for name in adapted for part in ("lora_down", "lora_up")} == set(tensors)
 
 
 def test_metadata(file: Path):
@@ -145,10 +144,9 @@ def test_writing_that_fails_leaves_the_old_file(failure: BaseException, file: Pa
         path.write_bytes(before[:1000])
         raise failure
 
-    with monkeypatch.context() as patched:
-        patched.setattr(tensor_files, "save_file", save_half)
-        with pytest.raises(type(failure)):
-            save_lora(tiny_student(alpha=9), file)
+    monkeypatch.setattr(tensor_files, "save_file", save_half)
+    with pytest.raises(type(failure)):
+        save_lora(tiny_student(alpha=9), file)
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]
 
