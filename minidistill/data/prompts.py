@@ -41,15 +41,15 @@ def prompts(count: int = 4000, seed: int = 0) -> list[str]:
     if not 0 <= count <= limit:
         raise ValueError(f"prompts() was asked for {count} distinct prompts; the grammar gives 0 to {limit}")
     rng, distinct, misses = random.Random(seed), {}, 0  # distinct: a dict, as a set that keeps the order
-    while len(distinct) < count:
+    while len(distinct) < count and misses < PATIENCE:
         text = AN.sub("an ", expand("{prompt}", rng))
         words = LONG_WORD.findall(text)
         if text not in distinct and len(set(words)) == len(words):  # the same long word twice reads badly: draw again
             distinct[text], misses = None, 0
-        elif (misses := misses + 1) == PATIENCE:
-            raise ValueError(
-                f"prompts() was asked for {count} distinct prompts; the grammar ran out at {len(distinct)}"
-            )
+        else:
+            misses += 1
+    if len(distinct) < count:
+        raise ValueError(f"prompts() was asked for {count} distinct prompts; the grammar ran out at {len(distinct)}")
     return list(distinct)
 
 

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     suffix = "" if args.to == "checkpoint" and not args.model.is_file() else ".safetensors"
     out = args.out or first.with_name(f"{first.stem}-{args.to}{suffix}")
     if out.suffix.lower() in (".ckpt", ".bin", ".pt", ".pth") or (args.to != "checkpoint" and out.is_dir()):
-        raise ValueError(f"--out {out}: name a .safetensors file{' or a folder' * (args.to == 'checkpoint')}.")
+        raise ValueError(f"--out {out}: name a .safetensors file{' or a folder' if args.to == 'checkpoint' else ''}.")
     if out.resolve() in [path.resolve() for path in (args.model, *(file.path for file in files))]:
         raise ValueError(f"--out {out} would be written over what it is made from: name another.")
     if args.to == "checkpoint":

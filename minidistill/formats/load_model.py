@@ -73,7 +73,9 @@ def load(
     encoders = [build(*text, dtype) for text in texts]
     text_encoder = TwoTextEncoders(*encoders) if model.is_xl else encoders[0]
     fill_positions(text_encoder)
-    folder = user_path(tokenizer) if tokenizer else path / "tokenizer" if is_folder else None
+    folder = path / "tokenizer" if is_folder else None
+    if tokenizer:
+        folder = user_path(tokenizer)
     fewest_words = min(model.text_configs, key=lambda text: text.vocab_size)  # SDXL's two encoders read the same ids
     return StableDiffusion(
         unet=place(unet, device),

@@ -135,12 +135,10 @@ def xl_names(layers: Mapping[str, Pair]) -> dict[str, str]:
     widths = {len(pair.up) for name, pair in layers.items() if ".resnets." in name}
     if widths <= set(SDXL_UNET.widths):
         return unet_names(SDXL_UNET)
-    down, up = (
-        {int(block[1]) for name in layers if (block := re.match(rf"{side}_blocks\.\d+\.resnets\.(\d+)\.", name))}
-        for side in ("down", "up")
-    )
-    complete = down and down == set(range(len(down))) and up == set(range(len(down) + 1))
-    return unet_names(replace(SDXL_UNET, layers=len(down) if complete else SDXL_UNET.layers))
+    blocks = set(re.findall(r"^(down|up)_blocks\.\d+\.resnets\.(\d+)\.", "\n".join(layers), re.MULTILINE))
+    n = sum(side == "down" for side, _ in blocks)
+    all_blocks = {("down", str(i)) for i in range(n)} | {("up", str(i)) for i in range(n + 1)}
+    return unet_names(replace(SDXL_UNET, layers=n if n and blocks == all_blocks else SDXL_UNET.layers))
 
 
 # The input of this convolution has 1920 channels in SDXL, and 2560 in SD 1.x and 2.x.
@@ -326,7 +324,7 @@ def group_by_layer(path: Path, tensors: Mapping[str, Tensor]) -> Parts:
         )
     if unknown:
         raise CheckpointError(
-            f"{path} holds more than a plain LoRA: {', '.join(unknown[:5])}{' ...' * (len(unknown) > 5)}. "
+            f"{path} holds more than a plain LoRA: {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}. "
             "minidistill reads low-rank pairs and their alphas only: use a LoRA without the rest."
         )
     if wrong := [name for name, part in parts.items() if not is_pair(part)]:

@@ -238,11 +238,10 @@ def read_unet_config(file: Path) -> UNetConfig:
             check_fixed(contents, {"addition_embed_type": "text_time"}, file)
             values["size_width"] = contents["addition_time_embed_dim"]
             values["pooled_width"] = contents["projection_class_embeddings_input_dim"] - 6 * values["size_width"]
-        side = values["sample_size"]
         version = str(contents.get("_diffusers_version", "1.0")).split(".")[:2]
-        if side == 32 and [int(number) for number in version] < [0, 9]:
-            side = 64  # early converters wrote 32 for every SD 1.x; diffusers replaces it with 64 too
-        return check_config(UNetConfig(**values | {"sample_size": side}), file)
+        if values["sample_size"] == 32 and [int(number) for number in version] < [0, 9]:
+            values["sample_size"] = 64  # early converters wrote 32 for every SD 1.x; diffusers replaces it with 64 too
+        return check_config(UNetConfig(**values), file)
 
 
 def published_unet(config: UNetConfig) -> dict:

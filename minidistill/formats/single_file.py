@@ -184,7 +184,8 @@ def detect_version(tensors: Tensors, path: Path) -> Version:
     def has(prefix: str | tuple[str, ...]) -> bool:
         return any(name.startswith(prefix) for name in tensors)
 
-    conv_in, projection = (tensors.get(UNET + n) for n in ("input_blocks.0.0.weight", "middle_block.1.proj_in.weight"))
+    conv_in = tensors.get(f"{UNET}input_blocks.0.0.weight")
+    projection = tensors.get(f"{UNET}middle_block.1.proj_in.weight")
     labels = tensors.get(UNET + LABELS, tensors.get(LABELS))
     is_xl = labels is not None and labels.shape[-1] == XL_LABELS or (has(XL.text) and has(XL_SECOND.text))
     markers = OTHER_MODELS | ({} if is_xl else NOT_XL) | ({} if has(UNET) else PIECES)
@@ -350,7 +351,8 @@ def to_single_file(
             f"{'linear' if kind[1] else 'convolutional'} projections. Write a folder."
         )
     for _, config in texts:
-        if config.num_hidden_layers != (usual := TEXT_LAYERS.get(config.hidden_size, config.num_hidden_layers)):
+        usual = TEXT_LAYERS.get(config.hidden_size, config.num_hidden_layers)
+        if config.num_hidden_layers != usual:
             raise ValueError(
                 f"Programs that read single files expect {usual} layers of this text encoder, which has "
                 f"{config.num_hidden_layers}. Write a folder."
@@ -369,13 +371,13 @@ def to_single_file(
     for (tensors_of_text, config), encoder in zip(texts, (version, XL_SECOND)):
         tensors |= original_text(tensors_of_text, config, encoder)
 
-    expected_unet = replace(unet_config, upcast_attention=False, sample_size=version.sample_size)
-    expected = expected_unet, vae_config, text_config.num_attention_heads
+    unet_config = replace(unet_config, upcast_attention=False, sample_size=version.sample_size)
+    expected = unet_config, vae_config, text_config.num_attention_heads
     heads = text_shapes(text, version).num_attention_heads
-    if (read_back := (unet_shapes(tensors, version, "eps"), vae_shapes(tensors, version), heads)) != expected:
+    read_back = unet_shapes(tensors, version, "eps"), vae_shapes(tensors, version), heads
+    if read_back != expected:
         raise ValueError(
             "A single file holds no configuration, and this model would be read back as another: "
-            f"{read_back[0]}, {read_back[1]} and {heads} heads instead of {expected[0]}, {expected[1]} and "
-            f"{expected[2]}. Write a folder."
+            "{}, {} and {} heads instead of {}, {} and {}. Write a folder.".format(*read_back, *expected)
         )
     return tensors

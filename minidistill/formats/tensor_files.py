@@ -232,10 +232,10 @@ def is_finite(tensor: Tensor) -> bool:
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise CheckpointError that names the tensors with NaN or infinities, which would make every image black."""
     if wrong := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
+        more = f" and {len(wrong) - 3} more tensors" if len(wrong) > 3 else ""
         raise CheckpointError(
-            f"{path} has values that are not finite (NaN or infinite) in {', '.join(wrong[:3])}"
-            f"{f' and {len(wrong) - 3} more tensors' * (len(wrong) > 3)}: the file is damaged, or its training failed. "
-            "Fetch it again, or use another."
+            f"{path} has values that are not finite (NaN or infinite) in {', '.join(wrong[:3])}{more}: the file is "
+            "damaged, or its training failed. Fetch it again, or use another."
         )
 
 
