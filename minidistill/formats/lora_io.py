@@ -76,7 +76,7 @@ def add_student(sd: StableDiffusion, file: LoRAFile) -> None:
 
 def check_source(
     metadata: Mapping[str, str],
-    predicts: str | None,
+    predicts: str,
     learned_guidance: str | None,
     source: Path,
     student: str = "The student",
@@ -87,7 +87,7 @@ def check_source(
     if "guidance" in metadata:
         refuse_second_guidance(learned_guidance, source)
     learned = metadata.get("prediction")
-    if learned and predicts and learned != predicts:
+    if learned and learned != predicts:
         raise CheckpointError(
             f"{student} learned from a model that predicts {learned}, and {source} says that it predicts {predicts}: "
             f"give --model the one it was made for, or add --prediction {learned} if this is it."

@@ -143,7 +143,7 @@ def file_to_file(
     model = read_single_file(source, predicts or "eps", ema)  # the tensors do not depend on it
     check_model(model, source)
     check_parts(model, source)
-    check_source(metadata, predicts, model.unet.learned_guidance, source)
+    check_source(metadata, model.schedule.prediction, model.unet.learned_guidance, source)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMA)}
     tensors |= {model.unet.name_in_file(name): tensor for name, tensor in change(model.unet.tensors).items()}
     said = state_prediction(tensors, predicts, model.is_xl) if predicts else {}
