@@ -403,7 +403,7 @@ REFUSED = [
     (UNET_CONFIG, dict(addition_embed_type="image"), "another model"),
     (UNET_CONFIG, NARROW, "another"),  # Segmind's smaller SDXL
     (VAE_CONFIG, dict(mid_block_add_attention=False), "another model"),
-    ("text_encoder/config.json", dict(use_attention_mask=True), "use_attention_mask"),  # diffusers would mask padding
+    (TEXT_CONFIG, dict(use_attention_mask=True), "use_attention_mask"),  # diffusers would mask padding
     (SCHEDULE, dict(_class_name="FlowMatchEulerDiscreteScheduler"), "flow matching"),
     (SCHEDULE, dict(use_flow_sigmas=True), "flow matching"),
     (SCHEDULE, dict(thresholding=True), "thresholding"),  # clips z_0 at every step
