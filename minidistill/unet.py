@@ -70,7 +70,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """x -> a * gelu(b), with a and b the halves of one projection ("GLU Variants Improve Transformer", eq. 6)."""
+    """x -> a * gelu(b), with a and b the halves of one projection ("GLU Variants Improve Transformer", eq. 5)."""
 
     def __init__(self, width: int, inner: int):
         super().__init__()
