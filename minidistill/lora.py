@@ -132,8 +132,8 @@ class LoRAModel(nn.Module):
     """Wraps a network: ``model(..., lora_enabled=True)`` is the student, ``model(...)`` the teacher.
 
     It exposes the parameters and children of the network, ``base``, under their original names. All calls share one
-    switch, so one thread at a time may call it. The switch is off again after a call, when activation checkpointing
-    recomputes: checkpoint whole calls, or use training.recompute, which sets the switch.
+    switch, so one thread at a time may call it. Activation checkpointing recomputes after the call, when the switch
+    is off again: checkpoint whole calls, or use training.recompute, which sets the switch.
     """
 
     def __init__(self, base: nn.Module, switch: Switch):
