@@ -146,12 +146,12 @@ XL_CONV, XL_WIDTH = "up_blocks.1.resnets.0.conv1", SDXL_UNET.widths[2] + SDXL_UN
 
 
 def is_xl(layers: Mapping[str, Pair]) -> bool:
-    """True for layers of SDXL, told by several transformer blocks in a row, or by the width of the prompt's embeddings
-    or of one convolution. A LoRA with none of these gets the names of SD 1.x.
+    """True for layers of SDXL, told by several transformer blocks in a row, by the embedding of sizes, or by the width
+    of the prompt's embeddings or of one convolution. A LoRA with none of these gets the names of SD 1.x.
     """
     conv = layers.get(XL_CONV)
     return (
-        any(".transformer_blocks.1." in name for name in layers)
+        any(".transformer_blocks.1." in name or name.startswith("add_embedding.") for name in layers)
         or SDXL_UNET.context_width in context_widths(layers)
         or bool(conv and conv.down.shape[1] == XL_WIDTH)
     )

@@ -153,6 +153,14 @@ def test_names_at_full_size_do_not_depend_on_the_layers_that_have_a_lora(attenti
     } <= kohya_names(SDXL_UNET, *targets)
 
 
+def test_the_embedding_of_sizes_tells_that_it_is_sdxl() -> None:
+    """diffusers reads kohya's files by its original name only, and would leave the layer out."""
+    theirs = {name.removeprefix("lora_unet_") for name in kohya_names(TINY_XL_UNET, "add_embedding.*")}
+    tensors = {f"lora_unet_{name}.lora_{part}.weight": torch.ones(1, 1) for name in theirs for part in ("down", "up")}
+    read, _ = diffusers.StableDiffusionXLPipeline.lora_state_dict(tensors)
+    assert {name.rpartition(".lora.")[0] for name in read} == {f"unet.add_embedding.linear_{i}" for i in (1, 2)}
+
+
 @pytest.mark.parametrize("widths", [(32, 64), (40, 80), (160, 320)])
 def test_names_of_a_smaller_model(widths: tuple[int, int]) -> None:
     """Also where a feed-forward layer or a level is as wide as a level of SDXL."""
