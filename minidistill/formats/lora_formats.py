@@ -205,7 +205,7 @@ def kohya_tensors(file: LoRAFile) -> dict[str, Tensor]:
 # Reading
 
 # The end of a key says which part of a layer it is. peft may put the name of its adapter in between.
-PART = re.compile(r"[._]lora(?:_linear_layer)?[._](down|mid|up|A|B)(?:(?:\.\w+)?\.weight)?$|\.(alpha)$")
+PART = re.compile(r"[._]lora(?:_linear_layer)?[._](down|mid|up|A|B)(?:(?:\.[^.]+)?\.weight)?$|\.(alpha)$")
 PART_NAMES = {"A": "down", "B": "up"}  # as peft calls them
 PREFIXES = re.compile(r"^(?:(?:base_model\.)?model\.|diffusion_model[._]|unet[._]|lora_|lycoris_)+")
 NOT_UNET = re.compile(  # what programs train besides the UNet: text encoders, and embeddings of new words
@@ -236,6 +236,7 @@ OTHER_KINDS = {
     "emb_params": "a textual inversion, words for the text encoder",
     "lora_B.bias": "trained biases",
 }
+PEFT_KEY = re.compile(r"base_model\.model\.|\.lora_A\.[^.]+\.weight$")  # peft's name of the model, or of its adapter
 ADAPTER = "adapter_config.json"  # peft's, beside adapter_model.safetensors: alpha is in it
 FILES_IN_FOLDERS = [
     "lora.safetensors",  # of train.py; then of diffusers, and of peft
@@ -288,7 +289,7 @@ def peft_config(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     """What peft says of its adapter, in the header (as diffusers writes it) or in the JSON beside it."""
     if "lora_adapter_metadata" in metadata:
         return json.loads(metadata["lora_adapter_metadata"])
-    if not any("base_model.model." in key for key in tensors):
+    if not any(PEFT_KEY.search(key) for key in tensors):
         return None
     if (path.parent / ADAPTER).exists():
         return read_json(path.parent / ADAPTER)

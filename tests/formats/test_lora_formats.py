@@ -198,6 +198,7 @@ SPELLINGS = {
     "original, in a checkpoint": lambda name: f"model.diffusion_model.{original(name)}.lora_down.weight",
     "peft": lambda name: f"base_model.model.{name}.lora_A.weight",
     "peft, adapter named": lambda name: f"base_model.model.unet.{name}.lora_A.default.weight",
+    "peft, no model named": lambda name: f"{name}.lora_A.my-style.weight",
     "lycoris_": lambda name: f"lycoris_{name.replace('.', '_')}.lora_down.weight",
     "no prefix": lambda name: f"{name}.lora_down.weight",
     "compiled": lambda name: f"unet._orig_mod.{name}.lora.down.weight",
@@ -323,8 +324,10 @@ def test_the_lora_in_a_folder(name: str, tmp_path: Path):
     "config, alpha",
     [(dict(lora_alpha=6, r=4), 6), (dict(lora_alpha=8, use_rslora=True), 16), (dict(lora_alpha=None), 4)],
 )
-def test_alpha_in_the_json_of_peft(config: dict, alpha: float, tmp_path: Path):
-    one_layer(tmp_path / "adapter_model.safetensors", SPELLINGS["peft"](LAYER), rank=4)
+@pytest.mark.parametrize("kind", ["peft", "peft, no model named"])
+def test_alpha_in_the_json_of_peft(kind: str, config: dict, alpha: float, tmp_path: Path):
+    """A state dict of a model with an adapter has no prefix, but the adapter's name, and no alpha either."""
+    one_layer(tmp_path / "adapter_model.safetensors", SPELLINGS[kind](LAYER), rank=4)
     with pytest.warns(UserWarning, match="no adapter_config.json"):
         assert read_lora(tmp_path).layers[LAYER].alpha == 4
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
