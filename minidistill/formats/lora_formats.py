@@ -278,7 +278,9 @@ def read_lora(path: str | Path, scale: float = 1.0) -> LoRAFile:
         elif config := peft_config(path, tensors, metadata):
             alphas = peft_alphas(path, parts, config)
         else:
-            alphas = {n: part["alpha"].item() if "alpha" in part else len(part["down"]) for n, part in parts.items()}
+            alphas = {name: len(part["down"]) for name, part in parts.items()}
+        # An alpha beside its layer counts more than one in the header, which most readers ignore.
+        alphas |= {name: part["alpha"].item() for name, part in parts.items() if "alpha" in part}
         if wrong := [name for name, alpha in alphas.items() if not math.isfinite(alpha)]:
             raise CheckpointError(f"{path} has no finite alpha for {', '.join(wrong)}: make or fetch it again.")
         layers = {name: Pair(parts[name]["down"], parts[name]["up"], alphas[name]) for name in sorted(parts)}

@@ -138,6 +138,13 @@ def test_alpha_of_a_peft_header(config: dict, alpha: float, tmp_path: Path):
     assert read_lora(one_layer(tmp_path / "x", PEFT, header=header, rank=4)).layers[LAYER].alpha == alpha
 
 
+def test_an_alpha_beside_its_layer_counts_more_than_the_header(tmp_path: Path):
+    """As in a file that somebody converted to kohya's names, with its header; ComfyUI reads the tensor."""
+    alpha = {f"{underscored(LAYER)}.alpha": torch.tensor(1.0)}
+    header = {"lora_adapter_metadata": '{"unet.lora_alpha": 6}'}
+    assert read_lora(one_layer(tmp_path / "x", "kohya", alpha, header)).layers[LAYER].alpha == 1
+
+
 def test_half_precision_is_widened(tmp_path: Path):
     save_file({key: tensor.half() for key, tensor in zip((KOHYA, up_key(KOHYA)), pair())}, tmp_path / "x.safetensors")
     assert read_lora(tmp_path / "x.safetensors").layers[LAYER].down.dtype == torch.float32
