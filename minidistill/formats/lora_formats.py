@@ -366,6 +366,11 @@ def is_pair(part: Mapping[str, Tensor]) -> bool:
 
 def our_alphas(path: Path, parts: Parts, metadata: Mapping[str, str]) -> dict[str, float]:
     """The alpha in the header of our own format, for every layer."""
+    if not {"rank", "alpha"} <= metadata.keys():
+        raise CheckpointError(
+            f"{path} is damaged (its header has no rank and alpha): some program saved the tensors without it, so take "
+            "the file that train.py wrote."
+        )
     rank, alpha = int(metadata["rank"]), float(metadata["alpha"])
     if wrong := [name for name, part in parts.items() if len(part["down"]) != rank]:
         raise CheckpointError(f"{path} says rank {rank}, which does not fit {', '.join(wrong)}: the file is damaged.")

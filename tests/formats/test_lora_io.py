@@ -136,6 +136,13 @@ def test_a_header_that_does_not_fit(header: dict, file: Path):
         load_lora(tiny_unet(), file)
 
 
+def test_our_tensors_without_their_header(file: Path):
+    """As a program leaves them that casts the tensors and saves them again. Their strength would be a guess."""
+    save_file(load_file(file), file)
+    with pytest.raises(CheckpointError, match="lora.safetensors is damaged .its header has no rank and alpha"):
+        load_lora(tiny_unet(), file)
+
+
 @pytest.mark.parametrize("failure", [OSError("No space left on device"), KeyboardInterrupt()])
 def test_writing_that_fails_leaves_the_old_file(failure: BaseException, file: Path, monkeypatch: pytest.MonkeyPatch):
     before = file.read_bytes()
