@@ -142,7 +142,7 @@ def test_an_alpha_beside_its_layer_counts_more_than_the_header(tmp_path: Path):
     """As in a file that somebody converted to kohya's names, with its header; ComfyUI reads the tensor."""
     alpha = {f"{underscored(LAYER)}.alpha": torch.tensor(1.0)}
     header = {"lora_adapter_metadata": '{"unet.lora_alpha": 6}'}
-    assert read_lora(one_layer(tmp_path / "x", "kohya", alpha, header)).layers[LAYER].alpha == 1
+    assert read_lora(one_layer(tmp_path / "x", KOHYA, alpha, header)).layers[LAYER].alpha == 1
 
 
 def test_half_precision_is_widened(tmp_path: Path):
