@@ -4,7 +4,7 @@ import ctypes
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -148,10 +148,9 @@ def run(library: ctypes.CDLL, plan: Plan, case: Case) -> Outcome:
     x, W, b = array(M, K, dtype=plan.dtype, stride=stride), weights(N, K, plan.dtype), array(1, N, dtype=plan.dtype)
     A, B, scale = weights(rank, K, torch.float32), weights(N, rank, torch.float32), 0.75 / K**0.5
     y, t = (torch.full((M, n), torch.nan, dtype=plan.dtype) for n in (N, rank))
-    tensors = [x, W, b if case.bias else None, A, B, y, t]
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    none = [i is None or not i.numel() for i in tensors]
-    sizes = [0 if no else ((len(i) - 1) * i.stride(0) + i.shape[1]) * i.itemsize for i, no in zip(tensors, none)]
+    tensors = [x, W, b if case.bias else torch.empty(1, 0), A, B, y, t]
+    pointers = [i.data_ptr() for i in tensors]  # of an empty tensor: null
+    sizes = [((len(i) - 1) * i.stride(0) + i.shape[1]) * i.itemsize if i.numel() else 0 for i in tensors]
     operands = Operands(*pointers, M, N, K, rank, stride, scale, plan.dtype == torch.bfloat16, plan.transposed)
     conflicts = ctypes.c_long()
     error = library.run(
@@ -170,10 +169,9 @@ def run(library: ctypes.CDLL, plan: Plan, case: Case) -> Outcome:
 
 
 BF16, FP16 = torch.bfloat16, torch.float16
-PLANS = [Plan(*sizes) for sizes in product((BF16, FP16), (128, 64), (160, 64), (16, 32, 64, 128), (False, True))]
-PLANS = [plan for plan in PLANS if (plan.BM, plan.BN) in ((128, 160), (64, 64))]
-SM90 = [Plan(*sizes, sm90=True) for sizes in product((BF16, FP16), (128,), (160,), (16, 32, 64, 128), (False, True))]
-PLANS += SM90
+CHOICES = list(product((BF16, FP16), (16, 32, 64, 128), (False, True)))  # dtype, R, transposed
+SM90 = [Plan(dtype, 128, 160, *more, sm90=True) for dtype, *more in CHOICES]
+PLANS = [Plan(dtype, *block, *more) for block in ((128, 160), (64, 64)) for dtype, *more in CHOICES] + SM90
 USUAL = [
     Plan(BF16, 64, 64, 16, False),
     Plan(BF16, 128, 160, 16, False, sm90=True),
@@ -191,11 +189,12 @@ def test_plans_are_those_of_the_launcher():
     assert set(USUAL) < set(PLANS) and len(PLANS) == 32 + 16
 
 
-def plans(some: list[Plan]) -> list:
-    return [*some, *(pytest.param(plan, marks=pytest.mark.slow) for plan in PLANS if plan not in some)]
+def with_slow(every: Iterable, usual: list) -> list:
+    """Parameters of a test: ``every``, all but the ``usual`` ones slow."""
+    return [pytest.param(x, marks=[] if x in usual else pytest.mark.slow) for x in every]
 
 
-@pytest.mark.parametrize("plan", plans(USUAL), ids=str)
+@pytest.mark.parametrize("plan", with_slow(PLANS, USUAL), ids=str)
 def test_agrees_with_float64(plan: Plan, emulated):
     cases = [Case(plan.BM, plan.BN, 64, plan.R), *(random_case(plan, seed) for seed in range(6))]
     cases += [Case(plan.BM - 3, plan.BN, 72, rank=0)] if plan.R == 16 else []
@@ -210,7 +209,7 @@ def test_agrees_with_float64_on_many_shapes(plan: Plan, emulated):
         assert not run(emulated(plan), plan, case).mistake(plan.dtype), case
 
 
-# The emulation has to notice these faults.
+# The emulation has to notice these faults. Each takes seconds to compile: all but two of each kernel are slow tests.
 FAULTS = {
     "too short a wait": ("cp_async_wait<STAGES - 2>();", "cp_async_wait<STAGES - 1>();"),
     "no barrier before a slab": ("sync_threads();               // so have", "// so have"),
@@ -218,8 +217,6 @@ FAULTS = {
     "no swizzle": ("column / 8 ^ row / (8 / PERIOD) % PERIOD", "column / 8"),
     "x read beyond its rows": ("return row < rows && column < columns;", "return row <= rows && column < columns;"),
     "halves of a fragment exchanged": ("x.at(row + i * 16 + lane % 16, k", "x.at(row + i * 16 + (lane ^ 8) % 16, k"),
-}
-MORE_FAULTS = {
     "no commit": ("        cp_async_commit();\n", ""),
     "no barrier after the last slab": ("    sync_threads();  // all threads are done with the slabs\n", ""),
     "no barrier before t is read": ("t_row, 0);\n    sync_threads();\n", "t_row, 0);\n"),
@@ -237,16 +234,12 @@ MORE_FAULTS = {
     "t not stored completely": ("i < ROWS * COLUMNS; i +=", "i < ROWS * COLUMNS - THREADS; i +="),
     "y's lower eight rows stored over the upper": ("tile.at(r + 8, c), pack", "tile.at(r, c), pack"),
 }
-
-
 WAIT = "        fence_proxy_async();\n        wgmma_wait(y_sum[0], t_sum[0]);\n"
 SM90_FAULTS = {
     "no wait for the copy engine": ("mbarrier_wait(arrived(slab), slab / STAGES % 2);", ""),
     "no wait for the products": (WAIT, "        fence_proxy_async();\n"),
     "A stored without a proxy fence": (WAIT, WAIT.replace("fence_proxy_async();", "")),
     "panels too close together": ("Panel::SIZE * 2);", "Panel::SIZE);"),
-}
-MORE_SM90_FAULTS = {
     "a wait for the wrong phase": ("slab / STAGES % 2", "slab % 2"),
     "too few bytes announced": ("2 * (P::X::SIZE + P::W::SIZE)", "2 * P::X::SIZE"),
     "no barrier before a slab": ("sync_threads();  // so has A,", "// so has A,"),
@@ -268,12 +261,6 @@ MORE_SM90_FAULTS = {
 }
 
 
-def with_slow(faults: dict, more: dict) -> list:
-    """Two faults are enough for the ordinary tests: each takes seconds to compile."""
-    first, second, *others = faults
-    return [first, second, *(pytest.param(name, marks=pytest.mark.slow) for name in (*others, *more))]
-
-
 def notices(library: ctypes.CDLL, plan: Plan) -> bool:
     """True if any of a few cases goes wrong."""
     # Enough blocks and slabs to reveal mistakes in synchronisation; then edges, to reveal reads beyond them.
@@ -281,16 +268,16 @@ def notices(library: ctypes.CDLL, plan: Plan) -> bool:
     return any(run(library, plan, case).mistake(plan.dtype) for case in cases)
 
 
-@pytest.mark.parametrize("fault", with_slow(FAULTS, MORE_FAULTS))
+@pytest.mark.parametrize("fault", with_slow(FAULTS, list(FAULTS)[:2]))
 def test_notices(fault: str, emulated):
     plan = Plan(BF16, 64, 64, 16, False)
-    assert notices(emulated(plan, (FAULTS | MORE_FAULTS)[fault]), plan)
+    assert notices(emulated(plan, FAULTS[fault]), plan)
 
 
-@pytest.mark.parametrize("fault", with_slow(SM90_FAULTS, MORE_SM90_FAULTS))
+@pytest.mark.parametrize("fault", with_slow(SM90_FAULTS, list(SM90_FAULTS)[:2]))
 def test_notices_on_hopper(fault: str, emulated):
     plan = Plan(BF16, 128, 160, 16, True, sm90=True)
-    assert notices(emulated(plan, (SM90_FAULTS | MORE_SM90_FAULTS)[fault]), plan)
+    assert notices(emulated(plan, SM90_FAULTS[fault]), plan)
 
 
 # The experiments of tests/gpu: the plans that each changes, and a fault that would go with it.
