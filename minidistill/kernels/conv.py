@@ -45,10 +45,8 @@ def from_rows(rows: Tensor, like: Tensor) -> Tensor:
 
 def base_and_down(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, *window: Sequence[int]) -> tuple[Tensor, Tensor]:
     """x * W + b and x * A, both in channels_last. ``window``: stride, padding, dilation."""
-    return tuple(
-        F.conv2d(x, w, bias, *window).contiguous(memory_format=torch.channels_last)
-        for w, bias in ((W, b), (A.to(x.dtype), None))
-    )
+    y, t = F.conv2d(x, W, b, *window), F.conv2d(x, A.to(x.dtype), None, *window)
+    return y.contiguous(memory_format=torch.channels_last), t.contiguous(memory_format=torch.channels_last)
 
 
 def forward(
@@ -57,12 +55,6 @@ def forward(
     y, t = base_and_down(x, W, b, A, *window)
     to_rows(y).addmm_(to_rows(t), B.flatten(1).to(x.dtype).T, alpha=scale)
     return y, t
-
-
-def fake(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, *window: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    return base_and_down(x, W, b, A, *window)
 
 
 def backward(ctx, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
@@ -78,7 +70,7 @@ def backward(ctx, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
 
 
 torch.library.impl(CONV, "default", forward)
-torch.library.register_fake(CONV, fake)
+torch.library.register_fake(CONV, lambda x, W, b, A, B, scale, *window: base_and_down(x, W, b, A, *window))
 torch.library.register_autograd(CONV, backward, setup_context=setup_context)
 
 

@@ -26,6 +26,7 @@ class Region(NamedTuple):
 
 
 EVERYWHERE = Region(M=0, K=float("inf"), N=float("inf"), rank=128)
+HALF = (torch.float16, torch.bfloat16)  # what the kernel computes in
 
 # By compute capability, a region in which every layer that was measured trains faster with the kernel. Elsewhere "auto"
 # means plain PyTorch. 9.0: an H200, forward and backward in a CUDA graph, at rank 16 (results/gpu). With fewer rows
@@ -44,12 +45,12 @@ def choose_region(
         if reason := obstacle(device):
             print(f"LoRA layers run in plain PyTorch: {reason}.", file=sys.stderr)
             return None
-        if dtype not in (torch.float16, torch.bfloat16):
+        if dtype not in HALF:
             print(
                 f"The fused kernel needs float16 or bfloat16: in {dtype} it runs only under autocast.", file=sys.stderr
             )
         return EVERYWHERE
-    if kernel == "auto" and device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+    if kernel == "auto" and device.type == "cuda" and dtype in HALF:
         region = FASTER.get(torch.cuda.get_device_capability(device))
         if region and any(region.covers(*size) for size in sizes) and not obstacle(device):
             return region
@@ -61,11 +62,10 @@ def fits(region: Region, x: Tensor, W: Tensor, A: Tensor) -> bool:
     (N, K), rank = W.shape, len(A)
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    half = dtype in (torch.float16, torch.bfloat16)
     whole_chunks = N % 8 == 0 and K % 8 == 0  # the kernel moves 16 bytes at a time
     M = x.numel() // K
     addressable = M * max(K, N, rank) < 2**32  # the kernel's offsets have 32 bits
-    return half and whole_chunks and addressable and region.covers(K, N, rank, M)
+    return dtype in HALF and whole_chunks and addressable and region.covers(K, N, rank, M)
 
 
 def addmm_chain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -1,7 +1,6 @@
 """kernels/: the operators, their gradients, the choice between kernel and cuBLAS, and machines without CUDA."""
 
 import copy
-import itertools
 import json
 import shutil
 import subprocess
@@ -153,11 +152,12 @@ def test_under_activation_checkpointing():
 
 def test_auto_follows_from_what_was_measured():
     """On the GPU that was measured, each layer in its region is trained faster with the kernel, in a CUDA graph."""
-    rows = json.loads((ROOT / "results/gpu/h200.json").read_text())["stages"]["table"]
+    table = json.loads((ROOT / "results/gpu/h200.json").read_text())["stages"]["table"]
+    rows = [row for layer in table if " -> " in layer for row in table[layer]]
     region = dispatch.FASTER[9, 0]
     ratios = {
         (row["M"], row["K"], row["N"]): row["seconds"]["fused"] / row["seconds"]["addmm"]
-        for row in itertools.chain(*(rows[layer] for layer in rows if " -> " in layer))
+        for row in rows
         if row["graph"] and row["pass"] == "forward and backward" and row["rank"] == region.rank
     }
     inside = {(M, K, N): ratio for (M, K, N), ratio in ratios.items() if region.covers(K, N, region.rank, M)}
@@ -277,14 +277,12 @@ WINDOWS = {  # kernel size, stride, padding, dilation
 }
 
 
-def conv_formula(
-    x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float, *window: tuple[int, int]
-) -> Tensor:
+def conv_formula(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float, **window) -> Tensor:
     x, W, b, A, B = (tensor.double() for tensor in (x, W, b, A, B))
-    return F.conv2d(x, W, b, *window) + scale * F.conv2d(F.conv2d(x, A, None, *window), B)
+    return F.conv2d(x, W, b, **window) + scale * F.conv2d(F.conv2d(x, A, **window), B)
 
 
-def conv_layer(kind: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
+def conv_layer(kind: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
     """The tensors of a convolution from 8 channels to 16, and its stride, padding and dilation."""
     k, *window = WINDOWS[kind]
     wide = torch.promote_types(dtype, torch.float32)
@@ -293,18 +291,15 @@ def conv_layer(kind: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[t
     tensors |= {"A": randn(3, 8, k, k, seed=3, dtype=wide), "B": randn(16, 3, 1, 1, seed=4, dtype=wide)}
     for name in ("x", "A", "B"):
         tensors[name].requires_grad_()
-    return tensors, [(n, n) for n in window]
+    return tensors, {name: (n, n) for name, n in zip(("stride", "padding", "dilation"), window)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", WINDOWS)
 def test_convolutions(kind: str, dtype: torch.dtype):
     tensors, window = conv_layer(kind, dtype)
-    fused, plain = (
-        gradients(lambda scale, function=function, **layer: function(*layer.values(), scale, *window), tensors)
-        for function in (partial(lora_conv, EVERYWHERE), conv_formula)
-    )
-    for actual, expected in zip(fused, plain):
+    fused, plain = (partial(function, **window) for function in (partial(lora_conv, EVERYWHERE), conv_formula))
+    for actual, expected in zip(gradients(fused, tensors), gradients(plain, tensors)):
         assert error(actual.double(), expected.double()) < 4 * ROUNDING[dtype]
 
 
@@ -312,7 +307,7 @@ def test_convolutions(kind: str, dtype: torch.dtype):
 def test_a_convolution_of_an_empty_batch(kind: str):
     tensors, window = conv_layer(kind, torch.float32)
     tensors["x"] = tensors["x"].detach()[:0].requires_grad_()
-    y = lora_conv(EVERYWHERE, *tensors.values(), 0.7, *window)
+    y = lora_conv(EVERYWHERE, **tensors, scale=0.7, **window)
     y.sum().backward()
     assert y.shape == (0, 16, 7, 6) and tensors["x"].grad.shape == (0, 8, 7, 6) and not tensors["A"].grad.any()
 
@@ -321,7 +316,7 @@ def test_a_convolution_of_an_empty_batch(kind: str):
 def test_opcheck_convolution(layout: torch.memory_format):
     tensors, window = conv_layer("strided", torch.float64)
     tensors["x"] = tensors["x"].detach().contiguous(memory_format=layout).requires_grad_()
-    torch.library.opcheck(OPS.lora_conv.default, (*tensors.values(), 0.7, *window))
+    torch.library.opcheck(OPS.lora_conv.default, (*tensors.values(), 0.7, *window.values()))
 
 
 def test_a_convolution_compiles_under_autocast():
@@ -329,9 +324,8 @@ def test_a_convolution_compiles_under_autocast():
     tensors, window = conv_layer("3x3", torch.float32)
     compiled = torch.compile(partial(lora_conv, EVERYWHERE), fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
-        actual, expected = (
-            conv(*tensors.values(), 0.7, *window) for conv in (compiled, partial(lora_conv, EVERYWHERE))
-        )
+        actual = compiled(**tensors, scale=0.7, **window)
+        expected = lora_conv(EVERYWHERE, **tensors, scale=0.7, **window)
     assert actual.dtype == torch.bfloat16 and torch.equal(actual, expected)
     torch._dynamo.reset()
 
@@ -340,7 +334,7 @@ def test_the_linear_kernel_computes_1x1_convolutions(monkeypatch):
     calls = []
     monkeypatch.setattr(dispatch, "lora_linear", lambda *args: calls.append(1) or lora_linear(*args))
     tensors, window = conv_layer("1x1", torch.bfloat16)
-    y = lora_conv(EVERYWHERE, *tensors.values(), 0.7, *window)
+    y = lora_conv(EVERYWHERE, **tensors, scale=0.7, **window)
     assert calls == [1] and y.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -401,7 +395,7 @@ def test_a_fused_student_is_the_same_student(dtype: torch.dtype, monkeypatch):
         y.square().sum().backward()
         results.append([y.detach(), x.grad, *(p.grad for p in lora_parameters(model))])
         assert not torch.equal(model(x), y)
-    for fused, plain in zip(*reversed(results)):
+    for plain, fused in zip(*results):
         assert error(fused, plain) < 8 * ROUNDING[dtype]
 
 
