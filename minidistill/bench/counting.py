@@ -85,14 +85,3 @@ def count_bytes(make: Callable[[], Update], parts: int = 1) -> dict[str, int]:
             columns["gradients"] = size_of(p.grad for p in update.trained)
             columns["optimizer"] = size_of(x for state in update.optimizer.state.values() for x in state.values())
         return columns | {"peak": live.peak}
-
-
-def count_work(make: Callable[[], Update]) -> float:
-    """Multiply-adds of the backward pass over those of the loss."""
-    with FakeTensorMode():
-        update = make()
-        with Work() as forward:
-            loss = update.loss()
-        with Work() as backward:
-            loss.backward()
-    return backward.multiply_adds / forward.multiply_adds

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from minidistill.bench.counting import Live, count_bytes, count_work
+from minidistill.bench.counting import Live, Work, count_bytes
 from minidistill.bench.output import device_name, find_device, megabytes, new_report, save_report
 from minidistill.bench.peak_memory import in_fresh_process, peak_bytes
 from minidistill.bench.workloads import (
@@ -175,10 +175,11 @@ def run_ledger(args: Namespace) -> None:
     machine = device_name(device) if args.measure else device.type
     report = new_report(args, machine, rank=args.rank, keep_attention=args.keep_attention, sizes={})
     out = args.out or Path("results/memory.json")
+    cases = {key: case for key, case in CASES.items() if case.dtype in (args.dtype or DTYPES)}
     for name in args.size or ("sd15", "sd21", "pocket"):
         size, rows = SIZES[name], {}
         report["sizes"][name] = {"batch": size.batch, "rows": rows}
-        for key, case in tqdm([item for item in CASES.items() if item[1].dtype in (args.dtype or DTYPES)], name):
+        for key, case in tqdm(cases.items(), name):
             with attention(fused=not args.keep_attention):
                 row = ledger(case, size, args.rank, foreach=device.type == "cuda")
             row["measured"] = None
@@ -232,7 +233,13 @@ def step_peak(step: Step, size: Size, rank: int = 16) -> int:
 @cache
 def backward_work(size: Size, below: float) -> float:
     """Multiply-adds of the backward pass, those of the student's call being 1."""
-    return count_work(partial(Case("trajectories", below=below).update, size, torch.device("cpu"), 16, False))
+    with FakeTensorMode():
+        update = Case("trajectories", below=below).update(size, torch.device("cpu"), rank=16, foreach=False)
+        with Work() as forward:
+            loss = update.loss()
+        with Work() as backward:
+            loss.backward()
+    return backward.multiply_adds / forward.multiply_adds
 
 
 def recomputed(size: Size, below: float) -> float:

@@ -38,15 +38,9 @@ def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
     return CLIPConfig(text_config=text | shared, vision_config=images | shared, projection_dim=128)
 
 
-def tokenize(captions: list[str], tokenizer: CLIPTokenizer) -> Tensor:
-    """Captions -> token ids, int64 [B, L], padded to the longest (attention is causal, so padding changes nothing)."""
-    return tokenizer(captions, padding=True, truncation=True, return_tensors="pt").input_ids
-
-
 @torch.no_grad()
-def embed_captions(model: CLIPModel, compositions: Sequence[Composition], tokenizer: CLIPTokenizer) -> Tensor:
-    """The unit embeddings [C, D] of the compositions' captions."""
-    ids = tokenize([c.caption for c in compositions], tokenizer).to(model.device)
+def embed_captions(model: CLIPModel, ids: Tensor) -> Tensor:
+    """Token ids [C, L] -> unit embeddings [C, D]."""
     features = [model.get_text_features(input_ids=some).pooler_output for some in ids.split(1024)]
     return F.normalize(torch.cat(features), dim=-1)
 
@@ -68,7 +62,9 @@ def train_clip(
     torch.manual_seed(0)
     device = renderer.device
     model = CLIPModel(clip_config(tokenizer)).to(device).train()
-    ids = tokenize([c.caption for c in compositions], tokenizer).to(device)  # [C, L]
+    # Padded to the longest: attention is causal, so padding changes nothing.
+    tokens = tokenizer([c.caption for c in compositions], padding=True, truncation=True, return_tensors="pt")
+    ids = tokens.input_ids.to(device)  # [C, L]
     things, rgb = as_tensors(compositions, device)
     precision = partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
     batch = min(batch, len(compositions))
@@ -90,7 +86,7 @@ def train_clip(
     for _ in minimise(symmetric_loss, groups, steps, "clip"):
         model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
 
-    captions = embed_captions(model, compositions, tokenizer)  # [C, D]
+    captions = embed_captions(model, ids)  # [C, D]
 
     def loss_of_images() -> Tensor:
         some = torch.randint(len(compositions), (batch,), device=device)
@@ -123,12 +119,12 @@ def minimise(loss: Callable[[], Tensor], groups: list[dict], steps: int, name: s
             progress.set_postfix(loss=f"{value.item():.3f}")
 
 
-def save_clip(model: CLIPModel, folder: str | Path) -> None:
+def save_clip(model: CLIPModel, folder: Path) -> None:
     """Write `clip/` (the whole CLIPModel) and `text_encoder/` (its text half, where Stable Diffusion has it) in fp16.
 
     Moves ``model`` itself to the CPU and casts it to fp16.
     """
-    clip, text_encoder = Path(folder) / "clip", Path(folder) / "text_encoder"
+    clip, text_encoder = folder / "clip", folder / "text_encoder"
     model = model.cpu().half()
     model.save_pretrained(clip)
     preprocessor = {

@@ -36,7 +36,7 @@ def learn_merges(words: set[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def write_tokenizer(captions: list[str], folder: str | Path) -> None:
+def write_tokenizer(captions: list[str], folder: Path) -> None:
     """Write the files that transformers' CLIPTokenizer reads.
 
     As in CLIP: 256 bytes, the same 256 at the end of a word, the merges, then the two special tokens. The end token is
@@ -60,6 +60,6 @@ def write_tokenizer(captions: list[str], folder: str | Path) -> None:
     }
     for name, content in files.items():
         text = json.dumps(content, ensure_ascii=False, indent=None if name == "vocab.json" else 2)
-        write_text(Path(folder) / name, text + "\n")
+        write_text(folder / name, text + "\n")
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
-    write_text(Path(folder) / "merges.txt", "\n".join(lines) + "\n")
+    write_text(folder / "merges.txt", "\n".join(lines) + "\n")

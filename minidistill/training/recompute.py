@@ -7,12 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    SelectiveCheckpointContext,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from minidistill.blocks import Upsample
 from minidistill.config import UNetConfig
@@ -64,7 +59,7 @@ def call_switched(switch: Switch, enabled: bool, block: Callable[..., Tensor], *
         return block(*args)
 
 
-def policy(below: float, _: SelectiveCheckpointContext, operator: OpOverload, *args, **kwargs) -> CheckpointPolicy:
+def policy(below: float, _: object, operator: OpOverload, *args, **kwargs) -> CheckpointPolicy:
     """A stored number takes the same memory whatever it cost, so dropping the cheap ones saves most for least."""
     expensive = multiply_adds(operator, args) >= below
     return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE

@@ -62,7 +62,7 @@ def test_left_and_right(renderer: Renderer) -> None:
 
 
 def test_as_tensors() -> None:
-    things, rgb = as_tensors([c for c in all_compositions() if c.caption in ("a dog face on a black background",)])
+    things, rgb = as_tensors([c for c in all_compositions() if c.caption == "a dog face on a black background"])
     assert things.tolist() == [[0, NOTHING]] and rgb.tolist() == [[20, 20, 20]]
 
 

@@ -12,12 +12,7 @@ from scenes import FEW, FEW_PAIRS, flat
 from minidistill.config import ScheduleConfig
 from minidistill.evaluate.students import Student, Teacher
 from minidistill.pocket import judge
-from minidistill.pocket.compositions import (
-    COLOURS,
-    THINGS,
-    all_compositions,
-    write_compositions,
-)
+from minidistill.pocket.compositions import COLOURS, THINGS, all_compositions, write_compositions
 from minidistill.pocket.images import render
 from minidistill.schedule import Schedule
 
@@ -146,11 +141,10 @@ def test_a_number_below_one_is_refused_by_its_flag(flag, capsys):
     assert f"argument {flag}" in capsys.readouterr().err
 
 
-def test_a_check_takes_no_students():
-    with pytest.raises(ValueError, match="leave out --lora"):
-        judge.main(["--check", "--lora", "runs/a-run"])
-
-
-def test_one_seed_is_refused():
-    with pytest.raises(ValueError, match="--seeds must be at least 2"):
-        judge.main(["--seeds", "1"])
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [("--check --lora runs/a-run", "leave out --lora"), ("--seeds 1", "--seeds must be at least 2")],
+)
+def test_flags_that_cannot_be_followed_are_refused(flags: str, complaint: str):
+    with pytest.raises(ValueError, match=complaint):
+        judge.main(flags.split())

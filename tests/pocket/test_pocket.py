@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import ROOT
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from minidistill import load
@@ -13,7 +14,7 @@ from minidistill.pocket.clip import clip_config
 from minidistill.pocket.compositions import all_compositions, read_compositions
 from minidistill.pocket.tokenizer import CONTEXT, write_tokenizer
 
-FOLDER = Path(__file__).parents[2] / "weights/pocket-emoji"
+FOLDER = ROOT / "weights/pocket-emoji"
 
 
 def test_size():

@@ -51,10 +51,8 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 
 @pytest.fixture(scope="module")
 def run_flags(flags) -> Callable[..., list[str]]:
-    return lambda out, **changes: [
-        *flags(out, **(dict(steps=UPDATES, trajectories=12, save_every=4) | changes)),
-        "--no-report",
-    ]
+    usual = dict(steps=UPDATES, trajectories=12, save_every=4, dtype="float64")
+    return lambda out, **changes: [*flags(out, **usual | changes), "--no-report"]
 
 
 def torchrun(folder: Path, flags: list[str], happens: str = "9 0 nothing", restarts: int = 0):
@@ -69,7 +67,7 @@ def torchrun(folder: Path, flags: list[str], happens: str = "9 0 nothing", resta
 def two(run_flags, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
     """Two processes, in float64."""
     folder = tmp_path_factory.mktemp("two")
-    return folder / "run", torchrun(folder, run_flags(folder / "run", dtype="float64"))
+    return folder / "run", torchrun(folder, run_flags(folder / "run"))
 
 
 def assert_same_student(one: Path, other: Path) -> None:
@@ -82,7 +80,7 @@ def assert_same_student(one: Path, other: Path) -> None:
 def test_two_processes_learn_what_one_process_does(two, command, run_flags, tmp_path: Path):
     out, run = two
     assert run.returncode == 0, run.stderr
-    assert command("train.py", *run_flags(tmp_path / "one", dtype="float64")).code == 0
+    assert command("train.py", *run_flags(tmp_path / "one")).code == 0
     assert_same_student(out, tmp_path / "one")
     assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=1e-6) and len(losses(out)) == UPDATES
 
@@ -91,7 +89,7 @@ def test_each_shard_is_made_once_and_is_the_same(two, command, run_flags, tmp_pa
     out, _ = two
     made = sorted(line.split()[::-1] for line in (out.parent / "shards.txt").read_text().splitlines())
     assert made == [[f"trajectories-{first:06d}.safetensors", str(i % 2)] for i, first in enumerate((0, 4, 8))]
-    command("train.py", *run_flags(tmp_path / "one", dtype="float64", steps=1))
+    command("train.py", *run_flags(tmp_path / "one", steps=1))
     for name, _ in made:
         assert (out / "states" / name).read_bytes() == (tmp_path / "one/states" / name).read_bytes()
 
@@ -104,7 +102,7 @@ def test_only_rank_0_prints(two):
 
 @pytest.mark.slow
 def test_two_processes_with_the_teacher_in_the_loop(command, run_flags, tmp_path: Path):
-    one, other = (run_flags(tmp_path / name, dtype="float64", method="noised") for name in ("one", "two"))
+    one, other = (run_flags(tmp_path / name, method="noised") for name in ("one", "two"))
     run = torchrun(tmp_path, other)
     assert run.returncode == 0, run.stderr
     command("train.py", *one)
@@ -114,7 +112,7 @@ def test_two_processes_with_the_teacher_in_the_loop(command, run_flags, tmp_path
 def test_a_killed_worker_is_restarted_and_continues(two, run_flags, tmp_path: Path):
     """Without rank 1, rank 0 ends too; torchrun starts both again, and they continue from update 8."""
     out = tmp_path / "run"
-    run = torchrun(tmp_path, [*run_flags(out, dtype="float64"), "--resume"], happens="1 10 SIGKILL", restarts=3)
+    run = torchrun(tmp_path, [*run_flags(out), "--resume"], happens="1 10 SIGKILL", restarts=3)
     assert run.returncode == 0, run.stderr
     assert "another process of this run has stopped" in run.stderr and f"8/{UPDATES}" in run.stderr
     for name in ("lora.safetensors", "metrics.jsonl"):
@@ -124,18 +122,19 @@ def test_a_killed_worker_is_restarted_and_continues(two, run_flags, tmp_path: Pa
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_update(command, run_flags, tmp_path: Path):
     """And in float32, two processes have the losses of one."""
-    run = torchrun(tmp_path, run_flags(tmp_path / "two"), happens="1 7 SIGTERM")
+    one, two = (run_flags(tmp_path / name, dtype="float32") for name in ("one", "two"))
+    run = torchrun(tmp_path, two, happens="1 7 SIGTERM")
     assert run.returncode != 0 and "Saved after 7 of 20 updates" in run.stderr
     assert [file.name for file in (tmp_path / "two/checkpoints").iterdir()].count("step-000007.pt") == 1
-    command("train.py", *run_flags(tmp_path / "one"))
+    command("train.py", *one)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one")[:7], rel=1e-3)
     # One process continues where two stopped.
-    assert command("train.py", *run_flags(tmp_path / "two"), "--resume").code == 0
+    assert command("train.py", *two, "--resume").code == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(run_flags, tmp_path: Path):
-    run = torchrun(tmp_path, run_flags(tmp_path / "run", dtype="float64"), happens="1 5 NaN")
+    run = torchrun(tmp_path, run_flags(tmp_path / "run"), happens="1 5 NaN")
     assert run.returncode != 0 and "At update 6 the loss is nan" in run.stderr
     assert [file.name for file in (tmp_path / "run/checkpoints").iterdir()] == ["step-000004.pt"]
 

@@ -15,6 +15,8 @@ from minidistill import inject_lora
 from minidistill.lora import LoRAModel, lora_parameters
 from minidistill.training.recompute import recompute
 
+BELOW = pytest.mark.parametrize("below", [math.inf, 100.0], ids=["recompute all", "recompute cheap"])
+
 
 def gradients(model: LoRAModel, interleaved: bool) -> list[Tensor]:
     """Gradients of a loss on teacher and student, with other calls between forward and backward if ``interleaved``."""
@@ -31,7 +33,7 @@ def gradients(model: LoRAModel, interleaved: bool) -> list[Tensor]:
     return [z_t.grad, *(p.grad for p in lora_parameters(model))]
 
 
-@pytest.mark.parametrize("below", [math.inf, 100.0], ids=["recompute all", "recompute cheap"])
+@BELOW
 def test_recomputation_sees_the_switch_of_its_own_forward(below: float):
     expected = gradients(tiny_student(dtype=torch.float64), interleaved=False)
     model = tiny_student(dtype=torch.float64)
@@ -43,7 +45,7 @@ def test_recomputation_sees_the_switch_of_its_own_forward(below: float):
     assert max(error(a, b) for a, b in zip(actual, expected)) < 1e-12
 
 
-@pytest.mark.parametrize("below", [math.inf, 100.0], ids=["recompute all", "recompute cheap"])
+@BELOW
 def test_deep_transformers_are_recomputed_one_block_at_a_time(below: float):
     """As in SDXL. Each block's numbers are gone before those of the block below it are computed again."""
     config = replace(TINY_UNET, depth=(2, 0), mid_depth=3)
@@ -59,7 +61,7 @@ def test_deep_transformers_are_recomputed_one_block_at_a_time(below: float):
     assert calls[5 * 3 :] == [2, "2 is done", 1, "1 is done", 0, "0 is done"] * 2
 
 
-@pytest.mark.parametrize("below", [math.inf, 100.0], ids=["recompute all", "recompute cheap"])
+@BELOW
 def test_recomputation_set_up_before_injection_is_an_error(below: float):
     """Not a wrong gradient: the backward pass would recompute with the switch off."""
     unet = tiny_unet().double()

@@ -18,8 +18,6 @@ from minidistill.training.bookkeeping import Progress
 from minidistill.training.distributed import Ranks
 from minidistill.training.sources import SOURCES
 
-ALONE = "--no-report"
-
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list:
@@ -34,40 +32,37 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list:
     return pairs
 
 
-def guided_everywhere(
-    sd: StableDiffusion, batch, guidance: float, negative: str = ""
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The prediction of W without guidance, and with it."""
+def guided_everywhere(sd: StableDiffusion, batch, negative: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """The prediction of W without guidance, and with guidance 4."""
     with torch.no_grad():
         eps = sd.unet(batch.z_t, batch.t, batch.cond)
         eps_uncond = sd.unet(batch.z_t, batch.t, sd.encode_prompt([negative]).expand(len(batch)))
-    return eps, eps_uncond + guidance * (eps - eps_uncond)
+    return eps, eps_uncond + 4 * (eps - eps_uncond)
 
 
 def test_an_interval_between_the_stored_steps_is_refused(command, flags, tmp_path: Path):
     """The teacher guides at t = 41, but only every third shard keeps that step. In the loop, every t is learned."""
     settings = dict(sample_steps=25, trajectories=4, batch=4)
-    complaint = command("train.py", *flags(tmp_path / "run", **settings), "--interval", 40, 50, ALONE).complaint
+    complaint = command("train.py", *flags(tmp_path / "run", **settings), "--interval", 40, 50, "--no-report").complaint
     assert "--interval: none of the DDIM steps" in complaint and "widen it, or take more steps" in complaint
     assert not list((tmp_path / "run").rglob("*.safetensors"))  # nor has the teacher sampled
     three_shards = flags(tmp_path / "shards", **settings | dict(trajectories=12))
     assert command("train.py", *three_shards, "--interval", 40, 50, ALONE).code == 0
     noised = flags(tmp_path / "noised", **settings, source="noised")
-    assert command("train.py", *noised, "--interval", 40, 50, ALONE).code == 0
+    assert command("train.py", *noised, "--interval", 40, 50, "--no-report").code == 0
     few = flags(tmp_path / "few", **settings | dict(sample_steps=24, student_steps=2))
-    assert command("train.py", *few, "--interval", 40, 50, ALONE).code == 0
+    assert command("train.py", *few, "--interval", 40, 50, "--no-report").code == 0
 
 
 @pytest.mark.parametrize("source", ["trajectories", "noised"])
 def test_targets_are_guided_within_the_interval(source: str, seen: list, command, flags, sd, tmp_path: Path):
     """And the plain prediction elsewhere, for each example of a batch: computed again for every state learned from."""
-    run = flags(
-        tmp_path / "run", source=source, guidance=4, steps=12, save_every=12, lr=0.003
-    )  # the LoRA must show if it is on
-    assert command("train.py", *run, "--interval", 300, 600, ALONE).code == 0
+    # At this learning rate the LoRA would show if it were on.
+    run = flags(tmp_path / "run", source=source, guidance=4, steps=12, save_every=12, lr=0.003)
+    assert command("train.py", *run, "--interval", 300, 600, "--no-report").code == 0
     counts = {True: 0, False: 0}
     for batch, target in seen:
-        eps, guided = guided_everywhere(sd, batch, 4.0)
+        eps, guided = guided_everywhere(sd, batch)
         inside = (batch.t >= 300) & (batch.t <= 600)
         expected = torch.where(inside[:, None, None, None], guided, eps)
         assert (target - expected).abs().max() < 5e-3 * expected.abs().max()  # trajectories are stored as float16
@@ -83,17 +78,17 @@ def test_targets_are_guided_everywhere_without_an_interval(
     source: str, negative: str, seen: list, command, flags, sd, tmp_path: Path
 ):
     run = flags(tmp_path / "run", source=source, guidance=4, negative_prompt=negative)
-    assert command("train.py", *run, ALONE).code == 0
+    assert command("train.py", *run, "--no-report").code == 0
     for batch, target in seen:
-        _, guided = guided_everywhere(sd, batch, 4.0, negative)
+        _, guided = guided_everywhere(sd, batch, negative)
         assert (target - guided).abs().max() < 5e-3 * guided.abs().max()
-    _, other = guided_everywhere(sd, seen[0][0], 4.0, "a cat")
+    _, other = guided_everywhere(sd, seen[0][0], "a cat")
     assert (seen[0][1] - other).abs().max() > 2e-2 * other.abs().max()
 
 
 def test_the_interval_is_recorded(whole_run, command, flags, tmp_path: Path):
     """In the student's header and in the shards; without an interval there is no such entry."""
-    assert command("train.py", *flags(tmp_path / "run"), "--interval", 300, 700.5, ALONE).code == 0
+    assert command("train.py", *flags(tmp_path / "run"), "--interval", 300, 700.5, "--no-report").code == 0
     file = read_lora(tmp_path / "run/lora.safetensors")
     assert file.metadata["interval"] == "300 700.5" and file.interval == Interval(300, 700.5)
     shards = list((tmp_path / "run/states").glob("*.safetensors"))
@@ -132,7 +127,7 @@ def test_the_teacher_is_asked_in_one_call_or_two(command, flags, unet_calls: lis
     """--batched-teacher changes the loss by rounding alone."""
     for name, more in [("two", []), ("one", ["--batched-teacher"])]:
         run = flags(tmp_path / name, source="noised")
-        assert command("train.py", *run, "--interval", 300, 700, *more, ALONE).code == 0
+        assert command("train.py", *run, "--interval", 300, 700, *more, "--no-report").code == 0
         assert (8 in unet_calls) == (name == "one")  # of a batch of 4
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-3)
 
@@ -140,7 +135,7 @@ def test_the_teacher_is_asked_in_one_call_or_two(command, flags, unet_calls: lis
 def test_trajectories_that_another_run_made_are_used(whole_run, command, flags, tmp_path: Path):
     """--states shares them: nothing is sampled again, and the student is the same."""
     shards = {file: file.stat().st_mtime_ns for file in (whole_run[0] / "states").glob("*.safetensors")}
-    assert command("train.py", *flags(tmp_path / "run", states=whole_run[0] / "states"), ALONE).code == 0
+    assert command("train.py", *flags(tmp_path / "run", states=whole_run[0] / "states"), "--no-report").code == 0
     assert same_result(tmp_path / "run", whole_run[0]) and not (tmp_path / "run/states").exists()
     assert shards == {file: file.stat().st_mtime_ns for file in shards}
 
@@ -161,7 +156,7 @@ def test_shards_hold_states_or_ends_alone(
     source: str, states: set[str], command, flags, tiny_model: Path, prompts_file: Path, tmp_path: Path
 ):
     """And no shard holds a held-out prompt."""
-    assert command("train.py", *flags(tmp_path / "run", source=source, steps=1), ALONE).code == 0
+    assert command("train.py", *flags(tmp_path / "run", source=source, steps=1), "--no-report").code == 0
     shards = [load_file(file) for file in (tmp_path / "run/states").glob("*.safetensors")]
     assert shards and all(set(shard) == {"z_0", "prompt", "t"} | states for shard in shards)
     captions, held_out = prompt_split(tiny_model, prompts_file)
