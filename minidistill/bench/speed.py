@@ -188,8 +188,9 @@ def run(args: Namespace) -> None:
         counts = {"steps": size.steps, "timed_steps": steps, "batch": size.batch, "repeats": repeats}
         report["sizes"][name] = counts | {"rows": table}
         write_json(args.out, report)
-        for row, who in tqdm(contestants(rows, peers), "peak memory") if args.memory else ():
-            if row != "unet_compiled":
+        if args.memory:
+            eager = [row for row in rows if row != "unet_compiled"]
+            for row, who in tqdm(contestants(eager, peers), "peak memory"):
                 table[row][f"{who}_bytes"] = in_fresh_process(peak_memory, replace(setup, timed_steps=1), row, who)
         print(f"\n{markdown(name, report['sizes'][name])}", flush=True)
         save_report(report, args.out)

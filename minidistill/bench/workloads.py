@@ -213,11 +213,14 @@ def sample(setup: Setup, who: str, how: str) -> Workload:
         return peer_guided_image(setup.peer_unet(), z_T, setup.contexts(1), GUIDANCE, steps, timed_steps)
     cond, uncond = setup.contexts(1)
     unet = setup.unet() if how in ("guided", "batched") else setup.lora_unet(zero=how == "merged")
+    if how == "guided":
+        model = guided(unet, cond, uncond, GUIDANCE)
+    elif how == "batched":
+        model = partial(batched_guided_noise, unet, cond=cond, uncond=uncond, guidance=GUIDANCE)
+    else:
+        model = student_predictor(unet, cond)
     if how == "merged":
         merge_lora(unet)  # adds zero: the shared weights stay as they are, and any merged LoRA takes the same time
-    models = {"guided": guided(unet, cond, uncond, GUIDANCE)}
-    models["batched"] = lambda z_t, t: batched_guided_noise(unet, z_t, t, cond, uncond, GUIDANCE)
-    model = models.get(how) or student_predictor(unet, cond)
     schedule = Schedule.from_config(config.ScheduleConfig())
     return lambda: tuple(islice(ddim_sample(model, schedule, z_T, steps), timed_steps))
 

@@ -136,7 +136,8 @@ def make_vae(args: Namespace, renderer: Renderer, trained: list[Composition]) ->
     if is_complete(folder):
         read_part(folder, vae)
     if args.more == "vae" or not is_complete(folder):
-        state = args.out / f"vae{' further' * (args.more == 'vae')}, {args.vae_steps} updates of {args.vae_batch}.pt"
+        part = "vae further" if args.more == "vae" else "vae"
+        state = args.out / f"{part}, {args.vae_steps} updates of {args.vae_batch}.pt"
         how = dict(compiled=args.compile, bfloat16=args.bf16)
         vae = train_vae(vae, new_images, state, args.vae_steps, decoder_only=has_unet, **how)
         if not has_unet:
@@ -153,8 +154,9 @@ def make_unet(
 ) -> None:
     """Train the UNet, or the one in --out further, and write it."""
     folder, unet = args.out / "unet", UNet(POCKET_UNET).to(args.device)
-    lr = args.unet_lr or (FURTHER_LEARNING_RATE if is_complete(folder) else LEARNING_RATE)
-    if is_complete(folder):
+    part, lr = "unet", args.unet_lr or LEARNING_RATE
+    if args.more == "unet":
+        part, lr = "unet further", args.unet_lr or FURTHER_LEARNING_RATE
         read_part(folder, unet)
     text_encoder = CLIPTextModel.from_pretrained(args.out / "text_encoder", dtype=torch.float32).to(args.device)
     prompts = [c.caption for c in trained] + [""]
@@ -165,8 +167,7 @@ def make_unet(
     captions = torch.arange(len(trained), device=args.device).repeat_interleave(args.renders)
     schedule = Schedule.from_config(ScheduleConfig()).to(args.device)
     data = Captioned(latents, captions, contexts[:-1], contexts[-1], schedule)
-    further = " further" * (args.more == "unet")
-    state = args.out / f"unet{further}, {args.unet_steps} updates of {args.unet_batch} at {lr:g}.pt"
+    state = args.out / f"{part}, {args.unet_steps} updates of {args.unet_batch} at {lr:g}.pt"
     how = dict(compiled=args.compile, bfloat16=args.bf16)
     unet = train_unet(unet, data, state, args.unet_steps, args.unet_batch, lr, **how)
     write_part(folder, published_unet(POCKET_UNET), unet.state_dict())

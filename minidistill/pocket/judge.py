@@ -195,7 +195,9 @@ def main(argv: list[str] | None = None) -> None:
     for number, things in enumerate(("one", "two"), start=1):
         chosen = [i for i, c in enumerate(compositions) if len(c.emoji) == number]
         some = [compositions[i] for i in chosen]
-        for method, images in judged.items() if some else ():
+        if not some:  # --limit left out this kind
+            continue
+        for method, images in judged.items():
             images = images.unflatten(0, (-1, args.seeds))[chosen].flatten(0, 1)
             rows.append(row(method, things, judge(images, some, classifier, stamps), images, some))
     print(f"{len(compositions)} held-out compositions, {args.seeds} images each\n\n{table(rows)}")

@@ -104,8 +104,8 @@ def train_classifier(renderer: Renderer, steps: int = 2000, batch: int = 32) -> 
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     progress = tqdm(range(steps), desc="classifier", unit="step")
     for step in progress:
-        things = torch.randint(len(THINGS), (batch, 2))
-        if not (pair := step % 2 == 1):
+        things, pair = torch.randint(len(THINGS), (batch, 2)), step % 2 == 1
+        if not pair:
             things[:, 1] = NOTHING
         images = renderer.draw(things, torch.randint(6, 250, (batch, 3)))
         x = blur(images.float() / 255, 1.5 * torch.rand(()).item())

@@ -180,8 +180,11 @@ def provenance(command: str, argv: Sequence[str]) -> dict[str, str]:
     if not shutil.which("git"):
         return dict(command=line, commit="unknown")
     head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True)
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=here, capture_output=True).returncode
-    return dict(command=line, commit=head.stdout.strip() + "+" * bool(changed) if head.stdout else "unknown")
+    commit = head.stdout.strip() or "unknown"
+    diff = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=here, capture_output=True)
+    if head.stdout and diff.returncode:
+        commit += "+"
+    return dict(command=line, commit=commit)
 
 
 def run_command(program: str, doc: str, commands: Mapping[str, ModuleType], argv: Sequence[str]) -> None:

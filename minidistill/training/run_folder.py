@@ -144,8 +144,10 @@ def resume(
             if contents(settings[name]) != contents(saved.get(name, "None"))  # None: newer than the checkpoint
         ]
         if differing:
-            left_out = " None is a flag that was left out." * any(flag.endswith(" None") for flag in differing)
-            raise ValueError(f"{file} was made with {', '.join(differing)}: give the same, or another --out.{left_out}")
+            message = f"{file} was made with {', '.join(differing)}: give the same, or another --out."
+            if any(flag.endswith(" None") for flag in differing):
+                message += " None is a flag that was left out."
+            raise ValueError(message)
         with torch.no_grad():
             for p, value in zip(trained, state["trained"], strict=True):
                 p.copy_(value)

@@ -133,14 +133,14 @@ def choose_steps(args: argparse.Namespace) -> None:
 
 def header(args: argparse.Namespace, base: str, prediction: str) -> dict[str, str]:
     """The metadata of a result's file: which teacher the student learned from, and how to sample with it."""
-    said = dict(base=base, guidance=f"{args.guidance:g}", method=args.method, prediction=prediction)
+    metadata = dict(base=base, guidance=f"{args.guidance:g}", method=args.method, prediction=prediction)
     if args.negative_prompt is not None:
-        said |= dict(negative_prompt=args.negative_prompt)
+        metadata["negative_prompt"] = args.negative_prompt
     if args.interval:
-        said |= dict(interval=str(args.interval))
+        metadata["interval"] = str(args.interval)
     if args.student_steps:
-        said |= dict(student_steps=str(args.student_steps), teacher_steps=str(args.sample_steps))
-    return said
+        metadata |= dict(student_steps=str(args.student_steps), teacher_steps=str(args.sample_steps))
+    return metadata
 
 
 def prepare_teacher(sd: StableDiffusion, lora: ScaledFile | None) -> dict[str, str]:

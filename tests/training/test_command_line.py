@@ -171,7 +171,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (args.out, args.lora, args.model) == (tmp_path / "x", (tmp_path / "y", 0.5), Path("~no-such-user/z"))
 
 
-def test_a_model_and_a_lora_in_the_home_folder(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_model_in_the_home_folder(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tiny_model.parent))
     assert load(f"~/{tiny_model.name}").path == tiny_model
 
