@@ -110,6 +110,16 @@ def test_the_report_is_of_the_interval_and_the_negative_prompt(command, flags, t
     assert "300 <= t <= 600" in report and set(negative) == {"a rocket"}
 
 
+def test_resuming_with_another_interval_is_refused(whole_run, command, flags, tmp_path: Path):
+    run = [*flags(tmp_path / "run"), "--no-report"]
+    assert command("train.py", *run, "--interval", 300, 700).code == 0
+    complaint = command("train.py", *run, "--interval", 300, 800, "--resume").complaint
+    assert "--interval 300 700" in complaint
+    assert "--interval 300 700" in command("train.py", *run, "--resume").complaint
+    complaint = command("train.py", *flags(whole_run[0]), "--interval", 300, 800, "--resume").complaint
+    assert "--interval None" in complaint and "(" not in complaint.split("--interval")[1]
+
+
 def test_an_interval_with_swapped_ends_is_refused(command, flags, tmp_path: Path):
     for script, more in [("train.py", flags(tmp_path / "run")), ("sample.py", ["a red apple"])]:
         complaint = command(script, *more, "--interval", 700, 300).complaint
