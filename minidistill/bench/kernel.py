@@ -21,11 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minidistill.bench.output import add_out_flag, new_report, save_report
+from minidistill.bench.output import add_out_flag, new_report, save_report, save_so_far
 from minidistill.bench.workloads import SIZES, Setup, distil, error
 from minidistill.config import SD15_UNET, UNetConfig
 from minidistill.evaluate.tables import markdown_table
-from minidistill.formats.files import write_json
 from minidistill.kernels.build import obstacle
 from minidistill.kernels.dispatch import addmm_chain
 from minidistill.kernels.linear import lora_linear
@@ -256,7 +255,7 @@ def run(args: Namespace) -> None:
         faulthandler.dump_traceback_later(SECONDS_A_LAYER, exit=True)  # a kernel that hangs would hold the GPU for ever
         report["rows"] += measure(shape, rank, dtype, args.repeats, not args.no_compile)
         faulthandler.cancel_dump_traceback_later()
-        write_json(args.out, report)
+        save_so_far(report, args.out)
     print(markdown(report["rows"]))
     limit = f"{report['operations_per_second'] / 1e12:.0f} TFLOP/s, {report['bytes_per_second'] / 1e12:.2f} TB/s"
     print(f"{report['device']}, which reaches {limit}; torch {report['torch']}.")

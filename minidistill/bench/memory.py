@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from minidistill.bench.counting import Live, Work, count_bytes
-from minidistill.bench.output import device_name, find_device, megabytes, new_report, save_report
+from minidistill.bench.output import device_name, find_device, megabytes, new_report, save_report, save_so_far
 from minidistill.bench.peak_memory import in_fresh_process, peak_bytes
 from minidistill.bench.workloads import (
     GUIDANCE,
@@ -42,7 +42,6 @@ from minidistill.bench.workloads import (
 )
 from minidistill.data.trajectories import PROMPTS_AT_ONCE
 from minidistill.evaluate.tables import markdown_table
-from minidistill.formats.files import write_json
 from minidistill.guidance import guided_noise
 from minidistill.text import TwoTextEncoders, encode_tokens
 from minidistill.training.command_line import out_file, positive_int
@@ -187,9 +186,9 @@ def run_ledger(args: Namespace) -> None:
                 how = (case, size, device, args.rank, args.keep_attention)
                 row["measured"] = in_fresh_process(measured, *how, **RETURN_FREED_MEMORY)
             rows[key] = {"row": case.row, "dtype": case.dtype, "recompute": case.below > 0} | row
-            write_json(out, report)
+            save_so_far(report, out)
         print(f"\n{markdown(name, rows)}\n\nMB, batch {size.batch}.\n", flush=True)
-        save_report(report, out)
+    save_report(report, out)
     print(NOTES)
 
 

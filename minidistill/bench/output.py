@@ -45,6 +45,11 @@ def new_report(args: Namespace, device: str, **facts: object) -> dict:
     return args.provenance | machine | facts
 
 
+def save_so_far(report: dict, out: Path) -> None:
+    """Keep the measurements so far; ``evaluate summary`` refuses them, as a table may lack rows and columns."""
+    write_json(out, report | {"partial": True})
+
+
 def save_report(report: dict, out: Path) -> None:
     write_json(out, report)
     print(f"Wrote {out}", flush=True)

@@ -20,12 +20,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidistill.bench.output import add_out_flag, device_name, find_device, megabytes, new_report, save_report
+from minidistill.bench.output import (
+    add_out_flag,
+    device_name,
+    find_device,
+    megabytes,
+    new_report,
+    save_report,
+    save_so_far,
+)
 from minidistill.bench.peak_memory import in_fresh_process, peak_bytes
 from minidistill.bench.timing import take_turns
 from minidistill.bench.workloads import GUIDANCE, IMAGES, PEERS, ROWS, SIZES, SMALLEST, Setup, error
 from minidistill.evaluate.tables import markdown_table
-from minidistill.formats.files import write_json
 from minidistill.training.command_line import DEFAULT_DEVICE, positive_int
 
 # The largest difference between correct implementations, relative to the largest value.
@@ -187,12 +194,13 @@ def run(args: Namespace) -> None:
         table = measure(setup, repeats, rows, peers)
         counts = {"steps": size.steps, "timed_steps": steps, "batch": size.batch, "repeats": repeats}
         report["sizes"][name] = counts | {"rows": table}
-        write_json(args.out, report)
+        save_so_far(report, args.out)
         if args.memory:
             eager = [row for row in rows if row != "unet_compiled"]
             for row, who in tqdm(contestants(eager, peers), "peak memory"):
                 table[row][f"{who}_bytes"] = in_fresh_process(peak_memory, replace(setup, timed_steps=1), row, who)
         print(f"\n{markdown(name, report['sizes'][name])}", flush=True)
-        save_report(report, args.out)
+        save_so_far(report, args.out)
+    save_report(report, args.out)
     versions = ", ".join(map(" ".join, report["versions"].items()))
     print(f"{report['device']}, {report['threads']} threads, {args.dtype}, rank {args.rank}; {versions}")

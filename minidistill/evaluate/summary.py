@@ -33,9 +33,9 @@ def run(args: Namespace) -> None:
 
 def summary(results: Path) -> dict:
     """The contents of summary.json for a folder of results."""
-    quality, memory = read_json(results / "evaluation/results.json"), read_json(results / "memory.json")
-    measured = {size: read_json(results / f"memory-{size}.json") for size in ("pocket", "sd15")}
-    benches = {size: read_json(results / f"bench-{size}.json") for size in ("pocket", "sd15")}
+    quality, memory = read_json(results / "evaluation/results.json"), read_bench(results / "memory.json")
+    measured = {size: read_bench(results / f"memory-{size}.json") for size in ("pocket", "sd15")}
+    benches = {size: read_bench(results / f"bench-{size}.json") for size in ("pocket", "sd15")}
     methods = {row["method"]: row for row in quality["rows"]}
     if STUDENT not in methods or not set(MEASURES.values()) <= set(methods[STUDENT]):
         raise ValueError(
@@ -54,6 +54,14 @@ def summary(results: Path) -> dict:
     report["memory"] = memory["sizes"] | source(memory)
     report["memory"]["measured"] = {size: one["sizes"][size] | source(one) for size, one in measured.items()}
     report["peers"] = {size: peer_ratios(one["sizes"][size]["rows"]) | source(one) for size, one in benches.items()}
+    return report
+
+
+def read_bench(file: Path) -> dict:
+    """What a benchmark wrote. Raises ValueError if it was stopped before its end."""
+    report = read_json(file)
+    if report.get("partial"):
+        raise ValueError(f"{file} was stopped before its end: run {report['command']} again.")
     return report
 
 

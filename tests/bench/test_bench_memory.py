@@ -176,12 +176,23 @@ def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys)
     bench.main(["memory", "--size", "pocket", "--out", str(tmp_path / "memory.json"), "--measure", "--device", "cpu"])
     report = json.loads((tmp_path / "memory.json").read_text())
     rows = report["sizes"]["pocket"]["rows"]
+    assert "partial" not in report
     assert list(rows) == list(CASES) and rows["full/float32"]["measured"] is None  # too large
     assert "| plain distillation | bfloat16 | yes | 2 | 0 | 0 | 0 | 4 | -20% |  |  |" in capsys.readouterr().out
     assert report["command"].startswith("python -m minidistill.bench memory --size pocket --out")
     bench.main(["memory", "--size", "pocket", "--out", str(tmp_path / "half.json"), "--dtype", "bfloat16"])
     half = json.loads((tmp_path / "half.json").read_text())["sizes"]["pocket"]["rows"]
     assert list(half) == [name for name in CASES if "bfloat16" in name]
+
+
+def test_a_table_that_is_stopped_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where all rows of the first size are there."""
+    rows = [dict.fromkeys(COLUMNS, 100) for _ in CASES]
+    monkeypatch.setattr(memory, "ledger", lambda *_, **__: rows.pop())
+    with pytest.raises(IndexError):
+        bench.main(["memory", "--size", "pocket", "sd15", "--out", str(tmp_path / "memory.json")])
+    report = json.loads((tmp_path / "memory.json").read_text())
+    assert report["partial"] and list(report["sizes"]["pocket"]["rows"]) == list(CASES)
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")

@@ -61,6 +61,7 @@ def test_every_row_in_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [result["rows"][name]["calls"] for name in ("guided", "batched", "merged", SELECTIVE[1])] == [6, 3, 3, 4]
     assert report["command"].startswith("python -m minidistill.bench speed --size pocket")
     assert report["command"].endswith("--memory") and report["commit"]
+    assert "partial" not in report
     assert report["torch"] == torch.__version__ and report["versions"]["torch"] == version("torch")
 
     printed = capsys.readouterr().out
@@ -77,7 +78,7 @@ def test_times_are_kept_if_a_peak_cannot_be_measured(tmp_path: Path, monkeypatch
     with pytest.raises(ChildProcessError):
         run(tmp_path / "bench.json", "--memory")
     report = json.loads((tmp_path / "bench.json").read_text())
-    assert list(report["sizes"]["pocket"]["rows"]) == MEASURED + SELECTIVE
+    assert list(report["sizes"]["pocket"]["rows"]) == MEASURED + SELECTIVE and report["partial"]
 
 
 def test_without_peers_their_columns_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

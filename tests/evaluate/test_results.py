@@ -20,6 +20,7 @@ from tiny import ROOT, fill_up, randn
 
 from minidistill import CheckpointError, StableDiffusion, inject_lora, load, load_lora, save_lora
 from minidistill.bench.__main__ import COMMANDS as BENCH_COMMANDS
+from minidistill.bench.output import save_so_far
 from minidistill.config import ScheduleConfig
 from minidistill.data.prompts import prompt_split, spread
 from minidistill.data.trajectories import generate
@@ -492,6 +493,14 @@ def test_a_summary_needs_the_student_and_its_measures(tmp_path: Path):
     for name in ("evaluation/results", "memory", "memory-pocket", "memory-sd15", "bench-pocket", "bench-sd15"):
         write(tmp_path, f"{name}.json", {"rows": rows, "sizes": {}})
     with pytest.raises(ValueError, match="guidance-lora with .*identity by template"):
+        summary(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["memory", "memory-sd15", "bench-pocket"])
+def test_a_benchmark_that_was_stopped_is_not_summarized(name: str, tmp_path: Path):
+    shutil.copytree(ROOT / "results", tmp_path, dirs_exist_ok=True)
+    save_so_far(json.loads((tmp_path / f"{name}.json").read_text()), tmp_path / f"{name}.json")
+    with pytest.raises(ValueError, match=f"{name}.json was stopped before its end: run python -m minidistill."):
         summary(tmp_path)
 
 
