@@ -179,10 +179,11 @@ def test_impossible_sizes_are_refused_before_any_work(height: int, width: int, s
         sd.sample([APPLE], steps=1, height=height, width=width)
 
 
-def test_a_long_prompt_warns_about_what_is_cut_off(sd: StableDiffusion):
+@pytest.mark.parametrize("more", ["cat", "rocket cat"])
+def test_a_long_prompt_warns_about_what_is_cut_off(more: str, sd: StableDiffusion):
     read = " ".join(["apple"] * (TOKENS - 2))
-    with pytest.warns(UserWarning, match=f'{TOKENS} tokens.*Cut off: "rocket cat"') as warned:
-        cond = sd.encode_prompt([f"{read} rocket cat"])
+    with pytest.warns(UserWarning, match=f'{TOKENS} tokens.*Cut off: "{more}"') as warned:
+        cond = sd.encode_prompt([f"{read} {more}"])
     assert len(warned) == 1 and warned[0].filename == __file__  # the caller's line
     assert torch.equal(cond.tokens, sd.encode_prompt([read]).tokens)
 

@@ -211,6 +211,10 @@ def test_more_trajectories_are_added_to_existing_ones(sd: StableDiffusion, tmp_p
     assert contents(tmp_path / "grown") == contents(tmp_path / "at once")
 
 
+def other_schedule(**changes) -> Callable[[StableDiffusion], object]:
+    return lambda sd: setattr(sd, "schedule", replace(sd.schedule, **changes))
+
+
 CHANGES: dict[str, Callable[[StableDiffusion], object]] = {
     "unet": lambda sd: sd.unet.conv_out.weight[0, 0, 0, 0].add_(1e-6),
     "heads": lambda sd: setattr(sd.unet, "config", replace(sd.unet.config, heads=(4, 4))),
@@ -218,7 +222,10 @@ CHANGES: dict[str, Callable[[StableDiffusion], object]] = {
     "activation": lambda sd: setattr(sd.text_encoder.config, "hidden_act", "gelu"),
     "tokenizer": lambda sd: setattr(sd.tokenizer, "pad_token", "!"),
     "width": lambda sd: setattr(sd, "width", 2 * sd.width),
-    "schedule": lambda sd: setattr(sd, "schedule", replace(sd.schedule, final_alpha=torch.tensor(1.0))),
+    "last step": other_schedule(final_alpha=torch.tensor(1.0)),
+    "noise levels": other_schedule(alphas_cumprod=torch.linspace(0.9, 0.1, 1000)),
+    "time steps": other_schedule(steps_offset=0),
+    "prediction": other_schedule(prediction="v"),
 }
 
 

@@ -203,11 +203,14 @@ def test_the_time_of_an_image_is_without_moves_and_prompts(sd: StableDiffusion, 
     assert draw(sd, "teacher", PROMPTS[:3], steps=3, guidance=GUIDANCE, batch=2).seconds == (2 * 6 + 3 * 10) / 3
 
 
-def test_methods_start_from_the_same_noise(sd: StableDiffusion):
-    """An untrained student is the teacher without guidance, pixel by pixel."""
+@pytest.mark.parametrize("student_steps, spacing", [(None, "leading"), (2, "trailing")])
+def test_methods_start_from_the_same_noise(student_steps: int | None, spacing: str, sd: StableDiffusion):
+    """An untrained student is the teacher without guidance, pixel by pixel; the negative prompt is its teacher's."""
     sd.unet = inject_lora(sd.unet, rank=2)
-    student, unguided = (draw(sd, method, PROMPTS, steps=2, guidance=GUIDANCE) for method in ("student", "no guidance"))
-    assert all(np.array_equal(a, b) for a, b in zip(student.images, unguided.images))
+    options = dict(steps=2, guidance=GUIDANCE, negative_prompt="a cat", student_steps=student_steps)
+    expected = sd.sample(PROMPTS, steps=2, guidance=1, spacing=spacing, seed=EVALUATION_SEED)
+    for method in ("student", "no guidance"):
+        assert all(map(np.array_equal, draw(sd, method, PROMPTS, **options).images, expected))
 
 
 def test_grid_shows_every_image(sd: StableDiffusion):

@@ -54,6 +54,10 @@ def test_small(case: str, tmp_path: Path) -> None:
     for height, width in ((32, 32), (16, 40)):
         differences = errors(ours, theirs, height, width, torch.float64)
         assert max(differences.values()) <= 1e-9, differences
+    for vae in (ours, theirs):  # log variances out of bounds, below and above
+        vae.quant_conv.bias.data[4:6] = torch.tensor([-50.0, 50.0])
+    x = randn(1, 3, 16, 16).double()
+    assert error(ours.posterior(x)[1], theirs.encode(x).latent_dist.logvar) <= 1e-9
 
 
 @pytest.mark.parametrize("convolutions", [False, True], ids=["linear", "1x1 convolution"])
