@@ -167,7 +167,7 @@ def test_the_rest_of_the_folder_is_copied(run: Path, tiny_model: Path):
     shutil.copytree(tiny_model, run / "model")
     (run / "model/unet/diffusion_pytorch_model.fp16.safetensors").touch()  # not merged, like the next
     (run / "model/v1-5-pruned.ckpt").touch()
-    (run / "model/clip").mkdir()
+    shutil.copytree(run / "model/vae", run / "model/clip")
     merge(run, run / "model", run / "out")
     files = {str(path.relative_to(tiny_model)) for path in tiny_model.rglob("*") if path.is_file()}
     found = {str(path.relative_to(run / "out")) for path in (run / "out").rglob("*") if path.is_file()}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -805,6 +806,9 @@ def test_a_folder_of_the_hubs_cache(folder: Path, tmp_path: Path, capsys) -> Non
     (root / "refs").mkdir()
     (root / "refs/main").write_text("new")
     assert load(root).path == root / "snapshots/new" and "using" in capsys.readouterr().err
+    (root / "refs/main").unlink()
+    os.utime(root / "snapshots/old", (0, 0))
+    assert load(root).path == root / "snapshots/new"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
