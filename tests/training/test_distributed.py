@@ -167,8 +167,11 @@ def test_one_process_joins_no_group(command, run_flags, tmp_path: Path, monkeypa
     assert command("train.py", *run_flags(tmp_path / "run", steps=1)).code == 0
 
 
-def test_local_rank_alone_is_one_process(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+@pytest.mark.parametrize("name, value", [("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")])
+def test_half_of_torchruns_variables_is_one_process(name: str, value: str, monkeypatch: pytest.MonkeyPatch):
+    """A cluster may set either for a job of its own."""
+    for variable in ("LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, value)
     with process_group("cpu") as ranks:
         assert ranks == Ranks()
