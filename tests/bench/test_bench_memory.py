@@ -22,6 +22,7 @@ from minidistill.lora import inject_lora
 from minidistill.unet import UNet
 
 RANK = 4
+COUNTED = dict.fromkeys(("weights", "gradients", "optimizer", "saved", "peak"), 100)
 CPU = torch.device("cpu")
 
 
@@ -187,8 +188,8 @@ def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys)
 
 def test_a_table_that_is_stopped_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where all rows of the first size are there."""
-    rows = [dict.fromkeys(COLUMNS, 100) for _ in CASES]
-    monkeypatch.setattr(memory, "ledger", lambda *_, **__: rows.pop())
+    rows = [COUNTED] * len(CASES)
+    monkeypatch.setattr(memory, "ledger", lambda *_, **__: dict(rows.pop()))
     with pytest.raises(IndexError):
         bench.main(["memory", "--size", "pocket", "sd15", "--out", str(tmp_path / "memory.json")])
     report = json.loads((tmp_path / "memory.json").read_text())
@@ -211,9 +212,9 @@ def test_measured_against_the_ledger(size: str) -> None:
 def test_measured_peaks_are_of_fresh_processes_with_the_case_and_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, counted = [], dict.fromkeys(("weights", "gradients", "optimizer", "saved", "peak"), 100)
+    calls = []
     monkeypatch.setitem(SIZES, "pocket", TINY)
-    monkeypatch.setattr(memory, "ledger", lambda case, *_, **__: counted)
+    monkeypatch.setattr(memory, "ledger", lambda *_, **__: dict(COUNTED))
     monkeypatch.setattr(memory, "in_fresh_process", lambda *args, **env: calls.append((args, env)) or 110)
     flags = ["--size", "pocket", "--device", "cpu", "--rank", "3", "--keep-attention", "--measure"]
     bench.main(["memory", *flags, "--out", str(tmp_path / "memory.json")])
