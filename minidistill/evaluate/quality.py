@@ -155,10 +155,12 @@ def read_judge(name: str | None) -> ModuleType | None:
     """Import a module with ``measures(pixels, prompts)`` and ``rendered(prompts, side)``. Raises ValueError."""
     if not name:
         return None
+    if not all(map(str.isidentifier, name.split("."))):
+        raise ValueError(f"--judge {name} is not the name of a module, such as minidistill.pocket.judge.")
     try:
         judge = importlib.import_module(name)
         _ = judge.measures, judge.rendered
-    except (ImportError, AttributeError, TypeError) as error:  # TypeError: a name that begins with a dot
+    except (ImportError, AttributeError) as error:
         raise ValueError(f"--judge {name}: {error}") from error
     return judge
 

@@ -466,8 +466,8 @@ def test_bad_input_is_refused_before_sampling(
     run: Path, evaluate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(StableDiffusion, "sample", lambda *_, **__: pytest.fail("sampled"))
-    for judge in ("nonsense", "./nonsense.py"):
-        with pytest.raises(ValueError, match=f"--judge {judge}"):
+    for judge, why in (("nonsense", "No module named"), ("./nonsense.py", "is not the name of a module")):
+        with pytest.raises(ValueError, match=f"--judge {judge}:? {why}"):
             evaluate(run, "--judge", judge)
     with pytest.raises(ValueError, match="embedded model's captions"):
         evaluate(run, "--judge", "minidistill.pocket.judge")
