@@ -104,8 +104,8 @@ def interval_noise(
     inside = interval.includes(t)  # [B]
     if not inside.any():
         return unet(z_t, t, cond)
-    scale = 1 + (guidance - 1) * inside.to(z_t.dtype)  # s inside, 1 outside
-    return guided_call(unet, z_t, t, cond, uncond, scale[:, None, None, None])
+    scale = 1 + (guidance - 1) * inside.to(z_t.dtype)  # [B]: s inside, 1 outside
+    return guided_call(unet, z_t, t, cond, uncond, scale)
 
 
 def plain(unet: UNetCall, cond: Conditioning) -> Predictor:

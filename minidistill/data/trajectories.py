@@ -144,7 +144,7 @@ def generate(
 
 
 def strided(timesteps: Sequence[int], stride: int, shard: int) -> list[int]:
-    """The steps that the teacher takes in a shard, by its number: the first, and with an offset every n-th."""
+    """The steps that the teacher takes in shard number ``shard``: the first, and every n-th from an offset."""
     return [t for i, t in enumerate(timesteps) if i == 0 or i % stride == shard % stride]
 
 

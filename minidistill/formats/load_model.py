@@ -217,8 +217,9 @@ def read_tokenizer(folder: Path | None, encoder: CLIPTextConfig, pad_token: str 
     with reading(folder):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    added = tokenizer.get_added_vocab()
     # Every word is a byte, or two that merge, or added whole. A merges.txt that was cut off still reads.
-    whole = {"".join(pair) for pair in bpe["merges"]} | tokenizer.get_added_vocab().keys()
+    whole = {"".join(pair) for pair in bpe["merges"]} | added.keys()
     if lost := [word for word in bpe["vocab"] if len(word.removesuffix("</w>")) > 1 and word not in whole]:
         raise CheckpointError(f'{folder} is damaged (no merge makes the token "{lost[0]}"): fetch it again.')
     if len(tokenizer) > encoder.vocab_size:
@@ -226,7 +227,6 @@ def read_tokenizer(folder: Path | None, encoder: CLIPTextConfig, pad_token: str 
             f"{folder} and the text encoder are of different models: the tokenizer has {len(tokenizer)} tokens, and "
             f"the encoder knows {encoder.vocab_size}. Name the tokenizer that belongs to it with --tokenizer FOLDER."
         )
-    added = tokenizer.get_added_vocab()
     if several := next((word for word in added if f"{word}_1" in added), None):  # diffusers writes it out in prompts
         raise CheckpointError(
             f'{folder} has a learned word of several embeddings ("{several}", "{several}_1", ...), which minidistill '

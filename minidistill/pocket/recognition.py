@@ -121,8 +121,12 @@ def train_classifier(renderer: Renderer, steps: int = 2000, batch: int = 32) -> 
 
 
 def load_classifier(work: Path, emoji: Path) -> nn.Sequential:
-    """The classifier of today's things, in these images of them; trained if ``work`` has none, in a few minutes."""
-    path, images = work / "judge.safetensors", b"".join(find_emoji(thing, emoji).read_bytes() for thing in THINGS)
+    """The classifier in ``work`` for THINGS and their images in ``emoji``.
+
+    If the one there learned others, or there is none, it is trained first, which takes a few minutes.
+    """
+    path = work / "judge.safetensors"
+    images = b"".join(find_emoji(thing, emoji).read_bytes() for thing in THINGS)
     learned = {"things": " ".join(THINGS), "images": digest(images)}
     if not path.exists() or not learned.items() <= read_tensors(path)[1].items():
         write_tensors(path, train_classifier(Renderer(emoji)).state_dict(), learned)
