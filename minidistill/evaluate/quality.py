@@ -155,7 +155,7 @@ def read_judge(name: str | None) -> ModuleType | None:
     """Import a module with ``measures(pixels, prompts)`` and ``rendered(prompts, side)``. Raises ValueError."""
     if not name:
         return None
-    if not all(map(str.isidentifier, name.split("."))):
+    if name.startswith("."):  # import_module takes it for a relative name
         raise ValueError(f"--judge {name} is not the name of a module, such as minidistill.pocket.judge.")
     try:
         judge = importlib.import_module(name)
