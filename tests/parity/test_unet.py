@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import error, shake
+from torch import Tensor
 
 from minidistill.conditioning import Conditioning
 from minidistill.config import SD15_UNET, SD21_BASE_UNET, SD21_UNET
@@ -16,7 +17,7 @@ from minidistill.formats.model_configs import SCHEDULE_KEYS, UNET_KEYS, VAE_KEYS
 from minidistill.formats.model_folder import read_weights
 from minidistill.guidance import away_from
 from minidistill.training.recompute import recompute
-from minidistill.unet import UNet
+from minidistill.unet import Attention, UNet
 
 from .helpers import SD1, SD2, diffusers, randn, write_small
 
@@ -53,6 +54,20 @@ def test_small(case: str, tmp_path: Path) -> None:
         context = randn(2, length, style["cross_attention_dim"], seed=1)
         with torch.no_grad():
             assert error(ours(z_t, t, context), theirs(z_t, t, context).sample) <= 1e-9
+
+
+@pytest.mark.parametrize("upcast, inside", [(True, torch.float32), (False, torch.float16)])
+def test_upcast_attention(upcast: bool, inside: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SD 2.1's scores overflow in float16. Float64 cannot show this, and diffusers' fused attention does not upcast."""
+    seen = set()
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        seen.update(x.dtype for x in (q, k, v))
+        return v
+
+    monkeypatch.setattr("minidistill.unet.attention", attention)
+    layer = Attention(16, 16, 2, upcast).half()
+    assert layer(torch.ones(1, 3, 16, dtype=torch.float16)).dtype == torch.float16 and seen == {inside}
 
 
 @pytest.mark.parametrize("style", [SD1, SD2, SD2 | dict(transformer_layers_per_block=2)], ids=["sd1", "sd2", "deep"])
