@@ -114,8 +114,8 @@ UNET_KEYS: Keys = {
 }
 VAE_KEYS: Keys = {
     "latent_channels": ("latent_channels", 4),
-    "widths": ("block_out_channels", (64,)),
-    "layers": ("layers_per_block", 1),
+    "widths": ("block_out_channels", (128, 256, 512, 512)),
+    "layers": ("layers_per_block", 2),
     "groups": ("norm_num_groups", 32),
     "scaling_factor": ("scaling_factor", 0.18215),
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 from minidistill.conditioning import Conditioning
 from minidistill.config import SD15_UNET, SD21_BASE_UNET, SD21_UNET
 from minidistill.formats.load_model import build, load
-from minidistill.formats.model_configs import SCHEDULE_KEYS, UNET_KEYS, VAE_KEYS, Keys, read_unet_config
+from minidistill.formats.model_configs import SCHEDULE_KEYS, UNET_KEYS, Keys, read_unet_config
 from minidistill.formats.model_folder import read_weights
 from minidistill.guidance import away_from
 from minidistill.training.recompute import recompute
@@ -167,10 +167,7 @@ def test_presets_differ_as_published() -> None:
     assert changed == {"upcast_attention", "sample_size"}
 
 
-@pytest.mark.parametrize(
-    "network, keys",
-    [("UNet2DConditionModel", UNET_KEYS), ("AutoencoderKL", VAE_KEYS), ("DDIMScheduler", SCHEDULE_KEYS)],
-)
+@pytest.mark.parametrize("network, keys", [("UNet2DConditionModel", UNET_KEYS), ("DDIMScheduler", SCHEDULE_KEYS)])
 def test_a_setting_that_is_absent_has_diffusers_default(network: str, keys: Keys) -> None:
     defaults = {
         name: parameter.default
