@@ -62,7 +62,7 @@ def main(args: argparse.Namespace, ranks: Ranks, resources: ExitStack) -> None:
     recorded = fixed_settings(args, sd, weights, style, source.stamp)
     losses = resume(out, trained, optimizer, recorded)  # empty in a new run
     result = student.result(out, args)
-    if any(map(Path.exists, results)) and not losses and (args.student == "full" or not checkpoint_files(out)):
+    if any(path.exists() for path in results) and not losses and (args.student == "full" or not checkpoint_files(out)):
         raise ValueError(f"{out} holds a result, and no checkpoint to continue from: name another --out.")
     complete = result.exists() and len(losses) == args.steps  # only the report is missing
     ranks.broadcast([p.data for p in trained])  # GPUs of two kinds may draw different random numbers

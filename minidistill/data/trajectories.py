@@ -144,7 +144,10 @@ def generate(
 
 
 def strided(timesteps: Sequence[int], stride: int, shard: int) -> list[int]:
-    """The steps that the teacher takes in shard number ``shard``: the first, and every n-th from an offset."""
+    """The time steps that the teacher visits in shard number ``shard``: the first, and every ``stride``-th.
+
+    The choice shifts from shard to shard, so that ``stride`` shards cover all steps.
+    """
     return [t for i, t in enumerate(timesteps) if i == 0 or i % stride == shard % stride]
 
 
