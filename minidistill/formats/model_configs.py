@@ -327,7 +327,7 @@ def read_schedule_config(file: Path, prediction: str | None, xl: bool = False) -
             **pick(contents, SCHEDULE_KEYS),
             prediction=prediction or PREDICTIONS[published],
             steps_offset=contents.get("steps_offset", 0) if xl else 1,  # diffusers' pipeline of SD 1.x and 2.x insists
-            set_alpha_to_one=contents.get("set_alpha_to_one", kind == "DDIMScheduler"),
+            set_alpha_to_one=contents.get("set_alpha_to_one", kind != "PNDMScheduler"),  # the others end without noise
             spacing="trailing" if spacing == "trailing" else "leading",
         )
         if config.beta_schedule not in ("scaled_linear", "linear"):

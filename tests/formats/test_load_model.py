@@ -334,6 +334,7 @@ def test_every_tensor_that_does_not_fit_is_listed(part: str, folder: Path) -> No
         (dict(_class_name="PNDMScheduler", skip_prk_steps=True), False, 0.02),
         (dict(_class_name="DDIMScheduler", steps_offset=0, beta_end=0.012), True, 0.012),
         (dict(_class_name="DDIMScheduler", set_alpha_to_one=False), False, 0.02),
+        (dict(_class_name="EulerDiscreteScheduler"), True, 0.02),  # ends at sigma 0
     ],
 )
 def test_defaults_of_samplers(config: dict, alpha_to_one: bool, beta_end: float, folder: Path) -> None:

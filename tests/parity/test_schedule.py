@@ -1,5 +1,9 @@
 """The schedule and DDIM compared with diffusers' DDIMScheduler, with the settings of Stable Diffusion."""
 
+import json
+from pathlib import Path
+
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -7,6 +11,7 @@ from tiny import error
 from torch import Tensor
 
 from minidistill.config import ScheduleConfig
+from minidistill.formats.model_configs import read_schedule_config
 from minidistill.samplers import ddim_sample
 from minidistill.schedule import Schedule, add_noise, velocity
 
@@ -68,6 +73,15 @@ def test_every_ddim_step(eta: float, prediction: str, set_alpha_to_one: bool, st
     for t, actual in zip(theirs.timesteps, ours, strict=True):
         z_t = theirs.step(model(z_t, t[None]), t, z_t, eta=eta, generator=reference_generator).prev_sample
         assert error(actual, z_t) <= 1e-9, f"at t={t}"
+
+
+@pytest.mark.parametrize("kind", ["DDIM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep"])
+def test_the_end_of_another_sampler(kind: str, tmp_path: Path) -> None:
+    """DDIM made from its configuration ends at the same noise level. (PNDM has a default of its own.)"""
+    written = getattr(diffusers, f"{kind}Scheduler")()
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": f"{kind}Scheduler"}))
+    ours = Schedule.from_config(read_schedule_config(tmp_path / "config.json", None))
+    assert ours.final_alpha == DDIMScheduler.from_config(written.config).final_alpha_cumprod
 
 
 def test_add_noise_and_velocity() -> None:
