@@ -1,5 +1,6 @@
 """LoRA files exchanged with diffusers and peft give the same images in both directions."""
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import levels
-from torch import nn
+from torch import Tensor, nn
 
 from minidistill import inject_lora, load, load_lora, merge_lora, save_lora
 from minidistill.export import __main__ as export
@@ -25,6 +26,7 @@ from .helpers import POCKET, PROMPTS, SD1, SD2, diffusers, randn, write_small
 
 peft = pytest.importorskip("peft", reason="diffusers needs peft for LoRA")
 
+STEPS = 2  # of a picture: the second starts from what the LoRA made of the noise
 ATTENTION, CONVOLUTIONS, EVERYTHING = ["*.attentions.*"], ["*.attentions.*", "*.resnets.*"], ["*"]
 STUDENTS = [
     *((rank, alpha, targets) for rank, alpha in [(1, 1), (4, 6), (64, 64)] for targets in (ATTENTION, CONVOLUTIONS)),
@@ -56,6 +58,11 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
+@pytest.fixture(scope="module", params=STUDENTS, ids=str)
+def student(request: pytest.FixtureRequest, small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_student(small, tmp_path_factory.mktemp("student") / "lora.safetensors", *request.param)
+
+
 @torch.no_grad()
 def write_student(model: Path, path: Path, rank: int, alpha: float, targets: list[str]) -> Path:
     student = inject_lora(load(model).unet, rank, alpha, targets)
@@ -65,11 +72,15 @@ def write_student(model: Path, path: Path, rank: int, alpha: float, targets: lis
     return path
 
 
-def pipeline(model: Path, lora: Path | None = None):
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+@cache
+def as_it_is(model: Path):
+    return diffusers.StableDiffusionPipeline.from_pretrained(
         model, torch_dtype=torch.float32, safety_checker=None, local_files_only=True
     )
-    return with_lora(pipe, lora)
+
+
+def pipeline(model: Path, lora: Path | None = None):
+    return with_lora(copy.deepcopy(as_it_is(model)), lora)
 
 
 def with_lora(pipe, lora: Path | None):
@@ -80,23 +91,27 @@ def with_lora(pipe, lora: Path | None):
     return pipe
 
 
+@cache
+def starting_noise(model: Path, side: int) -> Tensor:
+    return load(model).starting_noise([3, 4], height=side, width=side)
+
+
 def draw_theirs(pipe, model: Path, side: int = 32) -> np.ndarray:
-    z_T = load(model).starting_noise([3, 4], height=side, width=side)
-    options = dict(height=side, width=side, num_inference_steps=5, guidance_scale=1)
-    return levels(pipe(PROMPTS, latents=z_T, **options).images)
+    options = dict(height=side, width=side, num_inference_steps=STEPS, guidance_scale=1)
+    return levels(pipe(PROMPTS, latents=starting_noise(model, side), **options).images)
 
 
+@cache
 def draw_ours(model: Path, lora: Path | None, side: int = 32) -> np.ndarray:
     """Like sample.py: merged, one call per step."""
     sd = load(model)
     if lora:
         sd.unet = load_lora(sd.unet, lora)
         merge_lora(sd.unet)
-    options = dict(steps=5, seed=3, height=side, width=side, guidance=None if lora else 1)
+    options = dict(steps=STEPS, seed=3, height=side, width=side, guidance=None if lora else 1)
     return levels(sd.sample(PROMPTS, lora_enabled=lora is not None, **options))
 
 
-@cache
 def without_lora(model: Path, side: int) -> np.ndarray:
     return draw_ours(model, None, side)
 
@@ -123,14 +138,10 @@ def same_pictures(model: Path, written: Path, lora: Path, side: int = 32) -> Non
     assert np.abs(found - without_lora(model, side)).max() > 8  # the LoRA has a visible effect
 
 
-@pytest.mark.parametrize("rank, alpha, targets", STUDENTS)
 @pytest.mark.parametrize("to", ["peft", "kohya"])
-def test_diffusers_draws_what_we_draw(
-    to: str, rank: int, alpha: float, targets: list[str], small: Path, tmp_path: Path
-) -> None:
-    lora = write_student(small, tmp_path / "lora.safetensors", rank, alpha, targets)
-    export.main([str(lora), "--to", to])
-    same_pictures(small, tmp_path / f"lora-{to}.safetensors", lora)
+def test_diffusers_draws_what_we_draw(to: str, student: Path, small: Path) -> None:
+    export.main([str(student), "--to", to])
+    same_pictures(small, student.with_name(f"lora-{to}.safetensors"), student)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -165,7 +176,7 @@ def test_ranks_and_alphas_that_differ(tensors, small: Path, tmp_path: Path) -> N
     write_tensors(tmp_path / "mixed.safetensors", tensors(LoRAFile(file.path, layers, {})), {})
     sd = load(small)
     merge_file(sd.unet, LoRAFile(file.path, layers, {}))
-    ours = levels(sd.sample(PROMPTS, steps=5, seed=3, guidance=1, height=32, width=32))
+    ours = levels(sd.sample(PROMPTS, steps=STEPS, seed=3, guidance=1, height=32, width=32))
     assert np.abs(ours - draw_ours(small, tmp_path / "mixed.safetensors")).max() <= 1
     assert np.abs(ours - draw_theirs(pipeline(small, tmp_path / "mixed.safetensors"), small)).max() <= 1
 
