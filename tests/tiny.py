@@ -2,7 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +80,13 @@ def listing(folder: Path) -> dict[Path, int]:
 def edit_json(file: Path, changes: dict) -> None:
     """Replace or add entries of a JSON file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def in_fork(function: Callable, *args: object) -> None:
+    """Call ``function`` in a fork of this process, which has imported PyTorch already; raises what it raises."""
+    # Of PyTorch's threads, a fork has only the one that made it.
+    with ProcessPoolExecutor(1, get_context("fork"), torch.set_num_threads, (1,)) as fork:
+        fork.submit(function, *args).result()
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
