@@ -3,8 +3,8 @@
 import io
 import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -145,9 +145,8 @@ def test_folders_near_a_model_get_advice(tiny_model: Path, tmp_path: Path):
 def test_the_default_model_is_that_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Elsewhere its path must not look like a hub id, which would be fetched."""
     monkeypatch.chdir(tmp_path)
-    shown = "from minidistill.training.command_line import DEFAULT_MODEL; print(DEFAULT_MODEL.resolve())"
-    found = subprocess.run([sys.executable, "-c", shown], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert found.stdout.strip() == str(ROOT / "weights/pocket-emoji")
+    names = runpy.run_path(str(ROOT / "minidistill/training/command_line.py"))
+    assert names["DEFAULT_MODEL"].resolve() == ROOT / "weights/pocket-emoji"
 
 
 def test_a_missing_model_names_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
