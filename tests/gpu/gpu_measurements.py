@@ -71,8 +71,8 @@ def milliseconds(
 
 def free_memory(task: Task) -> None:
     """Give unused memory back, and forget the peak so far."""
-    gc.collect()
     if not task.dry:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
