@@ -17,7 +17,7 @@ from minidistill.bench import memory
 from minidistill.bench.counting import Live
 from minidistill.bench.memory import CASES, Case, ledger
 from minidistill.bench.peak_memory import in_fresh_process
-from minidistill.bench.workloads import SIZES, Size, attention
+from minidistill.bench.workloads import SIZES, attention
 from minidistill.lora import inject_lora
 from minidistill.unet import UNet
 
@@ -27,8 +27,8 @@ CPU = torch.device("cpu")
 
 
 @cache
-def tiny(name: str, **how) -> dict[str, int]:
-    return ledger(CASES[name], TINY, RANK, **how)
+def tiny(case: Case, **how) -> dict[str, int]:
+    return ledger(case, TINY, RANK, **how)
 
 
 def parameters(lora: bool = False) -> list[nn.Parameter]:
@@ -69,17 +69,17 @@ def test_columns_match_the_parameters(dtype: str, itemsize: int) -> None:
     weights = itemsize * numbers
     step = 4  # AdamW counts the updates of each tensor
 
-    sampling = tiny(f"sampling/{dtype}")
+    sampling = tiny(CASES[f"sampling/{dtype}"])
     assert (sampling["weights"], sampling["saved"]) == (weights, 0) and weights < sampling["peak"]
     assert sampling["gradients"] == sampling["optimizer"] == 0
 
-    full, plain = tiny(f"full/{dtype}"), tiny(f"plain/{dtype}")
+    full, plain = tiny(CASES[f"full/{dtype}"]), tiny(CASES[f"plain/{dtype}"])
     assert full["weights"] == full["gradients"] == plain["gradients"] == weights
     assert full["optimizer"] == plain["optimizer"] == 2 * weights + step * tensors
     assert plain["weights"] == 2 * weights
     assert plain["saved"] == full["saved"] + 4 * TINY.batch * 4 * 8 * 8  # the teacher's prediction
 
-    noised, trajectories = tiny(f"noised/{dtype}"), tiny(f"trajectories/{dtype}")
+    noised, trajectories = tiny(CASES[f"noised/{dtype}"]), tiny(CASES[f"trajectories/{dtype}"])
     assert noised["weights"] == trajectories["weights"] == weights + 4 * low_rank  # the LoRA is always float32
     assert noised["gradients"] == trajectories["gradients"] == 4 * low_rank
     assert noised["optimizer"] == 8 * low_rank + step * len(pairs)
@@ -88,18 +88,18 @@ def test_columns_match_the_parameters(dtype: str, itemsize: int) -> None:
 
 @pytest.mark.parametrize("row", ["full", "noised"])
 def test_recomputation_lowers_saved_and_no_other_column(row: str) -> None:
-    kept, recomputed = tiny(f"{row}/float32"), tiny(f"{row}/float32/recompute")
+    kept, recomputed = tiny(CASES[f"{row}/float32"]), tiny(CASES[f"{row}/float32/recompute"])
     assert recomputed["saved"] < kept["saved"] / 2 and recomputed["peak"] < kept["peak"]
     assert all(recomputed[column] == kept[column] for column in ("weights", "gradients", "optimizer"))
 
 
 def test_on_cuda_adamw_copies_what_it_trains() -> None:
-    recompute = tiny("full/float32/recompute"), tiny("full/float32/recompute", foreach=True)
+    recompute = tiny(CASES["full/float32/recompute"]), tiny(CASES["full/float32/recompute"], foreach=True)
     assert 5 * recompute[1]["weights"] <= recompute[1]["peak"] and recompute[0]["peak"] < recompute[1]["peak"]
 
 
 def test_keeping_attention_matrices() -> None:
-    fused = tiny("full/float32")["saved"]
+    fused = tiny(CASES["full/float32"])["saved"]
     with attention(fused=False):
         kept = ledger(CASES["full/float32"], TINY, RANK)["saved"]
     heads, tokens = 2, 64
@@ -117,9 +117,9 @@ def test_8_bits_halve_w_and_change_no_other_column() -> None:
     assert plain["peak"] - small["peak"] > sum(p.numel() for p in stored) - 2 * 2 * max(p.numel() for p in stored)
 
 
-def saved_bytes(case: Case, size: Size) -> int:
+def saved_bytes(case: Case) -> int:
     """What autograd's own hooks see it keep of real tensors, without parameters and inputs."""
-    update = case.update(size, CPU, 16, foreach=False)
+    update = case.update(TINY, CPU, RANK, foreach=False)
     known = {p.untyped_storage().data_ptr() for p in update.weights}
     saved: dict[int, Tensor] = {}
 
@@ -137,9 +137,8 @@ def saved_bytes(case: Case, size: Size) -> int:
     "name", ["full/float32", "noised/float32", pytest.param("noised/bfloat16", marks=pytest.mark.slow)]
 )
 def test_saved_is_what_autograd_keeps_of_real_tensors(name: str) -> None:
-    """At pocket size. The inputs, which the ledger does not count, are less than one per cent."""
-    size = SIZES["pocket"]
-    assert saved_bytes(CASES[name], size) == pytest.approx(ledger(CASES[name], size)["saved"], rel=0.01)
+    """The inputs, which the ledger does not count, are less than one per cent."""
+    assert saved_bytes(CASES[name]) == pytest.approx(tiny(CASES[name])["saved"], rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +151,8 @@ def test_saved_is_what_autograd_keeps_of_real_tensors(name: str) -> None:
     ids=str,
 )
 def test_the_peak_is_the_allocators(case: Case, tmp_path: Path) -> None:
-    """At pocket size, on real tensors: torch's profiler logs every allocation, also inside kernels."""
-    size = SIZES["pocket"]
-    update = case.update(size, CPU, 16, foreach=False)
+    """On real tensors: torch's profiler logs every allocation, also inside kernels."""
+    update = case.update(TINY, CPU, RANK, foreach=False)
     update()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
@@ -164,7 +162,7 @@ def test_the_peak_is_the_allocators(case: Case, tmp_path: Path) -> None:
     logged = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
     totals = [e["args"]["Total Allocated"] for e in logged]
     above = max(totals) - (totals[0] - logged[0]["args"]["Bytes"])
-    row = ledger(case, size)
+    row = tiny(case)
     assert above + row["weights"] + row["optimizer"] == pytest.approx(row["peak"], rel=0.01)
 
 
