@@ -238,20 +238,23 @@ POCKET = Setup(replace(TINY, unet=POCKET_UNET, tokens=20), torch.device("cpu"), 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 
 
+@pytest.fixture(scope="module")
+def our_peak() -> int:
+    return in_fresh_process(speed.peak_memory, POCKET, "unet_alike", "ours")
+
+
 @needs_proc
-def test_memory_of_a_fresh_process() -> None:
-    peak = in_fresh_process(speed.peak_memory, POCKET, "unet", "ours")
+def test_memory_of_a_fresh_process(our_peak: int) -> None:
     with torch.device("meta"):
         weights = 4 * sum(p.numel() for p in UNet(POCKET_UNET).parameters())
-    assert weights < peak < 10 * weights
+    assert weights < our_peak < 10 * weights
 
 
 @needs_peers
 @needs_proc
-def test_the_peers_memory_is_without_its_imports() -> None:
+def test_the_peers_memory_is_without_its_imports(our_peak: int) -> None:
     """A UNet call with the same weights takes what ours takes; importing diffusers' UNet takes 38 MB more."""
-    ours, theirs = (in_fresh_process(speed.peak_memory, POCKET, "unet_alike", who) for who in ("ours", "peer"))
-    assert theirs < 1.3 * ours
+    assert in_fresh_process(speed.peak_memory, POCKET, "unet_alike", "peer") < 1.3 * our_peak
 
 
 def test_a_fresh_process_that_fails_is_named() -> None:
