@@ -1,11 +1,12 @@
 """A complete Stable Diffusion of tiny widths and random weights, in the official layout; how tests compare results."""
 
 import json
+import multiprocessing
 import shutil
+import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import Process
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,19 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def fork(run: Callable[[], object], log: Path) -> Process:
+    """Call a function in a fork of this process, which need not import everything again. It prints into a file."""
+
+    def work() -> None:
+        torch.set_num_threads(1)  # a fork has no others
+        sys.stdout = sys.stderr = log.open("a", buffering=1)
+        run()
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
 def listing(folder: Path) -> dict[Path, int]:
     """Every file in a folder and when it was last changed, to see that nothing was written."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -80,13 +94,6 @@ def listing(folder: Path) -> dict[Path, int]:
 def edit_json(file: Path, changes: dict) -> None:
     """Replace or add entries of a JSON file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def in_fork(function: Callable, *args: object) -> None:
-    """Call ``function`` in a fork of this process, which has imported PyTorch already; raises what it raises."""
-    # Of PyTorch's threads, a fork has only the one that made it.
-    with ProcessPoolExecutor(1, get_context("fork"), torch.set_num_threads, (1,)) as fork:
-        fork.submit(function, *args).result()
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

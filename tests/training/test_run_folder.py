@@ -4,10 +4,11 @@ import hashlib
 import io
 import os
 import re
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
+import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import IO
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ROOT, UPDATES, edit_json, listing, losses, same_result
+from tiny import ROOT, UPDATES, edit_json, fork, listing, losses, same_result
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from minidistill.data import shards
@@ -101,18 +102,21 @@ def test_interrupted_while_the_teacher_samples(asked: int, whole_run, command, f
 
 def test_ctrl_c_from_outside(flags, tmp_path: Path):
     """A process gets a signal from another: it saves, says how to continue, and ends soon."""
-    command = [sys.executable, str(ROOT / "train.py"), *flags(tmp_path / "run", steps=100_000, save_every=100_000)]
-    process = subprocess.Popen(
-        [*command, "--no-report"], env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE
-    )
-    seen = b""
-    while not re.search(rb"distilling.* [1-9]\d*/100000", seen):
-        seen += (byte := process.stderr.read(1))
-        assert byte, seen.decode()
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=300)[1].decode()
-    assert process.returncode != 0 and "Traceback" not in rest
-    done = re.search(r"after (\d+) of 100000.*--resume", rest.splitlines()[-1])[1]
+    run, log = flags(tmp_path / "run", steps=100_000, save_every=100_000), tmp_path / "log.txt"
+
+    def script() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored when the tests run in the background
+        sys.argv = ["train.py", *run, "--no-report"]
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+    process = fork(script, log)
+    while not (log.exists() and re.search(r"distilling.* [1-9]\d*/100000", log.read_text())):
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(timeout=300)
+    assert process.exitcode and "Traceback" not in log.read_text()
+    done = re.search(r"after (\d+) of 100000.*--resume", log.read_text().splitlines()[-1])[1]
     assert len(losses(tmp_path / "run")) == int(done) > 0
 
 
