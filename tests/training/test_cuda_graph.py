@@ -42,16 +42,17 @@ class CpuGraph(TorchDispatchMode):
         if operation.overloadpacket.__name__ in WAITS:
             raise RuntimeError(f"operation not permitted when stream is capturing: {operation}")
         result = operation(*args, **(kwargs or {}))
-        self.operations.append((operation, args, kwargs or {}, result))
+        owned = {x.untyped_storage().data_ptr() for x in tensors(args, kwargs)}
+        new = [i for i, x in enumerate(tensors(result)) if x.untyped_storage().data_ptr() not in owned]
+        self.operations.append((operation, args, kwargs or {}, tensors(result), new))
         return result
 
     def replay(self) -> None:
         with torch.no_grad():
-            for operation, args, kwargs, recorded in self.operations:
-                owned = {x.untyped_storage().data_ptr() for x in tensors(args, kwargs)}
-                for x, new in zip(tensors(recorded), tensors(operation(*args, **kwargs))):
-                    if x.untyped_storage().data_ptr() not in owned:  # neither a view nor written in place
-                        x.copy_(new)
+            for operation, args, kwargs, recorded, new in self.operations:
+                results = tensors(operation(*args, **kwargs))
+                for i in new:  # neither a view nor written in place
+                    recorded[i].copy_(results[i])
 
 
 @pytest.fixture
