@@ -42,7 +42,7 @@ def guided_everywhere(sd: StableDiffusion, batch, negative: str = "") -> tuple[t
 
 def test_an_interval_between_the_stored_steps_is_refused(command, flags, tmp_path: Path):
     """The teacher guides at t = 41, but only every third shard keeps that step. In the loop, every t is learned."""
-    settings = dict(sample_steps=25, trajectories=4, batch=4)
+    settings = dict(sample_steps=25, trajectories=4, batch=4, steps=1)
     complaint = command("train.py", *flags(tmp_path / "run", **settings), "--interval", 40, 50, "--no-report").complaint
     assert "--interval: none of the DDIM steps" in complaint and "widen it, or take more steps" in complaint
     assert not list((tmp_path / "run").rglob("*.safetensors"))  # nor has the teacher sampled
