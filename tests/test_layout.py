@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, in_fork
+from tiny import ROOT, fork
 
 METHOD = dict.fromkeys(("config", "blocks", "conditioning", "lora"), "") | {  # what a file may import beside itself
     "schedule": "config",
@@ -86,7 +86,8 @@ def import_bench_without_peers() -> None:
     import_module("minidistill.bench.speed")
 
 
-def test_peers_are_for_comparison_only():
+def test_peers_are_for_comparison_only(tmp_path: Path):
     users = [file.name for file in FILES + TESTS if {name.split(".")[0] for name in imports(file)} & PEERS]
     assert users == ["peers.py"]
-    in_fork(import_bench_without_peers)
+    (process := fork(import_bench_without_peers, tmp_path / "log.txt")).join()
+    assert process.exitcode == 0, (tmp_path / "log.txt").read_text()

@@ -74,7 +74,7 @@ def losses(run: Path) -> list[float]:
 
 
 def fork(run: Callable[[], object], log: Path) -> Process:
-    """Call a function in a fork of this process, which need not import everything again. It prints into a file."""
+    """Call a function in a fork of this process, where all imports are done. What it prints goes into a file."""
 
     def work() -> None:
         torch.set_num_threads(1)  # a fork has no others
