@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ROOT, fork, losses, randn
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from tiny import ROOT, losses, randn
 
 from minidistill.conditioning import Conditioning
 from minidistill.distill import Batch
@@ -64,27 +63,6 @@ def torchrun(folder: Path, flags: list[str], happens: str = "9 0 nothing", resta
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def forked(folder: Path, flags: list[str], happens: str, restarts: int = 0) -> tuple[int, str]:
-    """What torchrun does, with forks of this process as workers: they need not import everything again.
-
-    Returns its exit code, and what it and its workers printed.
-    """
-    config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=restarts)
-    config.start_method = "fork"
-
-    def work() -> None:
-        sys.argv = ["worker.py", *flags]
-        exec(WORKER, {})
-
-    def launch() -> None:
-        os.chdir(folder)
-        os.environ["HAPPENS"] = happens
-        elastic_launch(config, work)()
-
-    (agent := fork(launch, folder / "log.txt")).join()
-    return agent.exitcode, (folder / "log.txt").read_text()
-
-
 @pytest.fixture(scope="module")
 def two(run_flags, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
     """Two processes, in float64."""
@@ -134,9 +112,9 @@ def test_two_processes_with_the_teacher_in_the_loop(command, run_flags, tmp_path
 def test_a_killed_worker_is_restarted_and_continues(two, run_flags, tmp_path: Path):
     """Without rank 1, rank 0 ends too; torchrun starts both again, and they continue from update 8."""
     out = tmp_path / "run"
-    code, printed = forked(tmp_path, [*run_flags(out), "--resume"], happens="1 10 SIGKILL", restarts=3)
-    assert code == 0, printed
-    assert "another process of this run has stopped" in printed and f"8/{UPDATES}" in printed
+    run = torchrun(tmp_path, [*run_flags(out), "--resume"], happens="1 10 SIGKILL", restarts=3)
+    assert run.returncode == 0, run.stderr
+    assert "another process of this run has stopped" in run.stderr and f"8/{UPDATES}" in run.stderr
     for name in ("lora.safetensors", "metrics.jsonl"):
         assert (out / name).read_bytes() == (two[0] / name).read_bytes()
 
@@ -156,8 +134,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_update(command, run_fl
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(run_flags, tmp_path: Path):
-    code, printed = forked(tmp_path, run_flags(tmp_path / "run"), happens="1 5 NaN")
-    assert code != 0 and "At update 6 the loss is nan" in printed
+    run = torchrun(tmp_path, run_flags(tmp_path / "run"), happens="1 5 NaN")
+    assert run.returncode != 0 and "At update 6 the loss is nan" in run.stderr
     assert [file.name for file in (tmp_path / "run/checkpoints").iterdir()] == ["step-000004.pt"]
 
 
