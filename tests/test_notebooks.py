@@ -39,7 +39,7 @@ def run_cells(cells: list[NotebookNode]) -> None:
 
 def execute(cells: list[NotebookNode], log: Path) -> tuple[int, str]:
     """Run in a fork, whose imports are done. Returns its exit code, and what was printed."""
-    (process := fork(partial(run_cells, cells), log)).join()
+    (process := fork(partial(run_cells, cells), log)).join(600)
     return process.exitcode, log.read_text()
 
 

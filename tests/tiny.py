@@ -6,14 +6,16 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import Process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import RLock
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from minidistill.bench.workloads import Size
@@ -73,15 +75,17 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def fork(run: Callable[[], object], log: Path) -> Process:
+def fork(run: Callable[[], object], log: Path) -> BaseProcess:
     """Call a function in a fork of this process, where all imports are done. What it prints goes into a file."""
 
     def work() -> None:
         torch.set_num_threads(1)  # a fork has no others
+        tqdm.set_lock(RLock())  # not that of this process, which a fork that is killed would never give back
         sys.stdout = sys.stderr = log.open("a", buffering=1)
         run()
 
-    process = multiprocessing.get_context("fork").Process(target=work)
+    log.touch()
+    process = multiprocessing.get_context("fork").Process(target=work, daemon=True)  # ends with this process
     process.start()
     return process
 

@@ -327,7 +327,8 @@ def read_schedule_config(file: Path, prediction: str | None, xl: bool = False) -
             **pick(contents, SCHEDULE_KEYS),
             prediction=prediction or PREDICTIONS[published],
             steps_offset=contents.get("steps_offset", 0) if xl else 1,  # diffusers' pipeline of SD 1.x and 2.x insists
-            set_alpha_to_one=contents.get("set_alpha_to_one", kind != "PNDMScheduler"),  # the others end without noise
+            # If the file leaves it out, PNDM ends with noise, and diffusers' DDIM made from any other sampler without.
+            set_alpha_to_one=contents.get("set_alpha_to_one", kind != "PNDMScheduler"),
             spacing="trailing" if spacing == "trailing" else "leading",
         )
         if config.beta_schedule not in ("scaled_linear", "linear"):

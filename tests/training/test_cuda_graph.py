@@ -43,6 +43,7 @@ class CpuGraph(TorchDispatchMode):
             raise RuntimeError(f"operation not permitted when stream is capturing: {operation}")
         result = operation(*args, **(kwargs or {}))
         owned = {x.untyped_storage().data_ptr() for x in tensors(args, kwargs)}
+        # What is neither a view nor written in place.
         new = [i for i, x in enumerate(tensors(result)) if x.untyped_storage().data_ptr() not in owned]
         self.operations.append((operation, args, kwargs or {}, tensors(result), new))
         return result
@@ -51,7 +52,7 @@ class CpuGraph(TorchDispatchMode):
         with torch.no_grad():
             for operation, args, kwargs, recorded, new in self.operations:
                 results = tensors(operation(*args, **kwargs))
-                for i in new:  # neither a view nor written in place
+                for i in new:
                     recorded[i].copy_(results[i])
 
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from multiprocessing import Process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ from minidistill.formats.files import atomic_folder, atomic_write
 SHARDS, UPDATES = 4, 6  # a checkpoint after each of these
 
 
-def start(out: Path, flags: list[str], half_written: int = 0) -> Process:
+def start(out: Path, flags: list[str], half_written: int = 0) -> BaseProcess:
     """Run train.py in a fork of this process.
 
     With ``half_written`` n, the process cuts the n-th file that it is about to rename in half, and kills itself.
@@ -46,7 +46,7 @@ def start(out: Path, flags: list[str], half_written: int = 0) -> Process:
 
 
 def finish(out: Path, flags: list[str]) -> None:
-    (process := start(out, flags)).join()
+    (process := start(out, flags)).join(600)
     assert process.exitcode == 0, out.with_suffix(".log").read_text()
 
 
@@ -82,7 +82,8 @@ def main(folder: Path, points: int) -> None:
         if not half_written:  # at a random moment of the i-th part of the run
             time.sleep((i + dice.random()) / points * lasted)
             process.kill()
-        process.join()
+        process.join(600)
+        assert process.exitcode == -signal.SIGKILL or not half_written, out.with_suffix(".log").read_text()
         stages[stage(out)] += 1
         finish(out, [*flags, "--resume"])
         identical += same_result(out, undisturbed)

@@ -109,9 +109,9 @@ def test_ctrl_c_from_outside(flags, tmp_path: Path):
         sys.argv = ["train.py", *run, "--no-report"]
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
-    process = fork(script, log)
-    while not (log.exists() and re.search(r"distilling.* [1-9]\d*/100000", log.read_text())):
-        assert process.is_alive(), log.read_text()
+    process, deadline = fork(script, log), time.monotonic() + 300
+    while not re.search(r"distilling.* [1-9]\d*/100000", log.read_text()):
+        assert process.is_alive() and time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
     process.join(timeout=300)
