@@ -285,11 +285,12 @@ def test_models_do_not_share_a_switch():
 # torch.compile
 
 
-def test_compiles_without_graph_breaks_with_both_settings():
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_without_graph_breaks_with_both_settings(backend: str):
     torch._dynamo.reset()
     config = replace(TINY_UNET, widths=(16,), depth=(1,), heads=(2,))
     model, inputs = fill_up(inject_lora(tiny_unet(config=config), rank=2)), unet_inputs(batch=1)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # the trace of "eager", and more
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
         for setting in (False, True, False):
             expected = model(*inputs, lora_enabled=setting)

@@ -80,7 +80,7 @@ def fork(run: Callable[[], object], log: Path) -> BaseProcess:
 
     def work() -> None:
         torch.set_num_threads(1)  # a fork has no others
-        tqdm.set_lock(RLock())  # not that of this process, which a fork that is killed would never give back
+        tqdm.set_lock(RLock())  # its own: a fork that is killed never gives back the one that all share
         sys.stdout = sys.stderr = log.open("a", buffering=1)
         run()
 

@@ -327,7 +327,7 @@ def read_schedule_config(file: Path, prediction: str | None, xl: bool = False) -
             **pick(contents, SCHEDULE_KEYS),
             prediction=prediction or PREDICTIONS[published],
             steps_offset=contents.get("steps_offset", 0) if xl else 1,  # diffusers' pipeline of SD 1.x and 2.x insists
-            # If the file leaves it out, PNDM ends with noise, and diffusers' DDIM made from any other sampler without.
+            # If absent, False for PNDM; True for all others, as in diffusers' DDIM when it is made from their files.
             set_alpha_to_one=contents.get("set_alpha_to_one", kind != "PNDMScheduler"),
             spacing="trailing" if spacing == "trailing" else "leading",
         )

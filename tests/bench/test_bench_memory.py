@@ -28,8 +28,8 @@ CPU = torch.device("cpu")
 
 
 @cache
-def tiny(case: Case, **how) -> dict[str, int]:
-    return ledger(case, TINY, RANK, **how)
+def tiny(name: str, **how) -> dict[str, int]:
+    return ledger(CASES[name], TINY, RANK, **how)
 
 
 def parameters(lora: bool = False) -> list[nn.Parameter]:
@@ -70,17 +70,17 @@ def test_columns_match_the_parameters(dtype: str, itemsize: int) -> None:
     weights = itemsize * numbers
     step = 4  # AdamW counts the updates of each tensor
 
-    sampling = tiny(CASES[f"sampling/{dtype}"])
+    sampling = tiny(f"sampling/{dtype}")
     assert (sampling["weights"], sampling["saved"]) == (weights, 0) and weights < sampling["peak"]
     assert sampling["gradients"] == sampling["optimizer"] == 0
 
-    full, plain = tiny(CASES[f"full/{dtype}"]), tiny(CASES[f"plain/{dtype}"])
+    full, plain = tiny(f"full/{dtype}"), tiny(f"plain/{dtype}")
     assert full["weights"] == full["gradients"] == plain["gradients"] == weights
     assert full["optimizer"] == plain["optimizer"] == 2 * weights + step * tensors
     assert plain["weights"] == 2 * weights
     assert plain["saved"] == full["saved"] + 4 * TINY.batch * 4 * 8 * 8  # the teacher's prediction
 
-    noised, trajectories = tiny(CASES[f"noised/{dtype}"]), tiny(CASES[f"trajectories/{dtype}"])
+    noised, trajectories = tiny(f"noised/{dtype}"), tiny(f"trajectories/{dtype}")
     assert noised["weights"] == trajectories["weights"] == weights + 4 * low_rank  # the LoRA is always float32
     assert noised["gradients"] == trajectories["gradients"] == 4 * low_rank
     assert noised["optimizer"] == 8 * low_rank + step * len(pairs)
@@ -89,18 +89,18 @@ def test_columns_match_the_parameters(dtype: str, itemsize: int) -> None:
 
 @pytest.mark.parametrize("row", ["full", "noised"])
 def test_recomputation_lowers_saved_and_no_other_column(row: str) -> None:
-    kept, recomputed = tiny(CASES[f"{row}/float32"]), tiny(CASES[f"{row}/float32/recompute"])
+    kept, recomputed = tiny(f"{row}/float32"), tiny(f"{row}/float32/recompute")
     assert recomputed["saved"] < kept["saved"] / 2 and recomputed["peak"] < kept["peak"]
     assert all(recomputed[column] == kept[column] for column in ("weights", "gradients", "optimizer"))
 
 
 def test_on_cuda_adamw_copies_what_it_trains() -> None:
-    recompute = tiny(CASES["full/float32/recompute"]), tiny(CASES["full/float32/recompute"], foreach=True)
+    recompute = tiny("full/float32/recompute"), tiny("full/float32/recompute", foreach=True)
     assert 5 * recompute[1]["weights"] <= recompute[1]["peak"] and recompute[0]["peak"] < recompute[1]["peak"]
 
 
 def test_keeping_attention_matrices() -> None:
-    fused = tiny(CASES["full/float32"])["saved"]
+    fused = tiny("full/float32")["saved"]
     with attention(fused=False):
         kept = ledger(CASES["full/float32"], TINY, RANK)["saved"]
     heads, tokens = 2, 64
@@ -139,7 +139,7 @@ def saved_bytes(case: Case) -> int:
 )
 def test_saved_is_what_autograd_keeps_of_real_tensors(name: str) -> None:
     """The inputs, which the ledger does not count, are less than one per cent."""
-    assert saved_bytes(CASES[name]) == pytest.approx(tiny(CASES[name])["saved"], rel=0.01)
+    assert saved_bytes(CASES[name]) == pytest.approx(tiny(name)["saved"], rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,10 @@ def test_saved_is_what_autograd_keeps_of_real_tensors(name: str) -> None:
     ids=str,
 )
 def test_the_peak_is_the_allocators(case: Case, tmp_path: Path) -> None:
-    """On real tensors: torch's profiler logs every allocation, also inside kernels. A batch so large that activations
-    take more than weights."""
+    """On real tensors: torch's profiler logs every allocation, also inside kernels.
+
+    The batch is so large that activations take more memory than weights.
+    """
     size = replace(TINY, batch=16)
     update = case.update(size, CPU, RANK, foreach=False)
     update()

@@ -76,7 +76,7 @@ def test_ways_learn_the_same(method: str, setup: Setup):
 
 
 class Operations(TorchDispatchMode):
-    """Takes down the names of the operations inside the block."""
+    """The names of the operations that the block calls."""
 
     def __init__(self) -> None:
         super().__init__()

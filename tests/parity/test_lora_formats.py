@@ -73,14 +73,15 @@ def write_student(model: Path, path: Path, rank: int, alpha: float, targets: lis
 
 
 @cache
-def as_it_is(model: Path):
+def unchanged(model: Path):
+    """As loaded. Tests copy it before they add a LoRA."""
     return diffusers.StableDiffusionPipeline.from_pretrained(
         model, torch_dtype=torch.float32, safety_checker=None, local_files_only=True
     )
 
 
 def pipeline(model: Path, lora: Path | None = None):
-    return with_lora(copy.deepcopy(as_it_is(model)), lora)
+    return with_lora(copy.deepcopy(unchanged(model)), lora)
 
 
 def with_lora(pipe, lora: Path | None):
@@ -112,10 +113,6 @@ def draw_ours(model: Path, lora: Path | None, side: int = 32) -> np.ndarray:
     return levels(sd.sample(PROMPTS, lora_enabled=lora is not None, **options))
 
 
-def without_lora(model: Path, side: int) -> np.ndarray:
-    return draw_ours(model, None, side)
-
-
 def adapted(unet: nn.Module) -> dict[str, nn.Module]:
     """The layers to which peft has added a LoRA."""
     return {name: m for name, m in unet.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
@@ -135,7 +132,7 @@ def same_pictures(model: Path, written: Path, lora: Path, side: int = 32) -> Non
             assert theirs[name].scaling[adapter] == 1 and torch.equal(up, layer.scale * layer.lora_up)
     found = draw_ours(model, lora, side)
     assert np.abs(found - draw_theirs(pipe, model, side)).max() <= 1
-    assert np.abs(found - without_lora(model, side)).max() > 8  # the LoRA has a visible effect
+    assert np.abs(found - draw_ours(model, None, side)).max() > 8  # the LoRA has a visible effect
 
 
 @pytest.mark.parametrize("to", ["peft", "kohya"])
