@@ -1,5 +1,6 @@
 """Fixtures: the tiny model's folder, the loaded model, prompts for it, the scripts run in this process, a whole run."""
 
+import gc
 import os
 import re
 import runpy
@@ -9,12 +10,13 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import ROOT, UPDATES, write_tiny, write_tiny_xl
+from tiny import ROOT, UPDATES, fork, run_train, write_tiny, write_tiny_xl
 
 from minidistill import StableDiffusion, load
 from minidistill.training.distributed import process_group
@@ -31,6 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from walking through all imported modules again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -100,11 +108,12 @@ def distil(train: SimpleNamespace) -> Callable[[list[str]], None]:
 
 @pytest.fixture(scope="session")
 def whole_run(flags, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
-    """A whole run of train.py with its report, in a process of its own."""
+    """A whole run of train.py with its report, in a fork of this process. What it printed is in both outputs."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    command = [sys.executable, str(ROOT / "train.py"), *flags(out)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return out, subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True)
+    log = out.with_suffix(".log")
+    (process := fork(partial(run_train, flags(out)), log)).join(600)
+    printed = log.read_text()
+    return out, subprocess.CompletedProcess(flags(out), process.exitcode, printed, printed)
 
 
 BAR = re.compile(r"\[\d\d:\d\d")  # every progress bar shows the time taken

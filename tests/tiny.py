@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import runpy
 import shutil
 import sys
 from collections.abc import Callable
@@ -88,6 +89,12 @@ def fork(run: Callable[[], object], log: Path) -> BaseProcess:
     process = multiprocessing.get_context("fork").Process(target=work, daemon=True)  # ends with this process
     process.start()
     return process
+
+
+def run_train(flags: list[str]) -> None:
+    """Run train.py as from a shell, in this process."""
+    sys.argv = ["train.py", *flags]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
 def listing(folder: Path) -> dict[Path, int]:

@@ -437,10 +437,11 @@ def test_a_full_student_is_measured(
     assert rows[2]["PSNR"] == rows[1]["PSNR"]
 
 
-def test_a_full_student_of_another_model_is_refused(
-    sd: StableDiffusion, tiny_model: Path, tiny_xl: Path, evaluate: Callable[..., Path], tmp_path: Path
+def test_a_student_of_another_model_is_refused_before_sampling(
+    sd: StableDiffusion, tiny_model: Path, tiny_xl: Path, evaluate: Callable[..., Path], tmp_path: Path, monkeypatch
 ):
-    """As a LoRA is: one whose teacher predicts v where this model predicts eps, and one of other shapes."""
+    """Full or a LoRA: one whose teacher predicts v where this model predicts eps, and one of other shapes."""
+    monkeypatch.setattr(StableDiffusion, "sample", lambda *_, **__: pytest.fail("sampled"))
     learned = LEARNED | dict(method="full", prediction="v")
     write_checkpoint(tiny_model, replaced_by(sd.unet), tmp_path / "v/student", learned, prediction="v")
     with pytest.raises(CheckpointError, match="student learned from a model that predicts v"):
@@ -448,6 +449,12 @@ def test_a_full_student_of_another_model_is_refused(
     write_checkpoint(tiny_xl, replaced_by(load(tiny_xl).unet), tmp_path / "xl/student", LEARNED | dict(method="full"))
     with pytest.raises(CheckpointError, match="xl/student is a copy of another UNet"):
         evaluate(tmp_path / "xl")
+    with pytest.raises(CheckpointError, match="v.safetensors learned from a model that predicts v"):
+        evaluate(write_student(tmp_path / "v.safetensors", prediction="v"))
+    unet = inject_lora(load(tiny_xl).unet, rank=2)
+    save_lora(unet, tmp_path / "xl.safetensors", LEARNED)
+    with pytest.raises(CheckpointError, match="xl.safetensors"):
+        evaluate(tmp_path / "xl.safetensors")
 
 
 def test_a_scaled_lora_is_compared_with_the_teacher_of_its_nominal_guidance(

@@ -49,13 +49,18 @@ def no_warning() -> Iterator[None]:
     assert not [message for message in said if "No LoRA keys associated to CLIPTextModel" not in message]
 
 
-@pytest.fixture(scope="module", params=["sd1", "sd2"])
-def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small model of each kind: attention's proj_in is a convolution, or linear."""
-    folder = tmp_path_factory.mktemp(request.param)
-    pipe = write_small(folder, style=dict(sd1=SD1, sd2=SD2)[request.param])
-    pipe.to(torch.float32).save_pretrained(folder)
-    return folder
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("sd1", "sd2")}
+    for folder, style in zip(folders.values(), (SD1, SD2)):
+        write_small(folder, style=style).to(torch.float32).save_pretrained(folder)
+    return folders
+
+
+@pytest.fixture(scope="module", params=["sd1", "sd2"])
+def small(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
+    return folders[request.param]
 
 
 @pytest.fixture(scope="module", params=STUDENTS, ids=str)
@@ -74,17 +79,20 @@ def write_student(model: Path, path: Path, rank: int, alpha: float, targets: lis
 
 @cache
 def unchanged(model: Path):
-    """As loaded. Tests copy it before they add a LoRA."""
+    """As loaded, for ``with_lora``, which copies what it changes."""
     return diffusers.StableDiffusionPipeline.from_pretrained(
         model, torch_dtype=torch.float32, safety_checker=None, local_files_only=True
     )
 
 
 def pipeline(model: Path, lora: Path | None = None):
-    return with_lora(copy.deepcopy(unchanged(model)), lora)
+    return with_lora(unchanged(model), lora)
 
 
-def with_lora(pipe, lora: Path | None):
+def with_lora(unchanged, lora: Path | None):
+    """A pipeline with a UNet of its own, which may change further, and with ``lora``."""
+    pipe = copy.copy(unchanged)
+    pipe.unet = copy.deepcopy(pipe.unet)
     pipe.set_progress_bar_config(disable=True)
     if lora:
         with no_warning():

@@ -1,6 +1,5 @@
 """LoRA files of SDXL exchanged with diffusers and peft, and read as kohya's scripts write them."""
 
-import copy
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -58,14 +57,14 @@ def student(request: pytest.FixtureRequest, folder: Path, tmp_path_factory) -> t
 
 @cache
 def unchanged(folder: Path) -> "diffusers.StableDiffusionXLPipeline":
-    """As loaded. Tests copy it before they add a LoRA."""
+    """As loaded, for ``with_lora``, which copies what it changes."""
     return diffusers.StableDiffusionXLPipeline.from_pretrained(
         folder, torch_dtype=torch.float32, local_files_only=True, add_watermarker=False
     )
 
 
 def pipeline(folder: Path, lora: Path | None = None) -> "diffusers.StableDiffusionXLPipeline":
-    return with_lora(copy.deepcopy(unchanged(folder)), lora)
+    return with_lora(unchanged(folder), lora)
 
 
 draw_ours = partial(lora_formats.draw_ours, side=SIDE)

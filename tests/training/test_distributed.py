@@ -1,16 +1,19 @@
-"""training/distributed.py: two processes of torchrun, on the CPU, learn what one process does, and stop together."""
+"""training/distributed.py: two processes, on the CPU, learn what one process does, and stop together."""
 
 import os
+import runpy
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ROOT, losses, randn
+from tiny import ROOT, fork, losses, randn
 
 from minidistill.conditioning import Conditioning
 from minidistill.distill import Batch
@@ -55,19 +58,46 @@ def run_flags(flags) -> Callable[..., list[str]]:
     return lambda out, **changes: [*flags(out, **usual | changes), "--no-report"]
 
 
-def torchrun(folder: Path, flags: list[str], happens: str = "9 0 nothing", restarts: int = 0):
+def torchrun(folder: Path, flags: list[str], happens: str) -> subprocess.CompletedProcess:
     (folder / "worker.py").write_text(WORKER)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HAPPENS": happens}
-    options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
     command = [sys.executable, "-m", "torch.distributed.run", *options, "worker.py", *flags]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+def run_rank(folder: Path, flags: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = ["worker.py", *flags]
+    runpy.run_path("worker.py", run_name="__main__")
+
+
+def two_ranks(folder: Path, flags: list[str], happens: str = "9 0 nothing") -> tuple[bool, str]:
+    """Start two forks as torchrun starts processes. Returns whether both succeeded, and what they printed."""
+    (folder / "worker.py").write_text(WORKER)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", HAPPENS=happens)
+    environment["TORCHELASTIC_RESTART_COUNT"] = "0"
+    processes = []
+    for rank in "01":
+        run = partial(run_rank, folder, flags, environment | {"RANK": rank, "LOCAL_RANK": rank})
+        processes.append(fork(run, folder / f"rank-{rank}.log"))
+    for process in processes:
+        process.join(300)
+    printed = "".join((folder / f"rank-{rank}.log").read_text() for rank in "01")
+    return all(process.exitcode == 0 for process in processes), printed
+
+
 @pytest.fixture(scope="module")
-def two(run_flags, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
-    """Two processes, in float64."""
+def two(run_flags, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Two processes, in float64: the folder of their run, and what they printed."""
     folder = tmp_path_factory.mktemp("two")
-    return folder / "run", torchrun(folder, run_flags(folder / "run"))
+    succeeded, printed = two_ranks(folder, run_flags(folder / "run"))
+    assert succeeded, printed
+    return folder / "run", printed
 
 
 def assert_same_student(one: Path, other: Path) -> None:
@@ -78,8 +108,7 @@ def assert_same_student(one: Path, other: Path) -> None:
 
 
 def test_two_processes_learn_what_one_process_does(two, command, run_flags, tmp_path: Path):
-    out, run = two
-    assert run.returncode == 0, run.stderr
+    out, _ = two
     assert command("train.py", *run_flags(tmp_path / "one")).code == 0
     assert_same_student(out, tmp_path / "one")
     assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=1e-6) and len(losses(out)) == UPDATES
@@ -95,16 +124,16 @@ def test_each_shard_is_made_once_and_is_the_same(two, command, run_flags, tmp_pa
 
 
 def test_only_rank_0_prints(two):
-    _, run = two
-    assert run.stdout.count("frozen parameters") == run.stdout.count("Wrote ") == 1
-    assert run.stderr.count("trajectories:   0%") == run.stderr.count("distilling:   0%") == 1
+    _, printed = two
+    assert printed.count("frozen parameters") == printed.count("Wrote ") == 1
+    assert printed.count("trajectories:   0%") == printed.count("distilling:   0%") == 1
 
 
 @pytest.mark.slow
 def test_two_processes_with_the_teacher_in_the_loop(command, run_flags, tmp_path: Path):
     one, other = (run_flags(tmp_path / name, method="noised") for name in ("one", "two"))
-    run = torchrun(tmp_path, other)
-    assert run.returncode == 0, run.stderr
+    succeeded, printed = two_ranks(tmp_path, other)
+    assert succeeded, printed
     command("train.py", *one)
     assert_same_student(tmp_path / "one", tmp_path / "two")
 
@@ -112,7 +141,7 @@ def test_two_processes_with_the_teacher_in_the_loop(command, run_flags, tmp_path
 def test_a_killed_worker_is_restarted_and_continues(two, run_flags, tmp_path: Path):
     """Without rank 1, rank 0 ends too; torchrun starts both again, and they continue from update 8."""
     out = tmp_path / "run"
-    run = torchrun(tmp_path, [*run_flags(out), "--resume"], happens="1 10 SIGKILL", restarts=3)
+    run = torchrun(tmp_path, [*run_flags(out), "--resume"], happens="1 10 SIGKILL")
     assert run.returncode == 0, run.stderr
     assert "another process of this run has stopped" in run.stderr and f"8/{UPDATES}" in run.stderr
     for name in ("lora.safetensors", "metrics.jsonl"):
@@ -123,8 +152,8 @@ def test_a_killed_worker_is_restarted_and_continues(two, run_flags, tmp_path: Pa
 def test_a_signal_to_one_process_stops_all_after_the_same_update(command, run_flags, tmp_path: Path):
     """And in float32, two processes have the losses of one."""
     one, two = (run_flags(tmp_path / name, dtype="float32") for name in ("one", "two"))
-    run = torchrun(tmp_path, two, happens="1 7 SIGTERM")
-    assert run.returncode != 0 and "Saved after 7 of 20 updates" in run.stderr
+    succeeded, printed = two_ranks(tmp_path, two, happens="1 7 SIGTERM")
+    assert not succeeded and "Saved after 7 of 20 updates" in printed
     assert [file.name for file in (tmp_path / "two/checkpoints").iterdir()].count("step-000007.pt") == 1
     command("train.py", *one)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one")[:7], rel=1e-3)
@@ -134,8 +163,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_update(command, run_fl
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(run_flags, tmp_path: Path):
-    run = torchrun(tmp_path, run_flags(tmp_path / "run"), happens="1 5 NaN")
-    assert run.returncode != 0 and "At update 6 the loss is nan" in run.stderr
+    succeeded, printed = two_ranks(tmp_path, run_flags(tmp_path / "run"), happens="1 5 NaN")
+    assert not succeeded and "At update 6 the loss is nan" in printed
     assert [file.name for file in (tmp_path / "run/checkpoints").iterdir()] == ["step-000004.pt"]
 
 

@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, fork, same_result, write_tiny
+from tiny import ROOT, fork, run_train, same_result, write_tiny
 
 from minidistill.formats.files import atomic_folder, atomic_write
 
@@ -38,8 +38,7 @@ def start(out: Path, flags: list[str], half_written: int = 0) -> BaseProcess:
 
     def run() -> None:
         sys.addaudithook(kill)
-        sys.argv = ["train.py", *flags, "--out", str(out), "--no-report"]
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        run_train([*flags, "--out", str(out), "--no-report"])
 
     return fork(run, out.with_suffix(".log"))
 
