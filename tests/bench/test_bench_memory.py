@@ -5,17 +5,17 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import TINY_SIZE as TINY
+from tiny import real_tensors
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minidistill.bench import __main__ as bench
-from minidistill.bench import counting, memory
+from minidistill.bench import memory
 from minidistill.bench.counting import Live
 from minidistill.bench.memory import CASES, Case, ledger
 from minidistill.bench.peak_memory import in_fresh_process
@@ -30,8 +30,7 @@ CPU = torch.device("cpu")
 
 @cache
 def tiny(case: str | Case, **how) -> dict[str, int]:
-    """The ledger, with real tensors: they are counted several times as fast, and attention keeps 2 kB more of them."""
-    with patch.object(counting, "FakeTensorMode", nullcontext):
+    with real_tensors():
         return ledger(CASES.get(case, case), TINY, RANK, **how)
 
 

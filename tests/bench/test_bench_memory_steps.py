@@ -2,12 +2,13 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT, TINY_SIZE, tiny_unet, unet_inputs
+from tiny import ROOT, TINY_SIZE, real_tensors, tiny_unet, unet_inputs
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -45,8 +46,13 @@ def test_multiply_adds_are_half_of_torchs_flops(fused: bool):
     assert 2 * work.multiply_adds == flops.get_total_flops()
 
 
-@pytest.mark.slow
-def test_more_recomputed_and_less_saved():
+@pytest.fixture
+def counted_quickly() -> Iterator[None]:
+    with real_tensors():
+        yield
+
+
+def test_more_recomputed_and_less_saved(counted_quickly):
     thresholds = (0, 100, math.inf)
     saved = [ledger(Case("noised", below=below), TINY, foreach=True)["saved"] for below in thresholds]
     work = [recomputed(TINY, below) for below in thresholds]
@@ -54,8 +60,7 @@ def test_more_recomputed_and_less_saved():
     assert work[0] == 0 and 0.5 < work[-1] < 1
 
 
-@pytest.mark.slow
-def test_steps_add_up():
+def test_steps_add_up(counted_quickly):
     wide, narrow, away, low, _ = (step_peak(step, TINY) for step in STEPS)
     assert wide > narrow > away > low
     with torch.device("meta"):
@@ -77,8 +82,7 @@ def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys)
     assert "| W and activations in bfloat16 | 8 | 1 | 0% |" in out and "| `--memory low` | 6 | 1 | 18% |" in out
 
 
-@pytest.mark.slow
-def test_lighter_settings_take_less():
+def test_lighter_settings_take_less(counted_quickly):
     small, large = (card_peaks(Card(0, *how), TINY) for how in ((8, 8, "low"), (8,)))
     assert small["training"] < large["training"] and small["sampling"] == large["sampling"] > small["decoding"] > 0
 

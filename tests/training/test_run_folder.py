@@ -191,6 +191,15 @@ def test_a_flag_is_recorded_if_it_changes_what_is_learned(flag: str, train, flag
     assert differing == ([flag.split()[0]] if flag in LEARNED else [])
 
 
+def test_a_resumed_run_may_ask_the_teacher_in_another_way(train, flags, sd, tmp_path: Path):
+    in_the_loop = flags(tmp_path, source="noised")
+    two_calls, one_call = (
+        fixed_settings(train.parse([*in_the_loop, *more]), sd, "the teacher", {}, {})
+        for more in ([], ["--batched-teacher"])
+    )
+    assert two_calls == one_call
+
+
 def test_resume_with_other_prompts_in_the_file_is_refused(command, flags, prompts_file: Path, tmp_path: Path):
     own = Path(shutil.copy(prompts_file, tmp_path / "prompts.txt"))
     run = [*flags(tmp_path / "run", prompts=own, steps=1), "--no-report"]
@@ -264,6 +273,12 @@ def test_runs_that_share_states_take_turns(whole_run, command, flags, tmp_path: 
     result = command("train.py", *flags(tmp_path / "run", states=states), "--no-report")
     handle.remove()
     assert result.out.count(f"Another run is at work in {states}: waiting") == 1
+    assert same_result(tmp_path / "run", whole_run[0])
+
+
+def test_states_may_lie_in_the_runs_own_folder(whole_run, command, flags, tmp_path: Path):
+    """The two locks do not wait for each other."""
+    assert command("train.py", *flags(tmp_path / "run", states=tmp_path / "run"), "--no-report").code == 0
     assert same_result(tmp_path / "run", whole_run[0])
 
 
