@@ -173,11 +173,11 @@ def encode(
                 except Exception as error:  # decoders raise anything at a damaged file
                     unusable[file] = str(error) or type(error).__name__
                     continue
-                z_0 = sd.run_vae(sd.vae.encode, x[None].to(sd.device, sd.dtype))[0]  # [4, h, w]
+                z_0 = sd.run_vae(sd.vae.encode, x[None].to(sd.device, sd.dtype))[0].half()  # as trajectories are
                 if not z_0.isfinite().all():
                     unusable[file] = f"the VAE overflows in {sd.dtype}: use --dtype bfloat16 or float32"
                     continue
-                write_shard(file, {"z_0": z_0.half().cpu().contiguous()}, made_with)  # half, as in trajectories.py
+                write_shard(file, {"z_0": z_0.cpu().contiguous()}, made_with)
     wait()
     left_out = {image.file: unusable[file] for file, image in zip(files, images) if file in unusable}
     numbers = {caption: number for number, caption in enumerate(captions)}

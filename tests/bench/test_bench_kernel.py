@@ -1,10 +1,13 @@
 """The kernel's benchmark as far as it goes without a GPU: layer shapes, ways to compute a layer, table."""
 
+from itertools import product
+
 import pytest
 import torch
 from tiny import TINY_UNET
 
 from minidistill.bench import __main__ as bench
+from minidistill.bench import kernel
 from minidistill.bench.kernel import (
     PASSES,
     WAYS,
@@ -47,6 +50,25 @@ def test_at_rank_0_the_kernel_is_the_base(which: str):
     layer = Layer.random(Shape(30, 24, 16), 0, torch.float32, "cpu")
     outputs, expected = PASSES[which](WAYS["r = 0"], layer)(), PASSES[which](base, layer.double())()
     assert error(outputs[:2], expected) < 1e-5 and all(gradient.numel() == 0 for gradient in outputs[2:])
+
+
+def test_errors_are_against_the_same_numbers():
+    """A and B too are those that every way computes with."""
+    layer = Layer.random(Shape(30, 24, 16), 4, torch.bfloat16, "cpu")
+    for x, wide in zip(layer[:5], layer.double()[:5]):
+        assert wide.dtype == torch.float64 and torch.equal(x.to(torch.bfloat16).double(), wide)
+
+
+def test_what_is_measured(monkeypatch: pytest.MonkeyPatch):
+    """Every way in both passes, with and without a graph; for "r = 0", which computes the base, a layer of rank 0."""
+    monkeypatch.setattr(kernel, "seconds", lambda run, repeats, in_graph: run()[0])
+    rows = kernel.measure(Shape(30, 24, 16), 4, torch.float32, repeats=1, compiled=False, device="cpu")
+    assert [(row["pass"], row["graph"]) for row in rows] == list(product(PASSES, (False, True)))
+    for row in rows:
+        assert set(row["seconds"]) == set(WAYS) - {"compile"}
+        assert set(row["errors"]) == set(WAYS) - {"compile", *WITHOUT_LORA}
+        outputs = row["seconds"]
+        assert error([outputs["r = 0"]], [outputs["base"]]) < 1e-5 < error([outputs["fused"]], [outputs["base"]])
 
 
 def test_table():

@@ -3,6 +3,7 @@
 import json
 import shutil
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,17 @@ def test_captions_in_text_files_and_in_metadata(folder: Path):
     assert not left_out
     captions = {image.file.stem: image.caption for image in images}
     assert captions == {stem: f"image {stem}" for stem in captions} | {"7": "from its own file"}
+
+
+def test_metadata_of_several_folders(folder: Path):
+    """All of it is read, and a path may lead into another folder."""
+    write(folder / "near.png", 40)
+    write(folder / "far.png", 41)
+    (folder / "metadata.jsonl").write_text('{"file_name": "near.png", "text": "near"}\n')
+    with (folder / "more/metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "../far.png", "text": "far"}\n')
+    captions = {image.file.name: image.caption for image in read_folder(folder)[0]}
+    assert captions.items() >= {"near.png": "near", "far.png": "far", "6.JPG": "image 6"}.items()
 
 
 def test_images_without_a_caption_are_named(folder: Path):
@@ -189,12 +201,21 @@ def test_unusable_images_are_left_out_and_named(folder: Path, sd: StableDiffusio
     write(folder / "empty.jpg", 0, "nothing").write_bytes(b"")
     write(folder / "empty too.jpg", 0, "nothing").write_bytes(b"")  # both are named, though they are equal
     write(folder / "vector.jpg", 0, "PostScript").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n")
+    Image.fromarray(pixels(0)).save(write(folder / "other.png", 0, "of a format that is not read"), "PPM")
     Image.fromarray(np.zeros((SIDE, SIDE), np.uint16)).save(write(folder / "deep.png", 0, "16 bits"))
     latents, left_out = encoded(sd, folder, tmp_path / "cache")
     reasons = {file.name: reason for file, reason in left_out.items()}
-    assert set(reasons) == {"tiny.png", "narrow.png", "cut.png", "empty.jpg", "empty too.jpg", "vector.jpg", "deep.png"}
+    bad = {"tiny.png", "narrow.png", "cut.png", "empty.jpg", "empty too.jpg", "vector.jpg", "other.png", "deep.png"}
+    assert set(reasons) == bad
     assert "40x7 pixels" in reasons["tiny.png"] and "16" in reasons["tiny.png"]
     assert len(latents) == 13 and len(list((tmp_path / "cache").iterdir())) == 13
+
+
+def test_latents_that_overflow_are_left_out_and_named(folder: Path, sd: StableDiffusion, tmp_path: Path):
+    torch.nn.init.constant_(sd.vae.quant_conv.weight, 1e38)
+    with pytest.raises(ValueError, match="12 left out; the first is .*: the VAE overflows in torch.float32"):
+        encoded(sd, folder, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_images_with_held_out_captions_are_not_learned(folder: Path, sd: StableDiffusion, tmp_path: Path):
@@ -233,6 +254,22 @@ def test_only_what_changed_is_encoded_again(folder: Path, sd: StableDiffusion, c
         sd.height, sd.width = height, width
         encoded(sd, folder, tmp_path / "cache")
         assert len(calls) == 2 + 13 * times
+    sd.vae.config = replace(sd.vae.config, scaling_factor=1.0)
+    encoded(sd, folder, tmp_path / "cache")
+    assert len(calls) == 2 + 13 * 4
+
+
+def test_one_process_encodes_for_all(folder: Path, sd: StableDiffusion, calls: list[int], tmp_path: Path):
+    """The others wait, and read what it has written."""
+    images, _ = read_folder(folder)
+    captions = [image.caption for image in images]
+
+    def first_process() -> None:
+        assert not calls
+        encode(sd, images, captions, tmp_path)
+
+    latents, left_out = encode(sd, images, captions, tmp_path, rank=1, wait=first_process)
+    assert len(latents) == len(calls) == 12 and not left_out
 
 
 def test_damaged_latents_are_encoded_again(folder: Path, sd: StableDiffusion, calls: list[int], tmp_path: Path):
@@ -320,14 +357,15 @@ def test_a_folder_without_captions_leaves_nothing(command, tiny_model: Path, tmp
 
 
 def test_jpegs_of_other_names_and_images_that_are_not_read(folder: Path):
-    for name in ("a.jfif", "b.JPE", "c.avif", "d.HEIC", "e.odd", "f.odd"):
+    for name in ("a.jfif", "b.JPE", "c.avif", "d.HEIC", "e.odd", "f.odd", "g.odd"):
         Image.fromarray(pixels(0)).save(folder / name, "JPEG")
     for name in ("a", "b", "c", "e"):
         (folder / f"{name}.txt").write_text(f"image {name}")
+    (folder / "metadata.jsonl").write_text('{"file_name": "g.odd", "text": "image g"}\n')
     (folder / "0.npz").write_bytes(b"cached by another program")
     images, left_out = read_folder(folder)
     assert [image.file.name for image in images if image.caption[-1] in "ab"] == ["a.jfif", "b.JPE"]
-    assert {file.name for file in left_out} == {"c.avif", "d.HEIC", "e.odd"}
+    assert {file.name for file in left_out} == {"c.avif", "d.HEIC", "e.odd", "g.odd"}
     assert all("convert it" in reason for reason in left_out.values())
     assert read_image(folder / "a.jfif", SIDE, SIDE).shape == (3, SIDE, SIDE)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import randn, tiny_student, tiny_unet
 
 from minidistill.config import ScheduleConfig
@@ -52,6 +53,11 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(file: Path):
 def test_a_damaged_shard_is_none(contents: bytes | None, file: Path):
     file.write_bytes(file.read_bytes()[:-1] if contents is None else contents)
     assert read_shard(file) is None
+
+
+def test_a_file_of_another_program_is_none(tmp_path: Path):
+    save_file(TENSORS, tmp_path / "plain.safetensors")  # it says nothing of how it was made
+    assert read_shard(tmp_path / "plain.safetensors") is None
 
 
 def test_a_missing_shard_is_none(tmp_path: Path):

@@ -148,7 +148,6 @@ def test_a_killed_worker_is_restarted_and_continues(two, run_flags, tmp_path: Pa
         assert (out / name).read_bytes() == (two[0] / name).read_bytes()
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_update(command, run_flags, tmp_path: Path):
     """And in float32, two processes have the losses of one."""
     one, two = (run_flags(tmp_path / name, dtype="float32") for name in ("one", "two"))
