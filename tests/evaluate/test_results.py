@@ -230,6 +230,12 @@ def test_steering_few_steps(lora: Path, tiny_model: Path, tmp_path: Path):
     assert Image.open(tmp_path / "steering-2.png").size[0] > 0
 
 
+def test_steering_starts_from_a_student_that_has_a_dial(lora: Path, tiny_model: Path, tmp_path: Path):
+    learn_from(lora, guidance="4", student_steps="2", teacher_steps="4")
+    with pytest.raises(ValueError, match="lora.safetensors: it must be a one-pass student that has learned guidance 4"):
+        main(["steering", "--model", str(tiny_model), "--one-pass", str(lora), "--out", str(tmp_path)])
+
+
 def test_the_first_way_is_train_pys(sd: StableDiffusion, tmp_path: Path):
     """From z_t to the stored z_s: its gradient is that of the loss in train.py, but for a factor."""
     captions, steps = ["a cat", "a dog"], torch.tensor([0, 1])
