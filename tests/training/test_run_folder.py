@@ -73,6 +73,13 @@ def test_interrupted_and_resumed_with_the_teacher_in_the_loop(command, flags, tm
     assert same_result(tmp_path / "one", tmp_path / "other")
 
 
+def test_a_run_that_is_stopped_draws_no_preview(command, flags, tmp_path: Path):
+    """So that it ends soon."""
+    with ctrl_c("after", 1):
+        assert "Saved after 1 of 6" in command("train.py", *flags(tmp_path / "run")).complaint
+    assert not list((tmp_path / "run").glob("pictures/*"))
+
+
 def test_killed_and_resumed_is_uninterrupted(whole_run, command, finished, tmp_path: Path):
     """As after a power cut: only an older checkpoint is left, and half of the newest."""
     checkpoints = sorted((tmp_path / "run/checkpoints").iterdir())
