@@ -86,7 +86,7 @@ def test_settings_reach_the_lora(command, flags, tmp_path: Path):
 
 
 def test_equal_runs_give_equal_bytes(whole_run, command, flags, tmp_path: Path):
-    """One run with a report, in a process of its own; the other without, in this process and another folder."""
+    """One run with a report, in a fork; the other without, in this process and another folder."""
     assert command("train.py", *flags(tmp_path / "other name"), "--no-report").code == 0
     assert same_result(tmp_path / "other name", whole_run[0])
     assert not [file for file in tmp_path.rglob("*") if file.suffix in (".png", ".md")]

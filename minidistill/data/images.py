@@ -173,9 +173,9 @@ def encode(
                 except Exception as error:  # decoders raise anything at a damaged file
                     unusable[file] = str(error) or type(error).__name__
                     continue
-                z_0 = sd.run_vae(sd.vae.encode, x[None].to(sd.device, sd.dtype))[0].half()  # as trajectories are
+                z_0 = sd.run_vae(sd.vae.encode, x[None].to(sd.device, sd.dtype))[0].half()  # as in trajectories.py
                 if not z_0.isfinite().all():
-                    unusable[file] = f"the VAE overflows in {sd.dtype}: use --dtype bfloat16 or float32"
+                    unusable[file] = "its latent overflows half precision"
                     continue
                 write_shard(file, {"z_0": z_0.cpu().contiguous()}, made_with)
     wait()

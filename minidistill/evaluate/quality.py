@@ -85,8 +85,8 @@ def run(args: Namespace) -> None:
     sd = load(args.model, **cli.load_options(args))
     for interval in [*intervals, teacher.interval]:
         cli.check_interval(interval, sd.schedule.timesteps(args.steps))
-    for student in students.values():  # raises for one of another model, before anything is sampled
-        student.install(load(args.model, **cli.load_options(args)))
+    for student in students.values():  # raises for a student of another model, before anything is sampled
+        student.install(load(args.model, **cli.load_options(args) | {"device": "cpu"}))
     clip = ClipScore(args.clip, CLIPTokenizer.from_pretrained(args.clip)) if args.clip else ClipScore.in_model(sd)
     judge = read_judge(args.judge)
     truth = judge.rendered(repeated, sd.height) if judge else None

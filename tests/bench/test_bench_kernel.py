@@ -52,15 +52,15 @@ def test_at_rank_0_the_kernel_is_the_base(which: str):
     assert error(outputs[:2], expected) < 1e-5 and all(gradient.numel() == 0 for gradient in outputs[2:])
 
 
-def test_errors_are_against_the_same_numbers():
-    """A and B too are those that every way computes with."""
+def test_expected_values_use_the_same_rounded_numbers():
+    """A and B too are rounded to the dtype that every way computes in."""
     layer = Layer.random(Shape(30, 24, 16), 4, torch.bfloat16, "cpu")
     for x, wide in zip(layer[:5], layer.double()[:5]):
         assert wide.dtype == torch.float64 and torch.equal(x.to(torch.bfloat16).double(), wide)
 
 
-def test_what_is_measured(monkeypatch: pytest.MonkeyPatch):
-    """Every way in both passes, with and without a graph; for "r = 0", which computes the base, a layer of rank 0."""
+def test_measure_times_every_way(monkeypatch: pytest.MonkeyPatch):
+    """In both passes, with and without a CUDA graph. "r = 0" gets a layer of rank 0, so it computes the base."""
     monkeypatch.setattr(kernel, "seconds", lambda run, repeats, in_graph: run()[0])
     rows = kernel.measure(Shape(30, 24, 16), 4, torch.float32, repeats=1, compiled=False, device="cpu")
     assert [(row["pass"], row["graph"]) for row in rows] == list(product(PASSES, (False, True)))

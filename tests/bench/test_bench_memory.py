@@ -1,6 +1,7 @@
 """The memory ledger against a network counted by hand, the sizes of parameters, and torch's own allocator."""
 
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
@@ -29,9 +30,10 @@ CPU = torch.device("cpu")
 
 
 @cache
+@real_tensors()
 def tiny(case: str | Case, **how) -> dict[str, int]:
-    with real_tensors():
-        return ledger(CASES.get(case, case), TINY, RANK, **how)
+    """The ledger of a case, or of the case of that name."""
+    return ledger(CASES[case] if isinstance(case, str) else case, TINY, RANK, **how)
 
 
 def parameters(lora: bool = False) -> list[nn.Parameter]:
@@ -118,6 +120,12 @@ def test_8_bits_halve_w_and_change_no_other_column() -> None:
     assert all(small[column] == plain[column] for column in ("gradients", "optimizer"))
     assert small["saved"] == pytest.approx(plain["saved"], rel=0.01)
     assert plain["peak"] - small["peak"] > sum(p.numel() for p in stored) - 2 * 2 * max(p.numel() for p in stored)
+
+
+def test_fake_tensors_are_counted_as_real_ones() -> None:
+    case = Case("noised", "bfloat16", below=math.inf, float8=True)
+    fake, real = ledger(case, TINY, RANK), tiny(case)
+    assert fake.keys() == real.keys() and all(0 <= real[column] - fake[column] < 2048 for column in fake)
 
 
 def saved_bytes(case: Case) -> int:

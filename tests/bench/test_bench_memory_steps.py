@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,13 +45,8 @@ def test_multiply_adds_are_half_of_torchs_flops(fused: bool):
     assert 2 * work.multiply_adds == flops.get_total_flops()
 
 
-@pytest.fixture
-def counted_quickly() -> Iterator[None]:
-    with real_tensors():
-        yield
-
-
-def test_more_recomputed_and_less_saved(counted_quickly):
+@real_tensors()
+def test_more_recomputed_and_less_saved():
     thresholds = (0, 100, math.inf)
     saved = [ledger(Case("noised", below=below), TINY, foreach=True)["saved"] for below in thresholds]
     work = [recomputed(TINY, below) for below in thresholds]
@@ -60,7 +54,8 @@ def test_more_recomputed_and_less_saved(counted_quickly):
     assert work[0] == 0 and 0.5 < work[-1] < 1
 
 
-def test_steps_add_up(counted_quickly):
+@real_tensors()
+def test_steps_add_up():
     wide, narrow, away, low, _ = (step_peak(step, TINY) for step in STEPS)
     assert wide > narrow > away > low
     with torch.device("meta"):
@@ -82,7 +77,8 @@ def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys)
     assert "| W and activations in bfloat16 | 8 | 1 | 0% |" in out and "| `--memory low` | 6 | 1 | 18% |" in out
 
 
-def test_lighter_settings_take_less(counted_quickly):
+@real_tensors()
+def test_lighter_settings_take_less():
     small, large = (card_peaks(Card(0, *how), TINY) for how in ((8, 8, "low"), (8,)))
     assert small["training"] < large["training"] and small["sampling"] == large["sampling"] > small["decoding"] > 0
 

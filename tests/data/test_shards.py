@@ -56,7 +56,7 @@ def test_a_damaged_shard_is_none(contents: bytes | None, file: Path):
 
 
 def test_a_file_of_another_program_is_none(tmp_path: Path):
-    save_file(TENSORS, tmp_path / "plain.safetensors")  # it says nothing of how it was made
+    save_file(TENSORS, tmp_path / "plain.safetensors")  # without the metadata of a shard
     assert read_shard(tmp_path / "plain.safetensors") is None
 
 

@@ -90,7 +90,7 @@ def pipeline(model: Path, lora: Path | None = None):
 
 
 def with_lora(unchanged, lora: Path | None):
-    """A pipeline with a UNet of its own, which may change further, and with ``lora``."""
+    """A copy of the pipeline with its own UNet, and with ``lora`` if given."""
     pipe = copy.copy(unchanged)
     pipe.unet = copy.deepcopy(pipe.unet)
     pipe.set_progress_bar_config(disable=True)

@@ -199,6 +199,7 @@ def test_a_flag_is_recorded_if_it_changes_what_is_learned(flag: str, train, flag
 
 
 def test_a_resumed_run_may_ask_the_teacher_in_another_way(train, flags, sd, tmp_path: Path):
+    """``--batched-teacher`` changes the calls, not what is learned. It needs the teacher in the loop."""
     in_the_loop = flags(tmp_path, source="noised")
     two_calls, one_call = (
         fixed_settings(train.parse([*in_the_loop, *more]), sd, "the teacher", {}, {})
