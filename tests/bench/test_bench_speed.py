@@ -70,6 +70,12 @@ def test_every_row_in_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not list(tmp_path.glob("**/*.tmp"))
 
 
+def test_what_is_compared_takes_turns() -> None:
+    order: list[str] = []
+    seconds = timing.take_turns({name: partial(order.append, name) for name in "ab"}, 2, torch.device("cpu"))
+    assert order == list("abab") and [len(seconds[name]) for name in "ab"] == [2, 2]
+
+
 def test_times_are_kept_if_a_peak_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: object) -> None:
         raise ChildProcessError("out of memory")
