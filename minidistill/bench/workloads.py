@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig
-from transformers.initialization import no_init_weights
 
 from minidistill import config, kernels
 from minidistill.bench.peers import peer_call, peer_guided_image, peer_lora, peer_unet
@@ -114,7 +113,7 @@ class Setup:
         self, make: Callable[[], nn.Module], layout: torch.memory_format, float8: bool = False
     ) -> dict[str, Tensor]:
         """Matrices that keep the variance of their input; norms close to 1 and biases close to 0, but not equal."""
-        with torch.device("meta"), no_init_weights():
+        with torch.device("meta"):
             shapes = {name: x.shape for name, x in make().state_dict().items()}
         weights = {}
         for seed, (name, shape) in enumerate(shapes.items()):
@@ -161,7 +160,7 @@ class Setup:
 
 def frozen(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
     """A frozen module that uses the tensors in ``weights`` without copying them."""
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"):
         module = make()
     module.load_state_dict(weights, assign=True)
     return module.eval().requires_grad_(False)

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from transformers.initialization import no_init_weights
 
 from minidistill.formats.files import CheckpointError, reading, user_path
 from minidistill.formats.float8 import to_float8
@@ -169,7 +168,7 @@ def build(
 def skeleton(make: Callable[[], nn.Module], file: Path) -> nn.Module:
     """The module that ``make`` returns, on the meta device. Raises CheckpointError for an impossible configuration."""
     try:
-        with torch.device("meta"), no_init_weights():
+        with torch.device("meta"):
             return make()
     except Exception as error:  # the configuration comes from a file, and may ask for anything
         raise CheckpointError(
