@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import ROOT, UPDATES, fork, run_train, write_tiny, write_tiny_xl
+from tiny import ROOT, UPDATES, fork, run_script, write_tiny, write_tiny_xl
 
 from minidistill import StableDiffusion, load
 from minidistill.training.distributed import process_group
@@ -111,7 +111,7 @@ def whole_run(flags, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, su
     """A whole run of train.py with its report, in a fork of this process. What it printed is in both outputs."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     log = out.with_suffix(".log")
-    (process := fork(partial(run_train, flags(out)), log)).join(600)
+    (process := fork(partial(run_script, ROOT / "train.py", flags(out)), log)).join(600)
     printed = log.read_text()
     return out, subprocess.CompletedProcess(flags(out), process.exitcode, printed, printed)
 

@@ -94,10 +94,10 @@ def fork(run: Callable[[], object], log: Path) -> BaseProcess:
     return process
 
 
-def run_train(flags: list[str]) -> None:
-    """Run train.py as from a shell, in this process."""
-    sys.argv = ["train.py", *flags]
-    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+def run_script(script: Path, flags: list[str]) -> None:
+    """As from a shell, but in this process, which it changes: for a fork."""
+    sys.argv = [script.name, *flags]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 @contextmanager

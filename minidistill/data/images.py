@@ -173,7 +173,8 @@ def encode(
                 except Exception as error:  # decoders raise anything at a damaged file
                     unusable[file] = str(error) or type(error).__name__
                     continue
-                z_0 = sd.run_vae(sd.vae.encode, x[None].to(sd.device, sd.dtype))[0].half()  # as in trajectories.py
+                # In half precision, as in trajectories.py.
+                z_0 = sd.run_vae(sd.vae.encode, x[None].to(sd.device, sd.dtype))[0].half()  # [4, h, w]
                 if not z_0.isfinite().all():
                     unusable[file] = "its latent overflows half precision"
                     continue

@@ -31,9 +31,8 @@ CPU = torch.device("cpu")
 
 @cache
 @real_tensors()
-def tiny(case: str | Case, **how) -> dict[str, int]:
-    """The ledger of a case, or of the case of that name."""
-    return ledger(CASES[case] if isinstance(case, str) else case, TINY, RANK, **how)
+def tiny(case: Case, **how) -> dict[str, int]:
+    return ledger(case, TINY, RANK, **how)
 
 
 def parameters(lora: bool = False) -> list[nn.Parameter]:
@@ -74,17 +73,17 @@ def test_columns_match_the_parameters(dtype: str, itemsize: int) -> None:
     weights = itemsize * numbers
     step = 4  # AdamW counts the updates of each tensor
 
-    sampling = tiny(f"sampling/{dtype}")
+    sampling = tiny(CASES[f"sampling/{dtype}"])
     assert (sampling["weights"], sampling["saved"]) == (weights, 0) and weights < sampling["peak"]
     assert sampling["gradients"] == sampling["optimizer"] == 0
 
-    full, plain = tiny(f"full/{dtype}"), tiny(f"plain/{dtype}")
+    full, plain = tiny(CASES[f"full/{dtype}"]), tiny(CASES[f"plain/{dtype}"])
     assert full["weights"] == full["gradients"] == plain["gradients"] == weights
     assert full["optimizer"] == plain["optimizer"] == 2 * weights + step * tensors
     assert plain["weights"] == 2 * weights
     assert plain["saved"] == full["saved"] + 4 * TINY.batch * 4 * 8 * 8  # the teacher's prediction
 
-    noised, trajectories = tiny(f"noised/{dtype}"), tiny(f"trajectories/{dtype}")
+    noised, trajectories = tiny(CASES[f"noised/{dtype}"]), tiny(CASES[f"trajectories/{dtype}"])
     assert noised["weights"] == trajectories["weights"] == weights + 4 * low_rank  # the LoRA is always float32
     assert noised["gradients"] == trajectories["gradients"] == 4 * low_rank
     assert noised["optimizer"] == 8 * low_rank + step * len(pairs)
@@ -93,20 +92,20 @@ def test_columns_match_the_parameters(dtype: str, itemsize: int) -> None:
 
 @pytest.mark.parametrize("row", ["full", "noised"])
 def test_recomputation_lowers_saved_and_no_other_column(row: str) -> None:
-    kept, recomputed = tiny(f"{row}/float32"), tiny(f"{row}/float32/recompute")
+    kept, recomputed = tiny(CASES[f"{row}/float32"]), tiny(CASES[f"{row}/float32/recompute"])
     assert recomputed["saved"] < kept["saved"] / 2 and recomputed["peak"] < kept["peak"]
     assert all(recomputed[column] == kept[column] for column in ("weights", "gradients", "optimizer"))
 
 
 def test_on_cuda_adamw_copies_what_it_trains() -> None:
-    recompute = tiny("full/float32/recompute"), tiny("full/float32/recompute", foreach=True)
+    recompute = tiny(CASES["full/float32/recompute"]), tiny(CASES["full/float32/recompute"], foreach=True)
     assert 5 * recompute[1]["weights"] <= recompute[1]["peak"] and recompute[0]["peak"] < recompute[1]["peak"]
 
 
 def test_keeping_attention_matrices() -> None:
-    fused = tiny("full/float32")["saved"]
+    fused = tiny(CASES["full/float32"])["saved"]
     with attention(fused=False):
-        kept = tiny.__wrapped__("full/float32")["saved"]  # not the one in the cache
+        kept = tiny.__wrapped__(CASES["full/float32"])["saved"]  # not the one in the cache
     heads, tokens = 2, 64
     assert kept - fused >= 3 * 4 * TINY.batch * heads * tokens**2  # at the finer level: once down, twice up
 

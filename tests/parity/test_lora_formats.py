@@ -89,9 +89,9 @@ def pipeline(model: Path, lora: Path | None = None):
     return with_lora(unchanged(model), lora)
 
 
-def with_lora(unchanged, lora: Path | None):
+def with_lora(original, lora: Path | None):
     """A copy of the pipeline with its own UNet, and with ``lora`` if given."""
-    pipe = copy.copy(unchanged)
+    pipe = copy.copy(original)
     pipe.unet = copy.deepcopy(pipe.unet)
     pipe.set_progress_bar_config(disable=True)
     if lora:

@@ -1,7 +1,6 @@
 """training/distributed.py: two processes, on the CPU, learn what one process does, and stop together."""
 
 import os
-import runpy
 import socket
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ROOT, fork, losses, randn
+from tiny import ROOT, fork, losses, randn, run_script
 
 from minidistill.conditioning import Conditioning
 from minidistill.distill import Batch
@@ -69,8 +68,7 @@ def torchrun(folder: Path, flags: list[str], happens: str) -> subprocess.Complet
 def run_rank(folder: Path, flags: list[str], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     os.chdir(folder)
-    sys.argv = ["worker.py", *flags]
-    runpy.run_path("worker.py", run_name="__main__")
+    run_script(folder / "worker.py", flags)
 
 
 def two_ranks(folder: Path, flags: list[str], happens: str = "9 0 nothing") -> tuple[list[int], str]:
@@ -79,8 +77,8 @@ def two_ranks(folder: Path, flags: list[str], happens: str = "9 0 nothing") -> t
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", HAPPENS=happens)
-    environment["TORCHELASTIC_RESTART_COUNT"] = "0"
+    environment = dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2")
+    environment |= dict(TORCHELASTIC_RESTART_COUNT="0", HAPPENS=happens)
     processes = []
     for rank in "01":
         run = partial(run_rank, folder, flags, environment | {"RANK": rank, "LOCAL_RANK": rank})

@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, fork, run_train, same_result, write_tiny
+from tiny import ROOT, fork, run_script, same_result, write_tiny
 
 from minidistill.formats.files import atomic_folder, atomic_write
 
@@ -38,7 +38,7 @@ def start(out: Path, flags: list[str], half_written: int = 0) -> BaseProcess:
 
     def run() -> None:
         sys.addaudithook(kill)
-        run_train([*flags, "--out", str(out), "--no-report"])
+        run_script(ROOT / "train.py", [*flags, "--out", str(out), "--no-report"])
 
     return fork(run, out.with_suffix(".log"))
 

@@ -16,7 +16,7 @@ from typing import IO
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import UPDATES, edit_json, fork, listing, losses, run_train, same_result
+from tiny import ROOT, UPDATES, edit_json, fork, listing, losses, run_script, same_result
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from minidistill.data import shards
@@ -111,7 +111,7 @@ def test_ctrl_c_from_outside(flags, tmp_path: Path):
 
     def script() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored when the tests run in the background
-        run_train([*run, "--no-report"])
+        run_script(ROOT / "train.py", [*run, "--no-report"])
 
     process, deadline = fork(script, log), time.monotonic() + 300
     while not re.search(r"distilling.* [1-9]\d*/100000", log.read_text()):
